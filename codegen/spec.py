@@ -1,0 +1,44 @@
+"""What a kernel must compute, as integers, enums and one small expression tree.
+
+Specs are the contract between the floors: targets produce them, doors out and templates consume them.
+Nothing in a spec is text that came from a model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class GroupedQueryAttention:
+    """Softmax attention whose `heads` query heads share `kv_heads` key/value heads (arXiv 2305.13245).
+
+    Operands are q [B, heads, S, head_dim], k [B, kv_heads, T, head_dim], v [B, kv_heads, T, value_dim]
+    and, when `bias` is set, an additive score bias broadcastable to [B, heads, S, T]; query head h reads
+    key/value head ``h // (heads // kv_heads)``. The result is [B, heads, S, value_dim].
+
+    Attributes:
+        scale: multiplies q·k before softcap and bias.
+        causal: query i sees keys j <= i + (T - S); the mask is aligned to the end.
+        softcap: scores become ``softcap * tanh(scores / softcap)`` before the bias; None for none.
+        masked_rows_are_zero: a row whose keys are all masked gives zeros instead of NaN.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    scale: float
+    causal: bool = False
+    bias: bool = False
+    softcap: float | None = None
+    masked_rows_are_zero: bool = False
+
+    def __post_init__(self) -> None:
+        if self.heads % self.kv_heads:
+            raise ValueError(f"kv_heads={self.kv_heads} does not divide heads={self.heads}")
+
+    @property
+    def group(self) -> int:
+        """Query heads per key/value head."""
+        return self.heads // self.kv_heads

@@ -1,0 +1,202 @@
+"""A read-only view of a program: executable nodes, recorded values, weight handles.
+
+Both doors (torch.export, ONNX) yield a `Flow`; everything in `passes` consumes only what is here.
+Operators carry ONNX-style canonical names whatever the program was written in. Values are named by
+strings; recorded values and weights are numpy arrays (bfloat16 and float16 are widened to float32).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import networkx as nx
+import numpy as np
+from numpy.typing import NDArray
+
+Value = str
+"""The name of one tensor in the program; "" stands for an omitted optional input."""
+
+Array = NDArray[Any]
+
+LAYOUT = frozenset(
+    {
+        "Reshape", "Transpose", "Slice", "Split", "Squeeze", "Unsqueeze", "Flatten", "Expand", "Tile",
+        "Gather", "GatherND", "GatherElements", "Concat", "Pad", "Trilu", "ScatterND", "ScatterElements",
+        "Where", "Identity", "Dropout", "SplitToSequence", "SequenceAt", "Roll", "SliceScatter",
+        "SelectScatter", "DepthToSpace", "SpaceToDepth",
+    }
+)  # fmt: skip
+"""Operators that only move elements: provenance runs them on index tensors."""
+
+CONTRACTIONS = frozenset({"MatMul", "Gemm", "Linear", "Einsum", "FusedMatMul", "Conv", "MatMulInteger", "MatMulNBits"})
+"""Operators that sum products over a shared axis."""
+
+SHAPE_READERS = frozenset({"Shape", "Size"})
+"""Operators whose output depends on a tensor's shape and not on its elements."""
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A lazy handle to one constant of the program.
+
+    Attributes:
+        name: what the door calls it (a state-dict key, an initializer).
+        shape: as stored.
+        dtype: as stored, e.g. ``"float32"``, ``"bfloat16"``, ``"int8"``.
+        readers: how many nodes read it; more than one means that it is shared.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    readers: int
+
+
+@dataclass(frozen=True)
+class Node:
+    """One operation that can be run on other inputs than the recorded ones.
+
+    ``evaluate`` takes one array per input (None where omitted) and returns one array per output.
+    """
+
+    index: int
+    op: str
+    domain: str
+    attrs: Mapping[str, Any]
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value, ...]
+    evaluate: Callable[[Sequence[Array | None]], tuple[Array, ...]] = field(repr=False, compare=False)
+    owner: str = ""
+    """Opaque id, from the door, of whatever the node belongs to (a module path, a scope); "" if unknown."""
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Flow:
+    """The program as a graph of `Node`s with one recording of its values.
+
+    Attributes:
+        nodes: in execution order; ``nodes[i].index == i``.
+        inputs: the program's inputs (not weights).
+        outputs: the program's outputs.
+        weights: constants by value name.
+        read: returns the recorded (or constant) value of a name; raises KeyError if it was not recorded.
+        dtype: the floating dtype the program computes in; sets replay tolerances.
+    """
+
+    nodes: tuple[Node, ...]
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value, ...]
+    weights: Mapping[Value, Weight]
+    read: Callable[[Value], Array]
+    dtype: str = "float32"
+
+    @cached_property
+    def _producers(self) -> dict[Value, Node]:
+        return {out: node for node in self.nodes for out in node.outputs if out}
+
+    @cached_property
+    def _consumers(self) -> dict[Value, list[Node]]:
+        table: dict[Value, list[Node]] = {}
+        for node in self.nodes:
+            for name in dict.fromkeys(node.inputs):
+                if name:
+                    table.setdefault(name, []).append(node)
+        return table
+
+    @cached_property
+    def graph(self) -> nx.DiGraph[int]:
+        """Node indices, with an edge wherever one node reads another's output."""
+        graph: nx.DiGraph[int] = nx.DiGraph()
+        graph.add_nodes_from(range(len(self.nodes)))
+        for node in self.nodes:
+            graph.add_edges_from((p.index, node.index) for v in node.inputs if (p := self.producer(v)) is not None)
+        return graph
+
+    def producer(self, value: Value) -> Node | None:
+        return self._producers.get(value)
+
+    def consumers(self, value: Value) -> Sequence[Node]:
+        return self._consumers.get(value, ())
+
+    def value(self, name: Value) -> Array:
+        return self.read(name)
+
+    @cached_property
+    def _constant(self) -> frozenset[Value]:
+        known: set[Value] = set(self.weights)
+        for node in self.nodes:
+            if all(v in known for v in node.inputs if v):
+                known.update(node.outputs)
+        return frozenset(known)
+
+    def is_constant(self, value: Value) -> bool:
+        """True when no input of the program reaches `value`, not even its shape."""
+        return value in self._constant
+
+    @cached_property
+    def _fed(self) -> frozenset[Value]:
+        """Values reached by an input's elements (not only by its shape)."""
+        fed: set[Value] = set(self.inputs)
+        for node in self.nodes:
+            if node.op not in SHAPE_READERS and any(v in fed for v in node.inputs):
+                fed.update(node.outputs)
+        return frozenset(fed)
+
+    def is_fed(self, value: Value) -> bool:
+        """True when elements of some program input reach `value`."""
+        return value in self._fed
+
+    @cached_property
+    def _projected(self) -> frozenset[Value]:
+        projected: set[Value] = set()
+        for node in self.nodes:
+            if node.op in SHAPE_READERS:
+                continue
+            if any(v in projected for v in node.inputs) or self.projection_operands(node) is not None:
+                projected.update(node.outputs)
+        return frozenset(projected)
+
+    def data_dependent(self, value: Value) -> bool:
+        """True when `value` depends on hidden states: a learned projection of fed data lies above it.
+
+        Masks, positions and position tables depend on inputs too, but pass through no projection.
+        """
+        return value in self._projected
+
+    def projection_operands(self, node: Node) -> tuple[int, int] | None:
+        """(activation, weight) input positions if `node` multiplies fed data by a constant matrix."""
+        if node.op not in CONTRACTIONS or len(node.inputs) < 2:
+            return None
+        if node.op in {"MatMulInteger", "MatMulNBits", "Linear", "Conv"}:
+            pairs: Iterable[tuple[int, int]] = ((0, 1),)
+        else:
+            pairs = ((0, 1), (1, 0))
+        for x, w in pairs:
+            if self.is_constant(node.inputs[w]) and self.is_fed(node.inputs[x]):
+                shape = self.shape(node.inputs[w])
+                # an outer product (positions times inverse frequencies) contracts an axis of size 1
+                if len(shape) >= 2 and min(shape[-2:]) > 1:
+                    return x, w
+        return None
+
+    def shape(self, value: Value) -> tuple[int, ...]:
+        """Shape of a value in this recording."""
+        weight = self.weights.get(value)
+        return weight.shape if weight is not None else tuple(self.read(value).shape)
+
+    def ancestors(self, value: Value, stop: Callable[[Node], bool] | None = None) -> list[Node]:
+        """Nodes above `value` in execution order; nodes for which `stop` holds are included, not passed."""
+        seen: dict[int, Node] = {}
+        todo = [value]
+        while todo:
+            node = self.producer(todo.pop())
+            if node is None or node.index in seen:
+                continue
+            seen[node.index] = node
+            if stop is None or not stop(node):
+                todo.extend(v for v in node.inputs if v)
+        return [seen[i] for i in sorted(seen)]

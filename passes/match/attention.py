@@ -1,0 +1,221 @@
+"""Anchor → peel → provenance → replay: every anchor ends as a site, a refusal, or "not attention"."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from passes.dataflow import LAYOUT, Flow, Node, Value
+from passes.match.operands import Traced, trace_operand
+from passes.match.scores import NotUnderstood, ScorePath, Unrelated, anchors, score_path, total_bias
+from passes.provenance import PASS_THROUGH, Tracer, projection_at
+from passes.replay import TOLERANCES, replay
+from passes.site import AttentionSite, NotAttention, Projection, Refusal
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a site was read from; replay can be run on it again."""
+
+    path: ScorePath
+    q: Traced
+    k: Traced
+    v: Traced
+
+
+@dataclass(frozen=True)
+class Matches:
+    """Everything found in one flow, in execution order. `evidence` is keyed by site name."""
+
+    sites: tuple[AttentionSite, ...]
+    refusals: tuple[Refusal, ...]
+    not_attention: tuple[NotAttention, ...]
+    evidence: dict[str, Evidence]
+
+
+def find_attention(flow: Flow) -> Matches:
+    """Match every attention of a program and verify each by replay."""
+    tracer = Tracer(flow)
+    sites: list[AttentionSite] = []
+    refusals: list[Refusal] = []
+    unrelated: list[NotAttention] = []
+    evidence: dict[str, Evidence] = {}
+    names = _Names(flow)
+    for anchor in anchors(flow):
+        name, layer = names.of(anchor)
+        try:
+            site, proof = match_anchor(tracer, anchor, name, layer)
+        except Unrelated as reason:
+            unrelated.append(NotAttention(name, str(reason), anchor.index))
+        except NotUnderstood as reason:
+            refusals.append(Refusal(name, layer, str(reason), anchor.index, anchor.owner))
+        else:
+            sites.append(site)
+            evidence[site.name] = proof
+    return Matches(tuple(sites), tuple(refusals), tuple(unrelated), evidence)
+
+
+def match_anchor(tracer: Tracer, anchor: Node, name: str, layer: int) -> tuple[AttentionSite, Evidence]:
+    """One anchor. Raises NotUnderstood or Unrelated."""
+    flow = tracer.flow
+    path = score_path(flow, anchor)
+    q = _named(tracer, path.q, "query", shared=False)
+    k = _named(tracer, path.k, "key", shared=True)
+    v = _named(tracer, path.v, "value", shared=True)
+    heads = q.operand.heads
+    group = _group(k, heads)
+    if group != _group(v, heads):
+        raise NotUnderstood("keys and values are shared by different query heads")
+    replayed = replay(flow, path, q, k, v)
+    limit = TOLERANCES[flow.dtype]
+    if not replayed.worst <= limit:
+        raise NotUnderstood(
+            f"it does not replay from its weights (relative error q {replayed.q:.1e}, k {replayed.k:.1e}, "
+            f"v {replayed.v:.1e}, scores {replayed.scores:.1e}, output {replayed.output:.1e})"
+        )
+    merged, out = _output_projection(flow, path.output_view.value)
+    site = AttentionSite(
+        name=name,
+        layer=layer,
+        heads=heads,
+        kv_heads=k.operand.heads,
+        head_dim=q.operand.dim,
+        value_dim=v.operand.dim,
+        group=group,
+        q=q.operand,
+        k=k.operand,
+        v=v.operand,
+        scale=path.scale * q.factor * k.factor,
+        modifiers=path.modifiers,
+        causal=_is_causal(flow, path, q, k, heads),
+        cross=_is_cross(flow, q, k),
+        anchor=anchor.index,
+        output=path.output_view.value,
+        output_axes=_output_axes(path, q),
+        merged=merged,
+        out=out,
+        nodes=path.nodes,
+        masked_rows_are_zero=path.masked_rows_are_zero,
+        replay_error=replayed.worst,
+        owner=_owner(flow, q, anchor),
+    )
+    return _checked(site, v), Evidence(path, q, k, v)
+
+
+def _named(tracer: Tracer, view: object, role: str, *, shared: bool) -> Traced:
+    try:
+        return trace_operand(tracer, view, shared_heads=shared)  # type: ignore[arg-type]
+    except NotUnderstood as error:
+        raise NotUnderstood(f"{role}: {error}") from error
+
+
+def _checked(site: AttentionSite, v: Traced) -> AttentionSite:
+    if abs(v.factor - 1.0) > 1e-6:
+        raise NotUnderstood("values are scaled between projection and contraction")
+    if tuple(sorted(site.group)) != site.group:
+        raise NotUnderstood("query heads share key/value heads in interleaved order")
+    if len(set(np.bincount(site.group).tolist())) != 1:
+        raise NotUnderstood("key/value heads serve different numbers of query heads")
+    return site
+
+
+def _group(traced: Traced, heads: int) -> tuple[int, ...]:
+    """Distinct key/value head of each query head; operators may leave the repetition to themselves."""
+    at_anchor = len(traced.group)
+    if heads % at_anchor:
+        raise NotUnderstood(f"{at_anchor} key/value heads do not divide {heads} query heads")
+    return tuple(traced.group[h * at_anchor // heads] for h in range(heads))
+
+
+def _output_axes(path: ScorePath, q: Traced) -> tuple[str, ...]:
+    if path.output_view.heads:
+        return ("b", "s", "hd")
+    lead = list(q.tokens.axes[:-2])
+    rank = len(lead) + 2
+    token, feature = path.output_view.token_axis % rank, path.output_view.feature_axis % rank
+    return tuple("s" if a == token else "d" if a == feature else lead.pop(0) for a in range(rank))
+
+
+def _is_causal(flow: Flow, path: ScorePath, q: Traced, k: Traced, heads: int) -> bool:
+    """Whether every later token is masked for every query of the recording."""
+    if any(m.kind == "causal" for m in path.modifiers):
+        return True
+    batch, queries = q.tokens.rows.shape
+    keys = k.tokens.new.stop
+    if queries < 2 or keys < queries:
+        return False
+    masks = tuple(m for m in path.modifiers if m.kind != "softcap")
+    bias = total_bias(flow, masks, (batch, heads, queries, keys))
+    later = np.arange(keys)[None] > np.arange(queries)[:, None] + (keys - queries)
+    return bool((bias[..., later] <= -1e4).all())
+
+
+def _is_cross(flow: Flow, q: Traced, k: Traced) -> bool:
+    a, b = q.operand.projection.input, k.operand.projection.input
+    return a != b and _root(flow, a) != _root(flow, b)
+
+
+def _root(flow: Flow, value: Value) -> Value:
+    while (node := flow.producer(value)) is not None and node.op in PASS_THROUGH | {"Reshape", "Transpose"}:
+        value = node.inputs[0]
+    return value
+
+
+def _owner(flow: Flow, q: Traced, anchor: Node) -> str:
+    return anchor.owner or flow.nodes[q.operand.projection.node].owner
+
+
+def _output_projection(flow: Flow, value: Value) -> tuple[Value | None, Projection | None]:
+    """Follow the output through layout to the projection that reads it."""
+    while True:
+        readers = flow.consumers(value)
+        if len(readers) != 1:
+            return None, None
+        node = readers[0]
+        operands = flow.projection_operands(node)
+        if operands is not None and operands == (0, 1):
+            return value, _as_projection(flow, node)
+        if node.op not in LAYOUT | PASS_THROUGH:
+            return None, None
+        value = node.outputs[0]
+
+
+def _as_projection(flow: Flow, node: Node) -> Projection:
+    output = node.outputs[0]
+    found = projection_at(flow, output)
+    if found is None:  # its bias is a separate node
+        output = flow.consumers(output)[0].outputs[0]
+        found = projection_at(flow, output)
+    assert found is not None
+    out_first = node.op == "Linear" or bool(node.attrs.get("transB", 0))
+    return Projection(node.index, node.inputs[0], output, node.inputs[1], out_first, found[1], flow.shape(output)[-1])
+
+
+class _Names:
+    """Site names and layer numbers: from owners where the door has them, else from weights, else counted."""
+
+    def __init__(self, flow: Flow) -> None:
+        self.flow = flow
+        self.taken: dict[str, int] = {}
+
+    def of(self, anchor: Node) -> tuple[str, int]:
+        count = len(self.taken)
+        base = anchor.owner or _scope(anchor.name) or f"attention.{count}"
+        number = self.taken.get(base, 0)
+        self.taken[base] = number + 1
+        name = base if number == 0 else f"{base}#{number}"
+        found = re.search(r"(?:^|[._/])(\d+)(?:[._/]|$)", name)
+        return name, int(found.group(1)) if found else count
+
+
+def _scope(name: str) -> str:
+    """The scope part of an exporter's node name: "/encoder/layer.0/attention/self/Softmax" without its last part."""
+    return name.rsplit("/", 1)[0].strip("/").replace("/", ".") if "/" in name.strip("/") else ""
+
+
+def renamed(sites: Sequence[AttentionSite], names: Sequence[str]) -> list[AttentionSite]:
+    """Sites under other names, in the same order."""
+    return [replace(site, name=name) for site, name in zip(sites, names, strict=True)]

@@ -1,0 +1,524 @@
+"""From an operand at the anchor back to its projection: columns, heads, rotation, norm, cache, and the seam.
+
+Everything is read off the numbers of the operand's affine form; no layout is matched by name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from passes.dataflow import LAYOUT, Array, Flow, Node, Value
+from passes.match.scores import NotUnderstood, OperandView
+from passes.provenance import PASS_THROUGH, Form, Opaque, Source, Tracer, data_operands, projection_at
+from passes.site import Norm, Operand, Projection, Rotary
+
+Axes = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """An operand's elements in canonical order; what replay recomputes it from.
+
+    Attributes:
+        rows: [B, T] row of the projection's output (flattened over all but its last axis) per token.
+        columns: [H, D] own column per head (as the anchor sees heads) and feature.
+        own, other: [B, T, D] coefficient of the own column and of the partner's; `other` is None without rotation.
+        gain: [H, D] constant factors that differ between heads; None if they do not.
+        offset: [B, H, T, D] bias added after layout; None if there is none.
+        new: slice of the token axis that comes from the projection (the rest from a cache).
+        axes: what each axis of the anchor's operand is.
+        normed: with a norm, (row, column) in the projection's output for each flat element of the norm.
+    """
+
+    rows: Array
+    columns: Array
+    own: Array
+    other: Array | None
+    offset: Array | None
+    new: slice
+    axes: Axes
+    normed: tuple[Array, Array] | None = None
+
+
+@dataclass(frozen=True)
+class Traced:
+    operand: Operand
+    tokens: Tokens
+    group: tuple[int, ...]
+    factor: float
+    """Scalar between the seam and the anchor."""
+
+
+def trace_operand(tracer: Tracer, view: OperandView, *, shared_heads: bool) -> Traced:
+    """Describe one operand. `shared_heads`: repeated heads are one head (k and v), not many (q).
+
+    Raises NotUnderstood with the reason.
+    """
+    flow = tracer.flow
+    form = _form(tracer, view.value)
+    if view.heads:
+        form = _split_features(form, view.heads)
+        view = OperandView(view.value, 1, 3)
+    ids, coefficients = _active_terms(form, view)
+    source = _main_source(tracer, ids)
+    new, past = _cache_split(tracer, ids[0], source)
+    projection, to_rows, to_columns, norm = _projection(tracer, source)
+    flat = ids[0][..., new, :] - source.base
+    lead = _lead_roles(to_rows[flat], to_columns[flat])
+    canonical = _Canonical(ids, coefficients, source, form.bias, new, lead)
+    rows, columns = canonical.positions(to_rows, to_columns)
+    own_columns, partner, own, other = canonical.rotation(columns)
+    group, distinct = _distinct_heads(own_columns, shared_heads)
+    canonical.require_equal_heads(distinct if shared_heads else None)
+    tokens = Tokens(rows, own_columns, own, other, canonical.offset, new, canonical.axes,
+                    (to_rows, to_columns) if norm else None)  # fmt: skip
+    head_columns = own_columns[distinct]
+    lookup = _Lookup(source, to_rows, to_columns, rows, head_columns)
+    seam, axes, factor = _seam(tracer, view.value, lookup, past is not None)
+    path = _path(flow, projection.output, seam)
+    operand = Operand(
+        projection, head_columns, seam, axes, path, *_stem(tracer, projection, path, lookup, norm),
+        _rotary(partner, other), norm, past,
+    )  # fmt: skip
+    return Traced(operand, tokens, group, factor)
+
+
+def _form(tracer: Tracer, value: Value) -> Form:
+    try:
+        return tracer.trace(value)
+    except Opaque as error:
+        raise NotUnderstood(str(error)) from error
+
+
+def _split_features(form: Form, heads: int) -> Form:
+    """[B, S, H * D] as [B, S, H, D]."""
+
+    def split(array: Array) -> Array:
+        return array.reshape(*array.shape[:-1], heads, array.shape[-1] // heads)
+
+    bias = None if form.bias is None else split(form.bias)
+    return Form(tuple(split(i) for i in form.ids), tuple(split(c) for c in form.coefficients), bias)
+
+
+def _active_terms(form: Form, view: OperandView) -> tuple[list[Array], list[Array]]:
+    """Terms with any nonzero coefficient, axes moved to (lead..., token, feature)."""
+
+    def move(array: Array) -> Array:
+        return np.moveaxis(array, (view.token_axis, view.feature_axis), (-2, -1))
+
+    active = [t for t, c in enumerate(form.coefficients) if (c * (form.ids[t] > 0)).any()]
+    if not active or len(active) > 2:
+        raise NotUnderstood(f"the operand sums {len(active)} elements of its projection, not one or a rotated pair")
+    active.sort(key=lambda t: int((form.ids[t] == 0).sum()))
+    return [move(form.ids[t]) for t in active], [move(form.coefficients[t]) for t in active]
+
+
+def _main_source(tracer: Tracer, ids: list[Array]) -> Source:
+    found = {s.value: s for array in ids for s in tracer.source_of(array)}
+    learned = [s for s in found.values() if s.kind != "input"]
+    if len(learned) != 1:
+        raise NotUnderstood(f"the operand mixes {len(learned)} projections")
+    if (ids[0] == 0).any():
+        raise NotUnderstood("the operand is padded with zeros")
+    return learned[0]
+
+
+def _cache_split(tracer: Tracer, ids: Array, source: Source) -> tuple[slice, Value | None]:
+    """Which tokens are new, and the cache the others come from."""
+    mine = source.holds(ids)
+    length = ids.shape[-2]
+    if mine.all():
+        return slice(0, length), None
+    per_token = mine.reshape(-1, length, ids.shape[-1])
+    new = per_token.all(axis=(0, 2))
+    if (per_token.any(axis=(0, 2)) != new).any() or not new[int(new.argmax()) :].all():
+        raise NotUnderstood("cached and new elements are interleaved")
+    caches = [s for s in tracer.source_of(ids) if s.kind == "input"]
+    if len(caches) != 1:
+        raise NotUnderstood(f"the operand joins {len(caches)} caches")
+    return slice(int(new.argmax()), length), caches[0].value
+
+
+class _Canonical:
+    """Terms of an operand with axes [B, H, T, D], new tokens only."""
+
+    def __init__(
+        self,
+        ids: list[Array],
+        coefficients: list[Array],
+        source: Source,
+        bias: Array | None,
+        new: slice,
+        lead: tuple[Array, Array, Axes],
+    ) -> None:
+        self.source = source
+        self._batch, self._head, names = lead
+        self.axes: Axes = (*names, "s", "d")
+        self.ids = [self._arrange(i[..., new, :]) for i in ids]
+        self.coefficients = [self._arrange(c[..., new, :]) for c in coefficients]
+        self.offset = None if bias is None else self._arrange(np.broadcast_to(bias, ids[0].shape)[..., new, :])
+
+    def _arrange(self, array: Array) -> Array:
+        flat = array.reshape(-1, *array.shape[-2:])
+        batches, heads = int(self._batch.max()) + 1, int(self._head.max()) + 1
+        out = np.empty((batches, heads, *flat.shape[1:]), array.dtype)
+        out[self._batch, self._head] = flat
+        return out
+
+    def positions(self, to_rows: Array, to_columns: Array) -> tuple[Array, list[Array]]:
+        """(rows [B, T], one [H, D] column table per term); refuses tables that vary over tokens."""
+        tables = []
+        rows = None
+        for ids in self.ids:
+            present = ids > 0
+            flat = np.where(present, ids - self.source.base, 0)
+            columns, row = to_columns[flat], to_rows[flat]
+            table = columns[0, :, 0, :]
+            if ((columns != table[None, :, None, :]) & present).any():
+                raise NotUnderstood("features are arranged differently from token to token")
+            if rows is None:
+                rows = row[:, 0, :, 0]
+            if ((row != rows[:, None, :, None]) & present).any():
+                raise NotUnderstood("one token's features come from several tokens")
+            tables.append(np.where(present[0, :, 0, :], table, -1))
+        assert rows is not None
+        return rows, tables
+
+    def rotation(self, tables: list[Array]) -> tuple[Array, Array | None, Array, Array | None]:
+        """(own columns [H, D], partner feature [D], own coefficient [B, T, D], partner's); one head stands for all."""
+        gains = [c[:, 0] for c in self.coefficients]
+        if len(tables) == 1:
+            return tables[0], None, gains[0], None
+        return _untangle(tables, gains)
+
+    def require_equal_heads(self, heads: Array | None) -> None:
+        """Shared heads must be treated alike, or merging their weights would not merge the heads."""
+        if heads is None:
+            return
+        for c in self.coefficients:
+            if np.abs(c - c[:, :1]).max() > 1e-6 * max(1.0, float(np.abs(c).max())):
+                raise NotUnderstood("key or value heads are scaled differently from each other")
+        if self.offset is not None and np.abs(self.offset - self.offset[:, :1]).max() > 1e-6:
+            raise NotUnderstood("a per-head bias is added to the keys or values after the projection's layout")
+
+
+def _lead_roles(rows: Array, columns: Array) -> tuple[Array, Array, Axes]:
+    """Batch and head index of each leading position, and what each leading axis is.
+
+    `rows` and `columns` are [lead..., T, D]: position in the projection's output. An axis along which rows
+    vary runs over sequences, any other over heads (repeated heads have equal columns).
+    """
+    lead = rows.shape[:-2]
+    row_of = _index_of(rows[..., 0].reshape(-1, rows.shape[-2]))
+    if len(lead) == 2:
+        return _two_lead_axes(row_of.reshape(lead))
+    if len(lead) == 1:
+        batches = int(row_of.max()) + 1
+        heads = lead[0] // batches
+        number = np.arange(lead[0])
+        if batches == lead[0] and batches > 1:
+            return number, np.zeros_like(number), ("b",)
+        if (row_of == number // heads).all():
+            return number // heads, number % heads, ("bh",)
+        if (row_of == number % batches).all():
+            return number % batches, number // batches, ("hb",)
+    raise NotUnderstood(f"an operand with {len(lead)} leading axes is not understood")
+
+
+def _two_lead_axes(row_of: Array) -> tuple[Array, Array, Axes]:
+    lead = row_of.shape
+    wide = [a for a, n in enumerate(lead) if n > 1]
+    batch_axis = next((a for a in wide if _varies(row_of, a)), None)
+    if batch_axis is None:
+        batch_axis = 1 if lead[1] == 1 and lead[0] > 1 else 0
+    if any(_varies(row_of, a) for a in wide if a != batch_axis):
+        raise NotUnderstood("both leading axes of an operand run over sequences")
+    index = np.indices(lead).reshape(2, -1)
+    return index[batch_axis], index[1 - batch_axis], ("b", "h") if batch_axis == 0 else ("h", "b")
+
+
+def _varies(array: Array, axis: int) -> bool:
+    return bool((np.diff(array, axis=axis) != 0).any())
+
+
+def _index_of(signatures: Array) -> Array:
+    """Number of the first occurrence of each row among distinct rows."""
+    seen: dict[bytes, int] = {}
+    return np.array([seen.setdefault(r.tobytes(), len(seen)) for r in np.ascontiguousarray(signatures)])
+
+
+def _partners(first: Array, second: Array) -> Array:
+    """For each feature the one that is made from the same two columns."""
+    where: dict[frozenset[int], list[int]] = {}
+    for d, (a, b) in enumerate(zip(first, second, strict=True)):
+        where.setdefault(frozenset((int(a), int(b))), []).append(d)
+    partner = np.arange(len(first))
+    for pair in where.values():
+        if len(pair) == 2:
+            partner[pair[0]], partner[pair[1]] = pair[1], pair[0]
+    return partner
+
+
+def _untangle(tables: list[Array], gains: list[Array]) -> tuple[Array, Array, Array, Array]:
+    """Tell the own term of a rotated pair from the partner's: own coefficients are equal on both features.
+
+    A column's gain (a norm's weight, a long-context factor) multiplies it at both features of its pair and is
+    divided out first: gain(x)^2 = own^2 + partner^2, constant over tokens.
+    """
+    first, second = tables[0].copy(), tables[1].copy()
+    own, other = gains[0].copy(), gains[1].copy()
+
+    def swap(where: Array) -> None:
+        first[:, where], second[:, where] = second[:, where], first[:, where].copy()
+        own[..., where], other[..., where] = other[..., where], own[..., where].copy()
+
+    partner = _partners(first[0], second[0])
+    index = np.arange(len(partner))
+    turned = partner != index
+    swap((first[0] == first[0][partner]) & turned & (index > partner))
+    other[..., ~turned] *= (second[0] >= 0)[~turned]
+    if np.abs(other[..., ~turned]).max(initial=0.0) > 0 or not (first[:, partner] == second)[:, turned].all():
+        raise NotUnderstood("pairs of features are combined, but not by a rotation")
+    gain = np.where(turned, np.sqrt(own**2 + other[..., partner] ** 2), np.abs(own))
+    if np.abs(gain - gain[:1, :1]).max() > 2e-2 * gain.max():
+        raise NotUnderstood("pairs of features are combined with weights that vary over tokens, not by a rotation")
+    gain = np.maximum(gain, 1e-30)
+    cos = own / gain
+    swap(turned & (np.abs(cos - cos[..., partner]).max(axis=(0, 1)) > 2e-2))
+    gain = np.where(turned, np.sqrt(own**2 + other[..., partner] ** 2), np.maximum(np.abs(own), 1e-30))
+    cos, sin = own / gain, other / gain[..., partner]
+    if np.abs(cos - cos[..., partner]).max() > 2e-2 or np.abs(sin + sin[..., partner])[..., turned].max() > 2e-2:
+        raise NotUnderstood("pairs of features are combined, but not by a rotation")
+    return first, partner, own, other
+
+
+def _rotary(partner: Array | None, other: Array | None) -> Rotary | None:
+    if partner is None or other is None:
+        return None
+    index = np.arange(len(partner))
+    turned = partner != index
+    count = int(turned.sum())
+    spread = np.abs(partner - index)[turned]
+    if count == 0:
+        return None
+    if count < len(partner):
+        kind = "partial"
+    else:
+        kind = "interleaved" if (spread == 1).all() and count > 2 else "half"
+    return Rotary(kind, tuple(int(p) for p in partner))  # type: ignore[arg-type]
+
+
+def _distinct_heads(columns: Array, shared: bool) -> tuple[tuple[int, ...], Array]:
+    """(group of each head, positions of the first of each distinct head)."""
+    if not shared:
+        return tuple(range(len(columns))), np.arange(len(columns))
+    index = _index_of(columns)
+    return tuple(int(i) for i in index), np.array([int((index == g).argmax()) for g in range(int(index.max()) + 1)])
+
+
+def _projection(tracer: Tracer, source: Source) -> tuple[Projection, Array, Array, Norm | None]:
+    """The projection under a source, and (row, column) in its output for each flat index of the source."""
+    width = source.shape[-1]
+    index = np.arange(source.size)
+    if source.kind == "projection":
+        return _describe(tracer.flow, source.value), index // width, index % width, None
+    assert source.norm is not None and source.norm_input is not None
+    inner = _form(tracer, source.norm_input)
+    if len(inner.ids) != 1 or (inner.coefficients[0] != 1).any() or inner.bias is not None:
+        raise NotUnderstood("what is normalised is not a plain projection")
+    below = tracer.source_of(inner.ids[0])
+    if len(below) != 1 or below[0].kind != "projection":
+        raise NotUnderstood("what is normalised is not one projection")
+    flat = inner.ids[0].reshape(-1) - below[0].base
+    features = below[0].shape[-1]
+    norm = Norm(source.norm, _per_head(flat.reshape(source.shape), features), source.norm_input, source.value)
+    return _describe(tracer.flow, below[0].value), flat // features, flat % features, norm
+
+
+def _per_head(flat: Array, features: int) -> bool:
+    """Whether each row under the norm is only part of a token's features."""
+    return flat.shape[-1] < features
+
+
+def _describe(flow: Flow, output: Value) -> Projection:
+    found = projection_at(flow, output)
+    assert found is not None
+    node, bias = found
+    operands = flow.projection_operands(node)
+    assert operands is not None
+    x, w = (node.inputs[i] for i in operands)
+    if node.op == "Conv":
+        raise NotUnderstood("the projection is a convolution")
+    if node.op == "Einsum" or operands != (0, 1) or len(flow.shape(w)) != 2:
+        raise NotUnderstood("the projection is not a plain matrix product")
+    out_first = node.op == "Linear" or bool(node.attrs.get("transB", 0))
+    if node.attrs.get("transA", 0) or node.attrs.get("alpha", 1.0) != 1.0:
+        raise NotUnderstood("the projection is a scaled or transposed Gemm")
+    return Projection(node.index, x, output, w, out_first, bias, flow.shape(output)[-1])
+
+
+class _Lookup:
+    """Tells batch, token, head and feature of any id of the main source."""
+
+    def __init__(self, source: Source, to_rows: Array, to_columns: Array, rows: Array, columns: Array) -> None:
+        self.source, self.to_rows, self.to_columns = source, to_rows, to_columns
+        batches, tokens = rows.shape
+        self.batch = np.full(int(to_rows.max()) + 1, -1)
+        self.token = np.full(int(to_rows.max()) + 1, -1)
+        self.batch[rows] = np.arange(batches)[:, None]
+        self.token[rows] = np.arange(tokens)[None]
+        self.head = np.full(int(to_columns.max()) + 1, -1)
+        self.feature = np.full(int(to_columns.max()) + 1, -1)
+        self.head[columns] = np.arange(columns.shape[0])[:, None]
+        self.feature[columns] = np.arange(columns.shape[1])[None]
+        self.size = batches * tokens * columns.size
+
+    def axes(self, ids: Array, source: Source | None = None) -> Axes | None:
+        """What each axis runs over, if these ids are exactly the operand's elements, each once; else None."""
+        if source is None or source is self.source:
+            flat = ids - self.source.base
+            if (flat < 0).any() or (flat >= self.source.size).any():
+                return None
+            rows, columns = self.to_rows[flat], self.to_columns[flat]
+        else:
+            flat = ids - source.base
+            if (flat < 0).any() or (flat >= source.size).any():
+                return None
+            rows, columns = flat // source.shape[-1], flat % source.shape[-1]
+        if ids.size != self.size or columns.max() >= len(self.head) or rows.max() >= len(self.batch):
+            return None
+        parts = {"b": self.batch[rows], "s": self.token[rows], "h": self.head[columns], "d": self.feature[columns]}
+        if any((p < 0).any() for p in parts.values()) or len(np.unique(ids)) != ids.size:
+            return None
+        return _name_axes(parts, ids.shape)
+
+
+def _name_axes(parts: dict[str, Array], shape: tuple[int, ...]) -> Axes:
+    names = []
+    for axis, size in enumerate(shape):
+        varying = [k for k, p in parts.items() if size > 1 and _varies(p, axis)]
+        # the part that changes at the first step is the minor one
+        varying.sort(key=lambda k: bool((np.diff(parts[k].take((0, 1), axis=axis), axis=axis) != 0).any()))
+        names.append("".join(varying))
+    missing = [k for k in "bhsd" if not any(k in n for n in names)]
+    for axis, name in enumerate(names):
+        if not name and missing:
+            names[axis] = missing.pop(0)
+    for key in missing:  # an axis of size 1 that was squeezed into its neighbour
+        minor = next(i for i, n in enumerate(names) if ("d" if key == "h" else "s") in n)
+        names[minor] = key + names[minor]
+    return tuple(names)
+
+
+def _seam(tracer: Tracer, value: Value, lookup: _Lookup, cached: bool) -> tuple[Value, Axes, float]:
+    """Walk up from the anchor over layout and scalar factors; prefer the last value with axes b, h, s, d."""
+    flow = tracer.flow
+    best: tuple[Value, Axes, float] | None = None
+    factor = 1.0
+    while True:
+        axes = _axes_at(tracer, value, lookup)
+        if axes is not None and (best is None or (axes == ("b", "h", "s", "d") != best[1])):
+            best = (value, axes, factor)
+            if axes == ("b", "h", "s", "d"):
+                break
+        node = flow.producer(value)
+        if node is None or projection_at(flow, value) is not None:
+            break
+        if node.op in PASS_THROUGH or (node.op in LAYOUT and len(data_operands(node)) == 1):
+            value = node.inputs[0]
+        elif node.op in {"Mul", "Div"} and (scalar := _scalar(flow, node)) is not None:
+            value, number = scalar
+            factor *= number
+        else:
+            break
+    if best is None:
+        raise NotUnderstood("no value on the way to the attention holds exactly the distinct heads")
+    return best
+
+
+def _scalar(flow: Flow, node: Node) -> tuple[Value, float] | None:
+    a, b = node.inputs[:2]
+    data, other = (a, b) if flow.data_dependent(a) else (b, a)
+    if flow.data_dependent(other) or flow.is_fed(other) or (node.op == "Div" and data != a):
+        return None
+    number = flow.value(other)
+    if number.size != 1:
+        return None
+    return data, float(number.reshape(())) if node.op == "Mul" else 1.0 / float(number.reshape(()))
+
+
+def _axes_at(tracer: Tracer, value: Value, lookup: _Lookup, pure: bool = False) -> Axes | None:
+    """Axes of any value on the path, cached tokens left out; None if it is not exactly the operand."""
+    try:
+        form = tracer.trace(value)
+    except Opaque:
+        return None
+    if pure and (len(form.ids) != 1 or (form.coefficients[0] != 1).any() or form.bias is not None):
+        return None
+    order = sorted(range(len(form.ids)), key=lambda t: int((form.ids[t] == 0).sum()))
+    ids = form.ids[order[0]]
+    sources = [s for s in tracer.source_of(ids) if s.kind != "input"]
+    if len(sources) != 1:
+        return None
+    mine = sources[0].holds(ids)
+    for axis in range(ids.ndim):
+        keep = mine.all(axis=tuple(a for a in range(ids.ndim) if a != axis))
+        if not keep.all() and keep.any() and not mine.take(np.flatnonzero(~keep), axis=axis).any():
+            ids = ids.take(np.flatnonzero(keep), axis=axis)
+            mine = mine.take(np.flatnonzero(keep), axis=axis)
+    return lookup.axes(ids, sources[0]) if mine.all() else None
+
+
+def _path(flow: Flow, start: Value, end: Value) -> tuple[int, ...]:
+    """Nodes on any route from `start` to `end`, shape subgraphs included, in order."""
+    below: set[Value] = {start}
+    path = []
+    for node in flow.ancestors(end, stop=lambda n: start in n.outputs):
+        if any(v in below for v in node.inputs):
+            below.update(node.outputs)
+            path.append(node.index)
+    return tuple(path)
+
+
+def _stem(
+    tracer: Tracer, projection: Projection, path: tuple[int, ...], lookup: _Lookup, norm: Norm | None
+) -> tuple[Value, Axes]:
+    """The last pure re-layout of the projection that everything further down the path reads."""
+    flow = tracer.flow
+    best: tuple[Value, Axes] | None = None
+    axes = _axes_at(tracer, projection.output, lookup, pure=True)
+    if axes is not None:
+        best = (projection.output, axes)
+    nodes = [flow.nodes[i] for i in path]
+    for position, node in enumerate(nodes):
+        for value in node.outputs:
+            if not value or not _is_gate(flow, nodes[position + 1 :], value, projection.output):
+                continue
+            axes = _axes_at(tracer, value, lookup, pure=True)
+            if axes is not None and (best is None or not (_plain(best[1]) and not _plain(axes))):
+                best = (value, axes)
+    if best is None:
+        raise NotUnderstood("the operand's heads are never separate from other features before they are changed")
+    return best
+
+
+def _plain(axes: Axes) -> bool:
+    return all(len(a) == 1 for a in axes)
+
+
+def _is_gate(flow: Flow, later: list[Node], value: Value, origin: Value) -> bool:
+    """No later node of the path reads the projection's elements except through `value`."""
+    allowed = {value}
+    for node in later:
+        if any(v in allowed for v in node.inputs):
+            allowed.update(node.outputs)
+        elif any(flow.data_dependent(v) for v in node.inputs if v) and flow.data_dependent(node.outputs[0]):
+            continue
+    for node in later:
+        reads = [v for v in node.inputs if v and flow.data_dependent(v)]
+        mixed = [v for v in reads if v not in allowed]
+        if any(v in allowed for v in reads) and mixed and origin:
+            return False
+    return True

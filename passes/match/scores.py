@@ -1,0 +1,365 @@
+"""From an anchor (a softmax, or a fused attention operator) to its contractions and everything between.
+
+Nothing here knows where operands come from; that is `operands`. A step that is not understood raises
+`NotUnderstood` for a real attention, `Unrelated` for a softmax that mixes no tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from passes.dataflow import CONTRACTIONS, Array, Flow, Node, Value
+from passes.provenance import PASS_THROUGH
+from passes.site import Modifier
+
+FUSED_ANCHORS = frozenset({"Attention", "GroupedQueryAttention"})
+FOREIGN_ANCHORS = frozenset({"MultiHeadAttention", "PackedAttention", "SparseAttention", "DecoderMaskedMultiHeadAttention"})
+
+
+class NotUnderstood(Exception):
+    """An attention with a step that matching does not understand; the message is the refusal's reason."""
+
+
+class Unrelated(Exception):
+    """A softmax that is no attention; the message says what it is instead."""
+
+
+@dataclass(frozen=True)
+class OperandView:
+    """An operand where the anchor reads it.
+
+    Attributes:
+        value: its name.
+        token_axis, feature_axis: which axes are tokens and features.
+        heads: set if the feature axis holds this many heads side by side (fused operators with 3-D inputs).
+    """
+
+    value: Value
+    token_axis: int
+    feature_axis: int
+    heads: int | None = None
+
+
+@dataclass(frozen=True)
+class ScorePath:
+    """One anchor, from operands to output.
+
+    Attributes:
+        q, k, v: the operands.
+        scale: factor on q·k; modifiers follow in order.
+        scores: softmax input, None if fused.
+        output: the attention output per head, with its axes in `output_view`.
+        nodes: indices of the contractions, modifiers and softmax.
+    """
+
+    anchor: Node
+    q: OperandView
+    k: OperandView
+    v: OperandView
+    scale: float
+    modifiers: tuple[Modifier, ...]
+    scores: Value | None
+    output_view: OperandView
+    nodes: tuple[int, ...]
+    masked_rows_are_zero: bool = False
+    past: tuple[Value, Value] | None = None
+
+
+def anchors(flow: Flow) -> list[Node]:
+    """Every node that could be the heart of an attention, in execution order."""
+    return [n for n in flow.nodes if n.op == "Softmax" or n.op in FUSED_ANCHORS | FOREIGN_ANCHORS]
+
+
+def score_path(flow: Flow, anchor: Node) -> ScorePath:
+    """Read one anchor. Raises NotUnderstood or Unrelated."""
+    if anchor.domain == "com.microsoft" or anchor.op in FOREIGN_ANCHORS:
+        raise NotUnderstood(f"the fused operator {anchor.domain}::{anchor.op} is not read yet")
+    if anchor.op in FUSED_ANCHORS:
+        return _fused(flow, anchor)
+    return _written_out(flow, anchor)
+
+
+def _fused(flow: Flow, anchor: Node) -> ScorePath:
+    q, k, v = anchor.inputs[:3]
+    mask = anchor.inputs[3] if len(anchor.inputs) > 3 else ""
+    if len(anchor.inputs) > 4 and any(anchor.inputs[4:]):
+        raise NotUnderstood("the attention operator keeps its own key/value cache (past_key, past_value inputs)")
+    if any(not flow.data_dependent(x) for x in (q, k, v)):
+        raise NotUnderstood("an operand of the attention operator passes no learned projection")
+    modifiers: list[Modifier] = []
+    if anchor.attrs.get("is_causal"):
+        modifiers.append(Modifier("causal"))
+    if softcap := float(anchor.attrs.get("softcap", 0.0)):
+        modifiers.append(Modifier("softcap", number=softcap))
+    if mask:
+        if flow.data_dependent(mask):
+            raise NotUnderstood("the score bias is computed from hidden states")
+        modifiers.append(_mask_or_bias(flow, mask))
+    heads, kv_heads = anchor.attrs.get("q_num_heads"), anchor.attrs.get("kv_num_heads")
+    flat = len(flow.shape(q)) == 3 and bool(heads)
+    default = (flow.shape(q)[-1] // (int(heads) if flat and heads else 1)) ** -0.5
+    scale = float(anchor.attrs.get("scale") or default)
+
+    def view(value: Value, count: int | None) -> OperandView:
+        return OperandView(value, -2, -1, int(count) if flat and count else None)
+
+    return ScorePath(
+        anchor, view(q, heads), view(k, kv_heads), view(v, kv_heads), scale, tuple(modifiers), None,
+        view(anchor.outputs[0], heads), (anchor.index,), masked_rows_are_zero=True,
+    )  # fmt: skip
+
+
+def _mask_or_bias(flow: Flow, value: Value) -> Modifier:
+    if flow.value(value).dtype == np.bool_:
+        return Modifier("mask", value, -np.inf)
+    return Modifier("bias", value, 1.0)
+
+
+def _written_out(flow: Flow, softmax: Node) -> ScorePath:
+    rank = len(flow.shape(softmax.inputs[0]))
+    axis = int(softmax.attrs.get("axis", -1))
+    mixes = _context(flow, softmax.outputs[0]) if axis in (-1, rank - 1) else None
+    try:
+        back = _Backward(flow).run(softmax.inputs[0])
+    except NotUnderstood as error:
+        if axis not in (-1, rank - 1):
+            raise Unrelated(f"a softmax over axis {axis} of {rank}") from error
+        if mixes is None or isinstance(mixes, str):
+            raise Unrelated(f"its result weighs no value tokens ({mixes or 'it reaches no contraction'})") from error
+        raise
+    if axis not in (-1, rank - 1):
+        raise NotUnderstood(f"softmax runs over axis {axis} of the scores, not over the last")
+    if mixes is None or isinstance(mixes, str):
+        raise NotUnderstood(f"the attention weights do not lead to one contraction with values: {mixes or 'no reader'}")
+    q, k, added = _qk_operands(flow, back.contraction)
+    first = () if added is None else (Modifier("bias", added, back.scale),)
+    return ScorePath(
+        softmax, q, k, mixes.v, back.scale, (*first, *reversed(back.modifiers)), softmax.inputs[0], mixes.output,
+        (back.contraction.index, *back.nodes, softmax.index, *mixes.nodes), mixes.zero_nan,
+    )  # fmt: skip
+
+
+@dataclass
+class _Backward:
+    """Walks from softmax up to the contraction of two data operands.
+
+    `scale` is the product of the factors met so far: it multiplies whatever is found further up.
+    """
+
+    flow: Flow
+    scale: float = 1.0
+    modifiers: list[Modifier] = field(default_factory=list)
+    nodes: list[int] = field(default_factory=list)
+    contraction: Node = field(init=False)
+
+    def run(self, value: Value) -> _Backward:
+        while True:
+            node = self.flow.producer(value)
+            if node is None or not self.flow.data_dependent(value):
+                raise Unrelated("its input does not depend on hidden states")
+            if self.flow.projection_operands(node) is not None:
+                raise Unrelated("it normalises a learned projection (a router or a classifier)")
+            if self._is_contraction(node):
+                self.contraction = node
+                return self
+            value = self._step(node)
+            self.nodes.append(node.index)
+
+    def _is_contraction(self, node: Node) -> bool:
+        if node.op == "Baddbmm":
+            return True
+        if node.op not in CONTRACTIONS:
+            return False
+        return len(node.inputs) >= 2 and all(self.flow.data_dependent(v) for v in node.inputs[:2])
+
+    def _step(self, node: Node) -> Value:
+        if node.op in PASS_THROUGH:
+            return node.inputs[0]
+        if node.op == "Reshape" and _keeps_last_two(self.flow, node):
+            return node.inputs[0]
+        if node.op in {"Add", "Sub", "Mul", "Div"}:
+            return self._arithmetic(node)
+        if node.op in {"Where", "MaskedFill"}:
+            return self._masked(node)
+        if node.op == "Tanh":  # c * tanh(s): c is the scale met so far, and s is in units of c
+            self.modifiers.append(Modifier("softcap", number=self.scale))
+            return node.inputs[0]
+        if node.op == "Concat":
+            raise NotUnderstood("extra columns are appended to the scores (attention sinks)")
+        raise NotUnderstood(f"operator {node.op} between score and softmax is not understood")
+
+    def _arithmetic(self, node: Node) -> Value:
+        score, other = _split_operands(self.flow, node)
+        number = self.flow.value(other)
+        if node.op in {"Mul", "Div"}:
+            if number.size != 1 or self.flow.is_fed(other):
+                raise NotUnderstood("scores are multiplied by a tensor (a head mask or a learned temperature)")
+            if node.op == "Div" and node.inputs[0] != score:
+                raise NotUnderstood("scores are a divisor")
+            self.scale *= float(number.reshape(())) if node.op == "Mul" else 1.0 / float(number.reshape(()))
+            return score
+        if node.op == "Sub" and node.inputs[0] != score:
+            raise NotUnderstood("scores are subtracted from a tensor")
+        self.modifiers.append(Modifier("bias", other, -self.scale if node.op == "Sub" else self.scale))
+        return score
+
+    def _masked(self, node: Node) -> Value:
+        if node.op == "MaskedFill":
+            score, condition, fill = node.inputs[0], node.inputs[1], node.inputs[2]
+            keeps = False
+        else:
+            condition, yes, no = node.inputs
+            keeps = self.flow.data_dependent(yes)
+            score, fill = (yes, no) if keeps else (no, yes)
+            if self.flow.data_dependent(yes) and self.flow.data_dependent(no):
+                raise NotUnderstood("two scores are selected by a mask")
+        if self.flow.data_dependent(condition):
+            raise NotUnderstood("the mask is computed from hidden states")
+        filled = self.flow.value(fill)
+        if filled.size != 1:
+            raise NotUnderstood("masked scores are filled with a tensor instead of one number")
+        self.modifiers.append(Modifier("mask" if keeps else "unmask", condition, float(filled.reshape(())) * self.scale))
+        return score
+
+def _split_operands(flow: Flow, node: Node) -> tuple[Value, Value]:
+    """(score, other); refuses a second operand that depends on hidden states."""
+    a, b = node.inputs[:2]
+    deep = flow.data_dependent(a), flow.data_dependent(b)
+    if all(deep):
+        raise NotUnderstood(
+            "the score bias is computed from hidden states (content-dependent positions); "
+            "only biases from masks and positions can be kept"
+        )
+    return (a, b) if deep[0] else (b, a)
+
+
+def _keeps_last_two(flow: Flow, node: Node) -> bool:
+    before, after = flow.shape(node.inputs[0]), flow.shape(node.outputs[0])
+    return len(before) >= 2 and before[-2:] == after[-2:]
+
+
+def _qk_operands(flow: Flow, node: Node) -> tuple[OperandView, OperandView, Value | None]:
+    if node.op == "Baddbmm":
+        bias, a, b = node.inputs[:3]
+        if flow.data_dependent(bias):
+            raise NotUnderstood("the score bias is computed from hidden states")
+        return OperandView(a, -2, -1), OperandView(b, -1, -2), bias
+    a, b = node.inputs[:2]
+    if node.op == "MatMul":
+        return OperandView(a, -2, -1), OperandView(b, -1, -2), None
+    if node.op == "Einsum":
+        first, second, result = einsum_terms(node)
+        shared = [c for c in first if c in second and c not in result]
+        own_a = [c for c in first if c not in second and c in result]
+        own_b = [c for c in second if c not in first and c in result]
+        if len(shared) == len(own_a) == len(own_b) == 1 and result[-2:] == own_a[0] + own_b[0]:
+            view_a = OperandView(a, first.index(own_a[0]), first.index(shared[0]))
+            return view_a, OperandView(b, second.index(own_b[0]), second.index(shared[0])), None
+        if len(shared) == len(own_a) == len(own_b) == 1 and result[-2:] == own_b[0] + own_a[0]:
+            view_a = OperandView(a, first.index(own_a[0]), first.index(shared[0]))
+            return OperandView(b, second.index(own_b[0]), second.index(shared[0])), view_a, None
+    raise NotUnderstood(f"scores come from a {node.op} whose axes are not understood")
+
+
+def einsum_terms(node: Node) -> tuple[str, str, str]:
+    """The two input terms and the output term of an Einsum's equation, without blanks."""
+    equation = str(node.attrs.get("equation", "")).replace(" ", "")
+    inputs, _, result = equation.partition("->")
+    terms = inputs.split(",")
+    if len(terms) != 2 or "." in equation or not result:
+        raise NotUnderstood(f"einsum {equation!r} is not understood")
+    return terms[0], terms[1], result
+
+
+@dataclass(frozen=True)
+class _Mix:
+    v: OperandView
+    output: OperandView
+    nodes: tuple[int, ...]
+    zero_nan: bool
+
+
+def _context(flow: Flow, value: Value) -> _Mix | str | None:
+    """Follow the attention weights to their contraction with values; a string says why that failed."""
+    nodes: list[int] = []
+    zero_nan = False
+    while True:
+        if value in flow.outputs:
+            return "the attention weights are an output of the model"
+        readers = list(flow.consumers(value))
+        tests = [n for n in readers if n.op == "IsNaN"]
+        rest = [n for n in readers if n not in tests]
+        if len(rest) != 1:
+            return f"{len(rest)} readers: {', '.join(sorted({n.op for n in rest}))}" if rest else None
+        node = rest[0]
+        nodes += [n.index for n in tests]
+        nodes.append(node.index)
+        if node.op in CONTRACTIONS:
+            return _value_operand(flow, node, value, tuple(nodes), zero_nan)
+        if node.op in PASS_THROUGH or (node.op == "Reshape" and _keeps_last_two(flow, node)):
+            value = node.outputs[0]
+        elif node.op in {"Where", "MaskedFill"} and tests and _replaces_nan(flow, node):
+            zero_nan, value = True, node.outputs[0]
+        else:
+            return f"operator {node.op} reads them"
+
+
+def _replaces_nan(flow: Flow, node: Node) -> bool:
+    fill = node.inputs[1] if node.op == "Where" else node.inputs[2]
+    return not flow.data_dependent(fill) and not np.any(flow.value(fill))
+
+
+def _value_operand(flow: Flow, node: Node, weights: Value, nodes: tuple[int, ...], zero_nan: bool) -> _Mix | str:
+    a, b = node.inputs[:2]
+    other = b if a == weights else a
+    if not flow.data_dependent(other):
+        return "they are multiplied by a constant matrix"
+    if node.op == "MatMul" and a == weights:
+        return _Mix(OperandView(b, -2, -1), OperandView(node.outputs[0], -2, -1), nodes, zero_nan)
+    if node.op == "Einsum":
+        try:
+            first, second, result = einsum_terms(node)
+        except NotUnderstood as error:
+            return str(error)
+        mine, theirs = (first, second) if a == weights else (second, first)
+        query, key = mine[-2], mine[-1]
+        features = [c for c in theirs if c not in mine]
+        if key in theirs and key not in result and len(features) == 1 and query in result:
+            view = OperandView(other, theirs.index(key), theirs.index(features[0]))
+            out = OperandView(node.outputs[0], result.index(query), result.index(features[0]))
+            return _Mix(view, out, nodes, zero_nan)
+    return f"a {node.op} whose axes are not understood reads them"
+
+
+def total_bias(flow: Flow, modifiers: tuple[Modifier, ...], shape: tuple[int, int, int, int]) -> Array:
+    """All additive and masking modifiers as one float64 tensor of `shape` [B, H, S, T]."""
+    bias = np.zeros(shape)
+    for modifier in modifiers:
+        bias = apply_modifier(flow, modifier, bias)
+    return bias
+
+
+def apply_modifier(flow: Flow, modifier: Modifier, scores: Array) -> Array:
+    """One modifier on scores [B, H, S, T], float64."""
+    if modifier.kind == "softcap":
+        assert modifier.number is not None
+        return np.asarray(modifier.number * np.tanh(scores / modifier.number))
+    if modifier.kind == "causal":
+        rows, columns = scores.shape[-2:]
+        keep = np.arange(columns)[None] <= np.arange(rows)[:, None] + (columns - rows)
+        return np.where(keep, scores, -np.inf)
+    assert modifier.value is not None and modifier.number is not None
+    operand = unfuse_heads(flow.value(modifier.value), scores.shape)
+    if modifier.kind == "bias":
+        return np.asarray(scores + operand.astype(np.float64) * modifier.number)
+    keep = operand.astype(bool) if modifier.kind == "mask" else ~operand.astype(bool)
+    return np.where(keep, scores, modifier.number)
+
+
+def unfuse_heads(array: Array, shape: tuple[int, ...]) -> Array:
+    """A mask written over a fused batch·head axis, as [B, H, S, T]."""
+    if array.ndim == 3 and array.shape[0] == shape[0] * shape[1] and array.shape[0] != 1:
+        return array.reshape(shape[0], shape[1], *array.shape[1:])
+    return array

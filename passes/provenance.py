@@ -1,0 +1,425 @@
+"""Where did each element come from? Answered by running the program's own layout operators on index tensors.
+
+A value is written as a sparse affine form over sources::
+
+    value[e] = sum_t coefficient_t[e] * SOURCE.flat[id_t[e]] + bias[e]
+
+Sources are outputs of learned projections, outputs of norms, and cached tensors fed to the program. Ids start
+at 1 and 0 means "no element", so operators that fill with zeros need no special case. Layout operators run
+unchanged on ids, coefficients and bias; scales, rotations and masks are then read off the numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from passes.dataflow import CONTRACTIONS, LAYOUT, Array, Flow, Node, Value
+
+NORMS = frozenset(
+    {"LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization", "LpNormalization", "GroupNormalization"}
+)
+PASS_THROUGH = frozenset({"Cast", "CastLike", "Identity", "Dropout"})
+
+NormKind = Literal["rms", "layer", "l2"]
+
+
+class Opaque(Exception):
+    """Provenance ends at a node whose effect on elements is not affine in one source.
+
+    Attributes:
+        node: where; None for a value that no node produces.
+    """
+
+    def __init__(self, reason: str, node: Node | None = None) -> None:
+        super().__init__(reason)
+        self.node = node
+
+
+@dataclass(frozen=True)
+class Source:
+    """One tensor whose elements ids point to: ``id - base`` is the flat index into `value`."""
+
+    value: Value
+    kind: Literal["projection", "norm", "input"]
+    shape: tuple[int, ...]
+    base: int
+    norm: NormKind | None = None
+    norm_input: Value | None = None
+
+    @property
+    def size(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    def holds(self, ids: Array) -> Array:
+        return (ids >= self.base) & (ids < self.base + self.size)
+
+
+@dataclass(frozen=True)
+class Form:
+    """The affine form of one value; all arrays have its shape. `bias` is None when it is zero everywhere."""
+
+    ids: tuple[Array, ...]
+    coefficients: tuple[Array, ...]
+    bias: Array | None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.ids[0].shape)
+
+    def scaled(self, factor: Array) -> Form:
+        shape = np.broadcast_shapes(self.shape, factor.shape)
+        wide = self.broadcast(shape)
+        bias = None if wide.bias is None else wide.bias * factor
+        return Form(wide.ids, tuple(c * factor for c in wide.coefficients), bias)
+
+    def broadcast(self, shape: tuple[int, ...]) -> Form:
+        if shape == self.shape:
+            return self
+        bias = None if self.bias is None else np.broadcast_to(self.bias, shape)
+        return Form(
+            tuple(np.broadcast_to(i, shape) for i in self.ids),
+            tuple(np.broadcast_to(c, shape) for c in self.coefficients),
+            bias,
+        )
+
+    def plus(self, other: Form) -> Form:
+        shape = np.broadcast_shapes(self.shape, other.shape)
+        a, b = self.broadcast(shape), other.broadcast(shape)
+        return Form(a.ids + b.ids, a.coefficients + b.coefficients, _sum(a.bias, b.bias))
+
+    def evaluate(self, flow: Flow, sources: Sequence[Source]) -> Array:
+        """The value this form denotes, float64, from the recorded sources."""
+        total = np.zeros(self.shape) if self.bias is None else np.array(self.bias, dtype=np.float64)
+        for ids, coefficients in zip(self.ids, self.coefficients, strict=True):
+            for source in sources:
+                here = source.holds(ids)
+                if here.any():
+                    flat = np.asarray(flow.value(source.value), dtype=np.float64).reshape(-1)
+                    total += np.where(here, flat[np.where(here, ids - source.base, 0)] * coefficients, 0.0)
+        return total
+
+
+def _sum(a: Array | None, b: Array | None) -> Array | None:
+    if a is None or b is None:
+        return b if a is None else a
+    return np.asarray(a + b)
+
+
+class Tracer:
+    """Computes forms, each once. One tracer serves all sites of a flow."""
+
+    def __init__(self, flow: Flow) -> None:
+        self.flow = flow
+        self.sources: list[Source] = []
+        self._forms: dict[Value, Form] = {}
+        self._next_id = 1
+
+    def source_of(self, ids: Array) -> list[Source]:
+        """The sources that these ids point into, in order of first registration."""
+        return [s for s in self.sources if s.holds(ids).any()]
+
+    def trace(self, value: Value) -> Form:
+        """The form of `value`. Raises Opaque where an operator is not understood."""
+        form = self._forms.get(value)
+        if form is None:
+            form = self._forms[value] = self._trace(value)
+        return form
+
+    def as_input(self, value: Value) -> Form:
+        """Treat a value fed to the program (a cache) as a source of its own."""
+        return self._register(value, "input")
+
+    def _register(
+        self,
+        value: Value,
+        kind: Literal["projection", "norm", "input"],
+        norm: NormKind | None = None,
+        norm_input: Value | None = None,
+    ) -> Form:
+        if value in self._forms:
+            return self._forms[value]
+        shape = self.flow.shape(value)
+        source = Source(value, kind, shape, self._next_id, norm, norm_input)
+        self._next_id += source.size
+        self.sources.append(source)
+        ids = np.arange(source.base, source.base + source.size, dtype=np.int64).reshape(shape)
+        form = self._forms[value] = Form((ids,), (np.ones(shape),), None)
+        return form
+
+    def _trace(self, value: Value) -> Form:
+        node = self.flow.producer(value)
+        if node is None:
+            raise Opaque("reaches a program input without passing a projection")
+        if projection_at(self.flow, value) is not None:
+            return self._register(value, "projection")
+        if node.op in NORMS:
+            return self._norm(node, value)
+        if node.op in PASS_THROUGH:
+            return self.trace(node.inputs[0])
+        if node.op in LAYOUT:
+            return self._layout(node, value)
+        if node.op in {"Add", "Sub", "Mul", "Div"}:
+            return self._arithmetic(node, value)
+        if node.op == "Neg":
+            return self.trace(node.inputs[0]).scaled(np.array(-1.0))
+        if node.op == "MaskedFill":
+            return self._masked_fill(node)
+        if node.op == "RotaryEmbedding":
+            return self._rotary_embedding(node)
+        raise Opaque(f"operator {node.op} between projection and score is not understood", node)
+
+    def _norm(self, node: Node, value: Value) -> Form:
+        kinds: dict[str, NormKind] = {"LayerNormalization": "layer", "LpNormalization": "l2"}
+        return self._register(value, "norm", kinds.get(node.op, "rms"), node.inputs[0])
+
+    def _layout(self, node: Node, value: Value) -> Form:
+        """Run the node on ids, on coefficients and on the bias of each operand that carries data."""
+        forms = {i: f for i, v in enumerate(node.inputs) if v and (f := self._operand(node, i)) is not None}
+        if not forms:
+            raise Opaque(f"{node.op} of values that no projection reaches", node)
+        which = node.outputs.index(value)
+        terms = max(len(f.ids) for f in forms.values())
+        width = range(terms)
+        ids = tuple(self._run(node, which, forms, lambda f, t=t: _term(f.ids, t, np.int64)) for t in width)
+        coefficients = tuple(
+            self._run(node, which, forms, lambda f, t=t: _term(f.coefficients, t, np.float64)) for t in width
+        )
+        bias = None
+        if any(f.bias is not None for f in forms.values()) or self._has_plain_operands(node, forms):
+            bias = self._run(
+                node, which, forms, lambda f: np.zeros(f.shape) if f.bias is None else f.bias, plain_as_bias=True
+            )
+            bias = bias if bias.any() else None
+        return Form(ids, coefficients, bias)
+
+    def _operand(self, node: Node, position: int) -> Form | None:
+        """Form of a data operand of a layout node; None for shapes, indices, constants and masks."""
+        value = node.inputs[position]
+        if position not in data_operands(node):
+            return None
+        if self.flow.data_dependent(value):
+            return self.trace(value)
+        if node.op == "Concat" and self.flow.is_fed(value) and (root := self._cache_root(value)) is not None:
+            if root not in self._forms:
+                self.as_input(root)
+            return self.trace(value)
+        return None
+
+    def _cache_root(self, value: Value) -> Value | None:
+        """The float program input that `value` is a mere re-layout of, or None."""
+        while (node := self.flow.producer(value)) is not None:
+            if node.op not in LAYOUT | PASS_THROUGH:
+                return None
+            value = node.inputs[0]
+        if value not in self.flow.inputs:
+            return None
+        array = self.flow.value(value)
+        return value if array.dtype.kind == "f" and array.ndim >= 3 else None
+
+    def _has_plain_operands(self, node: Node, forms: dict[int, Form]) -> bool:
+        return any(i not in forms for i in data_operands(node) if i < len(node.inputs) and node.inputs[i])
+
+    def _run(
+        self,
+        node: Node,
+        which: int,
+        forms: dict[int, Form],
+        pick: Callable[[Form], Array],
+        plain_as_bias: bool = False,
+    ) -> Array:
+        arguments: list[Array | None] = []
+        data = data_operands(node)
+        dtype = pick(next(iter(forms.values()))).dtype
+        for i, value in enumerate(node.inputs):
+            if i in forms:
+                arguments.append(pick(forms[i]))
+            elif not value:
+                arguments.append(None)
+            elif i in data:
+                plain = self.flow.value(value)
+                arguments.append(plain.astype(dtype) if plain_as_bias else np.zeros(plain.shape, dtype))
+            else:
+                arguments.append(self.flow.value(value))
+        return np.asarray(node.evaluate(arguments)[which])
+
+    def _arithmetic(self, node: Node, value: Value) -> Form:
+        a, b = node.inputs[:2]
+        deep = self.flow.data_dependent(a), self.flow.data_dependent(b)
+        if all(deep):
+            return self._two_data_operands(node, value)
+        if not any(deep):
+            raise Opaque(f"{node.op} of values that no projection reaches", node)
+        form, other = (self.trace(a), self.flow.value(b)) if deep[0] else (self.trace(b), self.flow.value(a))
+        constant = np.asarray(other, dtype=np.float64)
+        if node.op == "Mul":
+            return form.scaled(constant)
+        if node.op == "Div":
+            if not deep[0]:
+                raise Opaque("a constant divided by a projection is not affine", node)
+            return form.scaled(1.0 / constant)
+        sign = -1.0 if node.op == "Sub" else 1.0
+        if not deep[0]:  # constant - form
+            form = form.scaled(np.array(sign))
+            sign = 1.0
+        shape = np.broadcast_shapes(form.shape, constant.shape)
+        form = form.broadcast(shape)
+        return Form(form.ids, form.coefficients, _sum(form.bias, np.broadcast_to(sign * constant, shape)))
+
+    def _two_data_operands(self, node: Node, value: Value) -> Form:
+        norm = recognise_norm(self.flow, node)
+        if norm is not None:
+            kind, normed = norm
+            return self._register(value, "norm", kind, normed)
+        if node.op in {"Mul", "Div"}:
+            raise Opaque("the operand is multiplied by something computed from hidden states", node)
+        left, right = self.trace(node.inputs[0]), self.trace(node.inputs[1])
+        return left.plus(right if node.op == "Add" else right.scaled(np.array(-1.0)))
+
+    def _masked_fill(self, node: Node) -> Form:
+        form = self.trace(node.inputs[0])
+        keep = ~self.flow.value(node.inputs[1]).astype(bool)
+        return form.scaled(keep.astype(np.float64))
+
+    def _rotary_embedding(self, node: Node) -> Form:
+        """ONNX RotaryEmbedding (opset 23): y = x * cos + partner(x) * sin, written out on the form."""
+        form = self.trace(node.inputs[0])
+        cos, sin = (np.asarray(self.flow.value(v), dtype=np.float64) for v in node.inputs[1:3])
+        if len(node.inputs) > 3 and node.inputs[3]:
+            positions = self.flow.value(node.inputs[3]).astype(np.int64)
+            cos, sin = cos[positions], sin[positions]
+        return rotate(form, cos, sin, bool(node.attrs.get("interleaved", 0)), int(node.attrs.get("num_heads", 0)))
+
+
+def _term(arrays: tuple[Array, ...], index: int, dtype: type) -> Array:
+    return arrays[index] if index < len(arrays) else np.zeros(arrays[0].shape, dtype)
+
+
+def data_operands(node: Node) -> range | tuple[int, ...]:
+    """Positions of the inputs that a layout node takes elements from (not shapes, indices or conditions)."""
+    if node.op == "Concat":
+        return range(len(node.inputs))
+    if node.op == "Where":
+        return (1, 2)
+    if node.op in {"ScatterND", "ScatterElements"}:
+        return (0, 2)
+    if node.op in {"SliceScatter", "SelectScatter"}:
+        return (0, 1)
+    return (0,)
+
+
+def projection_at(flow: Flow, value: Value) -> tuple[Node, Value | None] | None:
+    """(contraction, bias value) if `value` is a learned projection's complete output, bias included.
+
+    A contraction whose only reader adds a constant vector is one source with it: a bias that is added
+    before a rotation gets rotated.
+    """
+    node = flow.producer(value)
+    if node is None:
+        return None
+    if flow.projection_operands(node) is not None:
+        readers = flow.consumers(value)
+        if len(readers) == 1 and _bias_of(flow, readers[0], value) is not None:
+            return None
+        bias = node.inputs[2] if node.op in {"Gemm", "Linear"} and len(node.inputs) > 2 and node.inputs[2] else None
+        return node, bias
+    if node.op == "Add":
+        for matrix in node.inputs:
+            inner = flow.producer(matrix)
+            if inner is not None and flow.projection_operands(inner) is not None:
+                bias = _bias_of(flow, node, matrix)
+                if bias is not None and len(flow.consumers(matrix)) == 1:
+                    return inner, bias
+    return None
+
+
+def _bias_of(flow: Flow, node: Node, matrix: Value) -> Value | None:
+    if node.op != "Add" or matrix not in node.inputs:
+        return None
+    other = node.inputs[1 - node.inputs.index(matrix)]
+    if not flow.is_constant(other):
+        return None
+    shape = flow.shape(other)
+    features = flow.shape(matrix)[-1]
+    return other if shape and shape[-1] == features and int(np.prod(shape)) == features else None
+
+
+def recognise_norm(flow: Flow, node: Node) -> tuple[NormKind, Value] | None:
+    """(kind, normed value) if this Mul or Div is where a norm written out in parts leaves its input.
+
+    Decided on recorded numbers: the result's rows must be the input's rows, centred or not, over their
+    root mean square or length.
+    """
+    if node.op not in {"Mul", "Div"}:
+        return None
+    for position in (0, 1) if node.op == "Mul" else (0,):
+        statistic = flow.value(node.inputs[1 - position])
+        operand = node.inputs[position]
+        array = np.asarray(flow.value(operand), dtype=np.float64)
+        if statistic.ndim != array.ndim or statistic.shape[-1] != 1 or array.shape[-1] == 1:
+            continue
+        result = np.asarray(flow.value(node.outputs[0]), dtype=np.float64)
+        for kind in ("rms", "l2"):
+            if _is_normed(result, array, kind):
+                centred = _centred_from(flow, operand)
+                if centred is not None and kind == "rms":
+                    return "layer", centred
+                return ("rms" if kind == "rms" else "l2"), operand
+    return None
+
+
+def _is_normed(result: Array, array: Array, kind: str) -> bool:
+    energy = (array * array).mean(-1) if kind == "rms" else (array * array).sum(-1)
+    after = (result * result).mean(-1) if kind == "rms" else (result * result).sum(-1)
+    # x / sqrt(m + eps) has mean square m / (m + eps): one eps must explain every row
+    with np.errstate(divide="ignore", invalid="ignore"):
+        epsilon = energy / after - energy
+    return bool(np.isfinite(epsilon).all() and (np.abs(epsilon) <= 1e-3 * energy + 2e-5).all())
+
+
+def _centred_from(flow: Flow, value: Value) -> Value | None:
+    node = flow.producer(value)
+    if node is None or node.op != "Sub" or not flow.data_dependent(node.inputs[1]):
+        return None
+    inner = np.asarray(flow.value(node.inputs[0]), dtype=np.float64)
+    centred = np.asarray(flow.value(value), dtype=np.float64)
+    scale = np.abs(inner).max() + 1e-12
+    return node.inputs[0] if np.abs(inner - inner.mean(-1, keepdims=True) - centred).max() < 1e-5 * scale else None
+
+
+def rotate(form: Form, cos: Array, sin: Array, interleaved: bool, num_heads: int) -> Form:
+    """Apply a rotary embedding with caches [B, S, r/2] to a form [B, H, S, D] or [B, S, H * D]."""
+    flat = len(form.shape) == 3
+    split = form
+    if flat:
+        batch, length, features = form.shape
+        shape = (batch, length, num_heads, features // num_heads)
+        split = _map(form, lambda a: a.reshape(shape).transpose(0, 2, 1, 3))
+    half = cos.shape[-1]
+    pairs = np.arange(2 * half)
+    if interleaved:
+        partner, slot = pairs ^ 1, pairs // 2
+        first = pairs % 2 == 0
+    else:
+        partner, slot = (pairs + half) % (2 * half), pairs % half
+        first = pairs < half
+    rest = np.arange(2 * half, split.shape[-1])
+    tail = (*cos.shape[:-1], len(rest))
+    own = np.concatenate([cos[..., slot], np.ones(tail)], -1)[:, None]
+    other = np.concatenate([np.where(first, -1.0, 1.0) * sin[..., slot], np.zeros(tail)], -1)[:, None]
+    index = np.concatenate([partner, rest])
+    turned = split.scaled(own).plus(_map(split, lambda a: a[..., index]).scaled(other))
+    if not flat:
+        return turned
+    return _map(turned, lambda a: a.transpose(0, 2, 1, 3).reshape(form.shape))
+
+
+def _map(form: Form, move: Callable[[Array], Array]) -> Form:
+    bias = None if form.bias is None else move(form.bias)
+    return Form(tuple(move(i) for i in form.ids), tuple(move(c) for c in form.coefficients), bias)
+
+
+__all__ = ["CONTRACTIONS", "Form", "Opaque", "Source", "Tracer", "data_operands", "projection_at", "recognise_norm"]

@@ -1,0 +1,159 @@
+"""Replay: recompute an attention from its description alone and compare with what the program computed.
+
+A description that does not reproduce the recorded operands, scores and output is wrong, whatever it looks
+like. Tolerances follow the dtype the program computes in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from passes.dataflow import Array, Flow
+from passes.match.operands import Tokens, Traced
+from passes.match.scores import OperandView, ScorePath, apply_modifier
+from passes.site import Projection
+
+TOLERANCES = {"float64": 1e-4, "float32": 1e-4, "float16": 2e-2, "bfloat16": 6e-2}
+"""Largest relative error by dtype; half precisions round rotations twice."""
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Relative errors of one replay, worst element over the tensor's largest magnitude."""
+
+    q: float
+    k: float
+    v: float
+    scores: float
+    output: float
+
+    @property
+    def worst(self) -> float:
+        return max(self.q, self.k, self.v, self.scores, self.output)
+
+
+def replay(flow: Flow, path: ScorePath, q: Traced, k: Traced, v: Traced) -> Replay:
+    """Recompute q, k, v from weights and maps, then scores and output, on the flow's recording."""
+    mine = [rebuild(flow, t) for t in (q, k, v)]
+    seen = [recorded(flow, view, t.tokens) for view, t in ((path.q, q), (path.k, k), (path.v, v))]
+    errors = [
+        max(relative(m, s[:, :, t.tokens.new]), _norm_error(flow, t))
+        for m, s, t in zip(mine, seen, (q, k, v), strict=True)
+    ]
+    heads = mine[0].shape[1]
+    keys, values = (
+        _spread(np.concatenate([s[:, :, : t.tokens.new.start], m], axis=2), heads)
+        for m, s, t in zip(mine[1:], seen[1:], (k, v), strict=True)
+    )
+    scores = np.einsum("bhsd,bhtd->bhst", mine[0], keys) * path.scale
+    for modifier in path.modifiers:
+        scores = apply_modifier(flow, modifier, scores)
+    scores = _as_computed(scores, flow.dtype)
+    score_error = 0.0
+    if path.scores is not None:
+        seen_scores = np.asarray(flow.value(path.scores), dtype=np.float64)
+        score_error = relative(*_shown(scores, seen_scores.reshape(scores.shape)))
+    output = np.einsum("bhst,bhtd->bhsd", softmax(scores), values)
+    seen_output = recorded(flow, path.output_view, q.tokens)
+    return Replay(errors[0], errors[1], errors[2], score_error, _output_error(output, seen_output, scores))
+
+
+def rebuild(flow: Flow, traced: Traced) -> Array:
+    """[B, H, T, D] of new tokens, from the projection's input and weight, the columns and the rotation."""
+    operand, tokens = traced.operand, traced.tokens
+    projected = project(flow, operand.projection)
+    if operand.norm is not None:
+        projected = _normed(flow, traced, projected)
+    rows, columns = tokens.rows, tokens.columns
+    out = projected[rows[:, None, :, None], columns[None, :, None, :]] * tokens.own[:, None]
+    if tokens.other is not None and operand.rotary is not None:
+        partner = columns[:, np.asarray(operand.rotary.partner)]
+        out = out + projected[rows[:, None, :, None], partner[None, :, None, :]] * tokens.other[:, None]
+    return out if tokens.offset is None else out + tokens.offset
+
+
+def project(flow: Flow, projection: Projection) -> Array:
+    """[rows, features], float64: the projection applied to its recorded input."""
+    x = np.asarray(flow.value(projection.input), dtype=np.float64)
+    w = np.asarray(flow.value(projection.weight), dtype=np.float64)
+    out = x.reshape(-1, x.shape[-1]) @ (w.T if projection.out_first else w)
+    if projection.bias is not None:
+        out = out + np.asarray(flow.value(projection.bias), dtype=np.float64).reshape(-1)
+    return np.asarray(out)
+
+
+def _normed(flow: Flow, traced: Traced, projected: Array) -> Array:
+    """The norm's recorded output, laid out like the projection's."""
+    assert traced.operand.norm is not None and traced.tokens.normed is not None
+    rows, columns = traced.tokens.normed
+    out = np.full(projected.shape, np.nan)
+    out[rows, columns] = np.asarray(flow.value(traced.operand.norm.output), dtype=np.float64).reshape(-1)
+    return out
+
+
+def _norm_error(flow: Flow, traced: Traced) -> float:
+    """What enters the norm against the projection it is said to come from."""
+    if traced.operand.norm is None or traced.tokens.normed is None:
+        return 0.0
+    seen = np.asarray(flow.value(traced.operand.norm.input), dtype=np.float64).reshape(-1)
+    return relative(project(flow, traced.operand.projection)[traced.tokens.normed], seen)
+
+
+def _spread(array: Array, heads: int) -> Array:
+    """Key/value heads as `heads` query heads read them."""
+    return array[:, np.arange(heads) * array.shape[1] // heads]
+
+
+def recorded(flow: Flow, view: OperandView, tokens: Tokens) -> Array:
+    """The anchor's recorded operand as [B, H, T, D]."""
+    array = np.asarray(flow.value(view.value), dtype=np.float64)
+    if view.heads:
+        return array.reshape(*array.shape[:-1], view.heads, -1).transpose(0, 2, 1, 3)
+    array = np.moveaxis(array, (view.token_axis, view.feature_axis), (-2, -1))
+    lead, heads = tokens.axes[:-2], len(tokens.columns)
+    tail = array.shape[-2:]
+    if lead == ("b", "h"):
+        return array
+    if lead == ("h", "b"):
+        return array.swapaxes(0, 1)
+    if lead == ("b",):
+        return array[:, None]
+    if lead == ("bh",):
+        return array.reshape(-1, heads, *tail)
+    return array.reshape(heads, -1, *tail).swapaxes(0, 1)
+
+
+def softmax(scores: Array) -> Array:
+    """Over the last axis; rows that are masked everywhere give zeros."""
+    top = scores.max(-1, keepdims=True)
+    top = np.where(np.isfinite(top), top, 0.0)
+    weights = np.exp(scores - top)
+    total = weights.sum(-1, keepdims=True)
+    return np.asarray(np.divide(weights, total, out=np.zeros_like(weights), where=total > 0))
+
+
+def _as_computed(scores: Array, dtype: str) -> Array:
+    """Round to the program's range: rows that are masked everywhere rely on how float32 absorbs small numbers."""
+    return scores.astype(np.float32).astype(np.float64) if dtype != "float64" else scores
+
+
+def _shown(a: Array, b: Array) -> tuple[Array, Array]:
+    shown = (a > -1e30) & (b > -1e30)
+    return np.where(shown, a, 0.0), np.where(shown, b, 0.0)
+
+
+def _output_error(mine: Array, seen: Array, scores: Array) -> float:
+    """Rows that are masked everywhere are left out: programs disagree on them (NaN, zeros, a uniform mean)."""
+    alive = (scores > -1e4).any(-1)
+    return relative(mine[alive], seen[alive])
+
+
+def relative(mine: Array, seen: Array) -> float:
+    """Largest difference over the largest recorded magnitude; infinite if shapes or finiteness differ."""
+    if mine.shape != seen.shape or not np.isfinite(mine).all():
+        return float("inf")
+    if mine.size == 0:
+        return 0.0
+    return float(np.abs(mine - seen).max() / max(float(np.abs(seen).max()), 1e-6))

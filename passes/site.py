@@ -1,0 +1,186 @@
+"""What matching yields: attention sites, refusals, and softmaxes that are no attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from passes.dataflow import Array, Value
+
+Role = Literal["q", "k", "v"]
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A learned linear map: ``output[..., c] = input @ W[c] + bias[c]``.
+
+    Attributes:
+        node: index of the contraction in the flow.
+        input, output: activations before, and after the bias; the last axis is the feature axis.
+        weight: value name of the matrix as the contraction reads it.
+        out_first: True if that matrix is [out, in], False if it is [in, out].
+        bias: value name of the bias, None if there is none.
+        features: number of output features (all columns, also those of other operands of a fused projection).
+    """
+
+    node: int
+    input: Value
+    output: Value
+    weight: Value
+    out_first: bool
+    bias: Value | None
+    features: int
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """A rotation of feature pairs that depends on position only.
+
+    Attributes:
+        kind: "half" pairs (i, i + d/2), "interleaved" pairs (2i, 2i + 1), "partial" leaves features unrotated.
+        partner: for each feature its partner, itself where unrotated.
+    """
+
+    kind: Literal["half", "interleaved", "partial"]
+    partner: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A norm over each head's features (or over all of them) between projection and score.
+
+    Attributes:
+        kind: "rms", "layer" or "l2".
+        per_head: False if it spans the features of all heads, so that heads are not independent.
+    """
+
+    kind: Literal["rms", "layer", "l2"]
+    per_head: bool
+    input: Value
+    output: Value
+
+
+@dataclass(frozen=True)
+class Operand:
+    """How one operand of attention was made from one projection.
+
+    Attributes:
+        projection: where its elements come from.
+        columns: [heads, dim] column of the projection that feeds (head, feature), the rotation's own term;
+            for k and v one row per *distinct* head.
+        seam: the last value on the way to the anchor that holds exactly the distinct heads.
+        seam_axes: what each axis of the seam is, major first in fused axes, e.g. ("b", "h", "s", "d") or ("bh", "s", "d").
+        path: indices of the nodes from the projection's output to the seam, in order.
+        stem: the last value that is a pure re-layout of the projection and holds exactly the distinct heads; whatever
+            lies between stem and seam (norm, rotation, cache) treats heads alike and works on fewer of them.
+        stem_axes: as `seam_axes`.
+        rotary, norm: peeled on the way; None if absent.
+        past: program input concatenated before the new tokens; None without a cache.
+    """
+
+    projection: Projection
+    columns: Array
+    seam: Value
+    seam_axes: tuple[str, ...]
+    path: tuple[int, ...]
+    stem: Value
+    stem_axes: tuple[str, ...]
+    rotary: Rotary | None = None
+    norm: Norm | None = None
+    past: Value | None = None
+
+    @property
+    def heads(self) -> int:
+        return int(self.columns.shape[0])
+
+    @property
+    def dim(self) -> int:
+        return int(self.columns.shape[1])
+
+
+@dataclass(frozen=True)
+class Modifier:
+    """One step between score and softmax.
+
+    Attributes:
+        kind: "bias" adds ``number * value``; "mask" keeps scores where the boolean `value` is True, "unmask" where it
+            is False; "causal" needs no value; "softcap" is ``number * tanh(score / number)``.
+        value: name of the live tensor, broadcastable to [B, heads, S, T] (or [B * heads, S, T]).
+        number: factor of a bias, what masked scores become, or softcap's constant.
+    """
+
+    kind: Literal["bias", "mask", "unmask", "causal", "softcap"]
+    value: Value | None = None
+    number: float | None = None
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """One attention that replayed: rewriting it is understood.
+
+    Attributes:
+        group: for each query head the distinct key/value head it reads.
+        scale: total factor between the seams' q·k and the softmax input (before modifiers).
+        modifiers: in order from score to softmax.
+        output: the value that carries the attention output (per head, before heads are merged).
+        output_axes: as `Operand.seam_axes`.
+        merged: the first later value that holds the heads merged into one feature axis; the input of `out`.
+        out: output projection, None if there is none.
+        scores, probabilities: the values entering and leaving softmax; None if the anchor is a fused operator.
+        replay_error: worst relative error of the replay.
+        owner: the door's opaque id.
+    """
+
+    name: str
+    layer: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    group: tuple[int, ...]
+    q: Operand
+    k: Operand
+    v: Operand
+    scale: float
+    modifiers: tuple[Modifier, ...]
+    causal: bool
+    cross: bool
+    anchor: int
+    output: Value
+    output_axes: tuple[str, ...]
+    merged: Value | None
+    out: Projection | None
+    nodes: tuple[int, ...]
+    masked_rows_are_zero: bool = False
+    replay_error: float = 0.0
+    owner: str = ""
+
+    @property
+    def cached(self) -> bool:
+        return self.k.past is not None
+
+    @property
+    def qk_norm(self) -> bool:
+        return self.k.norm is not None or self.q.norm is not None
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """An attention that is there and will not be rewritten, and why, in words a person can act on."""
+
+    name: str
+    layer: int
+    reason: str
+    anchor: int
+    owner: str = ""
+    heads: int | None = None
+    head_dim: int | None = None
+
+
+@dataclass(frozen=True)
+class NotAttention:
+    """A softmax that mixes no tokens."""
+
+    name: str
+    reason: str
+    anchor: int

@@ -1,0 +1,104 @@
+"""Inputs to capture a PyTorch model with: the caller's, or defaults read off the model's own interface."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from rewriter.errors import UsageError
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+BATCH, LENGTH = 2, 11
+"""Sizes of default inputs; small, different from each other and from common head counts."""
+
+
+def prepare(module: torch.nn.Module, example_inputs: Any = None) -> Call:
+    """(args, kwargs) for one forward call.
+
+    `example_inputs` is a mapping of keyword tensors, a tensor, or a sequence of positional arguments; None asks
+    for defaults, which models with a Hugging Face style ``config`` and ``main_input_name`` have.
+    Raises UsageError when there are none.
+    """
+    if example_inputs is None:
+        args, kwargs = (), default_inputs(module)
+    elif isinstance(example_inputs, Mapping):
+        args, kwargs = (), dict(example_inputs)
+    elif isinstance(example_inputs, torch.Tensor):
+        args, kwargs = (example_inputs,), {}
+    elif isinstance(example_inputs, Sequence) and not isinstance(example_inputs, str):
+        args, kwargs = tuple(example_inputs), {}
+    else:
+        raise UsageError(
+            f"example_inputs is a {type(example_inputs).__name__}",
+            hint="pass a dict of keyword tensors, a tensor, or a tuple of positional arguments",
+        )
+    return args, {**kwargs, **_without_cache(module, kwargs)}
+
+
+def _parameters(module: torch.nn.Module) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(module.forward).parameters
+
+
+def _without_cache(module: torch.nn.Module, given: Mapping[str, Any]) -> dict[str, Any]:
+    """A cache object in the output cannot be exported, and says nothing about the layout."""
+    return {"use_cache": False} if "use_cache" in _parameters(module) and "use_cache" not in given else {}
+
+
+def default_inputs(module: torch.nn.Module, batch: int = BATCH, length: int = LENGTH) -> dict[str, torch.Tensor]:
+    """Random small inputs by the names that the module's forward takes."""
+    config = getattr(module, "config", None)
+    main = getattr(module, "main_input_name", None)
+    if config is None or main is None:
+        raise UsageError(
+            f"no default inputs for a {type(module).__name__}",
+            hint="pass example_inputs=(tensor, ...) or a dict of keyword tensors",
+        )
+    generator = torch.Generator().manual_seed(0)
+    names = _parameters(module)
+    inputs: dict[str, torch.Tensor] = {}
+    if main == "input_ids":
+        inputs["input_ids"] = _token_ids(config, batch, length, generator)
+        if "attention_mask" in names:
+            inputs["attention_mask"] = _padded_mask(batch, length)
+    elif main == "pixel_values":
+        inputs["pixel_values"] = _pixels(config, batch, generator).to(module.dtype)  # type: ignore[arg-type]
+    elif main == "input_features":
+        bins = int(getattr(config, "num_mel_bins", 80))
+        frames = 2 * int(getattr(config, "max_source_positions", 1500))
+        inputs["input_features"] = torch.randn(batch, bins, frames, generator=generator).to(module.dtype)  # type: ignore[arg-type]
+    else:
+        raise UsageError(f"no default for the input {main!r}", hint="pass example_inputs as a dict of keyword tensors")
+    if "decoder_input_ids" in names and getattr(config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = _token_ids(config, batch, max(2, length - 4), generator)
+    return inputs
+
+
+def _text_config(config: Any) -> Any:
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _token_ids(config: Any, batch: int, length: int, generator: torch.Generator) -> torch.Tensor:
+    """Ids that are no special tokens where the vocabulary leaves room."""
+    size = int(getattr(_text_config(config), "vocab_size", 32))
+    special = [t for t in (getattr(config, n, None) for n in ("pad_token_id", "eos_token_id", "bos_token_id")) if t]
+    ids = torch.randint(0, size, (batch, length), generator=generator)
+    reserved = torch.tensor([t for entry in special for t in (entry if isinstance(entry, list) else [entry])] or [-1])
+    return torch.where(torch.isin(ids, reserved), (ids + size // 2) % size, ids)
+
+
+def _padded_mask(batch: int, length: int) -> torch.Tensor:
+    """Ones with the end of every odd row masked: a mask that hides nothing would hide mistakes."""
+    mask = torch.ones(batch, length, dtype=torch.int64)
+    mask[1::2, length - 3 :] = 0
+    return mask
+
+
+def _pixels(config: Any, batch: int, generator: torch.Generator) -> torch.Tensor:
+    vision = getattr(config, "vision_config", config)
+    size = getattr(vision, "image_size", 224)
+    height, width = size if isinstance(size, (tuple, list)) else (size, size)
+    return torch.randn(batch, int(getattr(vision, "num_channels", 3)), height, width, generator=generator)

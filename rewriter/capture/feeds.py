@@ -1,0 +1,316 @@
+"""Plausible inputs for an ONNX graph, from nothing but the graph: sizes for open dimensions, values by role."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import isqrt
+from typing import Any, Literal
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from rewriter.capture.input_roles import Axis, InputRole, constant_array, input_roles
+from rewriter.errors import UnsupportedModel
+
+Array = NDArray[Any]
+MaskStyle = Literal["mixed", "ones"]
+
+_MASKED = -1e4
+"""What an additive mask holds where it masks; fits float16."""
+_UNKNOWN_BOUND = 8
+_LARGEST_ID = 1000
+_SPECIAL_IDS = 3
+"""The lowest ids usually mean padding, start and end; plausible text has none inside."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the open dimensions of one feed are."""
+
+    batch: int = 2
+    length: int = 7
+    past: int = 3
+
+    @property
+    def total(self) -> int:
+        return self.past + self.length
+
+    @property
+    def encoder(self) -> int:
+        return self.length + 2
+
+
+def make_feeds(
+    model: ir.Model,
+    *,
+    batch: int = 2,
+    length: int = 7,
+    past: int = 3,
+    seed: int = 0,
+    mask: MaskStyle = "mixed",
+) -> dict[str, Array]:
+    """Inputs that any transformer graph should accept, one array per graph input.
+
+    Declared sizes are respected; open dimensions become `batch`, `length`, `past` and what follows from them.
+    Ids stay below the tables that they index; masks of style "mixed" hide something in the last row and never
+    everything a query may see; positions go on behind the past.
+
+    Raises:
+        UnsupportedModel: an input is a sequence, an optional or a string, or has no declared rank.
+    """
+    _check_feedable(model)
+    roles = input_roles(model)
+    sizes = _respect_declared(roles, Sizes(batch, length, past))
+    symbols = _symbol_sizes(roles, sizes)
+    side = _image_side(model, roles)
+    rng = np.random.default_rng(seed)
+    feeds: dict[str, Array] = {}
+    for role in roles:
+        shape = _concrete_shape(role, sizes, symbols, side)
+        feeds[role.name] = _values(role, shape, sizes, mask, rng)
+    return feeds
+
+
+def candidate_sizes(model: ir.Model) -> list[tuple[int, int, int]]:
+    """(batch, length, past) to try in turn when a file has sizes baked in that it does not declare.
+
+    First the default, then sizes read off constants and declared shapes inside the graph, then usual trace sizes.
+    Sizes that the declared inputs do not allow are corrected, and duplicates dropped.
+    """
+    roles = input_roles(model)
+    has_past = any(role.kind == "past" for role in roles)
+    pasts = (3, 0) if has_past else (0,)
+    pairs = [(2, 7), (1, 7), *_baked_pairs(model), (1, 8), (2, 8), (1, 16), (1, 1), (1, 128)]
+    wanted = [Sizes(b, n, p) for b, n in pairs for p in pasts]
+    fitted = [_respect_declared(roles, sizes) for sizes in wanted]
+    return list(dict.fromkeys((s.batch, s.length, s.past) for s in fitted))
+
+
+def _check_feedable(model: ir.Model) -> None:
+    known = {role.name for role in input_roles(model)}
+    for value in model.graph.inputs:
+        if value.name in model.graph.initializers:
+            continue
+        if value.name not in known:
+            raise UnsupportedModel(
+                f"input {value.name!r} is no plain tensor",
+                hint="export the model with tensor inputs only",
+            )
+        if value.shape is None:
+            raise UnsupportedModel(
+                f"input {value.name!r} declares no shape",
+                hint="export the model with input shapes; dimensions may be symbolic",
+            )
+
+
+# --- sizes ---------------------------------------------------------------------------------------
+
+
+def _respect_declared(roles: tuple[InputRole, ...], sizes: Sizes) -> Sizes:
+    """`sizes`, corrected where an input declares its batch, length or past as a number."""
+    batch = _declared(roles, "batch", {"ids", "segments", "features", "past", "image", "audio", "wave"})
+    length = _declared(roles, "length", {"ids", "segments", "positions", "features"})
+    past = _declared(roles, "past", {"past"})
+    total = _declared(roles, "total", {"mask"})
+    fitted = Sizes(batch or sizes.batch, length or sizes.length, sizes.past if past is None else past)
+    if not any(role.kind == "past" for role in roles):
+        return Sizes(fitted.batch, length or total or fitted.length, 0)
+    if total is not None and past is None and total >= fitted.length:
+        return Sizes(fitted.batch, fitted.length, total - fitted.length)
+    return fitted
+
+
+def _declared(roles: tuple[InputRole, ...], axis: Axis, kinds: set[str]) -> int | None:
+    for role in roles:
+        for name, dim in zip(role.axes, role.shape, strict=True):
+            if name == axis and role.kind in kinds and isinstance(dim, int):
+                return dim
+    return None
+
+
+def _symbol_sizes(roles: tuple[InputRole, ...], sizes: Sizes) -> dict[str, int]:
+    """One size per symbol; inputs whose axes are surest decide first."""
+    order = ("past", "ids", "features", "segments", "positions", "image", "audio", "wave", "mask", "bias")
+    ranked = sorted(roles, key=lambda role: order.index(role.kind) if role.kind in order else len(order))
+    symbols: dict[str, int] = {}
+    for role in ranked:
+        for axis, dim in zip(role.axes, role.shape, strict=True):
+            if isinstance(dim, str) and dim not in symbols and _is_atom(dim):
+                size = _axis_size(_hinted(dim, axis), sizes, role)
+                if size is not None:
+                    symbols[dim] = size
+    return symbols
+
+
+def _is_atom(symbol: str) -> bool:
+    return not re.search(r"[-+*/()]", symbol)
+
+
+def _hinted(symbol: str, axis: Axis) -> Axis:
+    """Sequence-first inputs are told apart by what their symbols are called."""
+    name = symbol.lower()
+    if axis in {"length", "total", "channels"} and "batch" in name:
+        return "batch"
+    if axis == "batch" and re.search(r"seq|len|tokens", name):
+        return "length"
+    return axis
+
+
+def _axis_size(axis: Axis, sizes: Sizes, role: InputRole) -> int | None:
+    table = {
+        "batch": sizes.batch,
+        "length": sizes.length,
+        "past": sizes.past,
+        "total": sizes.total,
+        "encoder": sizes.encoder,
+        "channels": role.channels,
+        "samples": 3200,
+        "other": 1 if role.kind in {"mask", "bias"} else 2,
+    }
+    return table.get(axis)
+
+
+def _concrete_shape(role: InputRole, sizes: Sizes, symbols: Mapping[str, int], side: int) -> tuple[int, ...]:
+    shape: list[int] = []
+    for axis, dim in zip(role.axes, role.shape, strict=True):
+        if isinstance(dim, int):
+            shape.append(dim)
+            continue
+        size = _evaluate(dim, symbols) if dim is not None else None
+        if size is None:
+            size = _axis_size(axis, sizes, role)
+        shape.append(_open_size(axis, role, side) if size is None else size)
+    return tuple(shape)
+
+
+def _open_size(axis: Axis, role: InputRole, side: int) -> int:
+    """Sizes of axes that no argument names."""
+    return {"channels": 3 if role.kind == "image" else 16, "side": side, "frames": side}.get(axis, 1)
+
+
+def _evaluate(symbol: str, symbols: Mapping[str, int]) -> int | None:
+    """Size of a symbol or of an expression such as ``past + sequence``; None if something in it is unknown."""
+    if symbol in symbols:
+        return symbols[symbol]
+    if _is_atom(symbol):
+        return None
+    try:
+        result = ir.SymbolicDim(symbol).evaluate(symbols)
+    except (ValueError, TypeError, ZeroDivisionError):
+        return None
+    return result if isinstance(result, int) and result >= 0 else None
+
+
+def _image_side(model: ir.Model, roles: tuple[InputRole, ...]) -> int:
+    """Side of a square image, or audio frames, that fits the model's own position table; 224 if there is none."""
+    stride, width = 1, None
+    for node in model.graph:
+        if node.op_type == "Conv" and node.inputs[1] is not None and node.inputs[1].const_value is not None:
+            strides = node.attributes["strides"].as_ints() if "strides" in node.attributes else (1,)
+            stride, width = stride * strides[0], node.inputs[1].const_value.shape[0]
+            if any(role.kind == "image" for role in roles):
+                break
+    image = any(role.kind == "image" for role in roles)
+    for value in model.graph.initializers.values():
+        dims = [int(d) for d in value.shape.dims if isinstance(d, int)] if value.shape is not None else []
+        if len(dims) in {2, 3} and dims[-1] == width and (len(dims) == 2 or dims[0] == 1) and dims[-2] > 1:
+            if not image:
+                return dims[-2] * stride
+            for extra in (1, 0, 2):
+                root = isqrt(dims[-2] - extra)
+                if root > 0 and root * root == dims[-2] - extra:
+                    return root * stride
+    return 224 if image else 3000
+
+
+def _baked_pairs(model: ir.Model) -> list[tuple[int, int]]:
+    """(batch, length) pairs that reshape constants and declared inner shapes mention most often."""
+    votes: Counter[tuple[int, int]] = Counter()
+    for dims in _inner_shapes(model):
+        if len(dims) >= 3 and 0 < dims[0] <= 8 and 1 < dims[1] <= 4096:
+            votes[dims[0], dims[1]] += 1
+    return [pair for pair, _ in votes.most_common(4)]
+
+
+def _inner_shapes(model: ir.Model) -> Iterator[list[int]]:
+    for node in model.graph:
+        if node.op_type in {"Reshape", "Expand"} and node.inputs[1] is not None:
+            target = constant_array(node.inputs[1], 8)
+            if target is not None:
+                yield [int(d) for d in target.reshape(-1)]
+        for out in node.outputs:
+            if out.shape is not None and len(out.shape) >= 3:
+                yield [d if isinstance(d, int) else 0 for d in out.shape.dims]
+
+
+# --- values --------------------------------------------------------------------------------------
+
+
+def _values(role: InputRole, shape: tuple[int, ...], sizes: Sizes, mask: MaskStyle, rng: np.random.Generator) -> Array:
+    return _raw_values(role, shape, sizes, mask, rng).astype(role.dtype.numpy())
+
+
+def _raw_values(
+    role: InputRole, shape: tuple[int, ...], sizes: Sizes, mask: MaskStyle, rng: np.random.Generator
+) -> Array:
+    if role.kind in {"ids", "segments"}:
+        return _ids(role, shape, rng)
+    if role.kind == "positions":
+        first = sizes.past if "encoder" not in role.axes else 0
+        row = first + np.arange(shape[-1] if shape else 1)
+        return np.broadcast_to(row if role.bound is None else np.minimum(row, role.bound - 1), shape)
+    if role.kind == "mask":
+        return _mask(role, shape, mask, rng)
+    if role.kind == "past":
+        return rng.standard_normal(shape)
+    constant = {
+        "flag": int(sizes.past > 0),
+        "count": 1,
+        "past_length": sizes.past,
+        "total_length": sizes.total,
+        "last_index": sizes.total - 1,
+    }
+    if role.kind in constant:
+        return np.full(shape, constant[role.kind])
+    return rng.standard_normal(shape) * 0.5
+
+
+def _ids(role: InputRole, shape: tuple[int, ...], rng: np.random.Generator) -> Array:
+    unknown = 2 if role.kind == "segments" else _UNKNOWN_BOUND
+    high = unknown if role.bound is None else min(role.bound, _LARGEST_ID)
+    low = _SPECIAL_IDS if high > 2 * _SPECIAL_IDS and role.kind == "ids" else 0
+    values = rng.integers(low, high, shape)
+    # a box is (x0, y0, x1, y1), and its width and height index tables too
+    return np.sort(values, axis=-1) if len(shape) == 3 and shape[-1] == 4 else values
+
+
+def _mask(role: InputRole, shape: tuple[int, ...], style: MaskStyle, rng: np.random.Generator) -> Array:
+    keep = np.ones(shape, dtype=bool) if style == "ones" else _mixed(role, shape, rng)
+    if role.additive:
+        return np.where(keep, 0.0, _MASKED)
+    return ~keep if role.true_masks else keep
+
+
+def _mixed(role: InputRole, shape: tuple[int, ...], rng: np.random.Generator) -> Array:
+    """What may be seen: padding at the last row's end or, if the mask is per query, a random choice.
+
+    The choice includes key 0 and the query itself, so that causal models keep something too.
+    """
+    keep = np.ones(shape, dtype=bool)
+    if not shape or shape[-1] < 2:
+        return keep
+    if len(shape) == 1:
+        keep[-1] = False
+        return keep
+    if len(shape) == 2 and role.axes[0] != "length":
+        keep[-1, -max(1, shape[-1] // 4) :] = False
+        return keep
+    queries, keys = shape[-2:]
+    keep &= rng.random(shape) > 0.25
+    keep[..., 0] = True
+    keep |= np.arange(keys) == np.arange(queries)[:, None] + (keys - queries)
+    return keep

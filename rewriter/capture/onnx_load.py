@@ -1,0 +1,346 @@
+"""Opens an .onnx file safely: nothing is trusted, weights stay on disk until somebody reads them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+import onnx_ir as ir
+
+from rewriter.errors import InvalidModelFile, UnsupportedModel, UsageError
+
+if TYPE_CHECKING:
+    import onnx
+
+PROTOBUF_LIMIT = 2**31 - 1
+_GRAPH_FIELD, _OPSET_FIELD = 7, 8
+_LENGTH_DELIMITED = 2
+_FIXED_WIDTH = {1: 8, 5: 4}
+
+
+def load(path: str | Path) -> ir.Model:
+    """Open an .onnx file; external weights are mapped, not read.
+
+    Raises:
+        UsageError: there is no such file, or it cannot be read.
+        InvalidModelFile: the file is empty, cut off, no ONNX model, or its external data is missing, too short,
+            or lies outside the model's folder.
+        UnsupportedModel: the file uses a part of ONNX that would be lost (sparse initializers, training info).
+    """
+    path = Path(path)
+    proto = _parse(path)
+    _check_structure(proto, path.name)
+    _check_supported(proto, path.name)
+    data = _DataFolder(path)
+    for tensor in _tensors(proto):
+        _check_tensor(tensor, data, path.name)
+    model = _deserialize(proto, path.name)
+    ir.external_data.set_base_dir(model.graph, data.folder)
+    _follow_links(model, data)
+    return model
+
+
+def _follow_links(model: ir.Model, data: _DataFolder) -> None:
+    """Name the file itself where a link leads out of the folder to an allowed place; readers accept no such link."""
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            tensor = value.const_value
+            if isinstance(tensor, ir.ExternalTensor) and not data.holds(tensor.path):
+                folder, name = os.path.split(os.path.realpath(tensor.path))
+                value.const_value = ir.ExternalTensor(
+                    name, tensor.offset, tensor.length, tensor.dtype,
+                    shape=tensor.shape, name=tensor.name, base_dir=folder,
+                )  # fmt: skip
+
+
+def from_proto(proto: onnx.ModelProto) -> ir.Model:
+    """An `onnx_ir.Model` that shares the tensors of `proto`.
+
+    Raises:
+        InvalidModelFile: the proto holds no model, or a tensor does not hold what it declares.
+        UnsupportedModel: its weights are in external files that were not loaded, so that nobody knows where.
+    """
+    _check_structure(proto, "the model")
+    _check_supported(proto, "the model")
+    for tensor in _tensors(proto):
+        if _is_external(tensor):
+            raise UnsupportedModel(
+                f"the weights of {tensor.name!r} are in an external file",
+                hint="pass the path of the .onnx file, or load it with its external data",
+            )
+        _check_tensor(tensor, None, "the model")
+    return _deserialize(proto, "the model")
+
+
+def to_proto(model: ir.Model) -> onnx.ModelProto:
+    """A self-contained `onnx.ModelProto`: external weights are read in.
+
+    Raises:
+        UnsupportedModel: the model is larger than the 2 GB that one proto can hold.
+    """
+    values = [v for graph in model.graphs() for v in graph.initializers.values() if v.const_value is not None]
+    if sum(v.const_value.nbytes for v in values if v.const_value is not None) > PROTOBUF_LIMIT:
+        raise UnsupportedModel("the model is larger than 2 GB", hint="save it to a path, with external data")
+    kept = [v.const_value for v in values]
+    try:
+        for value in values:
+            tensor = value.const_value
+            if isinstance(tensor, ir.ExternalTensor):
+                value.const_value = ir.Tensor(tensor.numpy().copy(), name=tensor.name, dtype=tensor.dtype)
+        return ir.to_proto(model)
+    finally:
+        for value, tensor in zip(values, kept, strict=True):
+            value.const_value = tensor
+
+
+# --- the protobuf --------------------------------------------------------------------------------
+
+
+def _parse(path: Path) -> onnx.ModelProto:
+    import onnx
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped, unused-ignore]
+
+    _check_file(path)
+    proto = onnx.ModelProto()
+    try:
+        proto.ParseFromString(path.read_bytes())
+    except DecodeError as error:
+        raise InvalidModelFile(f"{path.name} is damaged: {error}", hint="export or download the model again") from error
+    return proto
+
+
+def _check_file(path: Path) -> None:
+    if not path.exists():
+        raise UsageError(f"no such file: {path}", hint="check the path")
+    if not path.is_file():
+        raise UsageError(f"{path} is no file", hint="give the path of an .onnx file")
+    try:
+        with path.open("rb") as file:
+            _check_wire_format(file, path)
+    except PermissionError as error:
+        raise UsageError(f"{path} cannot be read", hint="check the file's permissions") from error
+
+
+def _check_wire_format(file: IO[bytes], path: Path) -> None:
+    """Walk over the top-level fields without reading them; they must end where the file ends."""
+    size = os.fstat(file.fileno()).st_size
+    if size == 0:
+        raise InvalidModelFile(f"{path.name} is empty", hint="export or download the model again")
+    if size > PROTOBUF_LIMIT:
+        raise InvalidModelFile(f"{path.name} is larger than the 2 GB of one protobuf", hint="export with external data")
+    fields: set[int] = set()
+    while file.tell() < size:
+        tag = _varint(file)
+        if tag is None or not tag >> 3 or not _skip_field(file, tag & 7):
+            raise _not_onnx(path, fields)
+        fields.add(tag >> 3)
+        if file.tell() > size:
+            raise (
+                InvalidModelFile(
+                    f"{path.name} is cut off: {file.tell() - size:,} bytes are missing",
+                    hint="export or download the model again",
+                )
+                if fields & {_GRAPH_FIELD}
+                else _not_onnx(path, fields)
+            )
+    if _GRAPH_FIELD not in fields:
+        raise _not_onnx(path, fields)
+
+
+def _skip_field(file: IO[bytes], wire_type: int) -> bool:
+    if wire_type == 0:
+        return _varint(file) is not None
+    length = _varint(file) if wire_type == _LENGTH_DELIMITED else _FIXED_WIDTH.get(wire_type)
+    if length is None:
+        return False
+    file.seek(length, os.SEEK_CUR)
+    return True
+
+
+def _varint(file: IO[bytes]) -> int | None:
+    value = 0
+    for shift in range(0, 64, 7):
+        byte = file.read(1)
+        if not byte:
+            return None
+        value |= (byte[0] & 0x7F) << shift
+        if byte[0] < 0x80:
+            return value
+    return None
+
+
+def _not_onnx(path: Path, fields: set[int]) -> InvalidModelFile:
+    with path.open("rb") as file:
+        head = file.read(64)
+    if head.startswith(b"version https://git-lfs"):
+        return InvalidModelFile(f"{path.name} is a Git LFS pointer, not the model", hint="run: git lfs pull")
+    if 1 in fields or 2 in fields:
+        return InvalidModelFile(f"{path.name} is cut off or holds no graph", hint="export or download the model again")
+    return InvalidModelFile(f"{path.name} is no ONNX model", hint="give a file that an ONNX exporter wrote")
+
+
+def _check_structure(proto: onnx.ModelProto, name: str) -> None:
+    hint = "export the model again"
+    if not proto.HasField("graph"):
+        raise InvalidModelFile(f"{name} holds no graph", hint=hint)
+    if not proto.graph.output:
+        raise InvalidModelFile(f"the graph in {name} has no outputs", hint=hint)
+    if not proto.opset_import:
+        raise InvalidModelFile(f"{name} names no operator set", hint=hint)
+
+
+def _check_supported(proto: onnx.ModelProto, name: str) -> None:
+    if proto.training_info:
+        raise UnsupportedModel(f"{name} carries training information", hint="export it for inference")
+    if any(graph.sparse_initializer for graph in _graphs(proto.graph)):
+        raise UnsupportedModel(f"{name} stores weights in sparse form", hint="export it with dense weights")
+
+
+def _deserialize(proto: onnx.ModelProto, name: str) -> ir.Model:
+    try:
+        return ir.from_proto(proto)
+    except Exception as error:  # onnx_ir raises whatever its parts raise on malformed graphs
+        cause = error
+        while cause.__cause__ is not None and isinstance(cause.__cause__, Exception):
+            cause = cause.__cause__
+        raise InvalidModelFile(f"{name} is malformed: {cause}", hint="check it with onnx.checker") from error
+
+
+def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    todo = [graph]
+    while todo:
+        current = todo.pop()
+        yield current
+        for node in current.node:
+            for attribute in node.attribute:
+                if attribute.HasField("g"):
+                    todo.append(attribute.g)
+                todo.extend(attribute.graphs)
+
+
+# --- tensors -------------------------------------------------------------------------------------
+
+
+def _tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    for graph in _graphs(proto.graph):
+        yield from graph.initializer
+        yield from _attribute_tensors(graph.node)
+    for function in proto.functions:
+        yield from _attribute_tensors(function.node)
+
+
+def _attribute_tensors(nodes: object) -> Iterator[onnx.TensorProto]:
+    for node in nodes:  # type: ignore[attr-defined]
+        for attribute in node.attribute:
+            if attribute.HasField("t"):
+                yield attribute.t
+            yield from attribute.tensors
+
+
+def _is_external(tensor: onnx.TensorProto) -> bool:
+    return bool(tensor.data_location == tensor.EXTERNAL)
+
+
+class _DataFolder:
+    """Where a model's external data may lie: the folder of the file, or of the file that a link leads to.
+
+    A download cache links both the model and its data to one folder of blobs; that stays allowed.
+    """
+
+    def __init__(self, model: Path) -> None:
+        self.folder = str(model.absolute().parent)
+        self._allowed = {os.path.realpath(self.folder), os.path.dirname(os.path.realpath(model))}
+        self._sizes: dict[str, int] = {}
+
+    def holds(self, path: str) -> bool:
+        """True if `path` leads to a file in the folder of the model as it was named."""
+        return _inside(os.path.realpath(path), os.path.realpath(self.folder))
+
+    def size(self, location: str, tensor: str, model: str) -> int:
+        """Bytes in the data file at `location`, which was checked."""
+        if location not in self._sizes:
+            self._sizes[location] = self._check(location, tensor, model)
+        return self._sizes[location]
+
+    def _check(self, location: str, tensor: str, model: str) -> int:
+        outside = InvalidModelFile(
+            f"{model} is unsafe: the data of {tensor!r} lies outside the model's folder ({location!r})",
+            hint="put the data file beside the model and correct its location",
+        )
+        parts = location.replace("\\", "/").split("/")
+        if os.path.isabs(location) or location[1:2] == ":" or ".." in parts or location.startswith("*/"):
+            raise outside
+        full = os.path.join(self.folder, location)
+        real = os.path.realpath(full)
+        if not any(_inside(real, allowed) for allowed in self._allowed):
+            raise outside
+        if not os.path.isfile(real):
+            raise InvalidModelFile(
+                f"the data file {location!r} of {model} is missing", hint="put it beside the .onnx file"
+            )
+        if os.stat(real).st_nlink > 1:
+            raise InvalidModelFile(
+                f"the data file {location!r} of {model} is a hard link", hint="replace it by a copy of its own"
+            )
+        return os.stat(real).st_size
+
+
+def _inside(path: str, folder: str) -> bool:
+    return os.path.commonpath([path, folder]) == folder
+
+
+def _check_tensor(tensor: onnx.TensorProto, data: _DataFolder | None, model: str) -> None:
+    """A tensor must hold as many bytes as its shape and type say."""
+    if any(dim < 0 for dim in tensor.dims):
+        raise InvalidModelFile(f"{model} is damaged: {tensor.name!r} has a negative size", hint="export it again")
+    expected = _expected_bytes(tensor, model)
+    if _is_external(tensor):
+        if data is not None:
+            _check_external(tensor, expected, data, model)
+        return
+    if tensor.HasField("raw_data") and expected is not None and len(tensor.raw_data) != expected:
+        raise InvalidModelFile(
+            f"{model} is damaged: {tensor.name!r} holds {len(tensor.raw_data):,} bytes instead of {expected:,}",
+            hint="export or download the model again",
+        )
+
+
+def _check_external(tensor: onnx.TensorProto, expected: int | None, data: _DataFolder, model: str) -> None:
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    damaged = InvalidModelFile(
+        f"{model} is damaged: the place of {tensor.name!r} in its data file makes no sense", hint="export it again"
+    )
+    location = entries.get("location", "")
+    if not location or "\0" in location:
+        raise damaged
+    try:
+        offset = int(entries.get("offset") or 0)
+        length = int(entries.get("length") or expected or 0)
+    except ValueError as error:
+        raise damaged from error
+    if offset < 0 or length < 0 or (expected is not None and length != expected):
+        raise damaged
+    missing = offset + length - data.size(location, tensor.name, model)
+    if missing > 0:
+        raise InvalidModelFile(
+            f"the data file {location!r} of {model} is cut off: {missing:,} bytes of {tensor.name!r} are missing",
+            hint="copy or download it again",
+        )
+
+
+def _expected_bytes(tensor: onnx.TensorProto, model: str) -> int | None:
+    """Bytes that the elements take, packed; None for strings."""
+    try:
+        dtype = ir.DataType(tensor.data_type)
+    except ValueError as error:
+        raise InvalidModelFile(
+            f"{model} is damaged: {tensor.name!r} has the unknown type {tensor.data_type}", hint="export it again"
+        ) from error
+    if dtype in {ir.DataType.STRING, ir.DataType.UNDEFINED}:
+        return None
+    count = 1
+    for dim in tensor.dims:
+        count *= dim
+    return (count * dtype.bitwidth + 7) // 8

@@ -1,0 +1,259 @@
+"""Door in for PyTorch: a module is exported (torch.export, training IR) and seen as a Flow.
+
+The exported graph is for analysis only; what a person gets back is their own module, edited.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.fx import GraphModule
+from torch.fx import Node as FxNode
+
+from passes.dataflow import Array, Flow, Node, Value, Weight
+from rewriter.capture.aten_names import Literal, canonical
+from rewriter.errors import UnsupportedModel
+
+
+@dataclass(frozen=True)
+class TorchCapture:
+    """An exported program and its view.
+
+    Attributes:
+        program: what torch.export gave.
+        flow: the view; `Weight.name` is the state-dict key.
+    """
+
+    program: torch.export.ExportedProgram
+    flow: Flow
+
+
+def capture(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TorchCapture:
+    """Export `module` for these example inputs and record every value.
+
+    Raises UnsupportedModel with the exporter's reason when torch.export fails.
+    """
+    was_training = module.training
+    module.eval()
+    try:
+        with torch.no_grad():
+            program = torch.export.export(module, args, dict(kwargs), strict=False)
+    except Exception as error:  # torch.export raises many unrelated types
+        reason = str(error).strip().splitlines()
+        raise UnsupportedModel(
+            f"torch.export could not capture the model: {reason[0] if reason else type(error).__name__}",
+            hint="pass example_inputs that the model accepts, or make its forward exportable",
+        ) from error
+    finally:
+        module.train(was_training)
+    return view(program, args, kwargs)
+
+
+def view(program: torch.export.ExportedProgram, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TorchCapture:
+    """The Flow of an exported program, with its values recorded on these inputs."""
+    builder = _Builder(program)
+    with torch.no_grad():
+        values = builder.run(args, kwargs)
+    return TorchCapture(program, builder.flow(values))
+
+
+class _Builder:
+    """Walks the graph once, running it and writing down a canonical node for each call."""
+
+    def __init__(self, program: torch.export.ExportedProgram) -> None:
+        self.program = program
+        self.values: dict[Value, Any] = {}
+        self.nodes: list[Node] = []
+        self.weights: dict[Value, Weight] = {}
+        self.inputs: list[Value] = []
+
+    def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[Value, Any]:
+        signature = self.program.graph_signature
+        held = {**self.program.state_dict, **self.program.constants}
+        targets = {s.arg.name: s.target for s in signature.input_specs if s.target is not None}
+        flat = iter(torch.utils._pytree.arg_tree_leaves(*args, **kwargs))
+        env: dict[str, Any] = {}
+        for fx in self.program.graph.nodes:
+            if fx.op != "placeholder":
+                continue
+            if fx.name in targets:
+                tensor = held[targets[fx.name]]
+                env[fx.name] = tensor
+                if isinstance(tensor, torch.Tensor):
+                    self._weight(fx, targets[fx.name], tensor)
+            else:
+                env[fx.name] = next(flat)
+                if isinstance(env[fx.name], torch.Tensor):
+                    self.inputs.append(fx.name)
+                    self.values[fx.name] = env[fx.name]
+        self.outputs = self._graph(self.program.graph_module, env, "", {n: n for n in env})
+        return self.values
+
+    def _weight(self, fx: FxNode, target: str, tensor: torch.Tensor) -> None:
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        self.weights[fx.name] = Weight(target, tuple(tensor.shape), dtype, len(fx.users))
+        self.values[fx.name] = tensor
+
+    def _graph(self, module: GraphModule, env: dict[str, Any], prefix: str, names: dict[str, Value]) -> Any:
+        """Run one graph; `env` holds results by fx name, `names` the value name each stands for."""
+        result: Any = None
+        for fx in module.graph.nodes:
+            if fx.op == "get_attr":
+                env[fx.name] = operator.attrgetter(fx.target)(module)
+                names[fx.name] = prefix + fx.name
+                if isinstance(env[fx.name], torch.Tensor):
+                    tensor = env[fx.name]
+                    dtype = str(tensor.dtype).removeprefix("torch.")
+                    self.weights[names[fx.name]] = Weight(fx.target, tuple(tensor.shape), dtype, len(fx.users))
+                    self.values[names[fx.name]] = tensor
+            elif fx.op == "call_function":
+                self._call(module, fx, env, prefix, names)
+            elif fx.op == "output":
+                result = fx.args[0]
+        return torch.fx.node.map_arg(result, lambda n: names.get(n.name, ""))
+
+    def _call(self, module: GraphModule, fx: FxNode, env: dict[str, Any], prefix: str, names: dict[str, Value]) -> None:
+        args = torch.fx.node.map_arg(fx.args, lambda n: env[n.name])
+        kwargs = torch.fx.node.map_arg(fx.kwargs, lambda n: env[n.name])
+        inner = next((a for a in args if isinstance(a, GraphModule)), None)
+        if inner is not None:
+            self._inline(fx, inner, args, env, prefix, names)
+            return
+        assert callable(fx.target)
+        if fx.target is operator.getitem:
+            env[fx.name] = args[0][args[1]]
+            names.setdefault(fx.name, prefix + fx.name)
+            self.values[names[fx.name]] = env[fx.name]
+            return
+        args, kwargs = _guard_mutation(fx, args, kwargs)
+        env[fx.name] = fx.target(*args, **kwargs)
+        names[fx.name] = prefix + fx.name
+        self._note(fx, env, prefix, names)
+
+    def _inline(
+        self,
+        fx: FxNode,
+        inner: GraphModule,
+        args: Sequence[Any],
+        env: dict[str, Any],
+        prefix: str,
+        names: dict[str, Value],
+    ) -> None:
+        """A higher-order operator that wraps a region (autocast, no_grad) is seen through."""
+        start = next(i for i, a in enumerate(args) if a is inner) + 1
+        holders = [n for n in inner.graph.nodes if n.op == "placeholder"]
+        scope = f"{prefix}{fx.name}."
+        inside: dict[str, Any] = {}
+        inside_names: dict[str, Value] = {}
+        for holder, argument, value in zip(holders, fx.args[start:], args[start:], strict=True):
+            inside[holder.name] = value
+            if isinstance(argument, FxNode):
+                inside_names[holder.name] = names.get(argument.name, "")
+        outer = self._graph(inner, inside, scope, inside_names)
+        pieces = outer if isinstance(outer, (tuple, list)) else (outer,)
+        env[fx.name] = tuple(self.values.get(p) for p in pieces)
+        for user in fx.users:
+            if user.target is operator.getitem:
+                names[user.name] = pieces[user.args[1]]  # type: ignore[index,call-overload]
+
+    def _note(self, fx: FxNode, env: dict[str, Any], prefix: str, names: dict[str, Value]) -> None:
+        result = env[fx.name]
+        if isinstance(result, (tuple, list)):
+            outputs = [""] * len(result)
+            for user in fx.users:
+                if user.target is operator.getitem:
+                    outputs[int(user.args[1])] = prefix + user.name  # type: ignore[arg-type]
+        elif isinstance(result, torch.Tensor):
+            outputs = [names[fx.name]]
+            self.values[names[fx.name]] = result
+        else:
+            return
+        op = canonical(fx, env)
+        tensors = [a for a in op.operands if isinstance(a, Literal) or isinstance(env.get(a.name), torch.Tensor)]
+        self.nodes.append(
+            Node(
+                index=len(self.nodes),
+                op=op.name,
+                domain="aten",
+                attrs=op.attrs,
+                inputs=tuple(
+                    self._literal(prefix + fx.name, a) if isinstance(a, Literal) else names[a.name] for a in tensors
+                ),
+                outputs=tuple(outputs),
+                evaluate=_evaluator(fx, tensors, {n: env[n] for n in (a.name for a in fx.all_input_nodes)}),
+                owner=_owner(fx),
+                name=fx.name,
+            )
+        )
+
+    def _literal(self, owner: str, literal: Literal) -> Value:
+        value = f"{owner}.argument{literal.position}"
+        self.values[value] = torch.tensor(literal.number)
+        self.weights[value] = Weight("", (), "float32", 1)
+        return value
+
+    def flow(self, values: dict[Value, Any]) -> Flow:
+        def read(name: Value) -> Array:
+            return to_numpy(values[name])
+
+        produced = {v for n in self.nodes for v in n.outputs}
+        leaves = torch.utils._pytree.tree_leaves(self.outputs)
+        outputs = tuple(v for v in leaves if isinstance(v, str) and v in produced)
+        kinds = [str(t.dtype).removeprefix("torch.") for t in self.program.state_dict.values() if t.is_floating_point()]
+        dtype = max(set(kinds), key=kinds.count) if kinds else "float32"
+        return Flow(tuple(self.nodes), tuple(self.inputs), outputs, self.weights, read, dtype)
+
+
+def _guard_mutation(fx: FxNode, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """In-place operators run on a copy, so that what was recorded before them stays as it was."""
+    schema = getattr(fx.target, "_schema", None)
+    if schema is None or not schema.is_mutable or not args:
+        return args, kwargs
+    return (args[0].clone(), *args[1:]), kwargs
+
+
+def _evaluator(
+    fx: FxNode, operands: Sequence[FxNode | Literal], env: Mapping[str, Any]
+) -> Callable[[Sequence[Array | None]], tuple[Array, ...]]:
+    def evaluate(arrays: Sequence[Array | None]) -> tuple[Array, ...]:
+        given = {a.name: x for a, x in zip(operands, arrays, strict=True) if isinstance(a, FxNode)}
+        literal = {a.position: x for a, x in zip(operands, arrays, strict=True) if isinstance(a, Literal)}
+
+        def load(node: FxNode) -> Any:
+            array = given.get(node.name)
+            return env[node.name] if array is None else torch.from_numpy(np.ascontiguousarray(array))
+
+        args = torch.fx.node.map_arg(fx.args, load)
+        kwargs = torch.fx.node.map_arg(fx.kwargs, load)
+        args = tuple(a if literal.get(i) is None else torch.from_numpy(literal[i]) for i, a in enumerate(args))
+        args, kwargs = _guard_mutation(fx, args, kwargs)
+        assert callable(fx.target)
+        with torch.no_grad():
+            result = fx.target(*args, **kwargs)
+        pieces = result if isinstance(result, (tuple, list)) else (result,)
+        return tuple(p.numpy() for p in pieces)
+
+    return evaluate
+
+
+def _owner(fx: FxNode) -> str:
+    stack = fx.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path, _ = list(stack.values())[-1]
+    return str(path)
+
+
+def to_numpy(tensor: Any) -> Array:
+    """numpy copy-free where possible; half floats are widened to float32."""
+    if not isinstance(tensor, torch.Tensor):
+        raise KeyError("not a recorded tensor")
+    tensor = tensor.detach()
+    if tensor.dtype in (torch.bfloat16, torch.float16):
+        tensor = tensor.float()
+    return np.asarray(tensor.cpu().numpy())

@@ -1,0 +1,46 @@
+"""Everything that can go wrong for a user, each with a hint that says what to do."""
+
+from __future__ import annotations
+
+
+class RewriteError(Exception):
+    """Base of all errors that rewriter raises on purpose.
+
+    Attributes:
+        hint: one sentence on what to do next; may be empty.
+        exit_code: what the command line exits with.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class UsageError(RewriteError):
+    """A wrong argument: illegal head count, bad layer selector, missing file or folder."""
+
+    exit_code = 2
+
+
+class UnknownTarget(UsageError):
+    """No target has this name."""
+
+
+class UnsupportedModel(RewriteError):
+    """The model is of a kind that rewriter does not take (quantised by a library, not exportable, ...)."""
+
+
+class NothingToRewrite(RewriteError):
+    """No site could be rewritten; the refusals say why."""
+
+
+class VerificationFailed(RewriteError):
+    """The rewritten model did not pass its checks; nothing was written."""
+
+
+class InvalidModelFile(RewriteError):
+    """The input file is broken, or unsafe to open."""
+
+    exit_code = 3
