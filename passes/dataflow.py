@@ -122,6 +122,10 @@ class Flow:
     def consumers(self, value: Value) -> Sequence[Node]:
         return self._consumers.get(value, ())
 
+    def readers(self, value: Value) -> list[Node]:
+        """Nodes that read the elements of `value`, not only its shape."""
+        return [n for n in self.consumers(value) if n.op not in SHAPE_READERS]
+
     def value(self, name: Value) -> Array:
         return self.read(name)
 

@@ -321,7 +321,7 @@ def projection_at(flow: Flow, value: Value) -> tuple[Node, Value | None] | None:
     if node is None:
         return None
     if flow.projection_operands(node) is not None:
-        readers = flow.consumers(value)
+        readers = flow.readers(value)
         if len(readers) == 1 and _bias_of(flow, readers[0], value) is not None:
             return None
         bias = node.inputs[2] if node.op in {"Gemm", "Linear"} and len(node.inputs) > 2 and node.inputs[2] else None
@@ -331,7 +331,7 @@ def projection_at(flow: Flow, value: Value) -> tuple[Node, Value | None] | None:
             inner = flow.producer(matrix)
             if inner is not None and flow.projection_operands(inner) is not None:
                 bias = _bias_of(flow, node, matrix)
-                if bias is not None and len(flow.consumers(matrix)) == 1:
+                if bias is not None and len(flow.readers(matrix)) == 1:
                     return inner, bias
     return None
 

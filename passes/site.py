@@ -69,13 +69,18 @@ class Operand:
         columns: [heads, dim] column of the projection that feeds (head, feature), the rotation's own term;
             for k and v one row per *distinct* head.
         seam: the last value on the way to the anchor that holds exactly the distinct heads.
-        seam_axes: what each axis of the seam is, major first in fused axes, e.g. ("b", "h", "s", "d") or ("bh", "s", "d").
+        seam_axes: what each axis of the seam is, major part first where one axis holds two: ("b", "h", "s", "d")
+            or ("bh", "s", "d").
         path: indices of the nodes from the projection's output to the seam, in order.
         stem: the last value that is a pure re-layout of the projection and holds exactly the distinct heads; whatever
             lies between stem and seam (norm, rotation, cache) treats heads alike and works on fewer of them.
         stem_axes: as `seam_axes`.
+        stem_features: for each feature at the stem its feature at the anchor; the path may permute them in between.
+        batch_first: whether the projection's rows run over tokens fastest, [batch, tokens], or [tokens, batch].
         rotary, norm: peeled on the way; None if absent.
         past: program input concatenated before the new tokens; None without a cache.
+        past_head_axis: its axis that runs over heads; None without a cache or with one head.
+        presents: (program output, axis that runs over heads) for outputs that lie on the path.
     """
 
     projection: Projection
@@ -85,9 +90,13 @@ class Operand:
     path: tuple[int, ...]
     stem: Value
     stem_axes: tuple[str, ...]
+    stem_features: tuple[int, ...]
+    batch_first: bool
     rotary: Rotary | None = None
     norm: Norm | None = None
     past: Value | None = None
+    past_head_axis: int | None = None
+    presents: tuple[tuple[Value, int], ...] = ()
 
     @property
     def heads(self) -> int:

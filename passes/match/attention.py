@@ -171,7 +171,7 @@ def _owner(flow: Flow, q: Traced, anchor: Node) -> str:
 def _output_projection(flow: Flow, value: Value) -> tuple[Value | None, Projection | None]:
     """Follow the output through layout to the projection that reads it."""
     while True:
-        readers = flow.consumers(value)
+        readers = flow.readers(value)
         if len(readers) != 1:
             return None, None
         node = readers[0]
@@ -187,11 +187,12 @@ def _as_projection(flow: Flow, node: Node) -> Projection:
     output = node.outputs[0]
     found = projection_at(flow, output)
     if found is None:  # its bias is a separate node
-        output = flow.consumers(output)[0].outputs[0]
+        output = flow.readers(output)[0].outputs[0]
         found = projection_at(flow, output)
     assert found is not None
     out_first = node.op == "Linear" or bool(node.attrs.get("transB", 0))
-    return Projection(node.index, node.inputs[0], output, node.inputs[1], out_first, found[1], flow.shape(output)[-1])
+    features = flow.shape(node.inputs[1])[0 if out_first else -1]
+    return Projection(node.index, node.inputs[0], output, node.inputs[1], out_first, found[1], features)
 
 
 class _Names:

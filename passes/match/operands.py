@@ -76,11 +76,13 @@ def trace_operand(tracer: Tracer, view: OperandView, *, shared_heads: bool) -> T
                     (to_rows, to_columns) if norm else None)  # fmt: skip
     head_columns = own_columns[distinct]
     lookup = _Lookup(source, to_rows, to_columns, rows, head_columns)
-    seam, axes, factor = _seam(tracer, view.value, lookup, past is not None)
+    seam, axes, factor = _seam(tracer, view.value, lookup)
     path = _path(flow, projection.output, seam)
     operand = Operand(
-        projection, head_columns, seam, axes, path, *_stem(tracer, projection, path, lookup, norm),
+        projection, head_columns, seam, axes, path, *_stem(tracer, projection, path, lookup),
+        _batch_first(rows),
         _rotary(partner, other), norm, past,
+        _past_head_axis(tracer, ids[0], new, past, canonical), _presents(tracer, projection, path, lookup),
     )  # fmt: skip
     return Traced(operand, tokens, group, factor)
 
@@ -113,6 +115,36 @@ def _active_terms(form: Form, view: OperandView) -> tuple[list[Array], list[Arra
         raise NotUnderstood(f"the operand sums {len(active)} elements of its projection, not one or a rotated pair")
     active.sort(key=lambda t: int((form.ids[t] == 0).sum()))
     return [move(form.ids[t]) for t in active], [move(form.coefficients[t]) for t in active]
+
+
+def _batch_first(rows: Array) -> bool:
+    """Whether the next token of a sequence is the next row."""
+    return rows.shape[1] == 1 or bool(rows[0, 1] - rows[0, 0] == 1)
+
+
+def _past_head_axis(tracer: Tracer, ids: Array, new: slice, past: Value | None, canonical: _Canonical) -> int | None:
+    """Which axis of the cache changes from one head to the next, all else equal."""
+    if past is None:
+        return None
+    source = next(s for s in tracer.source_of(ids) if s.value == past)
+    grid = canonical.arrange(ids[..., : new.start, :])
+    where = np.stack(np.unravel_index(grid - source.base, source.shape))
+    moved = (np.diff(where, axis=2) != 0).reshape(len(source.shape), -1).any(axis=1)
+    return int(moved.argmax()) if moved.sum() == 1 else None
+
+
+def _presents(
+    tracer: Tracer, projection: Projection, path: tuple[int, ...], lookup: _Lookup
+) -> tuple[tuple[Value, int], ...]:
+    """Program outputs on the path: the grown cache that a decoder hands back."""
+    values = [v for i in path for v in tracer.flow.nodes[i].outputs if v in tracer.flow.outputs]
+    found = []
+    for value in values:
+        axes = _axes_at(tracer, value, lookup)
+        if axes is None or "h" not in axes:
+            raise NotUnderstood(f"the program also returns {value}, which is not exactly the operand's heads")
+        found.append((value, axes.index("h")))
+    return tuple(found)
 
 
 def _main_source(tracer: Tracer, ids: list[Array]) -> Source:
@@ -156,11 +188,11 @@ class _Canonical:
         self.source = source
         self._batch, self._head, names = lead
         self.axes: Axes = (*names, "s", "d")
-        self.ids = [self._arrange(i[..., new, :]) for i in ids]
-        self.coefficients = [self._arrange(c[..., new, :]) for c in coefficients]
-        self.offset = None if bias is None else self._arrange(np.broadcast_to(bias, ids[0].shape)[..., new, :])
+        self.ids = [self.arrange(i[..., new, :]) for i in ids]
+        self.coefficients = [self.arrange(c[..., new, :]) for c in coefficients]
+        self.offset = None if bias is None else self.arrange(np.broadcast_to(bias, ids[0].shape)[..., new, :])
 
-    def _arrange(self, array: Array) -> Array:
+    def arrange(self, array: Array) -> Array:
         flat = array.reshape(-1, *array.shape[-2:])
         batches, heads = int(self._batch.max()) + 1, int(self._head.max()) + 1
         out = np.empty((batches, heads, *flat.shape[1:]), array.dtype)
@@ -375,24 +407,42 @@ class _Lookup:
         self.feature[columns] = np.arange(columns.shape[1])[None]
         self.size = batches * tokens * columns.size
 
-    def axes(self, ids: Array, source: Source | None = None) -> Axes | None:
+    def _positions(self, ids: Array, source: Source) -> tuple[Array, Array] | None:
+        """(rows, columns) in the projection's output; None if an id is not the source's."""
+        flat = ids - source.base
+        if (flat < 0).any() or (flat >= source.size).any():
+            return None
+        if source is self.source:
+            return self.to_rows[flat], self.to_columns[flat]
+        return flat // source.shape[-1], flat % source.shape[-1]
+
+    def features(self, ids: Array, axes: Axes, source: Source) -> tuple[int, ...] | None:
+        """Order of features along their axis at a pure re-layout; None if heads are out of order there."""
+        found = self._positions(ids, source)
+        if found is None or "dh" in axes:
+            return None
+        heads = _order_along(self.head[found[1]], next(i for i, a in enumerate(axes) if "h" in a))
+        features = _order_along(self.feature[found[1]], next(i for i, a in enumerate(axes) if "d" in a))
+        return tuple(int(f) for f in features) if (heads == np.arange(len(heads))).all() else None
+
+    def axes(self, ids: Array, source: Source) -> Axes | None:
         """What each axis runs over, if these ids are exactly the operand's elements, each once; else None."""
-        if source is None or source is self.source:
-            flat = ids - self.source.base
-            if (flat < 0).any() or (flat >= self.source.size).any():
-                return None
-            rows, columns = self.to_rows[flat], self.to_columns[flat]
-        else:
-            flat = ids - source.base
-            if (flat < 0).any() or (flat >= source.size).any():
-                return None
-            rows, columns = flat // source.shape[-1], flat % source.shape[-1]
-        if ids.size != self.size or columns.max() >= len(self.head) or rows.max() >= len(self.batch):
+        found = self._positions(ids, source)
+        if found is None or ids.size != self.size:
+            return None
+        rows, columns = found
+        if columns.max() >= len(self.head) or rows.max() >= len(self.batch):
             return None
         parts = {"b": self.batch[rows], "s": self.token[rows], "h": self.head[columns], "d": self.feature[columns]}
         if any((p < 0).any() for p in parts.values()) or len(np.unique(ids)) != ids.size:
             return None
         return _name_axes(parts, ids.shape)
+
+
+def _order_along(parts: Array, axis: int) -> Array:
+    """The sequence of numbers along one axis, repeats dropped."""
+    line = np.moveaxis(parts, axis, 0).reshape(parts.shape[axis], -1)[:, 0]
+    return line[np.sort(np.unique(line, return_index=True)[1])]
 
 
 def _name_axes(parts: dict[str, Array], shape: tuple[int, ...]) -> Axes:
@@ -412,14 +462,15 @@ def _name_axes(parts: dict[str, Array], shape: tuple[int, ...]) -> Axes:
     return tuple(names)
 
 
-def _seam(tracer: Tracer, value: Value, lookup: _Lookup, cached: bool) -> tuple[Value, Axes, float]:
-    """Walk up from the anchor over layout and scalar factors; prefer the last value with axes b, h, s, d."""
+def _seam(tracer: Tracer, value: Value, lookup: _Lookup) -> tuple[Value, Axes, float]:
+    """Walk up from the anchor over layout and scalar factors: the last value with axes b, h, s, d if there is one,
+    else the first with one axis for each, else the last."""
     flow = tracer.flow
     best: tuple[Value, Axes, float] | None = None
     factor = 1.0
     while True:
         axes = _axes_at(tracer, value, lookup)
-        if axes is not None and (best is None or (axes == ("b", "h", "s", "d") != best[1])):
+        if axes is not None and (best is None or _plain(axes)):
             best = (value, axes, factor)
             if axes == ("b", "h", "s", "d"):
                 break
@@ -460,7 +511,7 @@ def _axes_at(tracer: Tracer, value: Value, lookup: _Lookup, pure: bool = False) 
     order = sorted(range(len(form.ids)), key=lambda t: int((form.ids[t] == 0).sum()))
     ids = form.ids[order[0]]
     sources = [s for s in tracer.source_of(ids) if s.kind != "input"]
-    if len(sources) != 1:
+    if len(sources) != 1 or (pure and sources[0].kind != "projection"):
         return None
     mine = sources[0].holds(ids)
     for axis in range(ids.ndim):
@@ -483,22 +534,24 @@ def _path(flow: Flow, start: Value, end: Value) -> tuple[int, ...]:
 
 
 def _stem(
-    tracer: Tracer, projection: Projection, path: tuple[int, ...], lookup: _Lookup, norm: Norm | None
-) -> tuple[Value, Axes]:
-    """The last pure re-layout of the projection that everything further down the path reads."""
+    tracer: Tracer, projection: Projection, path: tuple[int, ...], lookup: _Lookup
+) -> tuple[Value, Axes, tuple[int, ...]]:
+    """(value, axes, features): the last pure re-layout of the projection through which the whole path passes."""
     flow = tracer.flow
-    best: tuple[Value, Axes] | None = None
-    axes = _axes_at(tracer, projection.output, lookup, pure=True)
-    if axes is not None:
-        best = (projection.output, axes)
     nodes = [flow.nodes[i] for i in path]
-    for position, node in enumerate(nodes):
-        for value in node.outputs:
-            if not value or not _is_gate(flow, nodes[position + 1 :], value, projection.output):
-                continue
-            axes = _axes_at(tracer, value, lookup, pure=True)
-            if axes is not None and (best is None or not (_plain(best[1]) and not _plain(axes))):
-                best = (value, axes)
+    candidates = [(projection.output, nodes)]
+    candidates += [(v, nodes[i + 1 :]) for i, n in enumerate(nodes) for v in n.outputs if v]
+    best: tuple[Value, Axes, tuple[int, ...]] | None = None
+    for value, later in candidates:
+        if not _is_gate(flow, later, value):
+            continue
+        axes = _axes_at(tracer, value, lookup, pure=True)
+        if axes is None or (best is not None and _plain(best[1]) and not _plain(axes)):
+            continue
+        ids = tracer.trace(value).ids[0]
+        features = lookup.features(ids, axes, tracer.source_of(ids)[0])
+        if features is not None:
+            best = (value, axes, features)
     if best is None:
         raise NotUnderstood("the operand's heads are never separate from other features before they are changed")
     return best
@@ -508,17 +561,13 @@ def _plain(axes: Axes) -> bool:
     return all(len(a) == 1 for a in axes)
 
 
-def _is_gate(flow: Flow, later: list[Node], value: Value, origin: Value) -> bool:
-    """No later node of the path reads the projection's elements except through `value`."""
-    allowed = {value}
-    for node in later:
-        if any(v in allowed for v in node.inputs):
-            allowed.update(node.outputs)
-        elif any(flow.data_dependent(v) for v in node.inputs if v) and flow.data_dependent(node.outputs[0]):
-            continue
+def _is_gate(flow: Flow, later: list[Node], value: Value) -> bool:
+    """No later node of the path mixes what comes through `value` with elements that do not."""
+    through = {value}
     for node in later:
         reads = [v for v in node.inputs if v and flow.data_dependent(v)]
-        mixed = [v for v in reads if v not in allowed]
-        if any(v in allowed for v in reads) and mixed and origin:
-            return False
+        if any(v in through for v in reads):
+            if any(v not in through for v in reads):
+                return False
+            through.update(node.outputs)
     return True

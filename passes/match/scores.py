@@ -288,7 +288,7 @@ def _context(flow: Flow, value: Value) -> _Mix | str | None:
     while True:
         if value in flow.outputs:
             return "the attention weights are an output of the model"
-        readers = list(flow.consumers(value))
+        readers = flow.readers(value)
         tests = [n for n in readers if n.op == "IsNaN"]
         rest = [n for n in readers if n not in tests]
         if len(rest) != 1:

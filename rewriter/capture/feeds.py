@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import isqrt
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from rewriter.capture.input_roles import Axis, InputRole, constant_array, input_roles
-from rewriter.errors import UnsupportedModel
+from rewriter.errors import UnsupportedModel, UsageError
 
 Array = NDArray[Any]
 MaskStyle = Literal["mixed", "ones"]
@@ -52,18 +52,22 @@ def make_feeds(
     past: int = 3,
     seed: int = 0,
     mask: MaskStyle = "mixed",
+    shapes: Mapping[str, Sequence[int]] | None = None,
 ) -> dict[str, Array]:
     """Inputs that any transformer graph should accept, one array per graph input.
 
     Declared sizes are respected; open dimensions become `batch`, `length`, `past` and what follows from them.
     Ids stay below the tables that they index; masks of style "mixed" hide something in the last row and never
-    everything a query may see; positions go on behind the past.
+    everything a query may see; positions go on behind the past. `shapes` fixes whole inputs by name, and through
+    shared symbols and roles the others follow.
 
     Raises:
         UnsupportedModel: an input is a sequence, an optional or a string, or has no declared rank.
+        UsageError: `shapes` names no input, or contradicts what an input declares.
     """
-    _check_feedable(model)
-    roles = input_roles(model)
+    found = input_roles(model)
+    _check_feedable(model, found)
+    roles = _fix_shapes(found, shapes or {})
     sizes = _respect_declared(roles, Sizes(batch, length, past))
     symbols = _symbol_sizes(roles, sizes)
     side = _image_side(model, roles)
@@ -90,8 +94,8 @@ def candidate_sizes(model: ir.Model) -> list[tuple[int, int, int]]:
     return list(dict.fromkeys((s.batch, s.length, s.past) for s in fitted))
 
 
-def _check_feedable(model: ir.Model) -> None:
-    known = {role.name for role in input_roles(model)}
+def _check_feedable(model: ir.Model, roles: tuple[InputRole, ...]) -> None:
+    known = {role.name for role in roles}
     for value in model.graph.inputs:
         if value.name in model.graph.initializers:
             continue
@@ -108,6 +112,30 @@ def _check_feedable(model: ir.Model) -> None:
 
 
 # --- sizes ---------------------------------------------------------------------------------------
+
+
+def _fix_shapes(roles: tuple[InputRole, ...], shapes: Mapping[str, Sequence[int]]) -> tuple[InputRole, ...]:
+    """`roles` with the given shapes in place of the declared ones, also where their symbols occur elsewhere."""
+    known = {role.name: role for role in roles}
+    symbols: dict[str, int] = {}
+    for name, shape in shapes.items():
+        role = known.get(name)
+        if role is None:
+            raise UsageError(f"the model has no input {name!r}", hint=f"its inputs are: {', '.join(known)}")
+        fits = len(shape) == len(role.shape) and all(
+            size >= 0 and (size == dim or not isinstance(dim, int)) for size, dim in zip(shape, role.shape, strict=True)
+        )
+        if not fits:
+            raise UsageError(
+                f"shape {'x'.join(map(str, shape))} does not fit input {name!r}", hint=f"it declares {role.shape}"
+            )
+        symbols |= {dim: size for size, dim in zip(shape, role.shape, strict=True) if isinstance(dim, str)}
+    return tuple(
+        replace(role, shape=tuple(shapes[role.name]))
+        if role.name in shapes
+        else replace(role, shape=tuple(symbols.get(d, d) if isinstance(d, str) else d for d in role.shape))
+        for role in roles
+    )
 
 
 def _respect_declared(roles: tuple[InputRole, ...], sizes: Sizes) -> Sizes:

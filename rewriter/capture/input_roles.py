@@ -63,12 +63,30 @@ class InputRole:
 
 @dataclass(frozen=True)
 class Arrival:
-    """An operator that an input reaches, at which position, and whether 0 and 1 were swapped on the way."""
+    """An operator that an input reaches.
+
+    Attributes:
+        slot: at which of its inputs.
+        flipped: True if 0 and 1 were swapped on the way.
+        moved_only: True if the elements arrive as they were.
+        calls: the model functions that it is inside of, outermost first, each with the node that calls it.
+    """
 
     node: ir.Node
     slot: int
     flipped: bool
     moved_only: bool
+    calls: tuple[tuple[ir.Node, ir.Function], ...] = ()
+
+    def operand(self, slot: int) -> ir.Value | None:
+        """An input of the operator; a function's parameter is followed to what the call passes."""
+        value = self.node.inputs[slot]
+        for call, function in reversed(self.calls):
+            position = next((i for i, parameter in enumerate(function.inputs) if parameter is value), None)
+            if position is None:
+                break
+            value = call.inputs[position]
+        return value
 
 
 def input_roles(model: ir.Model) -> tuple[InputRole, ...]:
@@ -207,32 +225,29 @@ def arrivals_of(model: ir.Model, value: ir.Value) -> Iterator[Arrival]:
     The walk goes on behind elementwise and layout operators and stops at contractions, attentions,
     table look-ups and softmax.
     """
-    todo: deque[tuple[ir.Value, tuple[ir.Node, ...], bool, bool]] = deque([(value, (), False, True)])
+    todo: deque[tuple[ir.Value, tuple[tuple[ir.Node, ir.Function], ...], bool, bool]] = deque()
+    todo.append((value, (), False, True))
     seen: set[tuple[int, tuple[int, ...], bool]] = set()
     while todo:
         current, calls, flipped, moved_only = todo.popleft()
-        key = (id(current), tuple(id(c) for c in calls), flipped)
+        key = (id(current), tuple(id(call) for call, _ in calls), flipped)
         if key in seen:
             continue
         seen.add(key)
         for node, slot in current.uses():
             function = model.functions.get(node.op_identifier())
             if function is not None:
-                todo.append((function.inputs[slot], (*calls, node), flipped, moved_only))
+                todo.append((function.inputs[slot], (*calls, (node, function)), flipped, moved_only))
                 continue
-            yield Arrival(node, slot, flipped, moved_only)
+            yield Arrival(node, slot, flipped, moved_only, calls)
             if not _stops(node, slot):
                 swaps = _flips(node, slot)
                 still_moved = moved_only and node.op_type in MOVERS
                 todo.extend((out, calls, flipped != swaps, still_moved) for out in node.outputs)
-        todo.extend((out, calls[:-1], flipped, moved_only) for out in _call_outputs(model, current, calls))
-
-
-def _call_outputs(model: ir.Model, value: ir.Value, calls: tuple[ir.Node, ...]) -> Iterator[ir.Value]:
-    if calls:
-        call = calls[-1]
-        outputs = model.functions[call.op_identifier()].outputs
-        yield from (call.outputs[i] for i, out in enumerate(outputs) if out is value and i < len(call.outputs))
+        if calls:
+            call, function = calls[-1]
+            returned = (i for i, out in enumerate(function.outputs) if out is current and i < len(call.outputs))
+            todo.extend((call.outputs[i], calls[:-1], flipped, moved_only) for i in returned)
 
 
 def _stops(node: ir.Node, slot: int) -> bool:
@@ -298,18 +313,17 @@ def constant_array(value: ir.Value, limit: int = 65536) -> np.ndarray[tuple[int,
 
 def _bound(arrivals: list[Arrival]) -> int | None:
     """The smallest table that the input indexes directly."""
-    rows = [r for a in arrivals if a.moved_only and (r := _table_rows(a.node, a.slot)) is not None]
+    rows = [r for a in arrivals if a.moved_only and (r := _table_rows(a)) is not None]
     return min(rows, default=None)
 
 
-def _table_rows(node: ir.Node, slot: int) -> int | None:
+def _table_rows(arrival: Arrival) -> int | None:
+    node, slot = arrival.node, arrival.slot
     if node.op_type in {"Gather", "GatherBlockQuantized"} and slot == 1:
-        axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
-        name = "gather_axis"
-        axis = node.attributes[name].as_int() if name in node.attributes else axis
-        return _rows(node.inputs[0], axis)
+        name = "axis" if node.op_type == "Gather" else "gather_axis"
+        return _rows(arrival.operand(0), node.attributes[name].as_int() if name in node.attributes else 0)
     if node.op_type == "EmbedLayerNormalization" and slot in {0, 1}:
-        return _rows(node.inputs[2 if slot == 0 else 4], 0)
+        return _rows(arrival.operand(2 if slot == 0 else 4), 0)
     if node.op_type == "OneHot" and slot == 0:
         depth = _constant(node, 1)
         return None if depth is None else int(depth)

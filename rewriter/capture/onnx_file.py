@@ -1,0 +1,392 @@
+"""Door in for ONNX: a model seen as a Flow, with its values recorded by one onnxruntime session.
+
+Only what lies around anchors is recorded. Structure comes from the file; layout operators run in numpy
+(`onnx_vocabulary`); constant subgraphs (dequantised or transposed weights) are evaluated on demand.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+
+from passes.dataflow import CONTRACTIONS, LAYOUT, Array, Flow, Node, Value, Weight
+from passes.match.scores import anchors
+from passes.provenance import PASS_THROUGH
+from rewriter.capture.feeds import candidate_sizes, make_feeds
+from rewriter.capture.onnx_vocabulary import OPERATORS
+from rewriter.errors import UnsupportedModel
+
+FUNCTION_DOMAIN = "rewriter.ops"
+
+
+@dataclass(frozen=True)
+class OnnxCapture:
+    """A model file and its view.
+
+    Attributes:
+        model: the model itself; doors out edit it.
+        flow: the view; ``flow.nodes[i]`` is ``nodes[i]``.
+        nodes: the model's nodes in order.
+        values: the model's values by name.
+        session: runs the model with the recorded values as extra outputs.
+        sizes: (batch, length, past) of the recording.
+        feeds: the recorded inputs.
+    """
+
+    model: ir.Model
+    flow: Flow
+    nodes: tuple[ir.Node, ...]
+    values: Mapping[str, ir.Value]
+    session: _Session
+    sizes: tuple[int, int, int]
+    feeds: Mapping[str, Array]
+
+    def at(self, sizes: tuple[int, int, int], seed: int = 1) -> OnnxCapture | None:
+        """The same file recorded at other sizes; None if it does not run there or has the sizes baked in."""
+        batch, length, past = sizes
+        feeds = make_feeds(self.model, batch=batch, length=length, past=past, seed=seed)
+        if all(feeds[n].shape == self.feeds[n].shape for n in feeds):
+            return None
+        try:
+            recorded = self.session.run(feeds)
+        except Exception:
+            return None
+        read = partial(_read, recorded, self.session.constants)
+        return replace(self, flow=replace(self.flow, read=read), sizes=sizes, feeds=feeds)
+
+
+def capture(model: ir.Model) -> OnnxCapture:
+    """View a model and record it at the first sizes at which onnxruntime runs it.
+
+    Names are given to unnamed values, and model-local functions other than rewriter's own are inlined.
+    Raises UnsupportedModel with onnxruntime's reason if the model runs at none.
+    """
+    _inline_functions(model)
+    _name_everything(model)
+    nodes = tuple(model.graph)
+    values = {v.name: v for v in _values(model) if v.name}
+    flow = Flow(
+        tuple(_node(i, n) for i, n in enumerate(nodes)),
+        tuple(v.name for v in model.graph.inputs if v.name and v.name not in model.graph.initializers),
+        tuple(v.name for v in model.graph.outputs if v.name),
+        _weights(model, nodes),
+        lambda name: (_ for _ in ()).throw(KeyError(name)),
+        _float_dtype(model),
+    )
+    constants = _Constants(model)
+    flow = replace(flow, read=partial(_read, {}, constants))
+    session = _Session(model, sorted(_wanted(flow) - set(flow.weights) - set(flow.inputs)), constants)
+    recorded, feeds, sizes = _first_run(model, session)
+    return OnnxCapture(
+        model, replace(flow, read=partial(_read, recorded, constants)), nodes, values, session, sizes, feeds
+    )
+
+
+def _read(recorded: Mapping[str, Array], constants: _Constants, name: Value) -> Array:
+    array = recorded.get(name)
+    return constants.value(name) if array is None else array
+
+
+def _first_run(model: ir.Model, session: _Session) -> tuple[dict[str, Array], dict[str, Array], tuple[int, int, int]]:
+    reason = "no sizes to try"
+    for sizes in candidate_sizes(model):
+        batch, length, past = sizes
+        feeds = make_feeds(model, batch=batch, length=length, past=past)
+        try:
+            return session.run(feeds), feeds, sizes
+        except Exception as error:  # onnxruntime raises unrelated types
+            reason = str(error).strip().splitlines()[0]
+    raise UnsupportedModel(
+        f"onnxruntime cannot run the model: {reason}",
+        hint="check that the file runs in onnxruntime with inputs of any size",
+    )
+
+
+class _Session:
+    """One onnxruntime session, optimisation off, with extra outputs."""
+
+    def __init__(self, model: ir.Model, extra: Sequence[str], constants: _Constants) -> None:
+        self.model, self.extra, self.constants = model, extra, constants
+        self._session: ort.InferenceSession | None = None
+
+    def _open(self) -> ort.InferenceSession:
+        proto = ir.serde.serialize_model(self.model)
+        present = {o.name for o in proto.graph.output}
+        proto.graph.output.extend(onnx.ValueInfoProto(name=n) for n in self.extra if n not in present)
+        return open_session(proto, _data_folder(self.model), optimise=False)
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        if self._session is None:
+            self._session = self._open()
+        names = [o.name for o in self._session.get_outputs()]
+        arrays = self._session.run(names, dict(feeds))
+        out = {n: _widened(a) for n, a in zip(names, arrays, strict=True) if isinstance(a, np.ndarray)}
+        return {**out, **{n: _widened(a) for n, a in feeds.items()}}
+
+
+def open_session(proto: onnx.ModelProto, folder: str | None, *, optimise: bool) -> ort.InferenceSession:
+    """A CPU session from memory; external data is looked for in `folder`."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = 1
+    if not optimise:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if folder is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
+    return ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def _data_folder(model: ir.Model) -> str | None:
+    for value in model.graph.initializers.values():
+        if isinstance(value.const_value, ir.ExternalTensor):
+            return str(value.const_value.base_dir)
+    return None
+
+
+def _widened(array: Array) -> Array:
+    return array.astype(np.float32) if array.dtype == np.float16 else array
+
+
+class _Constants:
+    """Values that no input reaches: initializers, Constant nodes, and what is computed from them."""
+
+    def __init__(self, model: ir.Model) -> None:
+        self.model = model
+        self._computed: dict[str, Array] = {}
+        self._producers = {o.name: n for n in model.graph for o in n.outputs if o.name}
+
+    def value(self, name: str) -> Array:
+        initializer = self.model.graph.initializers.get(name)
+        if initializer is not None and initializer.const_value is not None:
+            return _numpy(initializer.const_value)
+        if name not in self._computed:
+            self._computed[name] = self._compute(name)
+        return self._computed[name]
+
+    def _compute(self, name: str) -> Array:
+        node = self._producers.get(name)
+        if node is None:
+            raise KeyError(name)
+        if node.op_type == "Constant":
+            tensor = ir.convenience.get_const_tensor(node.outputs[0])
+            if tensor is None:
+                raise KeyError(name)
+            return _numpy(tensor)
+        inner = self._subgraph(node)
+        proto = onnx.helper.make_model(
+            onnx.helper.make_graph(
+                [ir.serde.serialize_node(n) for n in inner],
+                "constant",
+                [],
+                [onnx.ValueInfoProto(name=name)],
+                [t for n in inner for t in self._initializers(n)],
+            ),
+            opset_imports=[onnx.helper.make_opsetid(d, v) for d, v in self.model.opset_imports.items()],
+            ir_version=self.model.ir_version,
+        )
+        return _widened(np.asarray(open_session(proto, None, optimise=False).run(None, {})[0]))
+
+    def _subgraph(self, node: ir.Node) -> list[ir.Node]:
+        found: dict[int, ir.Node] = {}
+        todo = [node]
+        while todo:
+            current = todo.pop()
+            if id(current) in found:
+                continue
+            found[id(current)] = current
+            for value in current.inputs:
+                producer = self._producers.get(value.name) if value is not None else None
+                if producer is not None:
+                    todo.append(producer)
+                elif value is not None and value.name not in self.model.graph.initializers:
+                    raise KeyError(value.name)
+        return [n for n in self.model.graph if id(n) in found]
+
+    def _initializers(self, node: ir.Node) -> Iterator[onnx.TensorProto]:
+        for value in node.inputs:
+            held = self.model.graph.initializers.get(value.name) if value is not None and value.name else None
+            if held is not None and held.const_value is not None:
+                proto = onnx.numpy_helper.from_array(held.const_value.numpy(), value.name)
+                proto.data_type = int(held.const_value.dtype)
+                yield proto
+
+
+def _numpy(tensor: ir.TensorProtocol) -> Array:
+    array = np.asarray(tensor.numpy())
+    return array.astype(np.float32) if tensor.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16) else array
+
+
+def _inline_functions(model: ir.Model) -> None:
+    if any(f.domain != FUNCTION_DOMAIN for f in model.functions.values()):
+        from onnx_ir.passes.common import InlinePass
+
+        InlinePass(criteria=lambda f: f.domain != FUNCTION_DOMAIN)(model)
+
+
+def _name_everything(model: ir.Model) -> None:
+    taken = {v.name for v in _values(model)}
+    number = 0
+    for node in model.graph:
+        for output in node.outputs:
+            if output.name is None and output.uses():
+                while (name := f"unnamed_{number}") in taken:
+                    number += 1
+                output.name = name
+                taken.add(name)
+
+
+def _values(model: ir.Model) -> Iterator[ir.Value]:
+    yield from model.graph.inputs
+    yield from model.graph.initializers.values()
+    for node in model.graph:
+        yield from node.outputs
+
+
+def _weights(model: ir.Model, nodes: Iterable[ir.Node]) -> dict[Value, Weight]:
+    fed = {v.name for v in model.graph.inputs}
+    weights = {
+        name: Weight(
+            name,
+            tuple(int(s) for s in value.const_value.shape),  # type: ignore[arg-type]
+            value.const_value.dtype.name.lower(),
+            len(value.uses()),
+        )
+        for name, value in model.graph.initializers.items()
+        if value.const_value is not None and name not in fed
+    }
+    for node in nodes:
+        tensor = ir.convenience.get_const_tensor(node.outputs[0]) if node.op_type == "Constant" else None
+        if tensor is not None and node.outputs[0].name:
+            shape = tuple(int(s) for s in tensor.shape)  # type: ignore[arg-type]
+            name = node.outputs[0].name
+            weights[name] = Weight(name, shape, tensor.dtype.name.lower(), len(node.outputs[0].uses()))
+    return weights
+
+
+def _float_dtype(model: ir.Model) -> str:
+    """The floating dtype most of the stored numbers have; quantised files compute in float32."""
+    counts: dict[str, int] = {}
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if tensor is not None and tensor.dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16):
+            counts[tensor.dtype.name] = counts.get(tensor.dtype.name, 0) + int(tensor.size)
+    name = max(counts, key=lambda k: counts[k]) if counts else "FLOAT"
+    return {"FLOAT": "float32", "FLOAT16": "float16", "BFLOAT16": "bfloat16"}[name]
+
+
+def _node(index: int, node: ir.Node) -> Node:
+    attrs = {k: _attribute(a) for k, a in node.attributes.items() if isinstance(a, ir.Attr)}
+    inputs = tuple((v.name or "") if v is not None else "" for v in node.inputs)
+    return Node(
+        index=index,
+        op=_canonical_op(node),
+        domain=node.domain,
+        attrs=attrs,
+        inputs=inputs + _captured(node, inputs),
+        outputs=tuple(v.name or "" for v in node.outputs),
+        evaluate=_evaluator(node, attrs),
+        owner=_owner(node),
+        name=node.name or "",
+    )
+
+
+def _canonical_op(node: ir.Node) -> str:
+    if node.domain in ("", "ai.onnx"):
+        return node.op_type
+    known = CONTRACTIONS | {"RotaryEmbedding", "SimplifiedLayerNormalization", "GroupedQueryAttention"}
+    foreign = {"MultiHeadAttention", "GroupQueryAttention", "Attention", "PackedAttention", "SparseAttention"}
+    if node.op_type in foreign and node.domain == "com.microsoft":
+        return "MultiHeadAttention"
+    if node.op_type == "RotaryEmbedding":  # com.microsoft's takes its inputs in another order
+        return f"{node.domain}.RotaryEmbedding"
+    return node.op_type if node.op_type in known else f"{node.domain}.{node.op_type}"
+
+
+def _attribute(attribute: ir.Attr) -> Any:
+    return None if attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) else attribute.value
+
+
+def _captured(node: ir.Node, explicit: tuple[str, ...]) -> tuple[str, ...]:
+    """Outer values that the bodies of a control-flow node read."""
+    names: dict[str, None] = {}
+    for attribute in node.attributes.values():
+        if isinstance(attribute, ir.Attr) and attribute.type == ir.AttributeType.GRAPH:
+            own = {v.name for n in attribute.value for v in n.outputs} | {v.name for v in attribute.value.inputs}
+            own |= set(attribute.value.initializers)
+            for inner in attribute.value:
+                names.update({v.name: None for v in inner.inputs if v is not None and v.name and v.name not in own})
+    return tuple(n for n in names if n not in explicit)
+
+
+def _evaluator(node: ir.Node, attrs: Mapping[str, Any]) -> Callable[[Sequence[Array | None]], tuple[Array, ...]]:
+    count = len(node.outputs)
+
+    def evaluate(arrays: Sequence[Array | None]) -> tuple[Array, ...]:
+        return OPERATORS[node.op_type](attrs, arrays, count)
+
+    return evaluate
+
+
+def _owner(node: ir.Node) -> str:
+    """The module path that an exporter left: name scopes (dynamo) or the node's own name (TorchScript)."""
+    scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes")
+    if scopes:
+        try:
+            path = ast.literal_eval(scopes)
+        except (SyntaxError, ValueError):
+            path = []
+        if isinstance(path, list) and len(path) >= 2:
+            return str(path[-2])
+    name = (node.name or "").strip("/")
+    return name.rsplit("/", 1)[0].replace("/", ".") if "/" in name else ""
+
+
+def _wanted(flow: Flow) -> set[Value]:
+    """Values around every anchor: up to the projections it reads, down to the projection that reads it."""
+    wanted: set[Value] = set()
+
+    def stop(node: Node) -> bool:
+        return flow.projection_operands(node) is not None
+
+    for anchor in anchors(flow):
+        for node in _downstream(flow, anchor):
+            wanted.update(v for v in (*node.inputs, *node.outputs) if v)
+            for value in node.inputs:
+                for above in flow.ancestors(value, stop):
+                    wanted.update(v for v in (*above.inputs, *above.outputs) if v)
+                    wanted.update(_unflattened(flow, above.inputs[0]) if stop(above) else ())
+    return wanted
+
+
+def _unflattened(flow: Flow, value: Value) -> Iterator[Value]:
+    """What a projection's input was before its tokens were flattened."""
+    while (node := flow.producer(value)) is not None and node.op in {"Reshape", "Flatten", "Identity", "Cast"}:
+        value = node.inputs[0]
+        yield value
+
+
+def _downstream(flow: Flow, anchor: Node) -> list[Node]:
+    """The anchor and what its output flows through until a projection reads it."""
+    found, todo, mixed = {anchor.index: anchor}, [(anchor, anchor.op != "Softmax")], False
+    while todo:
+        node, mixed = todo.pop()
+        for value in node.outputs:
+            for reader in flow.consumers(value):
+                if reader.index in found:
+                    continue
+                found[reader.index] = reader
+                follows = LAYOUT | PASS_THROUGH | {"IsNaN", "Where"}
+                if reader.op in CONTRACTIONS:
+                    if flow.projection_operands(reader) is None and not mixed:
+                        todo.append((reader, True))
+                elif reader.op in follows:
+                    todo.append((reader, mixed))
+    return list(found.values())

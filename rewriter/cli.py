@@ -1,0 +1,438 @@
+"""The command line: inspect, rewrite, verify, profile, targets, demo.
+
+Every command prints tables for people or, with --json, one JSON object on standard output. Errors are one line and
+a hint on standard error; the exit code says whose fault it is (see `rewriter.errors`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import operator
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rewriter.errors import RewriteError, UsageError, VerificationFailed
+from rewriter.report.printable import jsonable, printable
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+app = typer.Typer(
+    name="rewriter",
+    help="Rewrite the token mixing of a trained transformer, verify it and measure it.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+class ExternalData(StrEnum):
+    """Where the weights of an .onnx output go."""
+
+    AUTO = "auto"
+    ALWAYS = "always"
+    NEVER = "never"
+
+
+class Kernels(StrEnum):
+    """Which generated kernels a rewritten PyTorch model may use."""
+
+    AUTO = "auto"
+    OFF = "off"
+    TRITON = "triton"
+    CUDA = "cuda"
+    CPP = "cpp"
+
+
+class Provider(StrEnum):
+    """What the models run on."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
+    TENSORRT = "tensorrt"
+
+
+@dataclass(frozen=True)
+class _Flags:
+    """Options of every command that errors must know too, even where the rest of the line could not be parsed."""
+
+    json: bool = False
+    debug: bool = False
+    progress: bool = False
+
+    @staticmethod
+    def of(arguments: Sequence[str]) -> _Flags:
+        options = set(arguments[: arguments.index("--")] if "--" in arguments else arguments)
+        return _Flags("--json" in options, "--debug" in options, "--progress" in options)
+
+
+_flags = _Flags()
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")]
+Progress = Annotated[bool, typer.Option("--progress", help="Report progress even without a terminal.")]
+Model = Annotated[Path, typer.Argument(metavar="MODEL", help="An .onnx file or a Hugging Face directory.")]
+MaxKl = Annotated[float | None, typer.Option("--max-kl", help="Fail if the mean KL divergence is larger (nats).")]
+MinCosine = Annotated[float | None, typer.Option("--min-cosine", help="Fail if the mean cosine is smaller.")]
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        from importlib import metadata
+
+        try:
+            typer.echo(f"rewriter {metadata.version('rewriter')}")
+        except metadata.PackageNotFoundError:
+            typer.echo("rewriter (run from its sources, not installed)")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Rewrite the token mixing of a trained transformer, verify it and measure it."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help(), err=True)
+        raise typer.Exit(UsageError.exit_code)
+
+
+# --- commands ------------------------------------------------------------------------------------
+
+
+@app.command()
+def inspect(model: Model, as_json: Json = False, progress: Progress = False, debug: Debug = False) -> None:
+    """Show every attention site: what it is, what it can become, or why it cannot be rewritten."""
+    _require_model(model)
+    with _working("inspecting"):
+        import rewriter
+
+        found = rewriter.inspect(str(model)).to_dict()
+    _show(found, "inspection")
+
+
+@app.command()
+def rewrite(
+    model: Annotated[Path, typer.Argument(metavar="IN", help="An .onnx file or a Hugging Face directory.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="Where the rewritten model goes.")],
+    target: Annotated[str, typer.Option("--target", "-t", help="What sites become; see: rewriter targets.")],
+    layers: Annotated[
+        str | None, typer.Option("--layers", help='Which sites: "all", "0-7", "-4:", "encoder", a regex on names.')
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option("--calibration", help="Texts (.txt), token ids (.npy) or inputs (.npz).")
+    ] = None,
+    kernels: Annotated[Kernels, typer.Option("--kernels", help="Generated kernels to use.")] = Kernels.AUTO,
+    verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Check the result before writing it.")] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show plan, cost and drift; write nothing.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Fail if any selected site is refused.")] = False,
+    max_kl: MaxKl = None,
+    min_cosine: MinCosine = None,
+    external_data: Annotated[
+        ExternalData, typer.Option("--external-data", help="Keep weights in a file beside the .onnx.")
+    ] = ExternalData.AUTO,
+    as_json: Json = False,
+    progress: Progress = False,
+    debug: Debug = False,
+) -> None:
+    """Rewrite a model's attention and write the result."""
+    _require_model(model)
+    _require_output(model, output)
+    if not verify and (max_kl is not None or min_cosine is not None):
+        raise UsageError("--max-kl and --min-cosine need the verification", hint="drop --no-verify")
+    with _working(f"rewriting to {target}"):
+        import rewriter
+
+        done = rewriter.optimize(
+            str(model),
+            target,
+            layers=layers,
+            calibration=_calibration(calibration),
+            kernels=kernels.value,
+            verify=verify,
+        )
+        report = done.rewrite_report.to_dict()
+        _refuse_if_strict(strict, report["refused"])
+        _refuse_drift(report["fidelity"], max_kl, min_cosine)
+        if not dry_run:
+            done.save(output, **({} if model.is_dir() else {"external_data": external_data.value}))
+    places = {"target": report.pop("target"), "input": str(model), "output": str(output), "dry_run": dry_run}
+    _show({**places, **report}, "rewrite")
+    if report["refused"]:
+        first = report["refused"][0]
+        _complain(
+            f"{len(report['refused'])} of {len(report['refused']) + len(report['sites'])} sites were refused",
+            f"{first['name']}: {first['reason']}",
+            label="note",
+        )
+
+
+@app.command()
+def verify(
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="The rewritten model.")],
+    against: Annotated[Path, typer.Option("--against", metavar="IN", help="The original.")],
+    max_kl: MaxKl = None,
+    min_cosine: MinCosine = None,
+    as_json: Json = False,
+    progress: Progress = False,
+    debug: Debug = False,
+) -> None:
+    """Check a rewritten model against its original: valid, runs, finite, untouched parts identical, drift."""
+    _require_model(output)
+    _require_model(against)
+    with _working("verifying"):
+        import rewriter
+
+        found = rewriter.verify(str(output), str(against)).to_dict()
+    found = _with_limits(found, max_kl, min_cosine)
+    _show(found, "verification")
+    if not found["ok"]:
+        failed = next(check for check in found["checks"] if not check["ok"])
+        _complain(f"check {failed['name']!r} failed: {failed['detail']}", "compare with the original in detail: --json")
+        raise typer.Exit(VerificationFailed.exit_code)
+
+
+@app.command()
+def profile(
+    before: Annotated[Path, typer.Argument(metavar="BEFORE", help="The original.")],
+    after: Annotated[Path, typer.Argument(metavar="AFTER", help="The rewritten model.")],
+    provider: Annotated[Provider, typer.Option("--provider", help="What to run on.")] = Provider.CPU,
+    shape: Annotated[
+        list[str] | None, typer.Option("--shape", metavar="NAME=2x128", help="Size of an input; may be repeated.")
+    ] = None,
+    runs: Annotated[int, typer.Option("--runs", min=1, help="Timed runs of each model.")] = 20,
+    threads: Annotated[int, typer.Option("--threads", min=1, help="Threads of the runtime.")] = 2,
+    as_json: Json = False,
+    progress: Progress = False,
+    debug: Debug = False,
+) -> None:
+    """Time two models in turn on the same inputs, with memory and time by operator."""
+    _require_model(before)
+    _require_model(after)
+    shapes = _shapes(shape or ())
+    with _working("profiling"):
+        import rewriter
+
+        found = rewriter.profile(
+            str(before), str(after), provider=provider.value, shapes=shapes or None, runs=runs, threads=threads
+        ).to_dict()
+    _show(found, "profile")
+
+
+@app.command()
+def targets(as_json: Json = False, debug: Debug = False) -> None:
+    """List what attention can be rewritten to."""
+    import rewriter
+
+    _show({"targets": list(rewriter.targets())}, "targets")
+
+
+@app.command()
+def demo(as_json: Json = False, progress: Progress = False, debug: Debug = False) -> None:
+    """Run the main job on real weights, start to finish."""
+    from rewriter.demo.run import run_demo
+
+    run_demo(json=as_json)
+
+
+# --- arguments -----------------------------------------------------------------------------------
+
+
+def _require_model(path: Path) -> None:
+    if not path.exists():
+        raise UsageError(f"no such file: {path}", hint="check the path")
+
+
+def _require_output(model: Path, output: Path) -> None:
+    folder = output.absolute().parent
+    if not folder.is_dir():
+        raise UsageError(f"the output folder {folder} does not exist", hint="create it first")
+    if not os.access(folder, os.W_OK):
+        raise UsageError(f"the output folder {folder} is not writable", hint="check its permissions")
+    if model.is_file() and output.is_dir():
+        raise UsageError(f"{output} is a folder", hint="name the output file, e.g. out.onnx")
+    if model.is_dir() and output.is_file():
+        raise UsageError(f"{output} is a file", hint="name a folder: the input is one")
+
+
+def _calibration(path: Path | None) -> Any:
+    """What a calibration file holds: a list of texts, an array of token ids, or a mapping of inputs by name."""
+    if path is None:
+        return None
+    if not path.is_file():
+        raise UsageError(f"no such calibration file: {path}", hint="check the path")
+    import numpy as np
+
+    try:
+        if path.suffix == ".npy":
+            return np.load(path, allow_pickle=False)
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as arrays:
+                return dict(arrays)
+        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (ValueError, OSError) as error:
+        raise UsageError(
+            f"the calibration file {path} cannot be read: {error}", hint="give a .txt, .npy or .npz file"
+        ) from error
+
+
+def _shapes(given: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for text in given:
+        name, _, sizes = text.rpartition("=")
+        try:
+            shapes[name] = tuple(int(size) for size in sizes.split("x")) if sizes else ()
+        except ValueError:
+            name = ""
+        if not name:
+            raise UsageError(f"--shape {text!r} is no shape", hint="write it as name=2x128")
+    return shapes
+
+
+# --- limits --------------------------------------------------------------------------------------
+
+
+def _refuse_if_strict(strict: bool, refused: Sequence[Mapping[str, Any]]) -> None:
+    if strict and refused:
+        first = refused[0]
+        raise RewriteError(
+            f"{len(refused)} sites were refused, the first: {first['name']}: {first['reason']}",
+            hint="drop --strict to rewrite the others, or select sites with --layers",
+        )
+
+
+def _refuse_drift(drift: Mapping[str, Any] | None, max_kl: float | None, min_cosine: float | None) -> None:
+    for check in _limit_checks(drift, max_kl, min_cosine):
+        if not check["ok"]:
+            raise VerificationFailed(
+                f"too far from the original: {check['detail']}; nothing was written",
+                hint="calibrate, choose more K/V heads, or rewrite fewer layers",
+            )
+
+
+def _limit_checks(
+    drift: Mapping[str, Any] | None, max_kl: float | None, min_cosine: float | None
+) -> Iterator[dict[str, Any]]:
+    """Checks of the limits that the user set; a quantity that was not measured is within no limit."""
+    for name, limit, key, within in (
+        ("max-kl", max_kl, "kl", operator.le),
+        ("min-cosine", min_cosine, "cosine", operator.ge),
+    ):
+        if limit is None:
+            continue
+        value = drift.get(key) if drift else None
+        shown = "was not measured (the output holds no logits)" if value is None else f"is {value:.6g}"
+        ok = value is not None and within(value, limit)
+        yield {"name": name, "ok": ok, "detail": f"{key} {shown}, the limit is {limit:g}"}
+
+
+def _with_limits(found: dict[str, Any], max_kl: float | None, min_cosine: float | None) -> dict[str, Any]:
+    checks = [*found["checks"], *_limit_checks(found["fidelity"], max_kl, min_cosine)]
+    return {**found, "checks": checks, "ok": all(check["ok"] for check in checks)}
+
+
+# --- output --------------------------------------------------------------------------------------
+
+
+def _show(found: Mapping[str, Any], kind: str) -> None:
+    if _flags.json:
+        _print(json.dumps(jsonable(found), allow_nan=False))
+        return
+    from rewriter.report import tables
+
+    render: Callable[[Mapping[str, Any]], RenderableType] = getattr(tables, kind)
+    _print(tables.text(render(found)))
+
+
+def _print(text: str) -> None:
+    """To standard output; whoever reads it may have seen enough and gone, which is no error."""
+    encoding = sys.stdout.encoding or "utf-8"
+    try:
+        print(text.encode(encoding, "replace").decode(encoding), flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextlib.contextmanager
+def _working(what: str) -> Iterator[None]:
+    """Progress on standard error, and whatever libraries print kept off standard output."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.text import Text
+
+            stack.enter_context(Console(stderr=True).status(Text(printable(f"{what} …"))))
+        elif _flags.progress:
+            print(printable(f"{what} …"), file=sys.stderr, flush=True)
+        yield
+
+
+def _complain(message: str, hint: str = "", *, label: str = "error") -> None:
+    print(f"{label}: {printable(message)}", file=sys.stderr)
+    if hint:
+        print(f"  {'first' if label == 'note' else 'hint'}: {printable(hint)}", file=sys.stderr)
+
+
+# --- entry ---------------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The console script: runs a command and leaves with its exit code."""
+    sys.exit(run(arguments))
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code and never raises."""
+    global _flags
+    words = list(arguments) if arguments is not None else sys.argv[1:]
+    _flags = _Flags.of(words)
+    try:
+        code = app(words, prog_name="rewriter", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except (KeyboardInterrupt, typer.Abort):
+        _complain("interrupted; nothing was left half-written")
+        return 130
+    except Exception as error:
+        return _fail(error)
+
+
+def _fail(error: Exception) -> int:
+    """Say what went wrong in one line, with a hint; returns the exit code."""
+    message, hint, code = _explain(error)
+    if _flags.debug:
+        traceback.print_exception(error)
+    if _flags.json:
+        kind = type(error).__name__
+        _print(json.dumps({"error": {"type": kind, "message": message, "hint": hint, "exit_code": code}}))
+    _complain(message, hint)
+    return code
+
+
+def _explain(error: Exception) -> tuple[str, str, int]:
+    if isinstance(error, RewriteError):
+        return str(error), error.hint, error.exit_code
+    if hasattr(error, "format_message"):  # click's, whether typer carries a copy of click or imports it
+        command = getattr(getattr(error, "ctx", None), "command_path", "rewriter")
+        return str(error.format_message()), f"see: {command} --help", UsageError.exit_code
+    if isinstance(error, MemoryError):
+        return "out of memory", "free some, or store the model with external data", 1
+    first = next(iter(str(error).splitlines()), "")
+    return f"{type(error).__name__}: {first}", "this is a bug in rewriter; --debug shows where", 1
+
+
+if __name__ == "__main__":
+    main()

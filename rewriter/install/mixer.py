@@ -1,0 +1,451 @@
+"""The one module that replaces an attention module: grouped-query attention behind the original's own call.
+
+Shape legend: B batch, S queries, T keys, H query heads, KV key/value heads, D head_dim, E model width.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from codegen.ops.grouped_query_attention.torch_body import (
+    grouped_query_attention,
+    grouped_query_attention_with_weights,
+)
+from codegen.spec import GroupedQueryAttention
+from rewriter.errors import UnsupportedModel
+from rewriter.install.protocol import Protocol, mask_kind
+
+Call = Mapping[str, Any]
+"""The arguments of one call by role."""
+
+HEAD_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
+GROUP_SIZES = ("num_key_value_groups", "n_rep", "num_queries_per_kv")
+
+
+@dataclass(frozen=True)
+class MixerParameters:
+    """Canonical parameters, rows head-major; H*Dv columns of `out_weight` likewise.
+
+    Attributes:
+        q_weight: [H*D, in]; k_weight: [KV*D, in_kv]; v_weight: [KV*Dv, in_kv]; biases [rows] or None.
+        out_weight: [E, H*Dv], only where the output projection is no submodule of its own.
+    """
+
+    q_weight: Tensor
+    k_weight: Tensor
+    v_weight: Tensor
+    q_bias: Tensor | None = None
+    k_bias: Tensor | None = None
+    v_bias: Tensor | None = None
+    out_weight: Tensor | None = None
+    out_bias: Tensor | None = None
+
+
+class RewrittenMixer(nn.Module):
+    """Grouped-query attention that is called and answers like the module it replaces.
+
+    `forward` takes the original's arguments, by position or name, and returns the original's structure.
+    """
+
+    def __init__(
+        self,
+        spec: GroupedQueryAttention,
+        protocol: Protocol,
+        parameters: MixerParameters,
+        *,
+        out: nn.Module | None = None,
+        q_norm: nn.Module | None = None,
+        k_norm: nn.Module | None = None,
+        position: nn.Module | None = None,
+        layer_index: int | None = None,
+    ) -> None:
+        """`out` projects the merged heads [B, S, H*Dv]; `q_norm` and `k_norm` normalise each head's features;
+        `position` computes a score bias with ``compute_bias(S, T, device=..., past_seen_tokens=...)``."""
+        super().__init__()
+        self.spec = spec
+        self.protocol = protocol
+        self.layer_index = layer_index
+        self.q_proj = linear(parameters.q_weight, parameters.q_bias)
+        self.k_proj = linear(parameters.k_weight, parameters.k_bias)
+        self.v_proj = linear(parameters.v_weight, parameters.v_bias)
+        if parameters.out_weight is not None:
+            out = linear(parameters.out_weight, parameters.out_bias)
+        self.out_proj = out
+        self.q_norm, self.k_norm, self.position = q_norm, k_norm, position
+        self.input_norm: nn.Module | None = None
+        self.output_norm: nn.Module | None = None
+        self.taken_from: dict[str, str | None] = {}
+        self._specs = {
+            (causal, bias): replace(spec, causal=causal, bias=bias)
+            for causal in (False, True)
+            for bias in (False, True)
+        }
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return self.protocol.signature()
+
+    def adopt(self, protocol: Protocol, original: nn.Module) -> None:
+        """Follow `protocol`, with the norms that it takes over from `original`."""
+        self.protocol = protocol
+        for role in ("input_norm", "output_norm"):
+            path = getattr(protocol, role)
+            setattr(self, role, None if path is None else original.get_submodule(path))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Takes and returns what the replaced module took and returned.
+
+        Raises:
+            TypeError: for arguments that were not in use when the module was rewritten.
+            UnsupportedModel: in training mode, if that mode of the original is not understood.
+        """
+        if self.training and not self.protocol.trains:
+            raise UnsupportedModel(
+                "how this attention behaves in training mode is not known",
+                hint="Call .eval() on it, or set every dropout of the original to 0 before rewriting.",
+            )
+        call = self.protocol.read(args, kwargs)
+        hidden, context, value = self._sources(call)
+        past = self._past_length(call)
+        q = self._rotated(self._heads(self.q_proj(hidden), self.spec.heads, self.q_norm), call)
+        k, v = self._keys_and_values(call, context, value)
+        causal, mask = self._visible(call, q)
+        if causal and mask is None and call.get("cache") is not None:
+            causal, k, v = _causal_over_cache(q, k, v)
+        bias = self._bias(call, q, k, past)
+        if bias is not None:
+            causal, mask = False, _combine(_square(mask, causal, q, k), bias, q.dtype)
+        output, weights = self._attend(call, q, k, v, mask, causal)
+        output = self._finish(call, output)
+        return self._answer(call, output, weights, bias)
+
+    # ------------------------------------------------------------------ operands
+
+    def _sources(self, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden states for q, k and v, each [B, tokens, width]."""
+        hidden = self._batched(call["hidden"])
+        if self.input_norm is not None:
+            hidden = self.input_norm(hidden)
+        context = self._batched(call["context"]) if _is_cross(call) else hidden
+        value: Any = call.get("value")
+        same = value is None or value is call["hidden"] or value is call.get("context")
+        return hidden, context, context if same else self._batched(value)
+
+    def _batched(self, x: Tensor) -> Tensor:
+        if x.dim() == 2:
+            return x[None]
+        if x.dim() != 3:
+            raise TypeError(f"hidden states of {x.dim()} dimensions are not understood")
+        return x if self.protocol.batch_first else x.transpose(0, 1)
+
+    def _heads(self, x: Tensor, heads: int, norm: nn.Module | None) -> Tensor:
+        """[B, tokens, heads * dim] -> [B, heads, tokens, dim]."""
+        x = x.view(*x.shape[:-1], heads, -1)
+        return (x if norm is None else norm(x)).transpose(1, 2)
+
+    def _rotated(self, x: Tensor, call: Call) -> Tensor:
+        tables = _tables(call)
+        return x if tables is None else _rotate(x, *tables, self.protocol.rotary, self.protocol.rotary_tables)
+
+    def _keys_and_values(self, call: Call, context: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of all tokens so far; the cache is brought up to date."""
+        cross = _is_cross(call)
+        cache: Any = call.get("cache")
+        store = cache
+        paired = cache is not None and hasattr(cache, "is_updated")  # one cache for self-, one for cross-attention
+        if paired:
+            store = cache.cross_attention_cache if cross else cache.self_attention_cache
+            if cross and cache.is_updated.get(self.layer_index):
+                layer = store.layers[self.layer_index]
+                return layer.keys, layer.values
+        k = self._rotated(self._heads(self.k_proj(context), self.spec.kv_heads, self.k_norm), call)
+        v = self._heads(self.v_proj(value), self.spec.kv_heads, None)
+        if store is None:
+            return k, v
+        position = call.get("cache_position")
+        extra = () if position is None else ({"cache_position": position},)
+        k, v = store.update(k, v, self.layer_index, *extra)
+        if paired and cross:
+            cache.is_updated[self.layer_index] = True
+        return k, v
+
+    def _past_length(self, call: Call) -> Any:
+        """Tokens in the cache before this call; only asked for where a score bias has to be computed."""
+        cache = call.get("cache")
+        if self.position is None or cache is None:
+            return 0
+        past = cache.get_seq_length(self.layer_index)
+        return past.clone() if isinstance(past, Tensor) else past  # static caches count in place
+
+    # ------------------------------------------------------------------ masks
+
+    def _visible(self, call: Call, q: Tensor) -> tuple[bool, Tensor | None]:
+        """(causal, mask): the mask is boolean (True keeps) or additive, and broadcasts to [B, H, S, T]."""
+        cross = _is_cross(call)
+        given = call.get("cross_mask" if cross and self.protocol.has("cross_mask") else "mask")
+        causal = not cross and self._causal(call)
+        mask = None if given is None else self._mask(given, q)
+        if mask is not None and mask.shape[-2] != 1 and self.protocol.causal != "always":
+            causal = False  # a mask over queries and keys holds the order too
+        padding = call.get("key_padding")
+        if padding is not None:
+            padding = self._checked(padding, self.protocol.padding_true_keeps)
+            mask = _combine(mask, padding.reshape(-1, 1, 1, padding.shape[-1]), q.dtype)
+        return causal, mask
+
+    def _causal(self, call: Call) -> bool:
+        asked = call.get("is_causal")
+        return self.protocol.causal != "never" if asked is None else bool(asked)
+
+    def _checked(self, mask: Tensor, true_keeps: bool) -> Tensor:
+        """Boolean with True for a visible key, or additive."""
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"a mask of type {type(mask).__name__} is not understood; give a tensor")
+        kind = mask_kind(mask)
+        if kind in self.protocol.masks_refused:
+            raise TypeError(f"a {kind} mask means something else here than it did in the original; use another dtype")
+        if kind == "int":
+            mask = mask != 0
+        if mask.dtype == torch.bool and not true_keeps:
+            mask = ~mask
+        return mask
+
+    def _mask(self, mask: Tensor, q: Tensor) -> Tensor:
+        """Of two to four dimensions -> [B or 1, H or 1, S or 1, T]."""
+        mask = self._checked(mask, self.protocol.mask_true_keeps)
+        if mask.dim() == 4:
+            return mask
+        if mask.dim() == 3:
+            per_head = mask.shape[0] == q.shape[0] * self.spec.heads
+            return mask.view(q.shape[0], self.spec.heads, *mask.shape[1:]) if per_head else mask[:, None]
+        if mask.dim() != 2:
+            raise TypeError(f"a mask of {mask.dim()} dimensions is not understood")
+        return mask[:, None, None] if self.protocol.flat_mask == "batch" else mask[None, None]
+
+    def _bias(self, call: Call, q: Tensor, k: Tensor, past: Any) -> Tensor | None:
+        """The additive score bias [1 or B, H, S, T], given by the caller or computed here."""
+        t = k.shape[2]
+        bias: Tensor | None = call.get("bias")
+        if bias is not None:
+            if bias.dim() == 4:
+                return bias[..., :t]
+            # a table [H or B*H, S or 1, T] may be longer than the call; it then ends at the last token
+            return bias.view(-1, self.spec.heads, *bias.shape[1:])[..., -q.shape[2] :, -t:]
+        if self.position is not None:
+            compute: Any = self.position.compute_bias
+            computed: Tensor = compute(q.shape[2], t, device=q.device, past_seen_tokens=past)
+            return computed
+        if "bias" in self.protocol.returns:
+            return q.new_zeros(1, self.spec.heads, q.shape[2], t)
+        return None
+
+    # ------------------------------------------------------------------ result
+
+    def _attend(
+        self, call: Call, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        spec = self._specs[causal, mask is not None]
+        dropout = self.protocol.attention_dropout if self.training else 0.0
+        asked = "asked" in self.protocol.returns and bool(call.get("wants_weights"))
+        if "refused" in self.protocol.returns and call.get("wants_weights"):
+            raise TypeError("attention weights were not available from the original in this setting, nor are they here")
+        if asked or "weights" in self.protocol.returns:
+            return grouped_query_attention_with_weights(spec, q, k, v, mask, dropout=dropout)
+        return grouped_query_attention(spec, q, k, v, mask, dropout=dropout), None
+
+    def _finish(self, call: Call, output: Tensor) -> Tensor:
+        """[B, H, S, Dv] -> [B, S, E], with what the original does to its result."""
+        output = output.transpose(1, 2).flatten(2)
+        if self.out_proj is not None:
+            output = self.out_proj(output)
+        output = functional.dropout(output, p=self.protocol.output_dropout, training=self.training)
+        if call.get("residual") is not None:
+            output = output + self._batched(call["residual"])
+        if self.protocol.adds_input:
+            output = output + self._batched(call["hidden"])
+        return output if self.output_norm is None else self.output_norm(output)
+
+    def _answer(self, call: Call, output: Tensor, weights: Tensor | None, bias: Tensor | None) -> Any:
+        single = call["hidden"].dim() == 2
+        if weights is not None and call.get("average"):
+            weights = weights.mean(dim=1)
+        if single:
+            output, weights = output[0], None if weights is None else weights[0]
+        elif not self.protocol.batch_first:
+            output = output.transpose(0, 1)
+        if self.protocol.bare:
+            return output
+        known = {"output": output, "weights": weights, "asked": weights, "bias": bias, "none": None, "refused": None}
+        return tuple(
+            known[element] if element in known else call.get(self._role(element)) for element in self.protocol.returns
+        )
+
+    def _role(self, element: str) -> str:
+        name = element.removeprefix("argument:")
+        return self.protocol.roles.get(name, name)
+
+    # ------------------------------------------------------------------ outside readers
+
+    def mimic(self, original: nn.Module) -> None:
+        """Take over the plain attributes that surrounding code may read off the original."""
+        for name, value in vars(original).items():
+            if isinstance(value, bool | int | float | str) and not name.startswith("_") and not hasattr(self, name):
+                setattr(self, name, value)
+        for name in HEAD_COUNTS:
+            if hasattr(original, name):
+                setattr(self, name, self.spec.kv_heads)
+        for name in GROUP_SIZES:
+            if hasattr(original, name):
+                setattr(self, name, self.spec.group)
+        if hasattr(original, "_qkv_same_embed_dim"):  # torch's encoder layer then takes its plain path
+            for name, value in (("_qkv_same_embed_dim", False), ("in_proj_weight", None), ("in_proj_bias", None)):
+                setattr(self, name, value)
+
+    # ------------------------------------------------------------------ persistence
+
+    def describe(self) -> dict[str, Any]:
+        """Everything but the weights, as JSON; `rebuild` reads it."""
+        own = {"q": self.q_proj, "k": self.k_proj, "v": self.v_proj}
+        if isinstance(self.out_proj, nn.Linear) and self.taken_from.get("out") is None:
+            own["out"] = self.out_proj
+        return {
+            "spec": asdict(self.spec),
+            "protocol": self.protocol.to_json(),
+            "taken": dict(self.taken_from),
+            "shapes": {name: [*layer.weight.shape, layer.bias is not None] for name, layer in own.items()},
+            "layer_index": self.layer_index,
+            "position": self.position is not None,
+        }
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value}" for name, value in asdict(self.spec).items())
+
+
+def rebuild(description: Call, original: nn.Module) -> RewrittenMixer:
+    """The mixer that `describe` described, with empty weights, in place of a freshly built `original`.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError: if the description is broken or fits another module.
+    """
+    like = next(original.parameters())
+    tensors: dict[str, Any] = {}
+    for name, (rows, columns, bias) in description["shapes"].items():
+        tensors[f"{name}_weight"] = like.new_empty(int(rows), int(columns), requires_grad=like.requires_grad)
+        if bias:
+            tensors[f"{name}_bias"] = like.new_empty(int(rows), requires_grad=like.requires_grad)
+    taken = {
+        role: None if path is None else original.get_submodule(path) for role, path in description["taken"].items()
+    }
+    mixer = RewrittenMixer(
+        GroupedQueryAttention(**description["spec"]),
+        Protocol.from_json(description["protocol"]),
+        MixerParameters(**tensors),
+        position=stripped(original) if description["position"] else None,
+        layer_index=description["layer_index"],
+        **taken,
+    )
+    mixer.taken_from = dict(description["taken"])
+    mixer.adopt(mixer.protocol, original)
+    return mixer
+
+
+def stripped(original: nn.Module) -> nn.Module:
+    """A shallow twin of the original that keeps what computes its score bias: tables, not projections."""
+    twin = copy.copy(original)
+    twin._modules = {n: m for n, m in original._modules.items() if isinstance(m, nn.Embedding)}
+    twin._parameters = {}
+    return twin
+
+
+def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """An nn.Linear over the given tensors; Parameters stay the objects they are."""
+    module = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    module.weight = _parameter(weight)
+    if bias is not None:
+        module.bias = _parameter(bias)
+    return module
+
+
+def _parameter(tensor: Tensor) -> nn.Parameter:
+    return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=tensor.requires_grad)
+
+
+def _causal_over_cache(q: Tensor, k: Tensor, v: Tensor) -> tuple[bool, Tensor, Tensor]:
+    """Without a mask, more keys than queries are the unused end of a preallocated cache, unless there is one query."""
+    s = q.shape[2]
+    if s == 1:
+        return False, k, v
+    return True, k[:, :, :s], v[:, :, :s]
+
+
+def _square(mask: Tensor | None, causal: bool, q: Tensor, k: Tensor) -> Tensor | None:
+    if not causal:
+        return mask
+    s, t = q.shape[2], k.shape[2]
+    order = torch.ones(s, t, dtype=torch.bool, device=q.device).tril(t - s)[None, None]
+    return order if mask is None else _combine(mask, order, q.dtype)
+
+
+def _combine(first: Tensor | None, second: Tensor, dtype: torch.dtype) -> Tensor:
+    """Both masks at once: boolean if both are, else additive with the lowest number where a boolean one hides."""
+    if first is None:
+        return second
+    if second.dtype == torch.bool:
+        first, second = second, first
+    if first.dtype != torch.bool:
+        return first + second
+    return first & second if second.dtype == torch.bool else second.masked_fill(~first, torch.finfo(dtype).min)
+
+
+def _is_cross(call: Call) -> bool:
+    context = call.get("context")
+    return context is not None and context is not call["hidden"]
+
+
+def _tables(call: Call) -> tuple[Tensor, Tensor] | None:
+    """cos and sin as the caller gives them: a pair, two arguments, or one complex tensor."""
+    rotary = call.get("rotary")
+    if isinstance(rotary, Tensor) and rotary.is_complex():
+        return rotary.real, rotary.imag
+    if rotary is not None:
+        cos, sin = rotary
+        return cos, sin
+    if call.get("cos") is not None:
+        return call["cos"], call["sin"]
+    return None
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, pairing: str, tables: str) -> Tensor:
+    """Rotate the leading features of x [B, heads, tokens, D] by tables [.., tokens, R] or [.., tokens, R/2]."""
+    cos, sin = (_spread(table, x, pairing, tables) for table in (cos, sin))
+    turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    turned = turned * cos + _quarter_turn(turned, pairing) * sin
+    return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
+
+
+def _spread(table: Tensor, x: Tensor, pairing: str, tables: str) -> Tensor:
+    """One entry per feature, broadcastable to [B, heads, tokens, R], in x's dtype."""
+    if table.dim() == 3:
+        table = table[:, None]
+    elif table.dim() == 2:
+        table = table[None, None]
+    if tables == "first":
+        table = table[..., : table.shape[-1] // 2]
+    if tables != "full":
+        table = torch.cat((table, table), dim=-1) if pairing == "half" else table.repeat_interleave(2, dim=-1)
+    return table.to(x.dtype)
+
+
+def _quarter_turn(x: Tensor, pairing: str) -> Tensor:
+    if pairing == "half":
+        first, second = x.chunk(2, dim=-1)
+        return torch.cat((-second, first), dim=-1)
+    return torch.stack((-x[..., 1::2], x[..., 0::2]), dim=-1).flatten(-2)

@@ -1,0 +1,484 @@
+"""Door out for ONNX: edits the model at the matched sites and nowhere else.
+
+Per site: new key and value projections feed the old path (rotation, norms, cache) at its stem, which then works on
+fewer heads; one grouped attention node takes the place of the two contractions and the softmax; what is left
+unread is removed. The node is the standard Attention operator where the file's opset has it (23, 24), else a
+call of a model-local function.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import onnx_ir as ir
+
+from codegen.ops.grouped_query_attention.onnx_body import DOMAIN, attributes, function, function_name
+from passes.dataflow import Array, Value
+from passes.site import AttentionSite, Modifier, Operand
+from passes.targets.replacement import Replacement
+from passes.weights.projection import operand_bias, operand_weight
+from rewriter.capture.onnx_file import OnnxCapture
+from rewriter.errors import UnsupportedModel
+from rewriter.install.onnx_weights import emit_like
+
+
+@dataclass(frozen=True)
+class Installed:
+    """What was done at one site: initializers that are gone, and the error of requantising new ones (0 if none)."""
+
+    name: str
+    removed: tuple[str, ...]
+    requantisation_error: float
+
+
+def install(capture: OnnxCapture, replacements: Sequence[Replacement], *, target: str, version: str) -> list[Installed]:
+    """Edit ``capture.model`` in place and note in its metadata what was done."""
+    editor = _Editor(capture)
+    done = [editor.replace(r) for r in replacements]
+    metadata = capture.model.metadata_props
+    metadata["rewriter.version"] = version
+    metadata["rewriter.target"] = target
+    metadata["rewriter.sites"] = json.dumps(
+        [
+            {"name": r.site.name, "from": r.before, "to": r.after, "exact": r.exact, "changed": list(d.removed)}
+            for r, d in zip(replacements, done, strict=True)
+        ]
+    )
+    return done
+
+
+@dataclass
+class _Editor:
+    """Works site by site on one model.
+
+    Attributes:
+        shared: new initializers by content.
+        seams: for each seam already fed anew, the value that now stands there and its axes.
+    """
+
+    capture: OnnxCapture
+    shared: dict[tuple[str, bytes], ir.Value] = field(default_factory=dict)
+    seams: dict[Value, tuple[ir.Value, tuple[str, ...]]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.model = self.capture.model
+        self.graph = self.model.graph
+        self.opset = self.model.opset_imports.get("", 1)
+        self._taken = set(self.capture.values) | {n.name for n in self.capture.nodes if n.name}
+
+    # ------------------------------------------------------------ one site
+
+    def replace(self, replacement: Replacement) -> Installed:
+        site = replacement.site
+        error = 0.0
+        for role, operand in (("k", site.k), ("v", site.v)):
+            weight, bias = replacement.tensors[f"{role}_weight"], replacement.tensors.get(f"{role}_bias")
+            error = max(error, self._reproject(site, role, operand, replacement.spec.kv_heads, weight, bias))
+        if site.q.projection.node in (site.k.projection.node, site.v.projection.node):
+            flow = self.capture.flow
+            weight, bias = operand_weight(flow, site.q), operand_bias(flow, site.q)
+            error = max(error, self._reproject(site, "q", site.q, site.heads, weight, bias))
+        self._attend(replacement)
+        removed = self._sweep(self._old_nodes(site))
+        removed += self._sweep(self._release_shapes(site))
+        return Installed(site.name, tuple(removed), error)
+
+    def _reproject(
+        self, site: AttentionSite, role: str, operand: Operand, heads: int, weight: Array, bias: Array | None
+    ) -> float:
+        """Feed the path from its stem on with a projection to `heads` heads."""
+        projection = operand.projection
+        stem = self.value(operand.stem)
+        order = list(operand.stem_features)
+        rows = weight.reshape(heads, operand.dim, -1)[:, order].reshape(heads * operand.dim, -1)
+        old = self.value(projection.weight)
+        emitted = emit_like(old, rows if projection.out_first else rows.T, f"{site.name}.{role}.weight", self.unique)
+        if not emitted.nodes:
+            emitted.value = self._share(emitted.value)
+        nodes = list(emitted.nodes)
+        x = self._three_axes(projection.input, operand)
+        tokens = ("b", "s") if operand.batch_first else ("s", "b")
+        matrix = emitted.value
+        if projection.out_first:
+            matrix = self._op(nodes, "Transpose", [matrix], f"{site.name}.{role}.weight_t", perm=[1, 0])
+        out = self._op(nodes, "MatMul", [x, matrix], f"{site.name}.{role}.matmul")
+        stored = list(emitted.initializers)
+        if bias is not None:
+            vector = bias.reshape(heads, operand.dim)[:, order].reshape(-1)
+            assert projection.bias is not None
+            held = emit_like(self.value(projection.bias), vector, f"{site.name}.{role}.bias", self.unique)
+            nodes += held.nodes
+            stored += held.initializers
+            out = self._op(nodes, "Add", [out, self._share(held.value) if not held.nodes else held.value],
+                           f"{site.name}.{role}.projected")  # fmt: skip
+        axes = operand.stem_axes
+        if operand.seam == operand.stem and not operand.presents and all(len(a) == 1 for a in axes):
+            axes = ("b", "h", "s", "d")  # nothing lies between: lay heads out as attention wants them
+        out = self._arrange(nodes, out, tokens, axes, heads, operand.dim, f"{site.name}.{role}")
+        producer = stem.producer()
+        assert producer is not None
+        self.graph.insert_after(producer, nodes)
+        for value in stored:
+            if value.name and value.name not in self.graph.initializers and value.uses():
+                self.graph.register_initializer(value)
+        self._rewire(operand, stem, out, heads)
+        self.seams[operand.seam] = (out, axes) if operand.seam == operand.stem else (
+            self.value(operand.seam), operand.seam_axes)  # fmt: skip
+        return emitted.error
+
+    def _share(self, value: ir.Value) -> ir.Value:
+        """Equal new initializers are stored once: weights that layers shared stay shared."""
+        tensor = value.const_value
+        if tensor is None:
+            return value
+        return self.shared.setdefault((str(tensor.dtype) + str(tensor.shape), tensor.tobytes()), value)
+
+    def _three_axes(self, name: Value, operand: Operand) -> ir.Value:
+        """The projection's input with batch and tokens on axes of their own, found above a flattening."""
+        flow = self.capture.flow
+        while len(flow.shape(name)) != 3:
+            node = flow.producer(name)
+            above = node.inputs[0] if node is not None and node.op in {"Reshape", "Flatten", "Identity", "Cast"} else ""
+            if not above or flow.shape(above)[-1] != flow.shape(name)[-1]:
+                raise UnsupportedModel(
+                    f"the projection of {operand.stem} reads a flattened tensor whose batch and token axes are lost",
+                    hint="export the model without flattening tokens before the attention projections",
+                )
+            name = above
+        return self.value(name)
+
+    def _arrange(
+        self,
+        nodes: list[ir.Node],
+        value: ir.Value,
+        tokens: tuple[str, str],
+        axes: tuple[str, ...],
+        heads: int,
+        dim: int,
+        name: str,
+    ) -> ir.Value:
+        """[tokens..., heads * dim] as the stem is laid out."""
+        if axes == (*tokens, "hd"):
+            return value
+        wanted = "".join(axes)
+        value = self._op(nodes, "Reshape", [value, self._ints([0, 0, heads, dim], f"{name}.split")], f"{name}.heads")
+        have = "".join(tokens) + "hd"
+        perm = [have.index(a) for a in wanted]
+        if perm != [0, 1, 2, 3]:
+            value = self._op(nodes, "Transpose", [value], f"{name}.ordered", perm=perm)
+        if all(len(a) == 1 for a in axes):
+            return value
+        sizes = {"h": heads, "d": dim, "hd": heads * dim, "dh": heads * dim}
+        shape = [sizes.get(a, 0 if a == wanted[i : i + 1] and i < 1 else -1) for i, a in enumerate(axes)]
+        if shape.count(-1) > 1:
+            raise UnsupportedModel(f"heads laid out as {axes} cannot be written with fewer heads")
+        return self._op(nodes, "Reshape", [value, self._ints(shape, f"{name}.fused")], f"{name}.arranged")
+
+    def _rewire(self, operand: Operand, stem: ir.Value, new: ir.Value, heads: int) -> None:
+        """The path reads the new stem; its values, caches and presents change their number of heads."""
+        inside = {id(self.capture.nodes[i]) for i in operand.path}
+        for node, position in list(stem.uses()):
+            if id(node) in inside:
+                node.replace_input_with(position, new)
+        if stem.is_graph_output():
+            self._become_output(stem, new)
+        if heads == operand.heads:
+            return
+        for index in operand.path:
+            for value in self.capture.nodes[index].outputs:
+                if value is not stem and not value.is_graph_output():
+                    value.shape = None
+        if operand.past is not None and operand.past_head_axis is not None:
+            _resize(self.value(operand.past), operand.past_head_axis, heads)
+        for name, axis in operand.presents:
+            _resize(new if name == operand.stem else self.value(name), axis, heads)
+
+    def _become_output(self, old: ir.Value, new: ir.Value) -> None:
+        position = next(i for i, o in enumerate(self.graph.outputs) if o is old)
+        name, new.type, new.shape = old.name, old.type, old.shape
+        old.name = self.unique(f"{name}_before")
+        new.name = name
+        self.graph.outputs[position] = new
+
+    # ------------------------------------------------------------ attention
+
+    def _attend(self, replacement: Replacement) -> None:
+        site, spec = replacement.site, replacement.spec
+        k, v = self.seams[site.k.seam], self.seams[site.v.seam]
+        q = self.seams.get(site.q.seam, (self.value(site.q.seam), site.q.seam_axes))
+        if self.capture.flow.nodes[site.anchor].op == "Attention" and self._keep_operator(site, spec.kv_heads, k, v):
+            return
+        output = self.value(site.output)
+        after = output.producer()
+        assert after is not None
+        nodes: list[ir.Node] = []
+        operands = [
+            self._canonical(nodes, value, axes, heads, f"{site.name}.{role}")
+            for role, (value, axes), heads in (("q", q, spec.heads), ("k", k, spec.kv_heads), ("v", v, spec.kv_heads))
+        ]
+        dtype = output.dtype or q[0].dtype or ir.DataType.FLOAT
+        bias = self._bias(nodes, site, dtype)
+        if self.opset in (23, 24) and spec.softcap is None and not spec.masked_rows_are_zero:
+            attended = self._standard(nodes, site, spec.causal, operands, bias)
+        else:
+            attended = self._function(nodes, replacement, operands, bias, dtype)
+        attended = self._from_canonical(nodes, attended, site)
+        attended.type, attended.shape = output.type, output.shape
+        self.graph.insert_after(after, nodes)
+        output.replace_all_uses_with(attended, replace_graph_outputs=True)
+
+    def _keep_operator(
+        self,
+        site: AttentionSite,
+        kv_heads: int,
+        k: tuple[ir.Value, tuple[str, ...]],
+        v: tuple[ir.Value, tuple[str, ...]],
+    ) -> bool:
+        """A standard Attention operator repeats heads by itself: give it fewer."""
+        anchor = self.capture.nodes[site.anchor]
+        flat = len(self.capture.flow.shape(self.capture.flow.nodes[site.anchor].inputs[0])) == 3
+        wanted = ("b", "s", "hd") if flat else ("b", "h", "s", "d")
+        if k[1] != wanted or v[1] != wanted or abs(site.scale - self._operator_scale(site)) > 1e-7:
+            return False
+        anchor.replace_input_with(1, k[0])
+        anchor.replace_input_with(2, v[0])
+        if flat:
+            anchor.attributes["kv_num_heads"] = ir.AttrInt64("kv_num_heads", kv_heads)
+        return True
+
+    def _operator_scale(self, site: AttentionSite) -> float:
+        scale = self.capture.flow.nodes[site.anchor].attrs.get("scale")
+        return float(scale) if scale else site.head_dim**-0.5
+
+    def _canonical(
+        self, nodes: list[ir.Node], value: ir.Value, axes: tuple[str, ...], heads: int, name: str
+    ) -> ir.Value:
+        """Any seam as [B, heads, tokens, features]."""
+        if axes == ("b", "h", "s", "d"):
+            return value
+        if all(len(a) == 1 for a in axes) and len(axes) == 4:
+            return self._op(nodes, "Transpose", [value], f"{name}.canonical", perm=[axes.index(a) for a in "bhsd"])
+        if axes == ("bh", "s", "d"):
+            shape = self._op(nodes, "Shape", [value], f"{name}.shape")
+            tail = self._op(nodes, "Gather", [shape, self._ints([1, 2], f"{name}.tail")], f"{name}.sizes")
+            full = self._op(nodes, "Concat", [self._ints([-1, heads], f"{name}.lead"), tail], f"{name}.full", axis=0)
+            return self._op(nodes, "Reshape", [value, full], f"{name}.canonical")
+        if axes == ("b", "s", "hd"):
+            split = self._op(nodes, "Reshape", [value, self._ints([0, 0, heads, -1], f"{name}.split")], f"{name}.split4")
+            return self._op(nodes, "Transpose", [split], f"{name}.canonical", perm=[0, 2, 1, 3])
+        raise UnsupportedModel(f"an operand laid out as {axes} cannot be rewritten yet")
+
+    def _from_canonical(self, nodes: list[ir.Node], value: ir.Value, site: AttentionSite) -> ir.Value:
+        axes, name = site.output_axes, f"{site.name}.output"
+        if axes == ("b", "h", "s", "d"):
+            return value
+        if all(len(a) == 1 for a in axes) and len(axes) == 4:
+            return self._op(nodes, "Transpose", [value], name, perm=["bhsd".index(a) for a in axes])
+        if axes == ("bh", "s", "d"):
+            shape = self._op(nodes, "Shape", [value], f"{name}.shape")
+            tail = self._op(nodes, "Gather", [shape, self._ints([2, 3], f"{name}.tail")], f"{name}.sizes")
+            full = self._op(nodes, "Concat", [self._ints([-1], f"{name}.lead"), tail], f"{name}.full", axis=0)
+            return self._op(nodes, "Reshape", [value, full], name)
+        if axes == ("b", "s", "hd"):
+            turned = self._op(nodes, "Transpose", [value], f"{name}.turned", perm=[0, 2, 1, 3])
+            return self._op(nodes, "Reshape", [turned, self._ints([0, 0, -1], f"{name}.merged")], name)
+        raise UnsupportedModel(f"an output laid out as {axes} cannot be rewritten yet")
+
+    def _bias(self, nodes: list[ir.Node], site: AttentionSite, dtype: ir.DataType) -> ir.Value | None:
+        """All masks and biases added up as one tensor in the scores' dtype."""
+        total: ir.Value | None = None
+        for number, modifier in enumerate(m for m in site.modifiers if m.kind in {"bias", "mask", "unmask"}):
+            part = self._additive(nodes, modifier, f"{site.name}.bias{number or ''}", dtype, site.heads)
+            total = part if total is None else self._op(nodes, "Add", [total, part], f"{site.name}.bias_sum{number}")
+        return total
+
+    def _additive(
+        self, nodes: list[ir.Node], modifier: Modifier, name: str, dtype: ir.DataType, heads: int
+    ) -> ir.Value:
+        assert modifier.value is not None and modifier.number is not None
+        value = self.value(modifier.value)
+        if modifier.kind == "bias":
+            if modifier.number != 1.0:
+                value = self._op(nodes, "Mul", [value, self._scalar(modifier.number, dtype, f"{name}.factor")], name)
+        else:
+            zero = self._scalar(0.0, dtype, f"{name}.zero")
+            low = float(np.finfo(dtype.numpy()).min) if dtype.numpy() in (np.float32, np.float16) else -np.inf
+            masked = modifier.number if np.isinf(modifier.number) else max(modifier.number, low)
+            fill = self._scalar(masked, dtype, f"{name}.masked")
+            pair = [zero, fill] if modifier.kind == "mask" else [fill, zero]
+            value = self._op(nodes, "Where", [value, *pair], name)
+        if len(self.capture.flow.shape(modifier.value)) == 3 and self.capture.flow.shape(modifier.value)[0] != 1:
+            shape = self._op(nodes, "Shape", [value], f"{name}.shape")
+            tail = self._op(nodes, "Gather", [shape, self._ints([1, 2], f"{name}.tail")], f"{name}.sizes")
+            full = self._op(nodes, "Concat", [self._ints([-1, heads], f"{name}.lead"), tail], f"{name}.full", axis=0)
+            value = self._op(nodes, "Reshape", [value, full], f"{name}.by_head")
+        return value
+
+    def _standard(
+        self, nodes: list[ir.Node], site: AttentionSite, causal: bool, operands: list[ir.Value], bias: ir.Value | None
+    ) -> ir.Value:
+        inputs = operands if bias is None else [*operands, bias]
+        return self._op(nodes, "Attention", inputs, f"{site.name}.attention", is_causal=int(causal), scale=site.scale)
+
+    def _function(
+        self,
+        nodes: list[ir.Node],
+        replacement: Replacement,
+        operands: list[ir.Value],
+        bias: ir.Value | None,
+        dtype: ir.DataType,
+    ) -> ir.Value:
+        spec = replacement.spec
+        body = function(spec, self.opset)
+        self.model.functions.setdefault(body.identifier(), body)
+        self.model.opset_imports.setdefault(DOMAIN, 1)
+        self.model.ir_version = max(self.model.ir_version, 8)
+        node = ir.Node(
+            DOMAIN,
+            function_name(spec),
+            operands if bias is None else [*operands, bias],
+            attributes(spec, dtype),
+            num_outputs=1,
+            name=self.unique(f"{replacement.site.name}.attention"),
+        )
+        node.outputs[0].name = self.unique(f"{replacement.site.name}.attended")
+        nodes.append(node)
+        return node.outputs[0]
+
+    # ------------------------------------------------------------ pieces
+
+    def value(self, name: Value) -> ir.Value:
+        return self.capture.values[name]
+
+    def unique(self, name: str) -> str:
+        candidate, number = name, 0
+        while candidate in self._taken:
+            number += 1
+            candidate = f"{name}_{number}"
+        self._taken.add(candidate)
+        return candidate
+
+    def _op(
+        self, nodes: list[ir.Node], kind: str, inputs: list[ir.Value], name: str, **attrs: int | float | list[int]
+    ) -> ir.Value:
+        written = [
+            ir.AttrInt64s(k, v) if isinstance(v, list) else ir.AttrFloat32(k, v) if isinstance(v, float) else ir.AttrInt64(k, v)
+            for k, v in attrs.items()
+        ]
+        unique = self.unique(name)
+        node = ir.Node("", kind, inputs, written, num_outputs=1, name=self.unique(f"{name}/{kind}"))
+        node.outputs[0].name = unique
+        nodes.append(node)
+        return node.outputs[0]
+
+    def _ints(self, numbers: list[int], name: str) -> ir.Value:
+        return self._constant(np.array(numbers, np.int64), name)
+
+    def _scalar(self, number: float, dtype: ir.DataType, name: str) -> ir.Value:
+        return self._constant(np.array(number).astype(dtype.numpy()), name)
+
+    def _constant(self, array: Array, name: str) -> ir.Value:
+        unique = self.unique(name)
+        tensor = ir.tensor(array, name=unique)
+        value = ir.Value(name=unique, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+        self.graph.register_initializer(value)
+        return value
+
+    # ------------------------------------------------------------ clean-up
+
+    def _old_nodes(self, site: AttentionSite) -> list[ir.Node]:
+        """What may have become unread, last first."""
+        numbers = {*site.nodes, *(o.projection.node for o in (site.q, site.k, site.v))}
+        numbers |= {i for o in (site.q, site.k, site.v) for i in o.path}
+        return [self.capture.nodes[i] for i in sorted(numbers, reverse=True)]
+
+    def _sweep(self, todo: list[ir.Node]) -> list[str]:
+        """Remove unread nodes and what only they read; returns names of removed initializers."""
+        removed: list[str] = []
+        outputs = {id(o) for o in self.graph.outputs}
+        while todo:
+            node = todo.pop(0)
+            if node.graph is None or any(o.uses() or id(o) in outputs for o in node.outputs):
+                continue
+            inputs = [v for v in node.inputs if v is not None]
+            self.graph.remove(node, safe=True)
+            for value in inputs:
+                producer = value.producer()
+                if producer is not None:
+                    todo.append(producer)
+                elif value.name in self.graph.initializers and not value.uses() and not value.is_graph_input():
+                    del self.graph.initializers[value.name]
+                    removed.append(value.name)
+        return removed
+
+
+    def _release_shapes(self, site: AttentionSite) -> list[ir.Node]:
+        """Where only shapes of old projections are still read, read them off the projection's input instead.
+
+        Returns the nodes that nothing reads any more.
+        """
+        released: list[ir.Node] = []
+        for operand in (site.q, site.k, site.v):
+            node = self.capture.nodes[operand.projection.node]
+            if node.graph is None:
+                continue
+            names = [*self.capture.flow.nodes[operand.projection.node].outputs, operand.projection.output, operand.stem]
+            names += [v for i in operand.path for v in self.capture.flow.nodes[i].outputs]
+            for name in dict.fromkeys(names):
+                value = self.capture.values.get(name)
+                readers = {id(n): n for n, _ in value.uses()} if value is not None else {}
+                if all(n.op_type == "Shape" for n in readers.values()):
+                    released += [n for n in readers.values() if self._release(n, name, operand)]
+        return released
+
+    def _release(self, reader: ir.Node, name: Value, operand: Operand) -> bool:
+        parts = self._dimensions(name, self._three_axes(operand.projection.input, operand))
+        if parts is None:
+            return False
+        start = reader.attributes.get_int("start", 0)
+        end = reader.attributes.get_int("end", len(parts))
+        nodes: list[ir.Node] = []
+        stem = f"{reader.outputs[0].name}_released"
+        shape = self._op(nodes, "Shape", [self._three_axes(operand.projection.input, operand)], f"{stem}.input")
+        pieces = [
+            self._ints([number], f"{stem}.size")
+            if axis is None
+            else self._op(nodes, "Gather", [shape, self._ints([axis], f"{stem}.axis")], f"{stem}.dim")
+            for axis, number in parts[start:end]
+        ]
+        whole = self._op(nodes, "Concat", pieces, stem, axis=0)
+        self.graph.insert_after(reader, nodes)
+        reader.outputs[0].replace_all_uses_with(whole)
+        return True
+
+    def _dimensions(self, name: Value, x: ir.Value) -> list[tuple[int | None, int]] | None:
+        """Each dimension of a value as (axis of `x`, size) or (None, constant), told from two recordings."""
+        first = self.capture.flow
+        second = self.other.flow if self.other is not None else first
+        assert x.name is not None
+        lead, other_lead = first.shape(x.name), second.shape(x.name)
+        parts: list[tuple[int | None, int]] = []
+        for size, other in zip(first.shape(name), second.shape(name), strict=True):
+            axis = next((a for a in (0, 1) if (size, other) == (lead[a], other_lead[a]) and size != other), None)
+            if axis is None and size != other:
+                return None
+            parts.append((axis, size))
+        return parts
+
+    @cached_property
+    def other(self) -> OnnxCapture | None:
+        """The same model recorded at other sizes; None if its sizes are fixed."""
+        batch, length, past = self.capture.sizes
+        return self.capture.at((batch + 1, length + 2, past and past + 1))
+
+
+def _resize(value: ir.Value, axis: int, heads: int) -> None:
+    """Change one dimension of a declared shape."""
+    if value.shape is not None and not value.shape.is_unknown_dim(axis):
+        dims = list(value.shape)
+        dims[axis] = heads
+        value.shape = ir.Shape(dims)

@@ -1,0 +1,299 @@
+"""Saving and loading rewritten torch models: safetensors and JSON, never pickle.
+
+Where the config tells all, a rewritten model is an ordinary checkpoint. Elsewhere the folder holds the weights under
+a name of their own, rewrite.json (how to rebuild the modules on the original architecture), and a config.json that
+makes a plain from_pretrained stop with an explanation instead of filling gaps with random weights.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rewriter.errors import InvalidModelFile, UsageError
+from rewriter.install import huggingface
+from rewriter.install.mixer import rebuild
+from rewriter.install.torch_module import mixers, place
+
+FORMAT = 1
+MANIFEST = "rewrite.json"
+CONFIG = "config.json"
+GENERATION = "generation_config.json"
+EXPLANATION = "this folder holds a rewritten model; load it with rewriter.load(path)"
+
+
+def save(
+    model: nn.Module, path: str | os.PathLike[str], *, state_dict: Mapping[str, Tensor] | None = None, **kwargs: Any
+) -> None:
+    """Write `model` to the folder `path`, so that `load` (or from_pretrained, where the config suffices) reads it.
+
+    A new folder appears whole or not at all. An existing one is switched over by replacing rewrite.json, after the
+    new weights are there; files that are no part of the checkpoint stay.
+
+    Args:
+        state_dict: weights to write instead of the model's own, e.g. gathered from several devices.
+        kwargs: for save_pretrained, where it is used.
+
+    Raises:
+        UsageError: if the folder above `path` does not exist, or `path` is a file.
+    """
+    target = Path(path)
+    if not target.parent.is_dir():
+        raise UsageError(f"{target.parent} is not a folder", hint="Create it first.")
+    if target.exists() and not target.is_dir():
+        raise UsageError(f"{target} is a file", hint="Give the name of a folder.")
+    if target.exists():
+        _write(model, target, state_dict, kwargs)
+        return
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as beside:
+        draft = Path(beside) / target.name
+        draft.mkdir()
+        _write(model, draft, state_dict, kwargs)
+        os.rename(draft, target)
+
+
+def load(path: str | os.PathLike[str], *, module: nn.Module | None = None) -> nn.Module:
+    """Read what `save` wrote.
+
+    Args:
+        module: for a model that is not one of transformers' own: a freshly built one of the original architecture,
+            which is rewritten in place and returned. Others are built here and returned in eval mode.
+
+    Raises:
+        UsageError: if there is no such folder, or a module is needed and missing.
+        InvalidModelFile: if the folder is broken, of an unknown format, or does not fit the module.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is not a folder", hint="Give the folder that rewriter.save wrote.")
+    if not (folder / MANIFEST).is_file():
+        return _load_plain(folder, module)
+    manifest = _read_json(folder / MANIFEST)
+    if manifest.get("format") != FORMAT:
+        raise InvalidModelFile(
+            f"{folder / MANIFEST} has format {manifest.get('format')!r}, this version reads {FORMAT}",
+            hint="Load it with the version of rewriter that wrote it, or a newer one.",
+        )
+    built = _build(manifest, folder) if module is None else module
+    try:
+        _rewrite(built, manifest["owners"])
+        _fill(built, folder / Path(str(manifest["weights"])).name, manifest["tied"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InvalidModelFile(f"{folder / MANIFEST} does not fit the model: {error}") from error
+    return built.eval() if module is None else built
+
+
+# ---------------------------------------------------------------------- writing
+
+
+def _write(model: nn.Module, folder: Path, state_dict: Mapping[str, Tensor] | None, kwargs: Mapping[str, Any]) -> None:
+    if huggingface.is_pretrained(model) and not mixers(model) and huggingface.config_tells_all(model):
+        model_class: Any = type(model)
+        model_class.save_pretrained(model, folder, state_dict=state_dict, **kwargs)
+        (folder / MANIFEST).unlink(missing_ok=True)
+        _discard(folder, "rewritten*.safetensors")
+        return
+    weights = _free_name(folder)
+    tied = _write_weights(model.state_dict() if state_dict is None else state_dict, folder / weights)
+    _replace_json(folder / MANIFEST, _manifest(model, weights, tied))
+    if huggingface.is_pretrained(model):
+        _replace_json(folder / CONFIG, _stopping_config(model))
+        if getattr(model, "generation_config", None) is not None:
+            model.generation_config.save_pretrained(folder)  # type: ignore[union-attr, operator]
+    _discard(folder, "rewritten*.safetensors", keep=weights)
+    _discard(folder, "model*.safetensors*")
+    _discard(folder, "pytorch_model*.bin*")
+
+
+def _manifest(model: nn.Module, weights: str, tied: Mapping[str, str]) -> dict[str, Any]:
+    owners: dict[str, Any] = {path: {"kind": "mixer", **m.describe()} for path, m in mixers(model).items()}
+    for path, module in huggingface.turned(model).items():
+        owners[path] = huggingface.describe(module)
+    return {
+        "format": FORMAT,
+        "rewriter": _version("rewriter"),
+        "architecture": _architecture(model),
+        "owners": owners,
+        "weights": weights,
+        "tied": dict(tied),
+    }
+
+
+def _architecture(model: nn.Module) -> dict[str, Any]:
+    if not huggingface.is_pretrained(model):
+        return {"kind": "module", "class": type(model).__qualname__}
+    config: Any = model.config
+    return {
+        "kind": "transformers",
+        "class": type(model).__name__,
+        "config": json.loads(config.to_json_string(use_diff=False)),
+        "attention": getattr(config, "_attn_implementation", None),
+        "transformers": _version("transformers"),
+    }
+
+
+def _stopping_config(model: nn.Module) -> dict[str, Any]:
+    # auto classes stop at the model type, concrete ones at the name of the weights, which they print
+    return {
+        "model_type": "rewriter",
+        "architectures": [f"Rewritten{type(model).__name__}"],
+        "transformers_weights": f"{MANIFEST} ({EXPLANATION})",
+    }
+
+
+def _write_weights(state: Mapping[str, Tensor], file: Path) -> dict[str, str]:
+    """Write every tensor once; returns alias -> name of what is stored under another name."""
+    from safetensors.torch import save_file
+
+    first: dict[Any, str] = {}
+    tied: dict[str, str] = {}
+    stored: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if tensor.is_meta:
+            raise UsageError(f"{name} is offloaded", hint="Bring the whole model into memory before saving it.")
+        identity = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        if tensor.numel() and identity in first:
+            tied[name] = first[identity]
+            continue
+        first[identity] = name
+        whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+        stored[name] = tensor.detach() if whole else tensor.detach().clone(memory_format=torch.contiguous_format)
+    save_file(stored, file, metadata={"format": "pt"})
+    return tied
+
+
+def _replace_json(file: Path, data: Mapping[str, Any]) -> None:
+    draft = file.with_name(f".{file.name}.draft")
+    draft.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    os.replace(draft, file)
+
+
+def _free_name(folder: Path) -> str:
+    names = ("rewritten.safetensors", *(f"rewritten-{i}.safetensors" for i in range(1, 1000)))
+    return next(name for name in names if not (folder / name).exists())
+
+
+def _discard(folder: Path, pattern: str, keep: str = "") -> None:
+    for file in folder.glob(pattern):
+        if file.name != keep:
+            file.unlink()
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+# ---------------------------------------------------------------------- reading
+
+
+def _load_plain(folder: Path, module: nn.Module | None) -> nn.Module:
+    if not (folder / CONFIG).is_file() or module is not None:
+        raise InvalidModelFile(f"{folder} has no {MANIFEST}", hint="Give a folder that rewriter.save wrote.")
+    names = _read_json(folder / CONFIG).get("architectures") or [""]
+    loaded: nn.Module = _model_class(str(names[0])).from_pretrained(folder)
+    return loaded
+
+
+def _build(manifest: Mapping[str, Any], folder: Path) -> nn.Module:
+    architecture = manifest.get("architecture") or {}
+    if architecture.get("kind") != "transformers":
+        raise UsageError(
+            f"{folder} holds a {architecture.get('class', 'module')}, which has to be built by you",
+            hint="Pass a fresh one: rewriter.load(path, module=...).",
+        )
+    model_class = _model_class(str(architecture["class"]))
+    config = model_class.config_class.from_dict(architecture["config"])
+    attention = architecture.get("attention")
+    built: nn.Module
+    with _without_initialisation():
+        built = model_class._from_config(config, **({} if attention is None else {"attn_implementation": attention}))
+    if (folder / GENERATION).is_file() and built.can_generate():  # type: ignore[operator]
+        library: Any = importlib.import_module("transformers")
+        built.generation_config = library.GenerationConfig.from_pretrained(folder)
+    return built
+
+
+def _model_class(name: str) -> Any:
+    try:
+        library: Any = importlib.import_module("transformers")
+    except ImportError as error:
+        raise UsageError("loading this model needs transformers", hint="pip install rewriter[hub]") from error
+    found = getattr(library, name, None) if name.isidentifier() else None
+    if not (isinstance(found, type) and issubclass(found, library.PreTrainedModel)):
+        raise UsageError(
+            f"{name!r} is no model class of transformers",
+            hint="Pass a freshly built model: rewriter.load(path, module=...).",
+        )
+    return found
+
+
+def _without_initialisation() -> Any:
+    """Skips random initialisation where this version of transformers offers that: all weights are read."""
+    from contextlib import nullcontext
+
+    try:
+        return importlib.import_module("transformers.initialization").no_init_weights()
+    except (ImportError, AttributeError):
+        return nullcontext()
+
+
+def _rewrite(model: nn.Module, owners: Mapping[str, Any]) -> None:
+    for path, description in owners.items():
+        original = model.get_submodule(path)
+        if description["kind"] == "knob":
+            huggingface.rebuild(original, description)
+            huggingface.guard_saving(model, path)
+        else:
+            details = {name: value for name, value in description.items() if name != "kind"}
+            place(model, path, rebuild(details, original))
+
+
+def _fill(model: nn.Module, file: Path, tied: Mapping[str, str]) -> None:
+    """Put the stored tensors into the model, one by one; parameters keep their identity, so ties stay tied."""
+    from safetensors import SafetensorError, safe_open
+
+    slots = model.state_dict(keep_vars=True)
+    try:
+        with safe_open(file, framework="pt") as stored:
+            names = set(stored.keys())
+            _same_names(names | set(tied), set(slots), file)
+            for name in names:
+                _put(slots[name], stored.get_tensor(name), name, file)
+    except (OSError, SafetensorError) as error:
+        raise InvalidModelFile(f"{file} cannot be read: {error}") from error
+    for alias, name in tied.items():
+        if slots[alias] is not slots[name]:
+            _put(slots[alias], slots[name].detach(), alias, file)
+
+
+def _same_names(stored: set[str], expected: set[str], file: Path) -> None:
+    for names, what in ((expected - stored, "lacks"), (stored - expected, "holds unknown")):
+        if names:
+            raise InvalidModelFile(f"{file} {what} {len(names)} tensors, the first of them {min(names)}")
+
+
+def _put(slot: Tensor, tensor: Tensor, name: str, file: Path) -> None:
+    if slot.shape != tensor.shape:
+        raise InvalidModelFile(f"{file}: {name} is {list(tensor.shape)}, the model has {list(slot.shape)}")
+    slot.data = tensor.to(slot.device)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InvalidModelFile(f"{file} cannot be read: {error}") from error
+    if not isinstance(data, dict):
+        raise InvalidModelFile(f"{file} is not a JSON object")
+    return data

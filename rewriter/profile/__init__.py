@@ -1,0 +1,1 @@
+"""Profiling: time, memory and operators of a model before and after."""

@@ -1,0 +1,83 @@
+"""`rewriter.profile`: time, memory and operators of a model before and after, whatever kind of model it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rewriter.errors import UsageError
+from rewriter.profile.providers import provider_name
+from rewriter.profile.result import Profile
+
+
+def profile(
+    before: Any,
+    after: Any,
+    *,
+    provider: str = "cpu",
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    runs: int = 20,
+    threads: int = 2,
+    example_inputs: Any = None,
+) -> Profile:
+    """Measure two models on the same inputs, in turn, so that the machine's other work falls on both.
+
+    Args:
+        before, after: paths of .onnx files, paths of Hugging Face directories, or PyTorch modules; both of a kind.
+        provider: "cpu", "cuda" or, for .onnx files, "tensorrt".
+        shapes: sizes of inputs by name; the rest follows. By default one sequence of 128 tokens, or one token
+            behind a past of 512 where the file takes a key/value cache (shorter where the model is).
+        runs: timed runs of each, after a warm-up.
+        threads: of the runtime; they do not spin.
+        example_inputs: what to call PyTorch modules with; Hugging Face models have defaults.
+
+    Times are of whole calls, from sessions that nothing instruments. Operator times come from separate profiled
+    runs. Peak memory of .onnx files is measured in a child process that does nothing else: its private memory on
+    the CPU, the card's on a graphics card. Of PyTorch modules it is parameters and buffers plus what a call adds.
+
+    Raises:
+        UnsupportedModel: the provider is not there (onnxruntime falling back to the CPU is never accepted), or a
+            model does not run.
+        UsageError: unknown provider, no such file, shapes that do not fit, or two kinds of model.
+        InvalidModelFile: a file is broken.
+    """
+    provider_name(provider)
+    if runs < 1 or threads < 1:
+        raise UsageError("runs and threads must be at least 1", hint="e.g. --runs 20 --threads 2")
+    kinds = [_kind(model) for model in (before, after)]
+    if kinds[0] != kinds[1]:
+        raise UsageError("the two models are of different kinds", hint="give two .onnx files or two PyTorch models")
+    if kinds[0] == "onnx":
+        from rewriter.profile.onnx_models import profile_onnx
+
+        return profile_onnx(Path(before), Path(after), provider=provider, shapes=shapes, runs=runs, threads=threads)
+    from rewriter.profile.torch_models import profile_torch
+
+    modules = [_module(model) for model in (before, after)]
+    return profile_torch(
+        modules[0],
+        modules[1],
+        provider=provider,
+        shapes=shapes,
+        runs=runs,
+        threads=threads,
+        example_inputs=example_inputs,
+    )
+
+
+def _kind(model: Any) -> str:
+    if isinstance(model, str | Path):
+        path = Path(model)
+        if not path.exists():
+            raise UsageError(f"no such file: {path}", hint="check the path")
+        return "torch" if path.is_dir() else "onnx"
+    return "torch"
+
+
+def _module(model: Any) -> Any:
+    if not isinstance(model, str | Path):
+        return model
+    import rewriter
+
+    return rewriter.load(model)

@@ -1,0 +1,183 @@
+"""Profiles two .onnx files in onnxruntime: interleaved times, time by operator, peak memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from rewriter.capture.feeds import candidate_sizes, make_feeds
+from rewriter.capture.onnx_load import load
+from rewriter.errors import UnsupportedModel
+from rewriter.profile.interleaved import time_in_turn
+from rewriter.profile.providers import device_name, open_session
+from rewriter.profile.result import Measured, Milliseconds, Profile
+from rewriter.verify.kv_cache import cache_ports
+from rewriter.verify.script import first_line
+
+Feeds = dict[str, NDArray[Any]]
+Shapes = Mapping[str, Sequence[int]]
+
+_PROFILED_RUNS = 5
+_DEFAULT_LENGTH, _DEFAULT_PAST = 128, 512
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """One model: its file and what it is fed."""
+
+    path: Path
+    feeds: Feeds
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: array.shape for name, array in self.feeds.items()}
+
+
+def profile_onnx(
+    before: Path, after: Path, *, provider: str, shapes: Shapes | None, runs: int, threads: int
+) -> Profile:
+    """Time `before` and `after` on the same inputs; see `rewriter.profile.compare.profile`."""
+    import onnxruntime as ort
+
+    old, new = _subjects(before, after, provider, shapes, threads)
+    old_session = open_session(old.path, provider, threads)
+    new_session = open_session(new.path, provider, threads)
+    times = time_in_turn(_call(old_session, old.feeds, provider), _call(new_session, new.feeds, provider), runs)
+    del old_session, new_session
+    measured = [_measure(s, ms, provider, threads) for s, ms in zip((old, new), times, strict=True)]
+    return Profile(
+        provider, device_name(provider), threads, runs, ort.__version__, measured[0], measured[1], old.shapes
+    )
+
+
+def _measure(subject: _Subject, ms: Milliseconds, provider: str, threads: int) -> Measured:
+    ops = operator_times(subject.path, subject.feeds, provider, threads)
+    return Measured(ms, peak_bytes(subject.path, subject.shapes, provider, threads), ops)
+
+
+# --- inputs --------------------------------------------------------------------------------------
+
+
+def _subjects(
+    before: Path, after: Path, provider: str, shapes: Shapes | None, threads: int
+) -> tuple[_Subject, _Subject]:
+    """Both models with inputs that the first accepts: the shapes given, else the first usual size that runs."""
+    old, new = load(before), load(after)
+    session = open_session(before, provider, threads)
+    trouble = ""
+    for size in _sizes(old, shapes):
+        feeds = cache_ports(old).neutral(make_feeds(old, batch=size[0], length=size[1], past=size[2], shapes=shapes))
+        try:
+            session.run(None, feeds)
+        except Exception as error:  # onnxruntime's errors share no public base class
+            trouble = trouble or first_line(error)
+            continue
+        return _Subject(before, feeds), _Subject(after, cache_ports(new).neutral(feeds))
+    raise UnsupportedModel(
+        f"{before.name} runs at no size that was tried: {trouble}",
+        hint="give the inputs' sizes, e.g. --shape input_ids=1x128",
+    )
+
+
+def _sizes(model: ir.Model, shapes: Shapes | None) -> list[tuple[int, int, int]]:
+    """One sentence or, for a model with a cache, one token behind a long past; then whatever the file allows."""
+    usual = [(1, 1, _DEFAULT_PAST), (1, 1, 32)] if cache_ports(model).roles else [(1, _DEFAULT_LENGTH, 0), (1, 32, 0)]
+    if shapes:
+        return [*usual, *candidate_sizes(model)]
+    return [*usual, *sorted(candidate_sizes(model), key=lambda size: -size[1])]
+
+
+def _call(session: Any, feeds: Feeds, provider: str) -> Callable[[], object]:
+    """One run; on a graphics card inputs and outputs stay in its memory, and the call waits for the result."""
+    wanted = {value.name for value in session.get_inputs()}
+    own = {name: array for name, array in feeds.items() if name in wanted}
+    if provider == "cpu":
+        return lambda: session.run(None, own)
+    import onnxruntime as ort
+
+    binding = session.io_binding()
+    for name, array in own.items():
+        binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array, "cuda", 0))
+    for value in session.get_outputs():
+        binding.bind_output(value.name, "cuda", 0)
+
+    def run() -> None:
+        session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+
+    return run
+
+
+# --- operators -----------------------------------------------------------------------------------
+
+
+def operator_times(path: Path, feeds: Feeds, provider: str, threads: int) -> dict[str, float]:
+    """Milliseconds of one run by operator type, slowest first, from an instrumented session of its own.
+
+    Raises:
+        UnsupportedModel: not one operator ran on the provider that was asked for.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        session = open_session(path, provider, threads, profile_prefix=Path(folder) / "ort")
+        call = _call(session, feeds, provider)
+        for _ in range(_PROFILED_RUNS + 1):
+            call()
+        events = json.loads(Path(session.end_profiling()).read_text())
+    return _by_operator(_after_first_run(events), provider)
+
+
+def _after_first_run(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Kernel events behind the first run, which warms up."""
+    first = next((e for e in events if e.get("name") == "model_run"), None)
+    start = first["ts"] + first["dur"] if first is not None else 0
+    return [e for e in events if str(e.get("name", "")).endswith("_kernel_time") and e["ts"] >= start]
+
+
+def _by_operator(kernels: list[dict[str, Any]], provider: str) -> dict[str, float]:
+    totals: dict[str, float] = defaultdict(float)
+    used: set[str] = set()
+    for event in kernels:
+        arguments = event.get("args", {})
+        totals[str(arguments.get("op_name", "?"))] += event["dur"] / 1000 / _PROFILED_RUNS
+        used.add(str(arguments.get("provider", "")))
+    if provider != "cpu" and used <= {"CPUExecutionProvider"}:
+        raise UnsupportedModel(
+            f"not one operator of the model ran on {provider}", hint="the provider supports none of them; use cpu"
+        )
+    return dict(sorted(totals.items(), key=lambda item: -item[1]))
+
+
+# --- memory --------------------------------------------------------------------------------------
+
+
+def peak_bytes(path: Path, shapes: Shapes, provider: str, threads: int) -> int | None:
+    """Memory that a fresh process needs at most to open and run the model; None if it could not be measured.
+
+    Measured in a child process: on the CPU the growth of its private memory (mapped weight files are not in it),
+    on a graphics card the drop of the card's free memory.
+    """
+    request = {
+        "model": str(path),
+        "shapes": {name: list(shape) for name, shape in shapes.items()},
+        "provider": provider,
+        "threads": threads,
+    }
+    command = [sys.executable, "-m", "rewriter.profile.peak_process", json.dumps(request)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    try:
+        done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+        answer = json.loads(done.stdout)["peak_bytes"]
+    except (subprocess.CalledProcessError, ValueError, KeyError):
+        return None
+    return None if answer is None else int(answer)

@@ -1,0 +1,83 @@
+"""What profiling yields: times, memory and operators of two models under the same conditions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Milliseconds:
+    """Times of one call."""
+
+    min: float
+    median: float
+    max: float
+
+    @staticmethod
+    def of(samples: Sequence[float]) -> Milliseconds:
+        return Milliseconds(min(samples), median(samples), max(samples))
+
+    def to_dict(self) -> dict[str, float]:
+        return {"min": self.min, "median": self.median, "max": self.max}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One model's figures.
+
+    Attributes:
+        ms: of one call.
+        peak_bytes: memory that opening and running the model takes at most; None where it cannot be measured.
+        ops: milliseconds of one call by operator type, from separate, instrumented runs.
+    """
+
+    ms: Milliseconds
+    peak_bytes: int | None
+    ops: Mapping[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"ms": self.ms.to_dict(), "peak_bytes": self.peak_bytes, "ops": dict(self.ops)}
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Two models side by side.
+
+    Attributes:
+        onnxruntime: its version; None for PyTorch models.
+        shapes: of the inputs that both were fed.
+    """
+
+    provider: str
+    device: str
+    threads: int
+    runs: int
+    onnxruntime: str | None
+    before: Measured
+    after: Measured
+    shapes: Mapping[str, tuple[int, ...]]
+
+    @property
+    def speedup(self) -> dict[str, float]:
+        """How many times as fast the second model is, by minimum and by median."""
+        return {
+            "min": self.before.ms.min / self.after.ms.min,
+            "median": self.before.ms.median / self.after.ms.median,
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON of ``rewriter profile``."""
+        return {
+            "provider": self.provider,
+            "device": self.device,
+            "threads": self.threads,
+            "runs": self.runs,
+            "onnxruntime": self.onnxruntime,
+            "before": self.before.to_dict(),
+            "after": self.after.to_dict(),
+            "speedup": self.speedup,
+            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+        }

@@ -1,0 +1,128 @@
+"""Profiles forward calls of two PyTorch modules under the same conditions as two .onnx files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from rewriter.capture.example_inputs import default_inputs, prepare
+from rewriter.errors import UnsupportedModel, UsageError
+from rewriter.profile.interleaved import time_in_turn
+from rewriter.profile.memory import PeakSampler
+from rewriter.profile.providers import device_name
+from rewriter.profile.result import Measured, Milliseconds, Profile
+
+Shapes = Mapping[str, Sequence[int]]
+
+_PROFILED_RUNS = 5
+
+
+def profile_torch(
+    before: torch.nn.Module,
+    after: torch.nn.Module,
+    *,
+    provider: str,
+    shapes: Shapes | None,
+    runs: int,
+    threads: int,
+    example_inputs: Any = None,
+) -> Profile:
+    """Time ``before(...)`` and ``after(...)`` without gradients; see `rewriter.profile.compare.profile`."""
+    device = _device(provider)
+    given = example_inputs if example_inputs is not None else _inputs(before, shapes)
+    args, kwargs = _moved(prepare(before, given), device)
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        calls = [_call(module.to(device).eval(), args, kwargs, device) for module in (before, after)]
+        times = time_in_turn(calls[0], calls[1], runs)
+        measured = [
+            _measure(module, call, ms, device) for module, call, ms in zip((before, after), calls, times, strict=True)
+        ]
+    finally:
+        torch.set_num_threads(threads_before)
+    fed = {**{f"args[{i}]": a for i, a in enumerate(args)}, **kwargs}
+    used = {name: tuple(value.shape) for name, value in fed.items() if isinstance(value, torch.Tensor)}
+    return Profile(provider, device_name(provider), threads, runs, None, measured[0], measured[1], used)
+
+
+def _device(provider: str) -> torch.device:
+    if provider == "cpu":
+        return torch.device("cpu")
+    if provider != "cuda":
+        raise UsageError(f"PyTorch models do not run on {provider!r}", hint="use cpu or cuda")
+    if not torch.cuda.is_available():
+        raise UnsupportedModel("this PyTorch sees no CUDA device", hint="use --provider cpu")
+    return torch.device("cuda", 0)
+
+
+def _inputs(module: torch.nn.Module, shapes: Shapes | None) -> dict[str, torch.Tensor]:
+    """Default inputs, or inputs of the given [batch, length]."""
+    if not shapes:
+        return default_inputs(module, 1, 128)
+    batch, length = _batch_and_length(shapes)
+    inputs = default_inputs(module, batch, length)
+    for name, shape in shapes.items():
+        if name not in inputs:
+            raise UsageError(f"the model has no input {name!r}", hint=f"its inputs are: {', '.join(inputs)}")
+        if tuple(inputs[name].shape) != tuple(shape):
+            raise UsageError(
+                f"shape {'x'.join(map(str, shape))} does not fit input {name!r}",
+                hint=f"its shape would be {tuple(inputs[name].shape)}",
+            )
+    return inputs
+
+
+def _batch_and_length(shapes: Shapes) -> tuple[int, int]:
+    longest = max(shapes.values(), key=len)
+    return longest[0], (longest[1] if len(longest) > 1 else 1)
+
+
+def _moved(call: Any, device: torch.device) -> Any:
+    args, kwargs = call
+
+    def move(value: Any) -> Any:
+        return value.to(device) if isinstance(value, torch.Tensor) else value
+
+    return tuple(move(a) for a in args), {name: move(value) for name, value in kwargs.items()}
+
+
+def _call(
+    module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device
+) -> Callable[[], object]:
+    def run() -> None:
+        with torch.inference_mode():
+            module(*args, **kwargs)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    return run
+
+
+def _measure(module: torch.nn.Module, call: Callable[[], object], ms: Milliseconds, device: torch.device) -> Measured:
+    held = sum(t.nbytes for t in [*module.parameters(), *module.buffers()])
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        base = torch.cuda.memory_allocated(device)
+        call()
+        grown = torch.cuda.max_memory_allocated(device) - base
+    else:
+        with PeakSampler() as peak:
+            call()
+        grown = peak.bytes
+    return Measured(ms, held + grown, _operators(call, device))
+
+
+def _operators(call: Callable[[], object], device: torch.device) -> dict[str, float]:
+    """Milliseconds of one call by operator, slowest first."""
+    from torch.profiler import ProfilerActivity, profile
+
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
+    with profile(activities=activities) as seen:
+        for _ in range(_PROFILED_RUNS):
+            call()
+    field = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    times = {event.key: getattr(event, field) / 1000 / _PROFILED_RUNS for event in seen.key_averages()}
+    return dict(sorted(((k, v) for k, v in times.items() if v > 0), key=lambda item: -item[1]))

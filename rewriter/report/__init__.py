@@ -1,0 +1,1 @@
+"""Reports: what a rewrite did, site by site."""

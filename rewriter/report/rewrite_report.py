@@ -1,0 +1,150 @@
+"""The report of one rewrite: each site's step and its error, what was refused, cost before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rewriter.report.printable import printable
+from rewriter.verify.result import Fidelity
+
+
+@dataclass(frozen=True)
+class SiteRow:
+    """One rewritten site.
+
+    Attributes:
+        name: the site.
+        before, after: short descriptions, e.g. ``"mha12"`` and ``"gqa4"``.
+        exact: True if the step equals the original up to rounding.
+        error: relative error of the site's output after the step; None if it was not measured.
+        floor: the same error with the site's output zeroed, so that `error` means something; None if not measured.
+    """
+
+    name: str
+    before: str
+    after: str
+    exact: bool
+    error: float | None = None
+    floor: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "from": self.before,
+            "to": self.after,
+            "exact": self.exact,
+            "error": self.error,
+            "floor": self.floor,
+        }
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A site that was left as it was, and why."""
+
+    name: str
+    reason: str
+
+    def to_dict(self) -> dict[str, str]:
+        return {"name": self.name, "reason": self.reason}
+
+
+@dataclass(frozen=True)
+class Change:
+    """One quantity before and after the rewrite."""
+
+    before: int
+    after: int
+
+    def to_dict(self) -> dict[str, int]:
+        return {"before": self.before, "after": self.after}
+
+
+@dataclass(frozen=True)
+class RewriteReport:
+    """What `optimize` did.
+
+    Attributes:
+        target: as the user named it.
+        sites: the rewritten ones, in execution order.
+        refused: selected but left alone.
+        parameters: number of weights.
+        kv_bytes_per_token: bytes that a K/V cache holds per token over all layers.
+        flops: of one forward pass on the example inputs.
+        fidelity: end to end; None if verification was off.
+        seconds: wall time by stage: capture, match, transform, install, verify.
+    """
+
+    target: str
+    sites: tuple[SiteRow, ...]
+    refused: tuple[Refused, ...]
+    parameters: Change
+    kv_bytes_per_token: Change
+    flops: Change
+    fidelity: Fidelity | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON of ``rewriter rewrite`` without the paths."""
+        return {
+            "target": self.target,
+            "sites": [row.to_dict() for row in self.sites],
+            "refused": [row.to_dict() for row in self.refused],
+            "parameters": self.parameters.to_dict(),
+            "kv_bytes_per_token": self.kv_bytes_per_token.to_dict(),
+            "flops": self.flops.to_dict(),
+            "fidelity": self.fidelity.to_dict() if self.fidelity is not None else None,
+            "seconds": {stage: round(value, 4) for stage, value in self.seconds.items()},
+        }
+
+    def __str__(self) -> str:
+        return "\n".join(
+            [f"target {self.target}: {len(self.sites)} rewritten, {len(self.refused)} refused", *self._body()]
+        )
+
+    def _body(self) -> list[str]:
+        lines: list[str] = []
+        if self.sites:
+            header = ("site", "from", "to", "step", "error", "floor")
+            lines += _columns([header, *(_site_cells(row) for row in self.sites)])
+        lines += [f"refused {printable(row.name)}: {printable(row.reason)}" for row in self.refused]
+        lines += _columns(
+            [
+                ("", "before", "after", "ratio"),
+                ("parameters", *_change_cells(self.parameters)),
+                ("K/V bytes per token", *_change_cells(self.kv_bytes_per_token)),
+                ("flops", *_change_cells(self.flops)),
+            ]
+        )
+        if self.fidelity is not None:
+            lines.append(fidelity_line(self.fidelity))
+        return lines
+
+
+def fidelity_line(fidelity: Fidelity) -> str:
+    """``max |Δ| … · cosine … · KL …`` on one line; KL is left out where there are no logits."""
+    kl = "" if fidelity.kl is None else f" · KL {fidelity.kl:.3g} nats"
+    return f"output drift: max |Δ| {fidelity.max_abs:.3g} · cosine {fidelity.cosine:.6f}{kl}"
+
+
+def number(value: float | None) -> str:
+    """Three significant digits, or a dash for "not measured"."""
+    return "-" if value is None else f"{value:.3g}"
+
+
+def _site_cells(row: SiteRow) -> tuple[str, ...]:
+    step = "exact" if row.exact else "lossy"
+    return printable(row.name), row.before, row.after, step, number(row.error), number(row.floor)
+
+
+def _change_cells(change: Change) -> tuple[str, str, str]:
+    ratio = f"{change.after / change.before:.3f}" if change.before else "-"
+    return f"{change.before:,}", f"{change.after:,}", ratio
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Left-aligned columns separated by two spaces."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

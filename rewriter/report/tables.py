@@ -1,0 +1,151 @@
+"""The command line's tables, made from the same dictionaries that --json prints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from rewriter.report.printable import printable
+from rewriter.report.rewrite_report import number
+
+Row = Mapping[str, Any]
+
+_PIPED_WIDTH = 240
+
+
+def text(content: RenderableType) -> str:
+    """What to print on standard output; where that is no terminal, uncoloured and wide enough not to break lines."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=_PIPED_WIDTH, no_color=True)
+    with console.capture() as captured:
+        console.print(content)
+    return "\n".join(line.rstrip() for line in captured.get().splitlines())
+
+
+def table(headers: Sequence[str], rows: Iterable[Sequence[object]], *, title: str = "") -> Table:
+    """A table of escaped cells."""
+    made = Table(
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        title=Text(printable(title)) if title else None,
+        title_justify="left",
+        pad_edge=False,
+    )
+    for header in headers:
+        made.add_column(header, overflow="fold")
+    for row in rows:
+        made.add_row(*(Text(printable(cell)) for cell in row))
+    return made
+
+
+def inspection(found: Row) -> RenderableType:
+    """Sites with what they are and why some cannot be rewritten."""
+    origin = ", ".join(
+        printable(part)
+        for part in (
+            found.get("format"),
+            f"opset {found['opset']}" if found.get("opset") else None,
+            found.get("producer"),
+        )
+        if part
+    )
+    sites: Sequence[Row] = found["sites"]
+    parts: list[RenderableType] = [Text(f"{printable(found['model'])}  ({origin})")]
+    if sites:
+        headers = ("site", "kind", "status", "heads", "kv", "dim", "traits", "targets, or why not")
+        parts.append(table(headers, (_site_cells(site) for site in sites)))
+    good = sum(site["status"] == "rewritable" for site in sites)
+    parts.append(Text(f"{good} of {len(sites)} sites can be rewritten"))
+    parts += [Text(f"not attention: {printable(o['name'])}: {printable(o['reason'])}") for o in found["not_attention"]]
+    return Group(*parts)
+
+
+def _site_cells(site: Row) -> tuple[object, ...]:
+    traits = [name.replace("_", "-") for name in ("causal", "cross", "cached", "qk_norm") if site.get(name)]
+    traits += [f"{site['rotary']} rotary"] if site.get("rotary") else []
+    traits += list(site.get("score_modifiers") or ())
+    verdict = site["reason"] if site["status"] != "rewritable" else ", ".join(site.get("targets") or ())
+    counts = ("-" if site.get(key) is None else site[key] for key in ("heads", "kv_heads", "head_dim"))
+    return (site["name"], site["kind"], site["status"], *counts, ", ".join(traits), verdict)
+
+
+def rewrite(done: Row) -> RenderableType:
+    """What changed, what it cost and how far outputs moved."""
+    headers = ("site", "from", "to", "step", "error", "floor")
+    rows = (
+        (s["name"], s["from"], s["to"], "exact" if s["exact"] else "lossy", number(s["error"]), number(s["floor"]))
+        for s in done["sites"]
+    )
+    parts: list[RenderableType] = [table(headers, rows, title=f"target {done['target']}")]
+    costs = ("parameters", "kv_bytes_per_token", "flops")
+    parts.append(table(("", "before", "after", "ratio"), (_cost_cells(name, done.get(name)) for name in costs)))
+    parts.append(fidelity(done.get("fidelity")))
+    seconds = ", ".join(f"{stage} {value:.2f}" for stage, value in (done.get("seconds") or {}).items())
+    parts.append(Text(f"seconds: {printable(seconds)}"))
+    return Group(*parts)
+
+
+def _cost_cells(name: str, change: Row | None) -> tuple[object, ...]:
+    label = name.replace("_", " ")
+    if not change or change.get("before") is None:
+        return label, "-", "-", "-"
+    ratio = f"{change['after'] / change['before']:.3f}" if change["before"] else "-"
+    return label, f"{change['before']:,}", f"{change['after']:,}", ratio
+
+
+def fidelity(drift: Row | None) -> Text:
+    """One line on how far the main output moved."""
+    if not drift:
+        return Text("output drift: not measured")
+    kl = "" if drift.get("kl") is None else f" · KL {drift['kl']:.3g} nats"
+    return Text(f"output drift: max |Δ| {number(drift['max_abs'])} · cosine {drift['cosine']:.6f}{kl}")
+
+
+def verification(found: Row) -> RenderableType:
+    """Each check and what it saw."""
+    rows = ((check["name"], "ok" if check["ok"] else "FAILED", check["detail"]) for check in found["checks"])
+    verdict = "verified" if found["ok"] else "not verified"
+    return Group(table(("check", "", "detail"), rows), fidelity(found["fidelity"]), Text(verdict))
+
+
+def profile(found: Row, *, operators: int = 12) -> RenderableType:
+    """Times, memory and the slowest operators of both models."""
+    before, after = found["before"], found["after"]
+    runtime = f"onnxruntime {found['onnxruntime']}" if found["onnxruntime"] else "PyTorch"
+    title = f"{found['device']} · {found['provider']} · {found['threads']} threads · {found['runs']} runs · {runtime}"
+    rows: list[tuple[object, ...]] = [
+        (f"{which} ms", *_ratio_cells(before["ms"][which], after["ms"][which], "{:.3f}"))
+        for which in ("min", "median", "max")
+    ]
+    rows.append(("peak MB", *_ratio_cells(_megabytes(before), _megabytes(after), "{:.1f}")))
+    slowest = sorted({*before["ops"], *after["ops"]}, key=lambda op: -max(_ms(before, op), _ms(after, op)))
+    ops = ((op, *_ratio_cells(_ms(before, op), _ms(after, op), "{:.3f}")) for op in slowest[:operators])
+    return Group(
+        table(("", "before", "after", "before / after"), rows, title=title),
+        table(("operator, ms", "before", "after", "before / after"), ops),
+    )
+
+
+def _ms(measured: Row, op: str) -> float:
+    return float(measured["ops"].get(op, 0.0))
+
+
+def _megabytes(measured: Row) -> float | None:
+    return None if measured["peak_bytes"] is None else measured["peak_bytes"] / 1e6
+
+
+def _ratio_cells(before: float | None, after: float | None, form: str) -> tuple[str, str, str]:
+    cells = ["-" if value is None else form.format(value) for value in (before, after)]
+    return cells[0], cells[1], f"{before / after:.2f}" if before is not None and after else "-"
+
+
+def targets(found: Row) -> RenderableType:
+    """The destinations there are."""
+    keys = ("name", "summary", "rewrites", "needs", "paper")
+    return table(keys, (tuple(row.get(key) or "" for key in keys) for row in found["targets"]))

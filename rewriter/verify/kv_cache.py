@@ -1,0 +1,84 @@
+"""The key/value cache of a graph: which output is next step's value of which input, and an empty one to start with."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from rewriter.capture.input_roles import InputRole, input_roles
+
+Array = NDArray[Any]
+Feeds = dict[str, Array]
+
+
+@dataclass(frozen=True)
+class CachePorts:
+    """Which output of a graph is next step's value of which past input.
+
+    Attributes:
+        roles: of the graph's past inputs, by name.
+        present: output name by past input; empty if the outputs could not be paired with the inputs.
+    """
+
+    roles: Mapping[str, InputRole]
+    present: Mapping[str, str]
+
+    @property
+    def open(self) -> bool:
+        """True if the cache may be empty and grows: then steps can be chained."""
+        chained = bool(self.present) and len(self.present) == len(self.roles)
+        return chained and all(self._growing_axis(role) is not None for role in self.roles.values())
+
+    def _growing_axis(self, role: InputRole) -> int | None:
+        axis = next((i for i, name in enumerate(role.axes) if name in {"past", "encoder"}), None)
+        return axis if axis is not None and not isinstance(role.shape[axis], int) else None
+
+    def neutral(self, feeds: Feeds) -> Feeds:
+        """`feeds` with a past of zeros in this graph's own number of heads; the same for any number of them."""
+        return {**feeds, **{name: self._zeros(role, feeds) for name, role in self.roles.items()}}
+
+    def _zeros(self, role: InputRole, feeds: Feeds) -> Array:
+        template = feeds[role.name].shape
+        shape = [own if isinstance(own, int) else size for own, size in zip(role.shape, template, strict=True)]
+        return np.zeros(shape, dtype=role.dtype.numpy())
+
+    def next(self, outputs: Mapping[str, Array], feeds: Feeds) -> Feeds:
+        """The cache that a step left; where it left nothing (a cross-attention's), the one it was given."""
+        return {
+            name: outputs[present] if outputs[present].size or not feeds[name].size else feeds[name]
+            for name, present in self.present.items()
+        }
+
+    def length(self, cache: Feeds) -> int:
+        """How many tokens of the model's own sequence the cache holds."""
+        for name, role in self.roles.items():
+            if "past" in role.axes and name in cache:
+                return int(cache[name].shape[role.axes.index("past")])
+        return 0
+
+
+def cache_ports(model: ir.Model) -> CachePorts:
+    """The key/value cache of a graph, read off its inputs' roles and its outputs' names or order."""
+    roles = {role.name: role for role in input_roles(model) if role.kind == "past"}
+    outputs = [value.name or "" for value in model.graph.outputs]
+    return CachePorts(roles, _paired(list(roles), outputs))
+
+
+def _paired(pasts: list[str], outputs: list[str]) -> dict[str, str]:
+    keys = {_key(name): name for name in outputs}
+    named = {past: keys[_key(past)] for past in pasts if _key(past) in keys}
+    if len(named) == len(pasts):
+        return named
+    # unnamed caches: as many trailing outputs as past inputs, in the same order
+    return dict(zip(pasts, outputs[-len(pasts) :], strict=True)) if 0 < len(pasts) < len(outputs) else {}
+
+
+def _key(name: str) -> str:
+    """``past_key_values.0.key`` and ``present.0.key`` name the same thing."""
+    return re.sub(r"past_key_values|present_key_values|past|present|new|out(put)?|in(put)?|_|\W", "", name.lower())

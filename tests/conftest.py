@@ -1,0 +1,53 @@
+"""Pins threads before torch starts and shares the zoo's ONNX exports between tests, workers and sessions."""
+
+from __future__ import annotations
+
+import os
+
+for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(_name, "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from collections.abc import Callable  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import TYPE_CHECKING, Any  # noqa: E402
+
+import pytest  # noqa: E402
+
+if TYPE_CHECKING:
+    from tests.zoo.case import ZooCase
+
+
+@pytest.fixture(scope="session")
+def project_root() -> Path:
+    return Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def zoo_cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where exports are kept: beyond the session where pytest has a cache, keyed by the zoo's sources."""
+    from tests.zoo.exports import fingerprint
+
+    cache: Any = getattr(request.config, "cache", None)
+    if cache is None:
+        return tmp_path_factory.getbasetemp().parent / f"zoo-{fingerprint()}"
+    return Path(cache.mkdir(f"zoo-{fingerprint()}"))
+
+
+@pytest.fixture(scope="session")
+def zoo_onnx(zoo_cache: Path) -> Callable[..., Path]:
+    """``zoo_onnx(case, exporter, past=False)``: the exported file; skips the test where the exporter cannot.
+
+    Which combinations may skip is itself tested, in tests/zoo/test_exports.py.
+    """
+    from tests.zoo.exports import ExportSkipped, export, export_with_past
+
+    def path(case: ZooCase, exporter: str, *, past: bool = False) -> Path:
+        try:
+            return (export_with_past if past else export)(case, exporter, zoo_cache)
+        except ExportSkipped as reason:
+            pytest.skip(f"{exporter}: {reason}")
+
+    return path

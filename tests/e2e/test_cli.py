@@ -1,0 +1,445 @@
+"""The command line: JSON, exit codes, streams, and that nothing half-done is left. The library behind it is faked."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import rewriter
+from rewriter.cli import run
+from rewriter.errors import InvalidModelFile, NothingToRewrite, UnknownTarget, UnsupportedModel, VerificationFailed
+from rewriter.report.rewrite_report import Change, Refused, RewriteReport, SiteRow
+from rewriter.verify.result import Check, Fidelity, Verification
+
+ROOT = Path(__file__).resolve().parents[2]
+
+REWRITE_KEYS = {
+    "target", "input", "output", "sites", "refused", "parameters", "kv_bytes_per_token", "flops", "fidelity", "seconds",
+}  # fmt: skip
+
+SITE = {
+    "name": "layer.0", "kind": "attention", "layer": 0, "status": "rewritable", "reason": None, "heads": 4,
+    "kv_heads": 4, "head_dim": 8, "causal": True, "cross": False, "cached": False, "rotary": "half",
+    "qk_norm": True, "score_modifiers": ["mask"], "layout": "bhsd", "replay_error": 1e-7, "targets": ["mqa", "gqa2"],
+}  # fmt: skip
+
+
+class Found:
+    """Stands for whatever the library returns with a ``to_dict``."""
+
+    def __init__(self, shown: dict[str, Any]) -> None:
+        self.shown = shown
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.shown
+
+
+class Rewritten:
+    """Stands for `rewriter.optimize`'s result; notes where it was saved."""
+
+    def __init__(self, refused: tuple[Refused, ...] = (), fidelity: Fidelity | None = None) -> None:
+        rows = (SiteRow("layer.0", "mha4", "gqa2", False, 0.25, 1.5), SiteRow("layer.1", "mha4", "gqa2", True))
+        self.rewrite_report = RewriteReport(
+            "gqa2", rows, refused, Change(1000, 900), Change(64, 32), Change(0, 0), fidelity, {"capture": 0.5}
+        )
+        self.saved: list[tuple[Path, dict[str, Any]]] = []
+
+    def save(self, path: Path, **options: Any) -> None:
+        self.saved.append((Path(path), options))
+        Path(path).write_text("model")
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    path = tmp_path / "in.onnx"
+    path.write_text("never opened: the library is faked")
+    return path
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Any], list[tuple[Any, Any]]]:
+    """``fake(name, result)`` replaces ``rewriter.<name>``; returns the list of its calls. Exceptions are raised."""
+
+    def replace(name: str, result: Any) -> list[tuple[Any, Any]]:
+        calls: list[tuple[Any, Any]] = []
+
+        def function(*args: Any, **kwargs: Any) -> Any:
+            calls.append((args, kwargs))
+            if isinstance(result, BaseException):
+                raise result
+            return result
+
+        monkeypatch.setattr(rewriter, name, function, raising=False)
+        return calls
+
+    return replace
+
+
+Fake = Callable[[str, Any], list[tuple[Any, Any]]]
+Capture = pytest.CaptureFixture[str]
+
+
+def only_json(capsys: Capture) -> dict[str, Any]:
+    """Standard output, which must be exactly one JSON object."""
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1
+    found = json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert isinstance(found, dict)
+    return found
+
+
+# --- inspect -------------------------------------------------------------------------------------
+
+
+def inspection(**changes: Any) -> Found:
+    refused = {**SITE, "name": "layer.1", "status": "refused", "reason": "its bias depends on x", "heads": None}
+    shown = {
+        "model": "in.onnx",
+        "format": "onnx",
+        "opset": 18,
+        "producer": "p",
+        "sites": [{**SITE, **changes}, refused],
+    }
+    return Found({**shown, "not_attention": [{"name": "router", "reason": "mixes no tokens"}]})
+
+
+def test_inspect_json(model: Path, fake: Fake, capsys: Capture) -> None:
+    calls = fake("inspect", inspection(replay_error=float("nan")))
+    assert run(["inspect", str(model), "--json"]) == 0
+    found = only_json(capsys)
+    assert calls == [((str(model),), {})]
+    assert found["sites"][0] == {**SITE, "replay_error": None}, "NaN is no JSON"
+    assert found["not_attention"] == [{"name": "router", "reason": "mixes no tokens"}]
+
+
+def test_inspect_table_names_sites_and_reasons(model: Path, fake: Fake, capsys: Capture) -> None:
+    fake("inspect", inspection())
+    assert run(["inspect", str(model)]) == 0
+    out, err = capsys.readouterr()
+    line = next(line for line in out.splitlines() if line.startswith("layer.0"))
+    for word in ("rewritable", "causal", "half rotary", "qk-norm", "mask", "mqa, gqa2"):
+        assert word in line, word
+    assert "its bias depends on x" in out and "1 of 2 sites" in out and "router: mixes no tokens" in out
+    assert "\x1b" not in out and err == ""
+
+
+def test_names_out_of_files_cannot_reach_the_terminal(model: Path, fake: Fake, capsys: Capture) -> None:
+    evil = "[red]x[/red]\x1b[2J\r\n\u202eabc"
+    fake("inspect", inspection(name=evil))
+    assert run(["inspect", str(model)]) == 0
+    out = capsys.readouterr().out
+    assert "[red]x[/red]" in out and "\\x1b[2J\\r\\n\\u202eabc" in out
+    assert not set("\x1b\r\u202e") & set(out)
+    fake("inspect", UnsupportedModel(f"bad {evil}", hint=evil))
+    assert run(["inspect", str(model)]) == 1
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 2 and not set("\x1b\r\u202e") & set(err)
+
+
+# --- rewrite -------------------------------------------------------------------------------------
+
+
+def test_rewrite_json(model: Path, tmp_path: Path, fake: Fake, capsys: Capture) -> None:
+    done = Rewritten(fidelity=Fidelity(0.5, 0.9, 0.01))
+    calls = fake("optimize", done)
+    out = tmp_path / "out.onnx"
+    assert run(["rewrite", str(model), str(out), "--target", "gqa2", "--layers", "0-1", "--json"]) == 0
+    found = only_json(capsys)
+    assert set(found) >= REWRITE_KEYS
+    assert (found["target"], found["input"], found["output"]) == ("gqa2", str(model), str(out))
+    assert found["sites"][0] == {
+        "name": "layer.0", "from": "mha4", "to": "gqa2", "exact": False, "error": 0.25, "floor": 1.5,
+    }  # fmt: skip
+    assert found["kv_bytes_per_token"] == {"before": 64, "after": 32}
+    assert found["fidelity"] == {"max_abs": 0.5, "cosine": 0.9, "kl": 0.01}
+    assert calls[0][0] == (str(model), "gqa2")
+    assert calls[0][1] == {"layers": "0-1", "calibration": None, "kernels": "auto", "verify": True}
+    assert done.saved == [(out, {"external_data": "auto"})]
+
+
+def test_rewrite_table(model: Path, tmp_path: Path, fake: Fake, capsys: Capture) -> None:
+    fake("optimize", Rewritten(fidelity=Fidelity(0.5, 0.9)))
+    assert run(["rewrite", str(model), str(tmp_path / "o.onnx"), "-t", "gqa2"]) == 0
+    out = capsys.readouterr().out
+    assert any(line.split() == ["layer.0", "mha4", "gqa2", "lossy", "0.25", "1.5"] for line in out.splitlines())
+    assert any(line.split() == ["layer.1", "mha4", "gqa2", "exact", "-", "-"] for line in out.splitlines())
+    assert "cosine 0.9" in out and "0.500" in out
+
+
+def test_rewrite_options_reach_the_library(model: Path, tmp_path: Path, fake: Fake) -> None:
+    import numpy as np
+
+    calls = fake("optimize", done := Rewritten())
+    texts, ids, arrays = tmp_path / "c.txt", tmp_path / "c.npy", tmp_path / "c.npz"
+    texts.write_text("one\n\ntwo\n")
+    np.save(ids, np.arange(6).reshape(2, 3))
+    np.savez(arrays, input_ids=np.ones((2, 3)))
+    common = ["rewrite", str(model), str(tmp_path / "o.onnx"), "-t", "mqa"]
+    extra = ["--no-verify", "--kernels", "off", "--external-data", "never"]
+    for file in (texts, ids, arrays):
+        assert run([*common, "--calibration", str(file), *extra]) == 0
+    given = [kwargs["calibration"] for _, kwargs in calls]
+    assert given[0] == ["one", "two"] and given[1].tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert given[2]["input_ids"].shape == (2, 3)
+    assert calls[0][1]["verify"] is False and calls[0][1]["kernels"] == "off"
+    assert done.saved[0][1] == {"external_data": "never"}
+    assert run([*common, "--calibration", str(tmp_path / "none.txt")]) == 2
+    (tmp_path / "bad.npy").write_text("no array")
+    assert run([*common, "--calibration", str(tmp_path / "bad.npy")]) == 2
+
+
+def test_a_directory_is_saved_as_one(tmp_path: Path, fake: Fake) -> None:
+    (tmp_path / "hf").mkdir()
+    done = Rewritten()
+    fake("optimize", done)
+    assert run(["rewrite", str(tmp_path / "hf"), str(tmp_path / "out"), "-t", "mqa"]) == 0
+    assert done.saved == [(tmp_path / "out", {})]
+
+
+def test_dry_run_writes_nothing(model: Path, tmp_path: Path, fake: Fake, capsys: Capture) -> None:
+    fake("optimize", done := Rewritten(fidelity=Fidelity(0.5, 0.9)))
+    assert run(["rewrite", str(model), str(tmp_path / "o.onnx"), "-t", "gqa2", "--dry-run", "--json"]) == 0
+    assert only_json(capsys)["dry_run"] is True
+    assert done.saved == [] and not (tmp_path / "o.onnx").exists()
+
+
+def test_refused_sites(model: Path, tmp_path: Path, fake: Fake, capsys: Capture) -> None:
+    out = tmp_path / "o.onnx"
+    command = ["rewrite", str(model), str(out), "-t", "gqa2", "--json"]
+    fake("optimize", done := Rewritten(refused=(Refused("layer.2", "bias depends on x"),)))
+    assert run(command) == 0 and out.exists()
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["refused"] == [{"name": "layer.2", "reason": "bias depends on x"}]
+    assert "1 of 3 sites were refused" in shown.err and "layer.2: bias depends on x" in shown.err
+    done.saved.clear()
+    assert run([*command, "--strict"]) == 1
+    assert done.saved == [] and "layer.2" in capsys.readouterr().err
+    fake("optimize", Rewritten())
+    assert run([*command, "--strict"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("limits", "code"),
+    [
+        (["--max-kl", "0.02"], 0),
+        (["--max-kl", "0.005"], 1),
+        (["--min-cosine", "0.9"], 0),
+        (["--min-cosine", "0.95"], 1),
+        (["--max-kl", "0.02", "--min-cosine", "0.95"], 1),
+    ],
+)
+def test_limits_on_drift(
+    model: Path, tmp_path: Path, fake: Fake, limits: list[str], code: int, capsys: Capture
+) -> None:
+    fake("optimize", done := Rewritten(fidelity=Fidelity(0.5, 0.9, 0.01)))
+    assert run(["rewrite", str(model), str(tmp_path / "o.onnx"), "-t", "gqa2", *limits]) == code
+    assert bool(done.saved) == (code == 0)
+    assert ("nothing was written" in capsys.readouterr().err) == (code == 1)
+
+
+def test_a_limit_on_what_was_not_measured(model: Path, tmp_path: Path, fake: Fake, capsys: Capture) -> None:
+    fake("optimize", done := Rewritten(fidelity=Fidelity(0.5, 0.9, None)))
+    command = ["rewrite", str(model), str(tmp_path / "o.onnx"), "-t", "gqa2", "--max-kl", "1"]
+    assert run(command) == 1 and done.saved == [] and "not measured" in capsys.readouterr().err
+    assert run([*command, "--no-verify"]) == 2
+
+
+# --- verify, profile, targets --------------------------------------------------------------------
+
+
+def verification(ok: bool) -> Verification:
+    return Verification(Fidelity(0.5, 0.9, 0.01), (Check("valid", True, "fine"), Check("runs", ok, "shape mismatch")))
+
+
+@pytest.mark.parametrize(("ok", "code"), [(True, 0), (False, 1)])
+def test_verify(model: Path, fake: Fake, capsys: Capture, ok: bool, code: int) -> None:
+    calls = fake("verify", verification(ok))
+    assert run(["verify", str(model), "--against", str(model), "--json"]) == code
+    shown = capsys.readouterr()
+    found = json.loads(shown.out)
+    assert found["ok"] is ok and found["fidelity"]["cosine"] == 0.9
+    assert found["checks"][1] == {"name": "runs", "ok": ok, "detail": "shape mismatch"}
+    assert ("runs" in shown.err) == (not ok)
+    assert calls == [((str(model), str(model)), {})]
+    assert run(["verify", str(model), "--against", str(model)]) == code
+    out = capsys.readouterr().out
+    assert ("FAILED" in out) == (not ok) and ("not verified" in out) == (not ok)
+
+
+def test_verify_judges_drift_when_asked(model: Path, fake: Fake, capsys: Capture) -> None:
+    fake("verify", verification(True))
+    command = ["verify", str(model), "--against", str(model), "--json"]
+    assert run([*command, "--max-kl", "1", "--min-cosine", "0.5"]) == 0
+    capsys.readouterr()
+    assert run([*command, "--min-cosine", "0.99"]) == 1
+    found = only_json(capsys)
+    assert found["ok"] is False and found["checks"][-1]["name"] == "min-cosine"
+
+
+def test_profile(model: Path, fake: Fake, capsys: Capture) -> None:
+    side = {"ms": {"min": 1.0, "median": 2.0, "max": 3.0}, "peak_bytes": None, "ops": {"MatMul": 0.5}}
+    shown = {
+        "provider": "cpu",
+        "device": "d",
+        "threads": 3,
+        "runs": 4,
+        "onnxruntime": "1",
+        "before": side,
+        "after": side,
+    }
+    calls = fake("profile", Found({**shown, "speedup": {"min": 1.0, "median": 1.0}}))
+    command = [
+        "profile",
+        str(model),
+        str(model),
+        "--runs",
+        "4",
+        "--threads",
+        "3",
+        "--shape",
+        "a=2x128",
+        "--shape",
+        "b=1",
+    ]
+    assert run([*command, "--json"]) == 0
+    assert only_json(capsys)["before"] == side
+    shapes = {"a": (2, 128), "b": (1,)}
+    assert calls[0][1] == {"provider": "cpu", "shapes": shapes, "runs": 4, "threads": 3}
+    assert run(command) == 0
+    assert "MatMul" in capsys.readouterr().out
+    assert run([*command, "--shape", "c=2xy"]) == 2
+    assert run([*command, "--shape", "2x128"]) == 2
+
+
+def test_targets(fake: Fake, capsys: Capture) -> None:
+    row = {"name": "mqa", "summary": "one K/V head", "paper": "1911.02150", "rewrites": "attention", "needs": "nothing"}
+    fake("targets", [row])
+    assert run(["targets", "--json"]) == 0
+    assert only_json(capsys) == {"targets": [row]}
+    assert run(["targets"]) == 0
+    assert "one K/V head" in capsys.readouterr().out
+
+
+# --- errors --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (NothingToRewrite("no attention in it", hint="h"), 1),
+        (VerificationFailed("drifts", hint="h"), 1),
+        (UnsupportedModel("quantised", hint="h"), 1),
+        (UnknownTarget("no target 'x'", hint="h"), 2),
+        (InvalidModelFile("cut off", hint="h"), 3),
+        (ZeroDivisionError("oops"), 1),
+        (MemoryError(), 1),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_exit_codes(model: Path, tmp_path: Path, fake: Fake, error: BaseException, code: int, capsys: Capture) -> None:
+    fake("optimize", error)
+    out = tmp_path / "o.onnx"
+    assert run(["rewrite", str(model), str(out), "-t", "x"]) == code
+    shown = capsys.readouterr()
+    assert shown.out == "" and "Traceback" not in shown.err and not out.exists()
+    assert len(shown.err.splitlines()) <= 2
+    if isinstance(error, Exception) and error.args:
+        assert str(error) in shown.err
+
+
+def test_errors_in_json_and_debug(model: Path, fake: Fake, capsys: Capture) -> None:
+    fake("inspect", InvalidModelFile("cut off", hint="again"))
+    assert run(["inspect", str(model), "--json"]) == 3
+    expected = {"type": "InvalidModelFile", "message": "cut off", "hint": "again", "exit_code": 3}
+    assert only_json(capsys) == {"error": expected}
+    assert run(["inspect", str(model), "--debug"]) == 3
+    assert "Traceback" in capsys.readouterr().err
+    assert run(["inspect", str(model)]) == 3
+    assert "Traceback" not in capsys.readouterr().err, "--debug outlives its command"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["nonsense"],
+        ["--nonsense"],
+        ["inspect"],
+        ["inspect", "{model}", "--nonsense"],
+        ["inspect", "{folder}/none.onnx"],
+        ["rewrite", "{model}", "{folder}/o.onnx"],
+        ["rewrite", "{folder}/none.onnx", "{folder}/o.onnx", "-t", "mqa"],
+        ["rewrite", "{model}", "{folder}/none/o.onnx", "-t", "mqa"],
+        ["rewrite", "{model}", "{folder}", "-t", "mqa"],
+        ["rewrite", "{folder}", "{model}", "-t", "mqa"],
+        ["rewrite", "{model}", "{folder}/o.onnx", "-t", "mqa", "--external-data", "maybe"],
+        ["rewrite", "{model}", "{folder}/o.onnx", "-t", "mqa", "--max-kl", "much"],
+        ["verify", "{model}"],
+        ["verify", "{model}", "--against", "{folder}/none.onnx"],
+        ["profile", "{model}", "{model}", "--provider", "npu"],
+        ["profile", "{model}", "{model}", "--runs", "0"],
+    ],
+)
+def test_wrong_usage_exits_2(arguments: list[str], model: Path, tmp_path: Path, fake: Fake, capsys: Capture) -> None:
+    for name in ("inspect", "optimize", "verify", "profile"):
+        fake(name, AssertionError("the library was called"))
+    filled = [word.format(model=model, folder=tmp_path) for word in arguments]
+    assert run(filled) == 2
+    shown = capsys.readouterr()
+    assert shown.err and shown.out == "" and "Traceback" not in shown.err
+
+
+def test_libraries_may_print_without_spoiling_the_json(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    def talkative(_: str) -> Found:
+        print("loading weights")
+        return inspection()
+
+    monkeypatch.setattr(rewriter, "inspect", talkative, raising=False)
+    assert run(["inspect", str(model), "--json"]) == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out) and "loading weights" in shown.err
+
+
+def test_progress_is_on_standard_error_and_only_when_asked(model: Path, fake: Fake, capsys: Capture) -> None:
+    fake("inspect", inspection())
+    assert run(["inspect", str(model), "--json"]) == 0
+    assert capsys.readouterr().err == ""
+    assert run(["inspect", str(model), "--json", "--progress"]) == 0
+    assert "inspecting" in capsys.readouterr().err
+
+
+def test_help_version_and_module_entry() -> None:
+    def call(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "rewriter", *arguments], capture_output=True, text=True, cwd=ROOT, check=False
+        )
+
+    assert call("--help").returncode == 0 and "rewrite" in call("--help").stdout
+    version = call("--version")
+    assert version.returncode == 0 and version.stdout.startswith("rewriter")
+    wrong = call("inspect", "none.onnx")
+    assert wrong.returncode == 2 and wrong.stdout == "" and wrong.stderr.startswith("error: no such file")
+
+
+def test_a_closed_pipe_is_no_error(tmp_path: Path) -> None:
+    """``rewriter targets | head -0`` must not complain."""
+    program = (
+        "import rewriter, sys; rewriter.targets = lambda: [dict(name='x' * 99, summary='', paper='', rewrites='',"
+        " needs='')] * 5000; from rewriter.cli import main; main(['targets', '--json'])"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    assert child.stdout is not None and child.stderr is not None
+    child.stdout.close()
+    assert child.stderr.read() == ""
+    assert child.wait() == 0
+    child.stderr.close()

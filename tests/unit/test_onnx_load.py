@@ -1,0 +1,235 @@
+"""Opening .onnx files: every way in which one can be broken or unsafe is an error with a hint."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx.helper as oh
+import onnx.numpy_helper as nh
+import onnx_ir as ir
+import pytest
+
+from rewriter.capture.onnx_load import from_proto, load, to_proto
+from rewriter.errors import InvalidModelFile, UnsupportedModel, UsageError
+from rewriter.install.onnx_write import save
+
+
+def model() -> onnx.ModelProto:
+    graph = oh.make_graph(
+        [oh.make_node("MatMul", ["x", "w"], ["h"]), oh.make_node("Add", ["h", "b"], ["y"])],
+        "g",
+        [oh.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["n", 64])],
+        [oh.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["n", 64])],
+        [
+            nh.from_array(np.arange(4096, dtype=np.float32).reshape(64, 64), "w"),
+            nh.from_array(np.ones(64, np.float32), "b"),
+        ],
+    )
+    return oh.make_model(graph, opset_imports=[oh.make_opsetid("", 17)], ir_version=8, producer_name="test")
+
+
+@pytest.fixture
+def single(tmp_path: Path) -> Path:
+    onnx.save(model(), tmp_path / "m.onnx")
+    return tmp_path / "m.onnx"
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Path:
+    save(from_proto(model()), tmp_path / "p.onnx", external_data="always")
+    return tmp_path / "p.onnx"
+
+
+def refused(path: Path, kind: type[Exception] = InvalidModelFile) -> str:
+    with pytest.raises(kind) as caught:
+        load(path)
+    assert getattr(caught.value, "hint", ""), "an error without a hint"
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_sound_files_load(single: Path, pair: Path) -> None:
+    for path in (single, pair):
+        loaded = load(path)
+        assert loaded.opset_imports[""] == 17 and loaded.producer_name == "test"
+        assert (loaded.graph.initializers["w"].const_value.numpy().reshape(-1) == np.arange(4096)).all()
+
+
+def test_external_weights_are_not_read(pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ir.ExternalTensor, "_load", lambda self: pytest.fail("weights were read"))
+    assert isinstance(load(pair).graph.initializers["w"].const_value, ir.ExternalTensor)
+
+
+def test_missing_file_and_folder(tmp_path: Path) -> None:
+    assert "no such file" in refused(tmp_path / "no.onnx", UsageError)
+    assert "is no file" in refused(tmp_path, UsageError)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n", "Git LFS"),
+        (b"<!DOCTYPE html><html></html>", "no ONNX model"),
+        (b"hello", "no ONNX model"),
+        (b"\0" * 64, "no ONNX model"),
+        (b"PK\x03\x04" + b"\0" * 100, "no ONNX model"),
+    ],
+)
+def test_other_files(tmp_path: Path, content: bytes, words: str) -> None:
+    (tmp_path / "f.onnx").write_bytes(content)
+    assert words in refused(tmp_path / "f.onnx")
+
+
+def test_random_bytes(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    for _ in range(500):
+        (tmp_path / "r.onnx").write_bytes(rng.randbytes(rng.randint(1, 400)))
+        refused(tmp_path / "r.onnx")
+
+
+def test_truncated_anywhere(single: Path) -> None:
+    """No proper prefix of the file loads; onnx_ir alone would accept some."""
+    data = single.read_bytes()
+    lengths = {*range(1, 200), *range(200, len(data), 97), *range(len(data) - 100, len(data))}
+    for length in sorted(lengths):
+        single.write_bytes(data[:length])
+        refused(single)
+
+
+def test_trailing_garbage(single: Path) -> None:
+    single.write_bytes(single.read_bytes() + b"\x12\x34")
+    refused(single)
+
+
+def _broken(change: Callable[[onnx.ModelProto], object], tmp_path: Path) -> Path:
+    proto = model()
+    change(proto)
+    (tmp_path / "b.onnx").write_bytes(proto.SerializeToString())
+    return tmp_path / "b.onnx"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda p: p.ClearField("graph"), "graph"),
+        (lambda p: p.graph.ClearField("output"), "no outputs"),
+        (lambda p: p.ClearField("opset_import"), "operator set"),
+        (lambda p: setattr(p.graph.initializer[0], "raw_data", b"123"), "3 bytes instead of 16,384"),
+        (lambda p: p.graph.initializer[0].dims.__setitem__(0, -1), "negative size"),
+        (lambda p: setattr(p.graph.initializer[0], "data_type", 999), "unknown type 999"),
+    ],
+)
+def test_structure(tmp_path: Path, change: Callable[[onnx.ModelProto], object], words: str) -> None:
+    assert words in refused(_broken(change, tmp_path))
+
+
+def test_parts_that_would_be_lost(tmp_path: Path) -> None:
+    sparse = oh.make_sparse_tensor(
+        nh.from_array(np.ones(1, np.float32), "s"), nh.from_array(np.zeros(1, np.int64), "i"), [4]
+    )
+    path = _broken(lambda p: p.graph.sparse_initializer.append(sparse), tmp_path)
+    assert "sparse" in refused(path, UnsupportedModel)
+    path = _broken(lambda p: p.training_info.add(), tmp_path)
+    assert "training" in refused(path, UnsupportedModel)
+
+
+# --- external data -------------------------------------------------------------------------------
+
+
+def _relocate(path: Path, **entries: str) -> None:
+    proto = onnx.load(path, load_external_data=False)
+    for entry in proto.graph.initializer[0].external_data:
+        entry.value = entries.get(entry.key, entry.value)
+    path.write_bytes(proto.SerializeToString())
+
+
+def test_data_missing_or_short(pair: Path) -> None:
+    data = pair.with_name("p.onnx.data")
+    content = data.read_bytes()
+    data.write_bytes(content[:-1])
+    assert "cut off: 1 bytes of 'w' are missing" in refused(pair)
+    data.unlink()
+    assert "is missing" in refused(pair)
+    data.write_bytes(content)
+    load(pair)
+
+
+@pytest.mark.parametrize(
+    ("entries", "words"),
+    [
+        ({"location": ""}, "makes no sense"),
+        ({"location": "a\0b"}, "makes no sense"),
+        ({"offset": "-4096"}, "makes no sense"),
+        ({"offset": "abc"}, "makes no sense"),
+        ({"length": "12"}, "makes no sense"),
+        ({"offset": "99999999999999999999"}, "cut off"),
+        ({"location": "../p.onnx.data"}, "outside"),
+        ({"location": "x/../../p.onnx.data"}, "outside"),
+        ({"location": "..\\p.onnx.data"}, "outside"),
+        ({"location": "C:\\p.onnx.data"}, "outside"),
+        ({"location": "*/_ORT_MEM_ADDR_/*"}, "outside"),
+        ({"location": "/etc/hostname"}, "outside"),
+    ],
+)
+def test_places_that_lead_astray(pair: Path, entries: dict[str, str], words: str) -> None:
+    _relocate(pair, **entries)
+    assert words in refused(pair)
+
+
+def test_link_out_of_the_folder(pair: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    secret = tmp_path_factory.mktemp("elsewhere") / "secret"
+    data = pair.with_name("p.onnx.data")
+    os.rename(data, secret)
+    data.symlink_to(secret)
+    assert "outside" in refused(pair)
+
+
+def test_link_inside_the_folder(pair: Path) -> None:
+    data = pair.with_name("p.onnx.data")
+    os.rename(data, pair.with_name("real"))
+    data.symlink_to("real")
+    assert load(pair).graph.initializers["w"].const_value.numpy()[0, 1] == 1
+
+
+def test_hard_link(pair: Path) -> None:
+    os.link(pair.with_name("p.onnx.data"), pair.with_name("twin"))
+    assert "hard link" in refused(pair)
+
+
+def test_download_cache_with_links_to_blobs(pair: Path, tmp_path: Path) -> None:
+    """Model and data are both links into one folder of blobs, as hub clients lay them out."""
+    blobs, view = tmp_path / "blobs", tmp_path / "view"
+    blobs.mkdir()
+    view.mkdir()
+    os.rename(pair, blobs / "aa")
+    os.rename(pair.with_name("p.onnx.data"), blobs / "bb")
+    (view / "p.onnx").symlink_to("../blobs/aa")
+    (view / "p.onnx.data").symlink_to("../blobs/bb")
+    loaded = load(view / "p.onnx")
+    assert loaded.graph.initializers["w"].const_value.numpy()[0, 1] == 1
+    save(loaded, tmp_path / "copy.onnx")
+    assert load(tmp_path / "copy.onnx").graph.initializers["w"].const_value.numpy()[0, 1] == 1
+    # control: the model itself is no link, so its data may not be elsewhere
+    (view / "q.onnx").write_bytes((blobs / "aa").read_bytes())
+    assert "outside" in refused(view / "q.onnx")
+
+
+# --- protos --------------------------------------------------------------------------------------
+
+
+def test_protos_go_in_and_out(pair: Path) -> None:
+    assert to_proto(from_proto(model())).graph.node == model().graph.node
+    proto = to_proto(load(pair))
+    assert [t.data_location for t in proto.graph.initializer] == [0, 0]
+    assert (nh.to_array(proto.graph.initializer[0]).reshape(-1) == np.arange(4096)).all()
+
+
+def test_proto_whose_weights_are_elsewhere(pair: Path) -> None:
+    with pytest.raises(UnsupportedModel, match="external file"):
+        from_proto(onnx.load(pair, load_external_data=False))

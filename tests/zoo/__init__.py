@@ -1,0 +1,1 @@
+"""The model zoo: small, fully randomised transformers, and their ONNX exports."""

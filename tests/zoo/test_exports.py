@@ -1,0 +1,77 @@
+"""Which exporter handles which case, stated as a table; every exported file equals torch in onnxruntime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import pytest
+
+from tests.zoo.exports import EXPORTERS, ExportSkipped, exported, exported_with_past
+from tests.zoo.models import EXTRA, MAIN, ZOO, ZooCase, cases
+
+FAILS: dict[tuple[str, str], str] = {
+    ("torch-encoder-padded", "dynamo23"): "onnxruntime's Attention does not broadcast a mask over queries",
+    ("torch-encoder-padded", "dynamo24"): "onnxruntime's Attention does not broadcast a mask over queries",
+    ("whisper-sdpa", "torchscript17"): "no aten::diff in this exporter",
+    ("whisper-eager", "torchscript17"): "no aten::diff in this exporter",
+}
+"""(case or case-past, exporter) that torch.onnx cannot export, or onnxruntime cannot run: why."""
+
+ROTARY = ["llama-sdpa", "llama-eager", "llama-gqa-sdpa", "llama-gqa-eager", "qwen3-sdpa", "qwen3-eager"]
+ROTARY_WITH_PAST = ["llama-sdpa-past", "llama-gqa-sdpa-past", "qwen3-sdpa-past"]
+PACKED = ["mha-batch-first", "mha-sequence-first", "torch-encoder", "torch-encoder-padded"]
+FIXED: frozenset[tuple[str, str]] = frozenset(
+    [(name, "dynamo23") for name in ROTARY + ROTARY_WITH_PAST] + [(name, "torchscript17") for name in PACKED]
+)
+"""What can only be exported with fixed axes: RotaryEmbedding-23 with a cosine cache of batch 1, and
+nn.MultiheadAttention, whose traced reshapes hold the batch as a number."""
+
+DECODERS = [c for c in ZOO.values() if c.causal and "hf" in c.tags and "encoder-decoder" not in c.tags]
+
+
+def _jobs() -> list[tuple[ZooCase, bool, str]]:
+    """The main list by every exporter (with a cache: one implementation); the extras by the quick one."""
+    jobs = [(case, False, exporter) for case in MAIN.values() for exporter in EXPORTERS]
+    jobs += [(case, True, exporter) for case in DECODERS if case in cases(having="sdpa") for exporter in EXPORTERS]
+    jobs += [(case, False, "torchscript17") for case in EXTRA.values()]
+    jobs += [(case, True, "torchscript17") for case in DECODERS if "extra" in case.tags or "eager" in case.tags]
+    return jobs
+
+
+def _id(job: tuple[ZooCase, bool, str]) -> str:
+    case, past, exporter = job
+    return f"{case.name}{'-past' * past}-{exporter}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("job", [pytest.param(job, id=_id(job)) for job in _jobs()])
+def test_export_succeeds_exactly_where_stated(job: tuple[ZooCase, bool, str], zoo_cache: Path) -> None:
+    case, past, exporter = job
+    key = (case.name + "-past" * past, exporter)
+    try:
+        done = (exported_with_past if past else exported)(case, exporter, zoo_cache)
+    except ExportSkipped as reason:
+        assert key in FAILS, f"unexpectedly not exportable: {reason}"
+        return
+    assert key not in FAILS, "exports now: take it off the list"
+    assert done.dynamic is (key not in FIXED)
+    model = onnx.load(done.path)
+    assert EXPORTERS[exporter][1] in {entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")}
+    symbolic = {d.dim_param for v in model.graph.input for d in v.type.tensor_type.shape.dim if d.HasField("dim_param")}
+    assert bool(symbolic) is done.dynamic
+    names = [value.name for value in model.graph.input]
+    if past:
+        assert sum(name.startswith("past_key_values.") for name in names) == 2 * case.sites
+        assert sum(value.name.startswith("present.") for value in model.graph.output) == 2 * case.sites
+
+
+def test_an_unknown_exporter_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="unknown exporter"):
+        exported(ZOO["mlp"], "dynamo99", tmp_path)
+
+
+def test_a_model_without_a_cache_cannot_be_exported_with_past(tmp_path: Path) -> None:
+    with pytest.raises(ExportSkipped, match="not a causal decoder"):
+        exported_with_past(ZOO["bert-sdpa"], "torchscript17", tmp_path)
+    assert list(tmp_path.glob("*.skipped.txt")), "the refusal is cached"
