@@ -77,6 +77,7 @@ class Operand:
         stem_axes: as `seam_axes`.
         stem_features: for each feature at the stem its feature at the anchor; the path may permute them in between.
         batch_first: whether the projection's rows run over tokens fastest, [batch, tokens], or [tokens, batch].
+        gain: constant factor from the projection (or the norm) to the seam; 1 where a norm scales features apart.
         rotary, norm: peeled on the way; None if absent.
         past: program input concatenated before the new tokens; None without a cache.
         past_head_axis: its axis that runs over heads; None without a cache or with one head.
@@ -92,6 +93,7 @@ class Operand:
     stem_axes: tuple[str, ...]
     stem_features: tuple[int, ...]
     batch_first: bool
+    gain: float = 1.0
     rotary: Rotary | None = None
     norm: Norm | None = None
     past: Value | None = None

@@ -80,7 +80,7 @@ def trace_operand(tracer: Tracer, view: OperandView, *, shared_heads: bool) -> T
     path = _path(flow, projection.output, seam)
     operand = Operand(
         projection, head_columns, seam, axes, path, *_stem(tracer, projection, path, lookup),
-        _batch_first(rows),
+        _batch_first(rows), _gain(own, other, factor),
         _rotary(partner, other), norm, past,
         _past_head_axis(tracer, ids[0], new, past, canonical), _presents(tracer, projection, path, lookup),
     )  # fmt: skip
@@ -115,6 +115,13 @@ def _active_terms(form: Form, view: OperandView) -> tuple[list[Array], list[Arra
         raise NotUnderstood(f"the operand sums {len(active)} elements of its projection, not one or a rotated pair")
     active.sort(key=lambda t: int((form.ids[t] == 0).sum()))
     return [move(form.ids[t]) for t in active], [move(form.coefficients[t]) for t in active]
+
+
+def _gain(own: Array, other: Array | None, factor: float) -> float:
+    """The scalar that all coefficients share once the seam's factor and rotations are divided out; else 1."""
+    size = own if other is None else np.sqrt(own**2 + other**2)
+    first = float(size.reshape(-1)[0]) / factor
+    return first if np.abs(size / factor - first).max() <= 2e-2 * abs(first) else 1.0
 
 
 def _batch_first(rows: Array) -> bool:

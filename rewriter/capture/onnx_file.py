@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -48,6 +48,13 @@ class OnnxCapture:
     session: _Session
     sizes: tuple[int, int, int]
     feeds: Mapping[str, Array]
+
+    @cached_property
+    def other(self) -> OnnxCapture | None:
+        """The same model recorded at other sizes; None if its sizes are fixed."""
+        batch, length, past = self.sizes
+        grown = past + 1 if past else 0
+        return self.at((batch + 1, length + 2, grown)) or self.at((batch, length + 2, grown))
 
     def at(self, sizes: tuple[int, int, int], seed: int = 1) -> OnnxCapture | None:
         """The same file recorded at other sizes; None if it does not run there or has the sizes baked in."""

@@ -111,7 +111,7 @@ def _parse(path: Path) -> onnx.ModelProto:
             mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
             memoryview(mapped) as content,
         ):
-            proto.ParseFromString(content)  # type: ignore[arg-type]  # any buffer will do; this one is not read twice
+            proto.ParseFromString(content)
     except DecodeError as error:
         raise InvalidModelFile(f"{path.name} is damaged: {error}", hint="export or download the model again") from error
     return proto

@@ -99,6 +99,17 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             m.training = training
 
 
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """Without torch's fused attention: its encoder layer bypasses the attention module, which ignores hints in it."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+
+
 def snapshot(value: Any) -> Any:
     """A copy of `value` if it is a cache, which the call will change; else `value` itself."""
     return copy.deepcopy(value) if is_cache(value) else value
@@ -163,14 +174,10 @@ def _run(
     for recorder in recorders.values():
         handles.append(recorder.module.register_forward_pre_hook(recorder.enter, with_kwargs=True))
         handles.append(recorder.module.register_forward_hook(recorder.leave, with_kwargs=True, prepend=True))
-    # torch's fused encoder layer computes attention without calling the attention module
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with evaluating(model), torch.no_grad():
+        with evaluating(model), plain_attention(), torch.no_grad():
             model(*(snapshot(a) for a in args), **{k: snapshot(v) for k, v in kwargs.items()})
     finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
         for handle in handles:
             handle.remove()
     return recorders

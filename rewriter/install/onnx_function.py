@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import numpy as np
 import onnx_ir as ir
@@ -57,12 +56,14 @@ class _Editor:
 
     Attributes:
         shared: new initializers by content.
+        dead: nodes beyond the matched ones that may be unread now.
         seams: for each seam already fed anew, the value that now stands there and its axes.
     """
 
     capture: OnnxCapture
     shared: dict[tuple[str, bytes], ir.Value] = field(default_factory=dict)
     seams: dict[Value, tuple[ir.Value, tuple[str, ...]]] = field(default_factory=dict)
+    dead: list[ir.Node] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.model = self.capture.model
@@ -244,8 +245,10 @@ class _Editor:
         wanted = ("b", "s", "hd") if flat else ("b", "h", "s", "d")
         if k[1] != wanted or v[1] != wanted or abs(site.scale - self._operator_scale(site)) > 1e-7:
             return False
+        repeated = [v.producer() for v in anchor.inputs[1:3] if v is not None]
         anchor.replace_input_with(1, k[0])
         anchor.replace_input_with(2, v[0])
+        self.dead += [n for n in repeated if n is not None]
         if flat:
             anchor.attributes["kv_num_heads"] = ir.AttrInt64("kv_num_heads", kv_heads)
         return True
@@ -394,7 +397,8 @@ class _Editor:
         """What may have become unread, last first."""
         numbers = {*site.nodes, *(o.projection.node for o in (site.q, site.k, site.v))}
         numbers |= {i for o in (site.q, site.k, site.v) for i in o.path}
-        return [self.capture.nodes[i] for i in sorted(numbers, reverse=True)]
+        dead, self.dead = self.dead, []
+        return dead + [self.capture.nodes[i] for i in sorted(numbers, reverse=True)]
 
     def _sweep(self, todo: list[ir.Node]) -> list[str]:
         """Remove unread nodes and what only they read; returns names of removed initializers."""
@@ -458,22 +462,17 @@ class _Editor:
     def _dimensions(self, name: Value, x: ir.Value) -> list[tuple[int | None, int]] | None:
         """Each dimension of a value as (axis of `x`, size) or (None, constant), told from two recordings."""
         first = self.capture.flow
-        second = self.other.flow if self.other is not None else first
+        other = self.capture.other
+        second = other.flow if other is not None else first
         assert x.name is not None
         lead, other_lead = first.shape(x.name), second.shape(x.name)
         parts: list[tuple[int | None, int]] = []
-        for size, other in zip(first.shape(name), second.shape(name), strict=True):
-            axis = next((a for a in (0, 1) if (size, other) == (lead[a], other_lead[a]) and size != other), None)
-            if axis is None and size != other:
+        for size, later in zip(first.shape(name), second.shape(name), strict=True):
+            axis = next((a for a in (0, 1) if (size, later) == (lead[a], other_lead[a]) and size != later), None)
+            if axis is None and size != later:
                 return None
             parts.append((axis, size))
         return parts
-
-    @cached_property
-    def other(self) -> OnnxCapture | None:
-        """The same model recorded at other sizes; None if its sizes are fixed."""
-        batch, length, past = self.capture.sizes
-        return self.capture.at((batch + 1, length + 2, past and past + 1))
 
 
 def _resize(value: ir.Value, axis: int, heads: int) -> None:

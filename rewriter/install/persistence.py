@@ -218,6 +218,7 @@ def _build(manifest: Mapping[str, Any], folder: Path) -> nn.Module:
     built: nn.Module
     with _without_initialisation():
         built = model_class._from_config(config, **({} if attention is None else {"attn_implementation": attention}))
+    built.tie_weights()  # type: ignore[operator]
     if (folder / GENERATION).is_file() and built.can_generate():  # type: ignore[operator]
         library: Any = importlib.import_module("transformers")
         built.generation_config = library.GenerationConfig.from_pretrained(folder)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from rewriter.errors import UnsupportedModel
-from rewriter.install.call_record import CallRecord, evaluating, snapshot
+from rewriter.install.call_record import CallRecord, evaluating, plain_attention, snapshot
 from rewriter.install.dropout_roles import dropout_roles
 from rewriter.install.mixer import RewrittenMixer
 from rewriter.install.protocol import Protocol, mask_kind
@@ -78,7 +78,7 @@ def settle(original: nn.Module, mixer: RewrittenMixer, record: CallRecord, owner
         UnsupportedModel: with the difference that remains, if there is no such protocol.
     """
     trial = _Trial(original, mixer, record, owner)
-    with torch.no_grad(), evaluating(original), evaluating(mixer), _quiet():
+    with torch.no_grad(), evaluating(original), evaluating(mixer), plain_attention(), _quiet():
         trial.recorded()
         trial.another_length()
         trial.without_mask()
@@ -197,8 +197,9 @@ class _Trial:
         if not given or settled:  # the attribute tells kernels what a missing mask means; which kernel may change
             return
         arguments = {**self.record.arguments, **dict.fromkeys(given)}
+        orders = [{"causal": order} for order in ("unmasked", "never", "always")]
         theirs, failure = _silent(lambda: self.original(**self._snapshots(arguments)))
-        if failure is None and not self._first("causal", ("unmasked", "never", "always"), arguments, theirs):
+        if failure is None and not self._first(orders, arguments, theirs):
             self._require(arguments, "without its mask")
 
     def kinds_of_masks(self) -> None:
@@ -214,14 +215,10 @@ class _Trial:
                 self._probe_mask(name, role, kind)
 
     def _probe_mask(self, name: str, role: str, kind: str) -> None:
-        convention, mask = FIELDS[role], self._synthetic(role, kind, self.record.arguments.get(name))
+        mask = self._synthetic(role, kind, self.record.arguments.get(name))
         arguments = {**self.record.arguments, name: mask}
         theirs, failure = _silent(lambda: self.original(**self._snapshots(arguments)))
-        if failure is not None:
-            return
-        values: tuple[Any, ...] = (getattr(self.mixer.protocol, convention),)
-        values = values if kind == "float" else (*values, not values[0])
-        if self._first(convention, values, arguments, theirs):
+        if failure is not None or self._first(self._mask_readings(role, kind), arguments, theirs):
             return
         if kind == "bool":  # arithmetic on booleans in the original is an accident nobody relies on
             plain, failure = _silent(lambda: self.original(**self._snapshots({**arguments, name: mask.float()})))
@@ -229,6 +226,14 @@ class _Trial:
                 return
         refused = {*self.mixer.protocol.masks_refused, kind}
         self.mixer.protocol = replace(self.mixer.protocol, masks_refused=tuple(sorted(refused)))
+
+    def _mask_readings(self, role: str, kind: str) -> list[dict[str, Any]]:
+        """What a mask of a kind that was not recorded may mean, the present reading first."""
+        protocol = self.mixer.protocol
+        keeps = getattr(protocol, FIELDS[role])
+        polarities = (keeps,) if kind == "float" else (keeps, not keeps)
+        orders = ("unmasked", "always") if protocol.causal == "unmasked" else (protocol.causal,)
+        return [{"causal": order, FIELDS[role]: keep} for order in orders for keep in polarities]
 
     def weights_asked(self) -> None:
         """The other value of the flag that asks for attention weights, where the signature has one."""
@@ -243,7 +248,7 @@ class _Trial:
             return
         if not flag and type(theirs) is tuple and theirs[protocol.returns.index("asked")] is None:
             return  # the original ignores the flag; answering it does no harm
-        if not self._first("returns", (protocol.returns,), arguments, theirs):
+        if not self._first([{}], arguments, theirs):
             refused = tuple("refused" if element == "asked" else element for element in protocol.returns)
             self.mixer.protocol = replace(protocol, returns=refused)
 
@@ -282,16 +287,15 @@ class _Trial:
             raise self._refusal(f"{reason} {when}")
         self.facts.append((arguments, theirs))
 
-    def _first(self, name: str, values: Sequence[Any], arguments: Arguments, theirs: Any) -> bool:
-        """Adopt the first value of a protocol field that reproduces `theirs` and all facts so far.
+    def _first(self, changes: Sequence[Mapping[str, Any]], arguments: Arguments, theirs: Any) -> bool:
+        """Adopt the first change of the protocol that reproduces `theirs` and all facts so far.
 
         False leaves the protocol as it was.
         """
         start = self.mixer.protocol
         facts = [(arguments, theirs), *self.facts]
-        for value in values:
-            changed: dict[str, Any] = {name: value}
-            self.mixer.protocol = replace(start, **changed)
+        for change in changes:
+            self.mixer.protocol = replace(start, **change)
             if all(self._difference(*fact) is None for fact in facts):
                 self.facts = facts
                 return True

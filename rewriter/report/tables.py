@@ -28,15 +28,9 @@ def text(content: RenderableType) -> str:
     return "\n".join(line.rstrip() for line in captured.get().splitlines())
 
 
-def table(headers: Sequence[str], rows: Iterable[Sequence[object]], *, title: str = "") -> Table:
+def table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
     """A table of escaped cells."""
-    made = Table(
-        box=SIMPLE_HEAD,
-        show_edge=False,
-        title=Text(printable(title)) if title else None,
-        title_justify="left",
-        pad_edge=False,
-    )
+    made = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for header in headers:
         made.add_column(header, overflow="fold")
     for row in rows:
@@ -82,7 +76,7 @@ def rewrite(done: Row) -> RenderableType:
         (s["name"], s["from"], s["to"], "exact" if s["exact"] else "lossy", number(s["error"]), number(s["floor"]))
         for s in done["sites"]
     )
-    parts: list[RenderableType] = [table(headers, rows, title=f"target {done['target']}")]
+    parts: list[RenderableType] = [Text(printable(f"target {done['target']}")), table(headers, rows)]
     costs = ("parameters", "kv_bytes_per_token", "flops")
     parts.append(table(("", "before", "after", "ratio"), (_cost_cells(name, done.get(name)) for name in costs)))
     parts.append(fidelity(done.get("fidelity")))
@@ -127,7 +121,8 @@ def profile(found: Row, *, operators: int = 12) -> RenderableType:
     slowest = sorted({*before["ops"], *after["ops"]}, key=lambda op: -max(_ms(before, op), _ms(after, op)))
     ops = ((op, *_ratio_cells(_ms(before, op), _ms(after, op), "{:.3f}")) for op in slowest[:operators])
     return Group(
-        table(("", "before", "after", "before / after"), rows, title=title),
+        Text(printable(title)),
+        table(("", "before", "after", "before / after"), rows),
         table(("operator, ms", "before", "after", "before / after"), ops),
     )
 

@@ -68,7 +68,9 @@ def pooled(attention: Attention, kv_heads: int) -> tuple[GroupedQueryAttention, 
         exact = tensor.detach().float().numpy()
         return tensor.new_tensor(mean_pool(exact, before, kv_heads))
 
-    changed = {name: pool(getattr(attention.parameters, name)) for name in ("k_weight", "k_bias", "v_weight", "v_bias")}
+    changed: dict[str, Any] = {
+        name: pool(getattr(attention.parameters, name)) for name in ("k_weight", "k_bias", "v_weight", "v_bias")
+    }
     return replace(attention.spec, kv_heads=kv_heads), replace(attention.parameters, **changed)
 
 
@@ -102,7 +104,7 @@ def _layers(module: nn.Module, heads: int) -> tuple[tuple[Layer, Layer, Layer], 
     if hasattr(module, "q_proj") and isinstance(module.q_proj, nn.Linear):
         q, k, v = (_linear(getattr(module, name)) for name in ("q_proj", "k_proj", "v_proj"))
         return (q, k, v), "o_proj" if hasattr(module, "o_proj") else "out_proj"
-    if isinstance(getattr(module, "in_proj_weight", None), nn.Parameter):
+    if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
         return _thirds(module.in_proj_weight, module.in_proj_bias), "out_proj"
     if hasattr(module, "c_attn"):
         weight, bias = _linear(module.c_attn)
@@ -129,11 +131,11 @@ def _interleaved(module: Any, heads: int) -> tuple[Layer, Layer, Layer]:
     kv_heads = getattr(module, "num_kv_heads", heads)
     group = heads // kv_heads
 
-    def split(rows: Tensor | None) -> tuple[Any, Any, Any]:
+    def split(rows: Tensor | None) -> list[Any]:
         if rows is None:
-            return None, None, None
-        grouped = rows.unflatten(0, (kv_heads, group + 2, -1))
-        return tuple(part.flatten(0, 2) for part in (grouped[:, :group], grouped[:, -2:-1], grouped[:, -1:]))  # type: ignore[return-value]
+            return [None, None, None]
+        grouped = rows.view(kv_heads, group + 2, -1, *rows.shape[1:])
+        return [part.flatten(0, 2) for part in (grouped[:, :group], grouped[:, -2:-1], grouped[:, -1:])]
 
     weights, biases = split(module.query_key_value.weight), split(module.query_key_value.bias)
     q, k, v = zip(weights, biases, strict=True)

@@ -1,0 +1,87 @@
+"""Arithmetic and memory of a program's attention before and after a plan, from shapes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from passes.dataflow import Flow
+from passes.match.attention import Matches
+from passes.site import AttentionSite
+from passes.targets.replacement import Replacement
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Parameters and multiply-adds (times two) of one forward pass on the recorded inputs; K/V bytes per token."""
+
+    kv_bytes_per_token: int
+    flops: int
+
+
+def costs(flow: Flow, matches: Matches, replacements: Sequence[Replacement], bytes_per_number: int) -> tuple[Cost, Cost]:
+    """(before, after). Flops count learned projections and both contractions of every site."""
+    heads = {r.site.name: r.spec.kv_heads for r in replacements}
+    sites = matches.sites
+    base = _projection_flops(flow) + sum(_contraction_flops(flow, matches, s) for s in sites)
+    saved = sum(_saved_flops(flow, s, heads[s.name]) for s in sites if s.name in heads)
+    before = sum(_kv_numbers(s, s.kv_heads) for s in sites) * bytes_per_number
+    after = sum(_kv_numbers(s, heads.get(s.name, s.kv_heads)) for s in sites) * bytes_per_number
+    return Cost(before, base), Cost(after, base - saved)
+
+
+def parameters_removed(replacements: Sequence[Replacement]) -> int:
+    """How many weights fewer the new key and value projections hold; shared projections count once."""
+    seen: set[tuple[str, str]] = set()
+    removed = 0
+    for r in replacements:
+        for role, operand in (("k", r.site.k), ("v", r.site.v)):
+            key = (operand.projection.weight, role)
+            if key in seen:
+                continue
+            seen.add(key)
+            weight, bias = r.tensors[f"{role}_weight"], r.tensors.get(f"{role}_bias")
+            rows = operand.columns.size
+            removed += (rows - len(weight)) * weight.shape[1] + (rows - len(weight) if bias is not None else 0)
+    return removed
+
+
+def _kv_numbers(site: AttentionSite, kv_heads: int) -> int:
+    return kv_heads * (site.head_dim + site.value_dim)
+
+
+def _contraction_flops(flow: Flow, matches: Matches, site: AttentionSite) -> int:
+    evidence = matches.evidence[site.name]
+    batch, queries = evidence.q.tokens.rows.shape
+    return 2 * batch * site.heads * queries * evidence.k.tokens.new.stop * (site.head_dim + site.value_dim)
+
+
+def _saved_flops(flow: Flow, site: AttentionSite, kv_heads: int) -> int:
+    saved = 0
+    for operand in (site.k, site.v):
+        shape = flow.shape(operand.projection.input)
+        rows = 1
+        for size in shape[:-1]:
+            rows *= size
+        saved += 2 * rows * shape[-1] * (operand.heads - kv_heads) * operand.dim
+    return saved
+
+
+def _projection_flops(flow: Flow) -> int:
+    """Two flops per weight and row, for every projection whose input was recorded."""
+    total = 0
+    for node in flow.nodes:
+        operands = flow.projection_operands(node)
+        if operands is None or node.op == "Conv":
+            continue
+        size = 1
+        for n in flow.shape(node.inputs[operands[1]]):
+            size *= n
+        rows = 1
+        try:
+            for n in flow.shape(node.inputs[operands[0]])[:-1]:
+                rows *= n
+        except KeyError:
+            continue
+        total += 2 * size * rows
+    return total

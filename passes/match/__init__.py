@@ -1,0 +1,1 @@
+"""Matching: anchors, score paths, operands, and the sites they make."""

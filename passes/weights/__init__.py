@@ -1,0 +1,1 @@
+"""Weight transforms: pure functions of arrays."""

@@ -1,0 +1,67 @@
+"""rewriter: cheaper token mixing for trained transformers, with the weights transformed.
+
+Everything public is imported on first use, so that ``import rewriter`` needs neither torch nor onnx.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from rewriter.errors import (
+    InvalidModelFile,
+    NothingToRewrite,
+    RewriteError,
+    UnknownTarget,
+    UnsupportedModel,
+    UsageError,
+    VerificationFailed,
+)
+
+if TYPE_CHECKING:
+    from rewriter.inspection import Inspection, inspect, targets
+    from rewriter.optimize import Rewritten, load, optimize, save, verify
+    from rewriter.profile.compare import profile
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "Inspection": "rewriter.inspection",
+    "Rewritten": "rewriter.optimize",
+    "inspect": "rewriter.inspection",
+    "load": "rewriter.optimize",
+    "optimize": "rewriter.optimize",
+    "profile": "rewriter.profile.compare",
+    "save": "rewriter.optimize",
+    "targets": "rewriter.inspection",
+    "verify": "rewriter.optimize",
+}
+
+__all__ = [
+    "Inspection",
+    "InvalidModelFile",
+    "NothingToRewrite",
+    "RewriteError",
+    "Rewritten",
+    "UnknownTarget",
+    "UnsupportedModel",
+    "UsageError",
+    "VerificationFailed",
+    "__version__",
+    "inspect",
+    "load",
+    "optimize",
+    "profile",
+    "save",
+    "targets",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    module = _LAZY.get(name)
+    if module is None:
+        raise AttributeError(f"module 'rewriter' has no attribute {name!r}")
+    value = getattr(importlib.import_module(module), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,1 @@
+"""Doors in: what a person has becomes a Flow."""

@@ -1,0 +1,178 @@
+"""`rewriter.inspect`: what is in a model, site by site, and why what cannot be rewritten cannot."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from passes.match.attention import Matches
+from passes.site import AttentionSite, NotAttention, Refusal
+from passes.targets.catalogue import CATALOGUE
+from passes.targets.grouped_query import GroupedQuery
+from rewriter.errors import UsageError
+from rewriter.model_kinds import is_onnx, is_torch
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What matching found in one model.
+
+    Attributes:
+        model: its path or class.
+        format: "onnx" or "torch".
+        opset, producer: of an ONNX file; None for torch.
+        sites: rewritable attentions, in execution order.
+        refusals: attentions that cannot be rewritten, each with its reason.
+        not_attention: softmaxes that are something else.
+    """
+
+    model: str
+    format: str
+    opset: int | None
+    producer: str | None
+    sites: tuple[AttentionSite, ...]
+    refusals: tuple[Refusal, ...]
+    not_attention: tuple[NotAttention, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON of ``rewriter inspect``."""
+        rows = [(s.anchor, _site_row(s)) for s in self.sites] + [(r.anchor, _refusal_row(r)) for r in self.refusals]
+        return {
+            "model": self.model,
+            "format": self.format,
+            "opset": self.opset,
+            "producer": self.producer,
+            "sites": [row for _, row in sorted(rows, key=lambda pair: pair[0])],
+            "not_attention": [{"name": n.name, "reason": n.reason} for n in self.not_attention],
+        }
+
+
+def inspect(model: Any, *, example_inputs: Any = None) -> Inspection:
+    """Find every attention of a model without changing it.
+
+    Args:
+        model: as for `optimize`: a torch module or exported program, an ONNX model, or a path.
+        example_inputs: a dict of keyword tensors or a tuple; Hugging Face models have defaults. ONNX needs none.
+
+    Never raises for lack of sites. Raises UnsupportedModel if the model cannot be captured, UsageError for a
+    missing file, InvalidModelFile for a broken one.
+    """
+    if isinstance(model, (str, Path)):
+        path = Path(model)
+        if path.is_dir():
+            from rewriter.install.persistence import load
+
+            return _inspect_torch(load(path), example_inputs, str(model))
+        if not path.exists():
+            raise UsageError(f"no such file: {path}", hint="check the path")
+        from rewriter.capture.onnx_load import load as load_onnx
+
+        return _inspect_onnx(load_onnx(path), str(model))
+    if is_onnx(model):
+        import onnx_ir
+
+        from rewriter.capture.onnx_load import from_proto, to_proto
+
+        proto = to_proto(model) if isinstance(model, onnx_ir.Model) else model
+        return _inspect_onnx(from_proto(proto), "onnx model")
+    if is_torch(model):
+        return _inspect_torch(model, example_inputs, type(model).__name__)
+    raise UsageError(f"cannot inspect a {type(model).__name__}", hint="pass a torch module, an ONNX model or a path")
+
+
+def _inspect_onnx(model: Any, name: str) -> Inspection:
+    from rewriter.onnx_rewrite import match_onnx
+
+    producer = " ".join(p for p in (model.producer_name, model.producer_version) if p) or None
+    opset = model.opset_imports.get("")
+    _, matches = match_onnx(model)
+    return _inspection(name, "onnx", opset, producer, matches)
+
+
+def _inspect_torch(model: Any, example_inputs: Any, name: str) -> Inspection:
+    import torch
+
+    if isinstance(model, torch.export.ExportedProgram):
+        from passes.match.attention import find_attention
+        from rewriter.capture.torch_export import view
+
+        args, kwargs = model.example_inputs
+        return _inspection(name, "torch", None, None, find_attention(view(model, args, kwargs).flow))
+    from rewriter.torch_rewrite import match_torch
+
+    _, matches, _ = match_torch(model, example_inputs)
+    return _inspection(name, "torch", None, None, matches)
+
+
+def _inspection(name: str, kind: str, opset: int | None, producer: str | None, matches: Matches) -> Inspection:
+    probe = GroupedQuery(1)
+    good = tuple(s for s in matches.sites if probe.refuses(s) is None)
+    bad = tuple(
+        Refusal(s.name, s.layer, reason, s.anchor, s.owner, s.heads, s.head_dim)
+        for s in matches.sites
+        if (reason := probe.refuses(s)) is not None
+    )
+    return Inspection(name, kind, opset, producer, good, (*matches.refusals, *bad), matches.not_attention)
+
+
+def _site_row(site: AttentionSite) -> dict[str, Any]:
+    return {
+        "name": site.name,
+        "kind": "attention",
+        "layer": site.layer,
+        "status": "rewritable",
+        "reason": None,
+        "heads": site.heads,
+        "kv_heads": site.kv_heads,
+        "head_dim": site.head_dim,
+        "causal": site.causal,
+        "cross": site.cross,
+        "cached": site.cached,
+        "rotary": site.k.rotary.kind if site.k.rotary is not None else None,
+        "qk_norm": site.qk_norm,
+        "score_modifiers": [m.kind for m in site.modifiers],
+        "layout": _layout(site),
+        "replay_error": site.replay_error,
+        "targets": _targets(site),
+    }
+
+
+def _targets(site: AttentionSite) -> list[str]:
+    """Names of the targets that would change this site."""
+    legal = [n for n in GroupedQuery(1).legal(site) if n < site.kv_heads]
+    return [GroupedQuery(n).name for n in legal]
+
+
+def _layout(site: AttentionSite) -> str:
+    """Which projections feed the site and how heads lie in them."""
+    nodes = {site.q.projection.node, site.k.projection.node, site.v.projection.node}
+    fused = {1: "fused qkv", 2: "two projections share q, k, v", 3: "separate q, k, v"}[len(nodes)]
+    return f"{fused}, keys {' '.join(site.k.seam_axes)}"
+
+
+def _refusal_row(refusal: Refusal) -> dict[str, Any]:
+    return {
+        "name": refusal.name,
+        "kind": "attention",
+        "layer": refusal.layer,
+        "status": "refused",
+        "reason": refusal.reason,
+        "heads": refusal.heads,
+        "kv_heads": None,
+        "head_dim": refusal.head_dim,
+        "causal": None,
+        "cross": None,
+        "cached": None,
+        "rotary": None,
+        "qk_norm": None,
+        "score_modifiers": [],
+        "layout": "",
+        "replay_error": None,
+        "targets": [],
+    }
+
+
+def targets() -> list[dict[str, str]]:
+    """Every target: name, summary, paper, what it rewrites, what it needs."""
+    return [entry.to_dict() for entry in CATALOGUE]

@@ -1,0 +1,1 @@
+"""Doors out: each edits the original, only at matched sites."""

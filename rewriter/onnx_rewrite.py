@@ -1,0 +1,80 @@
+"""The pipeline for .onnx: capture → match → plan → transform → install → verify, on an onnx_ir model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import onnx_ir as ir
+
+import rewriter
+from passes.match.attention import Matches, find_attention
+from passes.match.confirm import confirm
+from rewriter.capture.onnx_file import OnnxCapture, capture
+from rewriter.decision import Stopwatch, decide, report, rows
+from rewriter.errors import VerificationFailed
+from rewriter.install.onnx_function import install
+from rewriter.report.rewrite_report import RewriteReport
+from rewriter.verify.onnx_pair import verify_onnx
+
+_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+def match_onnx(model: ir.Model) -> tuple[OnnxCapture, Matches]:
+    """Capture and match; every site has replayed at two sizes, or at one if the file's sizes are fixed."""
+    captured = capture(model)
+    return captured, match_capture(captured)
+
+
+def match_capture(captured: OnnxCapture) -> Matches:
+    matches = find_attention(captured.flow)
+    if matches.sites and (other := captured.other) is not None:
+        matches = confirm(matches, find_attention(other.flow))
+    return matches
+
+
+def rewrite_onnx(
+    model: ir.Model, original: ir.Model, target: Any, *, layers: str | None, verify: bool
+) -> RewriteReport:
+    """Rewrite `model` in place; `original` is the same model, untouched, to verify against.
+
+    Raises UnsupportedModel, NothingToRewrite, UsageError, VerificationFailed.
+    """
+    watch = Stopwatch()
+    with watch.stage("capture"):
+        captured = capture(model)
+    with watch.stage("match"):
+        matches = match_capture(captured)
+    with watch.stage("transform"):
+        decision = decide(captured.flow, matches, target, layers)
+        site_rows = rows(captured.flow, matches, decision.replacements)
+    summary = report(
+        captured.flow,
+        matches,
+        decision,
+        site_rows,
+        parameters=count_parameters(original),
+        bytes_per_number=_BYTES[captured.flow.dtype],
+        seconds={},
+    )
+    with watch.stage("install"):
+        install(captured, decision.replacements, target=decision.target, version=rewriter.__version__)
+    fidelity = None
+    if verify:
+        with watch.stage("verify"):
+            verification = verify_onnx(model, original)
+        if not verification.ok:
+            failed = verification.failures[0]
+            raise VerificationFailed(
+                f"the rewritten model failed the check {failed.name!r}: {failed.detail}",
+                hint="nothing was written; please report this with the model's exporter and version",
+            )
+        fidelity = verification.fidelity
+    return replace(summary, fidelity=fidelity, seconds=watch.seconds)
+
+
+def count_parameters(model: ir.Model) -> int:
+    """Floating-point and quantised numbers stored in the file, shape constants left out."""
+    tensors = (v.const_value for v in model.graph.initializers.values())
+    kept = [t for t in tensors if t is not None and (t.dtype.is_floating_point() or t.dtype.itemsize <= 1)]
+    return sum(int(t.size) for t in kept if t.dtype != ir.DataType.BOOL)

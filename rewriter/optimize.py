@@ -1,0 +1,189 @@
+"""The public pipeline: capture → match → plan → transform → install → verify, whatever kind of model it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rewriter.decision import assignment, require_supported
+from rewriter.errors import UsageError
+from rewriter.model_kinds import is_onnx, is_torch
+from rewriter.report.rewrite_report import RewriteReport
+from rewriter.verify.result import Verification
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """What `optimize` returns for a path.
+
+    Attributes:
+        model: the rewritten model: an onnx_ir.Model, or a torch module.
+        rewrite_report: site by site what changed, how exact, and what was refused and why.
+    """
+
+    model: Any
+    rewrite_report: RewriteReport
+
+    def save(self, path: str | Path, *, external_data: str = "auto") -> None:
+        """Write it: an .onnx file (``external_data`` as on the command line) or a Hugging Face directory."""
+        if is_torch(self.model):
+            save(self.model, path)
+            return
+        from rewriter.install.onnx_write import save as write
+
+        write(self.model, path, external_data=external_data)  # type: ignore[arg-type]
+
+
+def optimize(
+    model: Any,
+    target: Any,
+    *,
+    layers: str | None = None,
+    calibration: Any = None,
+    example_inputs: Any = None,
+    kernels: str = "auto",
+    inplace: bool = False,
+    verify: bool = True,
+) -> Any:
+    """Rewrite a model's attention to `target` and return a model of the same kind.
+
+    Args:
+        model: a torch.nn.Module (also a torch.fx.GraphModule), a torch.export.ExportedProgram, an onnx.ModelProto,
+            an onnx_ir.Model, or a path to an .onnx file or a Hugging Face directory.
+        target: a name ("mqa", "gqa4"), a target object, or a mapping from layer selectors to either.
+        layers: which sites: "all", "0-7", "-4:", "encoder", "decoder", "cross", or a regular expression on names.
+        calibration: not used by mean merging; giving it is an error in this version.
+        example_inputs: inputs to capture a torch model with; Hugging Face models have defaults.
+        kernels: "auto" or "off".
+        inplace: edit the given torch module instead of a copy.
+        verify: compare with the original before returning.
+
+    Returns:
+        The same kind as `model`, with ``rewrite_report`` attached to torch modules; for a path a `Rewritten`.
+
+    Raises:
+        UnknownTarget, UsageError: a wrong name, selector or head count.
+        NothingToRewrite: no site could be rewritten; the message lists reasons.
+        UnsupportedModel: the model cannot be captured.
+        InvalidModelFile: a broken file.
+        VerificationFailed: the result is wrong; nothing is returned.
+    """
+    require_supported(calibration, kernels)
+    assignment(target, layers)
+    if isinstance(model, (str, Path)):
+        return _optimize_path(Path(model), target, layers, example_inputs, verify)
+    if is_onnx(model):
+        return _optimize_onnx(model, target, layers, verify)
+    if is_torch(model):
+        return _optimize_torch(model, target, layers, example_inputs, inplace, verify)
+    raise UsageError(
+        f"cannot optimize a {type(model).__name__}",
+        hint="pass a torch module, an exported program, an ONNX model, or a path",
+    )
+
+
+def _optimize_path(path: Path, target: Any, layers: str | None, example_inputs: Any, verify: bool) -> Rewritten:
+    if not path.exists():
+        raise UsageError(f"no such file: {path}", hint="check the path")
+    if path.is_dir():
+        module = _optimize_torch(load(path), target, layers, example_inputs, True, verify)
+        return Rewritten(module, module.rewrite_report)
+    from rewriter.capture.onnx_load import load as load_onnx
+    from rewriter.onnx_rewrite import rewrite_onnx
+
+    model = load_onnx(path)
+    return Rewritten(model, rewrite_onnx(model, load_onnx(path), target, layers=layers, verify=verify))
+
+
+def _optimize_onnx(model: Any, target: Any, layers: str | None, verify: bool) -> Any:
+    import onnx_ir
+
+    from rewriter.capture.onnx_load import from_proto, to_proto
+    from rewriter.onnx_rewrite import rewrite_onnx
+
+    given_ir = isinstance(model, onnx_ir.Model)
+    proto = to_proto(model) if given_ir else model
+    edited = from_proto(proto)
+    rewrite_onnx(edited, from_proto(proto), target, layers=layers, verify=verify)
+    return edited if given_ir else to_proto(edited)
+
+
+def _optimize_torch(
+    model: Any, target: Any, layers: str | None, example_inputs: Any, inplace: bool, verify: bool
+) -> Any:
+    import torch
+
+    if isinstance(model, (torch.export.ExportedProgram, torch.fx.GraphModule)):
+        from rewriter.graph_rewrite import rewrite_graph
+
+        return rewrite_graph(model, target, layers=layers, example_inputs=example_inputs, verify=verify)
+    from rewriter.torch_rewrite import rewrite_torch
+
+    module, report = rewrite_torch(
+        model, target, layers=layers, example_inputs=example_inputs, inplace=inplace, verify=verify
+    )
+    module.rewrite_report = report  # type: ignore[assignment]
+    return module
+
+
+def verify(after: Any, before: Any, *, example_inputs: Any = None) -> Verification:
+    """Compare a rewritten model with its original: valid, runs, finite, untouched parts identical, and drift.
+
+    Both are paths, ONNX models or torch modules. Raises UsageError if they are of different kinds.
+    """
+    if isinstance(after, (str, Path)) and isinstance(before, (str, Path)):
+        missing = [p for p in (after, before) if not Path(p).exists()]
+        if missing:
+            raise UsageError(f"no such file: {missing[0]}", hint="check the path")
+        folders = Path(after).is_dir(), Path(before).is_dir()
+        if folders == (True, True):
+            return _verify_torch(load(after), load(before), example_inputs)
+        if any(folders):
+            raise UsageError("a folder and a file cannot be compared", hint="give two models of one kind")
+        from rewriter.verify.onnx_pair import verify_onnx
+
+        return verify_onnx(after, before)
+    if is_onnx(after) and is_onnx(before):
+        import onnx_ir
+
+        from rewriter.capture.onnx_load import from_proto
+        from rewriter.verify.onnx_pair import verify_onnx
+
+        pair = [m if isinstance(m, onnx_ir.Model) else from_proto(m) for m in (after, before)]
+        return verify_onnx(pair[0], pair[1])
+    if is_torch(after) and is_torch(before):
+        return _verify_torch(after, before, example_inputs)
+    raise UsageError("the two models are of different kinds", hint="give two models of one kind")
+
+
+def _verify_torch(after: Any, before: Any, example_inputs: Any) -> Verification:
+    from rewriter.capture.example_inputs import prepare
+    from rewriter.verify.torch_pair import run, verify_torch
+
+    args, kwargs = prepare(before, example_inputs)
+    return verify_torch(run(before, args, kwargs), run(after, args, kwargs), kwargs, exact=False)
+
+
+def load(path: str | Path, *, module: Any = None) -> Any:
+    """Load a model that `save` wrote, or a Hugging Face directory.
+
+    Args:
+        module: a fresh instance of the original architecture, for models that are not Hugging Face's.
+
+    Raises UsageError, UnsupportedModel or InvalidModelFile.
+    """
+    from rewriter.install.persistence import load as read
+
+    return read(path, module=module)
+
+
+def save(model: Any, path: str | Path) -> None:
+    """Write a rewritten torch module: an ordinary Hugging Face checkpoint where the architecture can say it,
+    else weights (safetensors) with rewrite.json, which only `load` reads."""
+    from rewriter.install.persistence import save as write
+
+    write(model, path)
+
+
+__all__ = ["Rewritten", "load", "optimize", "save", "verify"]

@@ -1,0 +1,249 @@
+"""The pipeline for torch modules: capture → match → plan → transform → install → verify."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from passes.dataflow import Flow
+from passes.match.attention import Matches, find_attention
+from passes.site import AttentionSite, Operand
+from passes.targets.grouped_query import specification
+from passes.targets.replacement import Replacement
+from rewriter.capture.example_inputs import Call, prepare
+from rewriter.capture.torch_export import TorchCapture, capture
+from rewriter.decision import Decision, Stopwatch, decide, report, rows
+from rewriter.errors import NothingToRewrite, UnsupportedModel, VerificationFailed
+from rewriter.install.call_record import CallRecord, record_calls
+from rewriter.install.huggingface import apply_knob, knob_applies
+from rewriter.install.mixer import MixerParameters
+from rewriter.install.torch_module import install
+from rewriter.report.rewrite_report import RewriteReport
+from rewriter.verify.torch_pair import run, verify_torch
+
+
+def match_torch(module: torch.nn.Module, example_inputs: Any) -> tuple[TorchCapture, Matches, Call]:
+    """Capture and match; raises UnsupportedModel, or UsageError where example inputs are missing."""
+    require_plain(module)
+    args, kwargs = prepare(module, example_inputs)
+    captured = capture(module, args, kwargs)
+    return captured, find_attention(captured.flow), (args, kwargs)
+
+
+def require_plain(module: torch.nn.Module) -> None:
+    """Weights must be there as numbers: adapters and library quantisation are refused."""
+    if hasattr(module, "merge_and_unload") or hasattr(module, "peft_config"):
+        raise UnsupportedModel("the model carries unmerged adapters", hint="call model.merge_and_unload() first")
+    if getattr(module, "hf_quantizer", None) is not None or getattr(module, "is_quantized", False):
+        raise UnsupportedModel("the model's weights are quantised by a library", hint="load it in float or bfloat16")
+
+
+def rewrite_torch(
+    model: torch.nn.Module, target: Any, *, layers: str | None, example_inputs: Any, inplace: bool, verify: bool
+) -> tuple[torch.nn.Module, RewriteReport]:
+    """(rewritten model, report). The original is left alone unless `inplace`.
+
+    Raises UnsupportedModel, NothingToRewrite, UsageError, VerificationFailed.
+    """
+    require_plain(model)
+    watch = Stopwatch()
+    module = model if inplace else copy.deepcopy(model)
+    with watch.stage("capture"):
+        captured, (args, kwargs) = _captured(module, example_inputs)
+    with watch.stage("match"):
+        matches = find_attention(captured.flow)
+    with watch.stage("transform"):
+        decision = decide(captured.flow, matches, target, layers)
+        site_rows = {r.name: r for r in rows(captured.flow, matches, decision.replacements)}
+    parameters = sum(p.numel() for p in model.parameters())
+    original = run(module, args, kwargs) if verify else None
+    with watch.stage("install"):
+        decision = _install(module, captured.flow, decision, args, kwargs)
+    fidelity = None
+    if verify:
+        with watch.stage("verify"):
+            exact = all(r.exact for r in decision.replacements)
+            verification = verify_torch(original, run(module, args, kwargs), kwargs, exact=exact)
+        if not verification.ok:
+            failed = verification.failures[0]
+            raise VerificationFailed(f"the rewritten model failed the check {failed.name!r}: {failed.detail}")
+        fidelity = verification.fidelity
+    summary = report(
+        captured.flow,
+        matches,
+        decision,
+        tuple(site_rows[r.site.name] for r in decision.replacements),
+        parameters=parameters,
+        bytes_per_number=torch.finfo(getattr(torch, captured.flow.dtype)).bits // 8,
+        seconds=watch.seconds,
+        fidelity=fidelity,
+    )
+    return module, summary
+
+
+def _captured(module: torch.nn.Module, example_inputs: Any) -> tuple[TorchCapture, Call]:
+    args, kwargs = prepare(module, example_inputs)
+    return capture(module, args, kwargs), (args, kwargs)
+
+
+@dataclass(frozen=True)
+class _Owned:
+    """All sites that one module computes; more than one where layers share the module."""
+
+    path: str
+    replacements: tuple[Replacement, ...]
+
+
+def _install(
+    module: torch.nn.Module, flow: Flow, decision: Decision, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Decision:
+    """Install what can be installed; sites whose module cannot be replaced become refusals."""
+    owned = _by_owner(flow, decision.replacements)
+    records = record_calls(module, [o.path for o in owned], args, kwargs)
+    done: list[Replacement] = []
+    refused = list(decision.refused)
+    for group in owned:
+        try:
+            _install_one(module, flow, group, records.get(group.path))
+            done.extend(group.replacements)
+        except UnsupportedModel as error:
+            refused += [(r.site.name, str(error)) for r in group.replacements]
+    if not done:
+        raise NothingToRewrite("; ".join(f"{n}: {r}" for n, r in refused[:3]))
+    done.sort(key=lambda r: r.site.anchor)
+    return replace(decision, replacements=tuple(done), refused=tuple(refused))
+
+
+def _by_owner(flow: Flow, replacements: Sequence[Replacement]) -> list[_Owned]:
+    groups: dict[str, list[Replacement]] = {}
+    for r in replacements:
+        groups.setdefault(owner_of(flow, r.site), []).append(r)
+    return [_Owned(path, tuple(group)) for path, group in groups.items()]
+
+
+def owner_of(flow: Flow, site: AttentionSite) -> str:
+    """The innermost module that holds the anchor and the projections of q, k and v."""
+    paths = [site.owner.split(".")] if site.owner else []
+    for operand in (site.q, site.k, site.v):
+        weight = flow.weights.get(operand.projection.weight)
+        if weight is not None and weight.name:
+            parts = weight.name.split(".")
+            # the projection is a module of its own, or the weight is a bare parameter of the owner
+            paths.append(parts[:-2] if parts[-1] == "weight" and len(parts) > 1 else parts[:-1])
+    common: list[str] = []
+    for level in zip(*paths, strict=False):
+        if len(set(level)) != 1:
+            break
+        common.append(level[0])
+    return ".".join(common)
+
+
+def _install_one(module: torch.nn.Module, flow: Flow, group: _Owned, record: CallRecord | None) -> None:
+    first = group.replacements[0]
+    weights = {(r.site.k.projection.weight, r.site.v.projection.weight) for r in group.replacements}
+    if len(weights) > 1:
+        raise UnsupportedModel(
+            f"{group.path or 'the model'} computes {len(group.replacements)} attentions in one forward",
+            hint="rewrite it as a graph: pass torch.export.export(model, ...) instead of the model",
+        )
+    if record is None:
+        raise UnsupportedModel(f"{group.path} was not called by the model's forward")
+    site = first.site
+    before = _original_parameters(module, flow, site)
+    after = _new_parameters(before, first)
+    k_key, v_key = (_key(flow, o) for o in (site.k, site.v))
+    if k_key and v_key and knob_applies(module, group.path, k_key, v_key):
+        apply_knob(module, group.path, k_key, v_key, first.spec.kv_heads, after, record)
+        return
+    if abs(site.v.gain - 1.0) > 1e-6:
+        raise UnsupportedModel("values are scaled between projection and contraction")
+    # the seams' scale leaves out what the module multiplies in before it lays out heads
+    scale = site.scale * site.q.gain * site.k.gain
+    install(
+        module,
+        group.path,
+        replace(specification(site, site.kv_heads), scale=scale),
+        replace(first.spec, scale=scale),
+        before,
+        after,
+        record,
+        out=_submodule(flow, site, group.path, "out"),
+        q_norm=_submodule(flow, site, group.path, "q"),
+        k_norm=_submodule(flow, site, group.path, "k"),
+    )
+
+
+def _key(flow: Flow, operand: Operand) -> str | None:
+    """State-dict key of a projection that feeds this operand alone and in order, else None."""
+    weight = flow.weights.get(operand.projection.weight)
+    whole = operand.columns.size == operand.projection.features
+    in_order = np.array_equal(operand.columns.reshape(-1), np.arange(operand.columns.size))
+    return weight.name if weight is not None and whole and in_order and operand.projection.out_first else None
+
+
+def _submodule(flow: Flow, site: AttentionSite, owner: str, role: str) -> str | None:
+    """Path, from the owner, of the module that projects the output or normalises an operand; None if it has none."""
+    if role == "out":
+        weight = flow.weights.get(site.out.weight) if site.out is not None else None
+        path = weight.name.rpartition(".")[0] if weight is not None else ""
+    else:
+        norm = site.q.norm if role == "q" else site.k.norm
+        node = flow.producer(norm.output) if norm is not None else None
+        path = node.owner if node is not None else ""
+    inside = path.startswith(f"{owner}.") if owner else bool(path)
+    return path[len(owner) + 1 if owner else 0 :] if inside else None
+
+
+def _original_parameters(module: torch.nn.Module, flow: Flow, site: AttentionSite) -> MixerParameters:
+    tensors: dict[str, Any] = {}
+    for role, operand in (("q", site.q), ("k", site.k), ("v", site.v)):
+        tensors[f"{role}_weight"] = _rows(module, flow, operand, operand.projection.weight, True)
+        bias = operand.projection.bias
+        tensors[f"{role}_bias"] = None if bias is None else _rows(module, flow, operand, bias, False)
+    return MixerParameters(**tensors)
+
+
+def _rows(module: torch.nn.Module, flow: Flow, operand: Operand, value: str, matrix: bool) -> torch.Tensor:
+    """The projection's own parameter where all of it is this operand's, else the rows that are."""
+    weight = flow.weights.get(value)
+    tensor = _parameter(module, weight.name) if weight is not None else None
+    if tensor is None:
+        raise UnsupportedModel(f"the weight {value} is computed, not stored, so it cannot be replaced in the module")
+    if matrix and not operand.projection.out_first:
+        tensor = tensor.detach().t()
+    elif _key(flow, operand) is not None:
+        return tensor
+    index = torch.from_numpy(np.ascontiguousarray(operand.columns.reshape(-1)))
+    return tensor.detach()[index.to(tensor.device)].contiguous()
+
+
+def _parameter(module: torch.nn.Module, key: str) -> torch.Tensor | None:
+    path, _, name = key.rpartition(".")
+    try:
+        found = getattr(module.get_submodule(path), name, None)
+    except AttributeError:
+        return None
+    return found if isinstance(found, torch.Tensor) else None
+
+
+def _new_parameters(before: MixerParameters, replacement: Replacement) -> MixerParameters:
+    """Query parameters as they were; key and value parameters new, in the old dtype and on the old device."""
+
+    def like(role: str, old: torch.Tensor | None) -> torch.Tensor | None:
+        array = replacement.tensors.get(role)
+        if array is None or old is None:
+            return old
+        return torch.from_numpy(np.ascontiguousarray(array)).to(dtype=old.dtype, device=old.device)
+
+    return replace(
+        before,
+        k_weight=like("k_weight", before.k_weight),
+        k_bias=like("k_bias", before.k_bias),
+        v_weight=like("v_weight", before.v_weight),
+        v_bias=like("v_bias", before.v_bias),
+    )
