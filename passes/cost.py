@@ -19,7 +19,9 @@ class Cost:
     flops: int
 
 
-def costs(flow: Flow, matches: Matches, replacements: Sequence[Replacement], bytes_per_number: int) -> tuple[Cost, Cost]:
+def costs(
+    flow: Flow, matches: Matches, replacements: Sequence[Replacement], bytes_per_number: int
+) -> tuple[Cost, Cost]:
     """(before, after). Flops count learned projections and both contractions of every site."""
     heads = {r.site.name: r.spec.kv_heads for r in replacements}
     sites = matches.sites
@@ -52,8 +54,9 @@ def _kv_numbers(site: AttentionSite, kv_heads: int) -> int:
 
 def _contraction_flops(flow: Flow, matches: Matches, site: AttentionSite) -> int:
     evidence = matches.evidence[site.name]
-    batch, queries = evidence.q.tokens.rows.shape
-    return 2 * batch * site.heads * queries * evidence.k.tokens.new.stop * (site.head_dim + site.value_dim)
+    batch, queries = (int(n) for n in evidence.q.tokens.rows.shape)
+    keys = int(evidence.k.tokens.new.stop)
+    return 2 * batch * site.heads * queries * keys * (site.head_dim + site.value_dim)
 
 
 def _saved_flops(flow: Flow, site: AttentionSite, kv_heads: int) -> int:

@@ -13,7 +13,6 @@ from functools import cached_property
 from typing import Any
 
 import networkx as nx
-import numpy as np
 from numpy.typing import NDArray
 
 Value = str

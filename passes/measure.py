@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import numpy as np
 
 from passes.dataflow import Array, Flow
@@ -50,5 +49,3 @@ def _pooled(flow: Flow, traced: Traced, replacement: Replacement, role: str) -> 
         partner = columns[:, np.asarray(traced.operand.rotary.partner)]
         out = out + projected[tokens.rows[:, None, :, None], partner[None, :, None, :]] * tokens.other[:, None]
     return np.asarray(out)
-
-

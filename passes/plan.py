@@ -64,7 +64,8 @@ def _predicate(selector: str, sites: Sequence[AttentionSite]) -> Callable[[Atten
     try:
         pattern = re.compile(selector)
     except re.error as error:
-        raise PlanError(f"layer selector {selector!r} is not a valid regular expression: {error}", "quote it") from error
+        message = f"layer selector {selector!r} is not a valid regular expression: {error}"
+        raise PlanError(message, "escape special characters") from error
     return lambda s: bool(pattern.search(s.name))
 
 
@@ -93,14 +94,14 @@ def make_plan(flow: Flow, sites: Sequence[AttentionSite], assignment: Mapping[st
     steps: list[Step] = []
     refused: list[tuple[str, str]] = []
     for site in sites:
-        target = by_site.get(site.name)
-        if target is None:
+        chosen = by_site.get(site.name)
+        if chosen is None:
             continue
-        reason = target.refuses(site) or _partial_sharing(flow, site, sites, by_site)
+        reason = chosen.refuses(site) or _partial_sharing(flow, site, sites, by_site)
         if reason is not None:
             refused.append((site.name, reason))
         else:
-            steps.append(Step(site, target))
+            steps.append(Step(site, chosen))
     _require_legal(steps)
     return Plan(tuple(steps), tuple(refused))
 
@@ -113,7 +114,8 @@ def _require_legal(steps: Sequence[Step]) -> None:
     more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
     first = wrong[0].site
     raise PlanError(
-        f"{wrong[0].target.name} does not fit {first.name} ({first.heads} query heads, {first.kv_heads} key/value heads)",
+        f"{wrong[0].target.name} does not fit {first.name} "
+        f"({first.heads} query heads, {first.kv_heads} key/value heads)",
         f"legal numbers of key/value heads: {listed}{more}",
     )
 

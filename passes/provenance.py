@@ -184,10 +184,8 @@ class Tracer:
         which = node.outputs.index(value)
         terms = max(len(f.ids) for f in forms.values())
         width = range(terms)
-        ids = tuple(self._run(node, which, forms, lambda f, t=t: _term(f.ids, t, np.int64)) for t in width)
-        coefficients = tuple(
-            self._run(node, which, forms, lambda f, t=t: _term(f.coefficients, t, np.float64)) for t in width
-        )
+        ids = tuple(self._run(node, which, forms, _IdsOf(t)) for t in width)
+        coefficients = tuple(self._run(node, which, forms, _CoefficientsOf(t)) for t in width)
         bias = None
         if any(f.bias is not None for f in forms.values()) or self._has_plain_operands(node, forms):
             bias = self._run(
@@ -294,8 +292,24 @@ class Tracer:
         return rotate(form, cos, sin, bool(node.attrs.get("interleaved", 0)), int(node.attrs.get("num_heads", 0)))
 
 
-def _term(arrays: tuple[Array, ...], index: int, dtype: type) -> Array:
-    return arrays[index] if index < len(arrays) else np.zeros(arrays[0].shape, dtype)
+@dataclass(frozen=True)
+class _IdsOf:
+    """Picks the ids of one term; forms with fewer terms have none there."""
+
+    term: int
+
+    def __call__(self, form: Form) -> Array:
+        return form.ids[self.term] if self.term < len(form.ids) else np.zeros(form.shape, np.int64)
+
+
+@dataclass(frozen=True)
+class _CoefficientsOf:
+    """Picks the coefficients of one term; forms with fewer terms have zeros there."""
+
+    term: int
+
+    def __call__(self, form: Form) -> Array:
+        return form.coefficients[self.term] if self.term < len(form.ids) else np.zeros(form.shape)
 
 
 def data_operands(node: Node) -> range | tuple[int, ...]:

@@ -77,6 +77,8 @@ class _Flags:
 
 _flags = _Flags()
 
+_INTERRUPTED = 130
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")]
 Progress = Annotated[bool, typer.Option("--progress", help="Report progress even without a terminal.")]
@@ -371,6 +373,7 @@ def _working(what: str) -> Iterator[None]:
     """Progress on standard error, and whatever libraries print kept off standard output."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        stack.enter_context(_environment(_quiet_libraries()))
         if sys.stderr.isatty():
             from rich.console import Console
             from rich.text import Text
@@ -379,6 +382,26 @@ def _working(what: str) -> Iterator[None]:
         elif _flags.progress:
             print(printable(f"{what} …"), file=sys.stderr, flush=True)
         yield
+
+
+def _quiet_libraries() -> dict[str, str]:
+    """Settings under which libraries keep their progress bars and remarks to themselves, and idle threads sleep."""
+    settings = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
+    if not (sys.stderr.isatty() or _flags.progress):
+        settings["TQDM_DISABLE"] = "1"
+    if not _flags.debug:
+        settings |= {"TRANSFORMERS_VERBOSITY": "error", "KINETO_LOG_LEVEL": "6"}
+    return {name: value for name, value in settings.items() if name not in os.environ}
+
+
+@contextlib.contextmanager
+def _environment(settings: Mapping[str, str]) -> Iterator[None]:
+    os.environ.update(settings)
+    try:
+        yield
+    finally:
+        for name in settings:
+            os.environ.pop(name, None)
 
 
 def _complain(message: str, hint: str = "", *, label: str = "error") -> None:
@@ -401,13 +424,15 @@ def run(arguments: Sequence[str] | None = None) -> int:
     words = list(arguments) if arguments is not None else sys.argv[1:]
     _flags = _Flags.of(words)
     try:
-        code = app(words, prog_name="rewriter", standalone_mode=False)
-        return code if isinstance(code, int) else 0
+        answer = app(words, prog_name="rewriter", standalone_mode=False)
+        code = answer if isinstance(answer, int) else 0
     except (KeyboardInterrupt, typer.Abort):
-        _complain("interrupted; nothing was left half-written")
-        return 130
+        code = _INTERRUPTED
     except Exception as error:
         return _fail(error)
+    if code == _INTERRUPTED:  # typer may turn the interruption into this exit code itself
+        _complain("interrupted; nothing was left half-written")
+    return code
 
 
 def _fail(error: Exception) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from passes.dataflow import Flow
+from passes.dataflow import Array, Flow
 from passes.match.attention import Matches, find_attention
 from passes.site import AttentionSite, Operand
 from passes.targets.grouped_query import specification
@@ -233,17 +233,14 @@ def _parameter(module: torch.nn.Module, key: str) -> torch.Tensor | None:
 
 def _new_parameters(before: MixerParameters, replacement: Replacement) -> MixerParameters:
     """Query parameters as they were; key and value parameters new, in the old dtype and on the old device."""
-
-    def like(role: str, old: torch.Tensor | None) -> torch.Tensor | None:
-        array = replacement.tensors.get(role)
-        if array is None or old is None:
-            return old
-        return torch.from_numpy(np.ascontiguousarray(array)).to(dtype=old.dtype, device=old.device)
-
     return replace(
         before,
-        k_weight=like("k_weight", before.k_weight),
-        k_bias=like("k_bias", before.k_bias),
-        v_weight=like("v_weight", before.v_weight),
-        v_bias=like("v_bias", before.v_bias),
+        k_weight=_like(replacement.tensors["k_weight"], before.k_weight),
+        k_bias=None if before.k_bias is None else _like(replacement.tensors["k_bias"], before.k_bias),
+        v_weight=_like(replacement.tensors["v_weight"], before.v_weight),
+        v_bias=None if before.v_bias is None else _like(replacement.tensors["v_bias"], before.v_bias),
     )
+
+
+def _like(array: Array, old: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array)).to(dtype=old.dtype, device=old.device)

@@ -6,6 +6,7 @@ Everything is read off the numbers of the operand's affine form; no layout is ma
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -171,7 +172,7 @@ def _cache_split(tracer: Tracer, ids: Array, source: Source) -> tuple[slice, Val
     if mine.all():
         return slice(0, length), None
     per_token = mine.reshape(-1, length, ids.shape[-1])
-    new = per_token.all(axis=(0, 2))
+    new: Array = np.asarray(per_token.all(axis=(0, 2)))
     if (per_token.any(axis=(0, 2)) != new).any() or not new[int(new.argmax()) :].all():
         raise NotUnderstood("cached and new elements are interleaved")
     caches = [s for s in tracer.source_of(ids) if s.kind == "input"]
@@ -211,8 +212,8 @@ class _Canonical:
         tables = []
         rows = None
         for ids in self.ids:
-            present = ids > 0
-            flat = np.where(present, ids - self.source.base, 0)
+            present: Array = np.asarray(ids > 0)
+            flat: Array = np.where(present, ids - self.source.base, 0)
             columns, row = to_columns[flat], to_rows[flat]
             table = columns[0, :, 0, :]
             if ((columns != table[None, :, None, :]) & present).any():
@@ -342,11 +343,8 @@ def _rotary(partner: Array | None, other: Array | None) -> Rotary | None:
     spread = np.abs(partner - index)[turned]
     if count == 0:
         return None
-    if count < len(partner):
-        kind = "partial"
-    else:
-        kind = "interleaved" if (spread == 1).all() and count > 2 else "half"
-    return Rotary(kind, tuple(int(p) for p in partner))  # type: ignore[arg-type]
+    kind: Literal["half", "interleaved", "partial"] = "interleaved" if (spread == 1).all() and count > 2 else "half"
+    return Rotary("partial" if count < len(partner) else kind, tuple(int(p) for p in partner))
 
 
 def _distinct_heads(columns: Array, shared: bool) -> tuple[tuple[int, ...], Array]:
@@ -378,7 +376,7 @@ def _projection(tracer: Tracer, source: Source) -> tuple[Projection, Array, Arra
 
 def _per_head(flat: Array, features: int) -> bool:
     """Whether each row under the norm is only part of a token's features."""
-    return flat.shape[-1] < features
+    return int(flat.shape[-1]) < features
 
 
 def _describe(flow: Flow, output: Value) -> Projection:

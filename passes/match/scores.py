@@ -15,7 +15,7 @@ from passes.provenance import PASS_THROUGH
 from passes.site import Modifier
 
 FUSED_ANCHORS = frozenset({"Attention", "GroupedQueryAttention"})
-FOREIGN_ANCHORS = frozenset({"MultiHeadAttention", "PackedAttention", "SparseAttention", "DecoderMaskedMultiHeadAttention"})
+FOREIGN_ANCHORS = frozenset({"MultiHeadAttention"})
 
 
 class NotUnderstood(Exception):
@@ -220,8 +220,11 @@ class _Backward:
         filled = self.flow.value(fill)
         if filled.size != 1:
             raise NotUnderstood("masked scores are filled with a tensor instead of one number")
-        self.modifiers.append(Modifier("mask" if keeps else "unmask", condition, float(filled.reshape(())) * self.scale))
+        self.modifiers.append(
+            Modifier("mask" if keeps else "unmask", condition, float(filled.reshape(())) * self.scale)
+        )
         return score
+
 
 def _split_operands(flow: Flow, node: Node) -> tuple[Value, Value]:
     """(score, other); refuses a second operand that depends on hidden states."""

@@ -47,7 +47,7 @@ class GroupedQuery:
         """Why this site cannot be pooled at all, or None. Illegal head counts are wrong usage, not a refusal."""
         for role, operand in (("key", site.k), ("value", site.v)):
             if operand.norm is not None and not operand.norm.per_head:
-                return f"the {role} norm spans the features of all heads, so merged heads would be normalised differently"
+                return f"the {role} norm spans the features of all heads; merged heads would be normalised differently"
             if operand.past is not None and operand.past_head_axis is None and operand.heads > 1:
                 return f"the {role} cache has no axis of its own for heads"
         softcaps = [i for i, m in enumerate(site.modifiers) if m.kind == "softcap"]

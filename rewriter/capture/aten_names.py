@@ -10,7 +10,9 @@ import torch
 from torch.fx import Node as FxNode
 
 _NAMES: Mapping[str, str] = {
-    **dict.fromkeys(("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "_reshape_alias"), "Reshape"),
+    **dict.fromkeys(
+        ("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "_reshape_alias"), "Reshape"
+    ),
     **dict.fromkeys(
         ("permute", "transpose", "t", "swapaxes", "movedim", "numpy_T", "mT", "matrix_H", "swapdims", "moveaxis"),
         "Transpose",
@@ -22,14 +24,14 @@ _NAMES: Mapping[str, str] = {
     ),
     **dict.fromkeys(("squeeze",), "Squeeze"),
     **dict.fromkeys(("unsqueeze",), "Unsqueeze"),
-    **dict.fromkeys(
-        ("expand", "expand_as", "broadcast_to", "repeat", "repeat_interleave", "tile", "unfold"), "Expand"
-    ),
+    **dict.fromkeys(("expand", "expand_as", "broadcast_to", "repeat", "repeat_interleave", "tile", "unfold"), "Expand"),
     **dict.fromkeys(("cat", "concat", "stack", "hstack", "vstack"), "Concat"),
     **dict.fromkeys(("pad", "constant_pad_nd"), "Pad"),
     **dict.fromkeys(("tril", "triu"), "Trilu"),
     "roll": "Roll",
-    **dict.fromkeys(("contiguous", "clone", "alias", "detach", "lift_fresh", "lift_fresh_copy", "positive"), "Identity"),
+    **dict.fromkeys(
+        ("contiguous", "clone", "alias", "detach", "lift_fresh", "lift_fresh_copy", "positive"), "Identity"
+    ),
     **dict.fromkeys(("dropout", "alpha_dropout", "feature_dropout", "native_dropout"), "Dropout"),
     **dict.fromkeys(("to", "_to_copy", "type_as", "float", "half", "bfloat16"), "Cast"),
     "slice_scatter": "SliceScatter",

@@ -23,14 +23,16 @@ def prepare(module: torch.nn.Module, example_inputs: Any = None) -> Call:
     for defaults, which models with a Hugging Face style ``config`` and ``main_input_name`` have.
     Raises UsageError when there are none.
     """
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
     if example_inputs is None:
-        args, kwargs = (), default_inputs(module)
+        kwargs = dict(default_inputs(module))
     elif isinstance(example_inputs, Mapping):
-        args, kwargs = (), dict(example_inputs)
+        kwargs = dict(example_inputs)
     elif isinstance(example_inputs, torch.Tensor):
-        args, kwargs = (example_inputs,), {}
+        args = (example_inputs,)
     elif isinstance(example_inputs, Sequence) and not isinstance(example_inputs, str):
-        args, kwargs = tuple(example_inputs), {}
+        args = tuple(example_inputs)
     else:
         raise UsageError(
             f"example_inputs is a {type(example_inputs).__name__}",

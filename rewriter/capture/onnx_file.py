@@ -210,7 +210,7 @@ class _Constants:
                 continue
             found[id(current)] = current
             for value in current.inputs:
-                producer = self._producers.get(value.name) if value is not None else None
+                producer = self._producers.get(value.name or "") if value is not None else None
                 if producer is not None:
                     todo.append(producer)
                 elif value is not None and value.name not in self.model.graph.initializers:
@@ -218,10 +218,11 @@ class _Constants:
         return [n for n in self.model.graph if id(n) in found]
 
     def _initializers(self, node: ir.Node) -> Iterator[onnx.TensorProto]:
-        for value in node.inputs:
-            held = self.model.graph.initializers.get(value.name) if value is not None and value.name else None
+        names = [v.name for v in node.inputs if v is not None and v.name]
+        for name in dict.fromkeys(names):
+            held = self.model.graph.initializers.get(name)
             if held is not None and held.const_value is not None:
-                proto = onnx.numpy_helper.from_array(held.const_value.numpy(), value.name)
+                proto = onnx.numpy_helper.from_array(held.const_value.numpy(), name)
                 proto.data_type = int(held.const_value.dtype)
                 yield proto
 

@@ -118,8 +118,8 @@ class _Builder:
         return torch.fx.node.map_arg(result, lambda n: names.get(n.name, ""))
 
     def _call(self, module: GraphModule, fx: FxNode, env: dict[str, Any], prefix: str, names: dict[str, Value]) -> None:
-        args = torch.fx.node.map_arg(fx.args, lambda n: env[n.name])
-        kwargs = torch.fx.node.map_arg(fx.kwargs, lambda n: env[n.name])
+        args: Any = torch.fx.node.map_arg(fx.args, lambda n: env[n.name])
+        kwargs: Any = torch.fx.node.map_arg(fx.kwargs, lambda n: env[n.name])
         inner = next((a for a in args if isinstance(a, GraphModule)), None)
         if inner is not None:
             self._inline(fx, inner, args, env, prefix, names)
@@ -159,7 +159,7 @@ class _Builder:
         env[fx.name] = tuple(self.values.get(p) for p in pieces)
         for user in fx.users:
             if user.target is operator.getitem:
-                names[user.name] = pieces[user.args[1]]  # type: ignore[index,call-overload]
+                names[user.name] = pieces[user.args[1]]  # type: ignore[index]
 
     def _note(self, fx: FxNode, env: dict[str, Any], prefix: str, names: dict[str, Value]) -> None:
         result = env[fx.name]

@@ -66,7 +66,7 @@ def apply_knob(
 ) -> None:
     """Give the attention at `owner` `kv_heads` K/V heads by editing its projections, its group size and the config.
 
-    Of `after` only the K and V parameters are read. The config is edited once all attentions that share it have
+    Of `after` only the K and V parameters are read, and cast to the model's dtype. The config is edited once all attentions that share it have
     equally many K/V heads; until then the model is saved through rewrite.json. Before anything is changed, a copy of
     the module is edited and must equal another copy that holds each new head repeated for its group.
 
@@ -185,10 +185,10 @@ def _replay(module: nn.Module, record: CallRecord) -> Any:
 
 def _set_rows(projection: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
     assert isinstance(projection, nn.Linear)
-    trainable = projection.weight.requires_grad
-    projection.weight = owned_parameter(weight, trainable)
+    like = projection.weight
+    projection.weight = owned_parameter(weight, like, like.requires_grad)
     if bias is not None:
-        projection.bias = owned_parameter(bias, trainable)
+        projection.bias = owned_parameter(bias, like, like.requires_grad)
     projection.out_features = weight.shape[0]
 
 

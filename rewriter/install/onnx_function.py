@@ -271,7 +271,8 @@ class _Editor:
             full = self._op(nodes, "Concat", [self._ints([-1, heads], f"{name}.lead"), tail], f"{name}.full", axis=0)
             return self._op(nodes, "Reshape", [value, full], f"{name}.canonical")
         if axes == ("b", "s", "hd"):
-            split = self._op(nodes, "Reshape", [value, self._ints([0, 0, heads, -1], f"{name}.split")], f"{name}.split4")
+            shape = self._ints([0, 0, heads, -1], f"{name}.split_shape")
+            split = self._op(nodes, "Reshape", [value, shape], f"{name}.split")
             return self._op(nodes, "Transpose", [split], f"{name}.canonical", perm=[0, 2, 1, 3])
         raise UnsupportedModel(f"an operand laid out as {axes} cannot be rewritten yet")
 
@@ -368,10 +369,7 @@ class _Editor:
     def _op(
         self, nodes: list[ir.Node], kind: str, inputs: list[ir.Value], name: str, **attrs: int | float | list[int]
     ) -> ir.Value:
-        written = [
-            ir.AttrInt64s(k, v) if isinstance(v, list) else ir.AttrFloat32(k, v) if isinstance(v, float) else ir.AttrInt64(k, v)
-            for k, v in attrs.items()
-        ]
+        written = [_attribute(k, v) for k, v in attrs.items()]
         unique = self.unique(name)
         node = ir.Node("", kind, inputs, written, num_outputs=1, name=self.unique(f"{name}/{kind}"))
         node.outputs[0].name = unique
@@ -414,11 +412,10 @@ class _Editor:
                 producer = value.producer()
                 if producer is not None:
                     todo.append(producer)
-                elif value.name in self.graph.initializers and not value.uses() and not value.is_graph_input():
+                elif value.name and value.name in self.graph.initializers and not value.uses():
                     del self.graph.initializers[value.name]
                     removed.append(value.name)
         return removed
-
 
     def _release_shapes(self, site: AttentionSite) -> list[ir.Node]:
         """Where only shapes of old projections are still read, read them off the projection's input instead.
@@ -473,6 +470,12 @@ class _Editor:
                 return None
             parts.append((axis, size))
         return parts
+
+
+def _attribute(name: str, value: int | float | list[int]) -> ir.Attr:
+    if isinstance(value, list):
+        return ir.AttrInt64s(name, value)
+    return ir.AttrFloat32(name, value) if isinstance(value, float) else ir.AttrInt64(name, value)
 
 
 def _resize(value: ir.Value, axis: int, heads: int) -> None:

@@ -72,7 +72,7 @@ def _dtype(value: ir.Value) -> ir.DataType:
     return value.dtype if value.dtype is not None else ir.DataType.FLOAT
 
 
-def _tensor(array: Array, dtype: ir.DataType, name: str) -> ir.Tensor:
+def _tensor(array: Array, dtype: ir.DataType, name: str) -> ir.TensorProtocol:
     return ir.Tensor(np.ascontiguousarray(array).astype(dtype.numpy()), dtype=dtype, name=name)
 
 
@@ -116,9 +116,10 @@ def _cast_mul(
     """int8 → Cast → Mul(scale), symmetric; the scale keeps its axis."""
     stored, held = _stored(scale), _stored(cast.inputs[0])
     assert stored is not None and held is not None
-    axes = tuple(a for a, n in enumerate(_padded(tuple(stored.shape), array.ndim)) if n == 1)  # type: ignore[arg-type]
+    shape = tuple(int(s) for s in stored.numpy().shape)
+    axes = tuple(a for a, n in enumerate(_padded(shape, array.ndim)) if n == 1)
     codes, factors, error = _symmetric(array, axes, 127)
-    factors = factors if stored.size > 1 else factors.reshape(tuple(int(d) for d in stored.shape))  # type: ignore[arg-type]
+    factors = factors if stored.size > 1 else factors.reshape(shape)
     integers = _stored_value(codes, held.dtype, unique(f"{name}_quantized"))
     new_scale = _stored_value(factors, stored.dtype, unique(f"{name}_scale"))
     below = _through(Emitted(integers, [integers]), cast, [integers], unique)
@@ -128,7 +129,7 @@ def _cast_mul(
 
 
 def _padded(shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
-    return (1,) * (rank - len(shape)) + tuple(int(s) for s in shape)
+    return (1,) * (rank - len(shape)) + shape
 
 
 def _symmetric(array: Array, axes: tuple[int, ...], top: int) -> tuple[Array, Array, float]:
@@ -149,7 +150,7 @@ def _dequantize(node: ir.Node, array: Array, name: str, unique: Callable[[str], 
     codes, factors, error = _symmetric(array, axes, 127)
     middle = 128 if held.dtype == ir.DataType.UINT8 else 0
     integers = _stored_value(codes + middle, held.dtype, unique(f"{name}_quantized"))
-    shape = () if old_scale.ndim == 0 else (-1,)  # type: ignore[attr-defined]
+    shape = () if old_scale.numpy().ndim == 0 else (-1,)
     new_scale = _stored_value(factors.reshape(shape), old_scale.dtype, unique(f"{name}_scale"))
     inputs, stored = [integers, new_scale], [integers, new_scale]
     if len(node.inputs) > 2 and node.inputs[2] is not None:

@@ -143,6 +143,7 @@ class Protocol:
                     call[role] = value
             else:
                 self._accept(name, value)
+                call[name] = value
         if call.get("hidden") is None:
             raise TypeError(f"argument {self.name('hidden')!r} is missing")
         return call

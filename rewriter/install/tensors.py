@@ -11,11 +11,14 @@ def repeat_heads(rows: Tensor, heads: int, repeats: int) -> Tensor:
     return by_head.repeat_interleave(repeats, dim=0).flatten(0, 1)
 
 
-def owned_parameter(tensor: Tensor, trainable: bool) -> nn.Parameter:
-    """`tensor` itself if it is a parameter; else a contiguous one that shares storage only if it fills it."""
+def owned_parameter(tensor: Tensor, like: Tensor, trainable: bool) -> nn.Parameter:
+    """`tensor` itself if it is a parameter; else a contiguous one of `like`'s dtype, on its device.
+
+    Storage is shared with `tensor` only where `tensor` fills it.
+    """
     if isinstance(tensor, nn.Parameter):
         return tensor
-    tensor = tensor.detach().contiguous()
+    tensor = tensor.detach().to(device=like.device, dtype=like.dtype).contiguous()
     if tensor.untyped_storage().nbytes() > tensor.nbytes:
         tensor = tensor.clone()
-    return nn.Parameter(tensor, requires_grad=trainable and tensor.is_floating_point())
+    return nn.Parameter(tensor, requires_grad=trainable)

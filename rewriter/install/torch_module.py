@@ -45,7 +45,7 @@ def install(
         owner: dotted path of the module that owns the attention.
         before: the original's canonical parameters; views of its weights are welcome, nothing is copied.
         after: the new ones. Parameters that are the original's own objects stay shared; other tensors become
-            new parameters, trainable as the original was.
+            new parameters of the original's dtype and device, trainable as the original was.
         record: a recorded call of the owner, without a filled cache, of two tokens or more.
         out: path, from the owner, of the submodule that projects the merged heads; None if there is none or if
             `before.out_weight` holds it.
@@ -55,18 +55,17 @@ def install(
         UnsupportedModel: if the original cannot be reproduced with its own weights; the model is then unchanged.
     """
     original = _owned(model, owner)
+    after = _owned_parameters(after, before.k_weight, original)
     if isinstance(original, RewrittenMixer):
-        mixer = _again(original, spec_after, _owned_parameters(after, original))
+        mixer = _again(original, spec_after, after)
         _check_grouping(copy.deepcopy(original), mixer, after, record, owner)
         place(model, owner, mixer)
         return mixer
     protocol = read_protocol(record, owner, heads=spec_before.heads, causal=spec_before.causal)
-    build = _Builder(
-        original, owner, out, q_norm, k_norm, needs_position(original, protocol, record, spec_before.heads)
-    )
+    build = _Builder(original, out, q_norm, k_norm, position=_needs_position(original, protocol, record))
     proof = build.mixer(spec_before, protocol, before)
     protocol = settle(original, proof, record, owner)
-    mixer = build.mixer(spec_after, protocol, _owned_parameters(after, original))
+    mixer = build.mixer(spec_after, protocol, after)
     _check_grouping(proof, mixer, after, record, owner)
     place(model, owner, mixer)
     return mixer
@@ -100,7 +99,7 @@ def mixers(model: nn.Module) -> dict[str, RewrittenMixer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, RewrittenMixer)}
 
 
-def needs_position(original: nn.Module, protocol: Protocol, record: CallRecord, heads: int) -> bool:
+def _needs_position(original: nn.Module, protocol: Protocol, record: CallRecord) -> bool:
     """True if the original computes its own score bias and has a method for it."""
     if "bias" not in protocol.returns or not callable(getattr(original, "compute_bias", None)):
         return False
@@ -129,14 +128,13 @@ class _Builder:
     """Builds mixers out of one original and the submodules that are taken over from it."""
 
     def __init__(
-        self, original: nn.Module, owner: str, out: str | None, q_norm: str | None, k_norm: str | None, position: bool
+        self, original: nn.Module, out: str | None, q_norm: str | None, k_norm: str | None, *, position: bool
     ) -> None:
         self.layer_index = _layer_index(original)
         self.names = {"out": out, "q_norm": q_norm, "k_norm": k_norm}
         self.taken = {role: None if name is None else _owned(original, name) for role, name in self.names.items()}
         self.original = original
         self.position = stripped(original) if position else None
-        self.owner = owner
 
     def mixer(self, spec: GroupedQueryAttention, protocol: Protocol, parameters: MixerParameters) -> RewrittenMixer:
         mixer = RewrittenMixer(
@@ -184,11 +182,12 @@ def _check_grouping(
         raise UnsupportedModel(f"{owner}: shared heads do not equal repeated ones ({reason})", hint=HINT)
 
 
-def _owned_parameters(parameters: MixerParameters, original: nn.Module) -> MixerParameters:
-    """Fresh parameters out of tensors that are not parameters already, without keeping larger storages alive."""
+def _owned_parameters(parameters: MixerParameters, like: Tensor, original: nn.Module) -> MixerParameters:
+    """Parameters as they are; fresh ones, of `like`'s dtype and on its device, out of other tensors."""
     trainable = any(p.requires_grad for p in original.parameters())
     fresh: dict[str, Any] = {
-        n: None if t is None else owned_parameter(t, trainable) for n, t in vars(parameters).items()
+        name: None if tensor is None else owned_parameter(tensor, like, trainable)
+        for name, tensor in vars(parameters).items()
     }
     return replace(parameters, **fresh)
 

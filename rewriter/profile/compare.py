@@ -29,12 +29,13 @@ def profile(
         shapes: sizes of inputs by name; the rest follows. By default one sequence of 128 tokens, or one token
             behind a past of 512 where the file takes a key/value cache (shorter where the model is).
         runs: timed runs of each, after a warm-up.
-        threads: of the runtime; they do not spin.
+        threads: of the runtime; onnxruntime's do not spin (for PyTorch's set OMP_WAIT_POLICY=passive beforehand).
         example_inputs: what to call PyTorch modules with; Hugging Face models have defaults.
 
     Times are of whole calls, from sessions that nothing instruments. Operator times come from separate profiled
     runs. Peak memory of .onnx files is measured in a child process that does nothing else: its private memory on
-    the CPU, the card's on a graphics card. Of PyTorch modules it is parameters and buffers plus what a call adds.
+    the CPU, the card's on a graphics card. Of PyTorch modules it is parameters and buffers plus the tensors that
+    live at once during a call.
 
     Raises:
         UnsupportedModel: the provider is not there (onnxruntime falling back to the CPU is never accepted), or a

@@ -10,7 +10,6 @@ import torch
 from rewriter.capture.example_inputs import default_inputs, prepare
 from rewriter.errors import UnsupportedModel, UsageError
 from rewriter.profile.interleaved import time_in_turn
-from rewriter.profile.memory import PeakSampler
 from rewriter.profile.providers import device_name
 from rewriter.profile.result import Measured, Milliseconds, Profile
 
@@ -103,16 +102,32 @@ def _call(
 
 def _measure(module: torch.nn.Module, call: Callable[[], object], ms: Milliseconds, device: torch.device) -> Measured:
     held = sum(t.nbytes for t in [*module.parameters(), *module.buffers()])
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        base = torch.cuda.memory_allocated(device)
+    grown = _device_growth(call, device) if device.type == "cuda" else _allocated_at_most(call)
+    return Measured(ms, None if grown is None else held + grown, _operators(call, device))
+
+
+def _device_growth(call: Callable[[], object], device: torch.device) -> int:
+    torch.cuda.reset_peak_memory_stats(device)
+    base = torch.cuda.memory_allocated(device)
+    call()
+    return torch.cuda.max_memory_allocated(device) - base
+
+
+def _allocated_at_most(call: Callable[[], object]) -> int | None:
+    """Bytes of tensors alive at once during one call, by the allocator's own record; None if there is no record."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         call()
-        grown = torch.cuda.max_memory_allocated(device) - base
-    else:
-        with PeakSampler() as peak:
-            call()
-        grown = peak.bytes
-    return Measured(ms, held + grown, _operators(call, device))
+    results = getattr(seen.profiler, "kineto_results", None)
+    if results is None:
+        return None
+    steps = sorted((e.start_ns(), e.nbytes()) for e in results.events() if e.name() == "[memory]")
+    alive = peak = 0
+    for _, change in steps:
+        alive += change
+        peak = max(peak, alive)
+    return peak
 
 
 def _operators(call: Callable[[], object], device: torch.device) -> dict[str, float]:

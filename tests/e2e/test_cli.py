@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import random
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -443,3 +446,152 @@ def test_a_closed_pipe_is_no_error(tmp_path: Path) -> None:
     assert child.stderr.read() == ""
     assert child.wait() == 0
     child.stderr.close()
+
+
+# --- the real thing, in a process of its own -----------------------------------------------------
+
+
+def rewriter_command(*words: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "rewriter", *(str(word) for word in words)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+
+
+def answer(*words: object, code: int = 0) -> dict[str, Any]:
+    """The JSON that a real command prints; its exit code must be `code`."""
+    done = rewriter_command(*words, "--json")
+    assert done.returncode == code, done.stderr
+    assert done.stdout.count("\n") == 1
+    found = json.loads(done.stdout)
+    assert isinstance(found, dict)
+    return found
+
+
+Zoo = Callable[..., Path]
+
+
+@pytest.fixture
+def export(zoo_onnx: Zoo, tmp_path: Path) -> Callable[..., Path]:
+    """``export(name, exporter)``: a copy of an exported zoo model that the test may overwrite."""
+    from tests.zoo.models import cases
+
+    def copy(name: str, exporter: str = "dynamo18", **options: Any) -> Path:
+        case = next(case for case in cases(without=()) if case.name == name)
+        path = tmp_path / f"{name}.onnx"
+        path.write_bytes(zoo_onnx(case, exporter, **options).read_bytes())
+        return path
+
+    return copy
+
+
+@pytest.mark.parametrize(("name", "past"), [("bert-sdpa", False), ("gpt2-eager", True)])
+def test_the_whole_job(name: str, past: bool, export: Callable[..., Path], tmp_path: Path) -> None:
+    model, out = export(name, past=past), tmp_path / "out.onnx"
+    found = answer("inspect", model)
+    assert found["format"] == "onnx" and found["opset"] == 18 and len(found["sites"]) == 2
+    for site in found["sites"]:
+        assert set(site) >= set(SITE) and site["status"] == "rewritable" and site["cached"] is past
+        assert site["replay_error"] < 1e-4 and "gqa2" in site["targets"]
+
+    done = answer("rewrite", model, out, "--target", "gqa2")
+    assert set(done) >= REWRITE_KEYS and done["refused"] == []
+    assert [(site["from"], site["to"]) for site in done["sites"]] == [("mha4", "gqa2")] * 2
+    assert done["kv_bytes_per_token"]["before"] == 2 * done["kv_bytes_per_token"]["after"]
+    assert done["parameters"]["after"] < done["parameters"]["before"]
+
+    checked = answer("verify", out, "--against", model)
+    assert checked["ok"] and checked["fidelity"]["cosine"] == pytest.approx(done["fidelity"]["cosine"], abs=1e-3)
+    assert not answer("verify", out, "--against", model, "--min-cosine", 0.999999, code=1)["ok"]
+
+    timed = answer("profile", model, out, "--runs", 3, "--threads", 1)
+    assert timed["before"]["ms"]["min"] > 0 and timed["after"]["ops"] and timed["before"]["peak_bytes"] > 0
+
+
+def test_selected_layers_and_dry_run(export: Callable[..., Path], tmp_path: Path) -> None:
+    model, out = export("bert-sdpa"), tmp_path / "out.onnx"
+    assert len(answer("rewrite", model, out, "-t", "mqa", "--layers", "0", "--dry-run")["sites"]) == 1
+    assert not out.exists()
+    assert len(answer("rewrite", model, out, "-t", "mqa", "--layers", "0")["sites"]) == 1
+    assert out.exists()
+
+
+def test_the_output_may_replace_the_input(export: Callable[..., Path], tmp_path: Path) -> None:
+    model = export("bert-sdpa")
+    original = tmp_path / "original.onnx"
+    original.write_bytes(model.read_bytes())
+    for external in ("always", "never", "always"):
+        answer("rewrite", model, model, "-t", "gqa2", "--external-data", external)
+        assert answer("verify", model, "--against", original)["ok"]
+        assert (tmp_path / "bert-sdpa.onnx.data").exists() == (external == "always")
+        model.write_bytes(original.read_bytes())
+
+
+def test_refusals_leave_nothing_behind(export: Callable[..., Path], tmp_path: Path) -> None:
+    model, out = export("bert-sdpa"), tmp_path / "out.onnx"
+    done = rewriter_command("rewrite", model, out, "-t", "gqa3")
+    assert done.returncode == 2 and "1, 2, 4" in done.stderr
+    assert rewriter_command("rewrite", model, out, "-t", "nope").returncode == 2
+    assert rewriter_command("rewrite", model, out, "-t", "mqa", "--min-cosine", "0.9999").returncode == 1
+    assert rewriter_command("profile", model, model, "--provider", "tensorrt").returncode == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"bert-sdpa.onnx"}
+
+
+def test_no_attention_and_broken_files(export: Callable[..., Path], tmp_path: Path) -> None:
+    import onnx
+    import onnx.helper as oh
+
+    value = oh.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [2, 3])
+    result = oh.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [2, 3])
+    graph = oh.make_graph([oh.make_node("Relu", ["x"], ["y"])], "g", [value], [result])
+    onnx.save(oh.make_model(graph, opset_imports=[oh.make_opsetid("", 17)], ir_version=8), tmp_path / "relu.onnx")
+    assert answer("inspect", tmp_path / "relu.onnx")["sites"] == []
+    done = rewriter_command("rewrite", tmp_path / "relu.onnx", tmp_path / "out.onnx", "-t", "mqa")
+    assert done.returncode == 1 and "attention" in done.stderr and "Traceback" not in done.stderr
+
+    content = export("bert-sdpa").read_bytes()
+    for name, bad in {"cut": content[: len(content) // 2], "empty": b"", "text": b"hello"}.items():
+        (tmp_path / f"{name}.onnx").write_bytes(bad)
+        for words in (("inspect",), ("rewrite", tmp_path / "out.onnx", "-t", "mqa")):
+            command = (words[0], tmp_path / f"{name}.onnx", *words[1:])
+            done = rewriter_command(*command)
+            assert done.returncode == 3, (command, done.stderr)
+            assert len(done.stderr.splitlines()) == 2 and done.stdout == ""
+    assert not (tmp_path / "out.onnx").exists()
+
+
+def test_ctrl_c(tmp_path: Path) -> None:
+    """A real SIGINT in the middle of the work: 130, one line, nothing written."""
+    program = (
+        "import rewriter, sys, time\n"
+        "def slow(*args, **kwargs):\n"
+        "    sys.stderr.write('ready\\n'); sys.stderr.flush(); time.sleep(60)\n"
+        "rewriter.optimize = slow\n"
+        "from rewriter.cli import main\n"
+        "main(sys.argv[1:])\n"
+    )
+    (tmp_path / "in.onnx").write_text("x")
+    words = ["rewrite", str(tmp_path / "in.onnx"), str(tmp_path / "out.onnx"), "-t", "mqa"]
+    child = subprocess.Popen([sys.executable, "-c", program, *words], stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    assert child.stderr is not None and child.stderr.readline() == "ready\n"
+    child.send_signal(signal.SIGINT)
+    assert child.stderr.read().startswith("error: interrupted") and child.wait() == 130
+    child.stderr.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["in.onnx"]
+
+
+def test_killed_while_rewriting(export: Callable[..., Path], tmp_path: Path) -> None:
+    """kill -9 at random moments of a real rewrite over an old output: that stays whole, old or new."""
+    model, out = export("bert-sdpa"), tmp_path / "out.onnx"
+    answer("rewrite", model, out, "-t", "gqa2")
+    old = out.read_bytes()
+    answer("rewrite", model, out, "-t", "mqa")
+    new = out.read_bytes()
+    assert old != new
+    out.write_bytes(old)
+    rng = random.Random(0)
+    for _ in range(5):
+        words = ["rewrite", str(model), str(out), "-t", "mqa"]
+        child = subprocess.Popen([sys.executable, "-m", "rewriter", *words], stdout=subprocess.DEVNULL, cwd=ROOT)
+        time.sleep(rng.uniform(0.1, 2.5))
+        child.kill()
+        child.wait()
+        assert out.read_bytes() in (old, new)

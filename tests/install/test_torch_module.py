@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 import itertools
 import pickle
@@ -16,6 +17,7 @@ from codegen.spec import GroupedQueryAttention
 from rewriter.errors import UnsupportedModel
 from rewriter.install.call_record import record_calls
 from rewriter.install.mixer import MixerParameters, RewrittenMixer
+from rewriter.install.reproduction import disagreement
 from rewriter.install.torch_module import install, mixers
 from tests.install.canonical import Attention, owners, pooled, rewrite, take_apart
 from tests.zoo.case import ZooCase, main_output
@@ -280,6 +282,47 @@ def test_copies_and_pickles_are_independent(name: str) -> None:
     for other in others:
         assert torch.equal(case.run(other, inputs), expected)
     assert not torch.equal(case.run(model, inputs), expected)
+
+
+def test_new_weights_are_cast_to_the_models_dtype() -> None:
+    case = ZOO["bert-sdpa"]
+    model, inputs = tied(case, torch.bfloat16), inputs_of(case, torch.bfloat16)
+    expected = case.run(model, inputs)
+    path = owners(model, case.heads)[0]
+    attention = take_apart(model.get_submodule(path), case.heads, causal=False)
+    spec, after = pooled(attention, 2)
+    widened = {n: None if x is None or n.startswith("q") else x.detach().float() for n, x in vars(after).items()}
+    after = dataclasses.replace(after, **{n: x for n, x in widened.items() if x is not None})
+    record = record_calls(model, [path], kwargs=inputs)[path]
+    mixer = install(model, path, attention.spec, spec, attention.parameters, after, record)
+    assert {p.dtype for p in mixer.parameters()} == {torch.bfloat16}
+    assert relative_error(case.run(model, inputs), expected) < RELATIVE[torch.bfloat16]
+
+
+@pytest.mark.parametrize("change", ["eager", "sdpa"])
+def test_the_kernel_in_use_may_change_afterwards(change: str) -> None:
+    """transformers then hands over other masks, or none where causal order is implied."""
+    case = ZOO["gpt2-sdpa" if change == "eager" else "gpt2-eager"]
+    model: Any = tied(case)
+    inputs = inputs_of(case)
+    alone = {"input_ids": inputs["input_ids"]}
+    expected = [case.run(model, given) for given in (inputs, alone)]
+    rewrite(model, inputs, case.heads, 2, causal=True)
+    model.set_attn_implementation(change)
+    for given, theirs in zip((inputs, alone), expected, strict=True):
+        assert relative_error(case.run(model, given), theirs) < RELATIVE[torch.float32]
+
+
+def test_a_mask_of_keys_leaves_the_causal_order_in_place() -> None:
+    """Kernels that are causal by themselves are handed a mask [batch, keys] of zeros and ones."""
+    case = ZOO["gpt2-sdpa"]
+    model: Any = tied(case)
+    rewrite(model, inputs_of(case), case.heads, 2, causal=True)
+    mixer, x = model.transformer.h[0].attn, torch.randn(2, 6, 32)
+    keys = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
+    whole = torch.ones(6, 6, dtype=torch.bool).tril() & keys.bool()[:, None, None]
+    torch.testing.assert_close(mixer(x, attention_mask=keys)[0], mixer(x, attention_mask=whole)[0])
+    assert not torch.allclose(mixer(x, attention_mask=keys)[0], mixer(x)[0], atol=1e-3)
 
 
 # ---------------------------------------------------------------------- torch's own attention
@@ -770,6 +813,48 @@ def test_compile_without_graph_breaks(name: str) -> None:
     with torch.no_grad():
         given = traced_inputs(case)
         assert relative_error(main_output(compiled(**given)), main_output(model(**given))) < 1e-5
+
+
+def test_a_compiled_decoding_step_over_a_static_cache() -> None:
+    from transformers import StaticCache
+
+    case = ZOO["gpt2-sdpa"]
+    model: Any = tied(case)
+    ids = inputs_of(case)["input_ids"]
+    rewrite(model, inputs_of(case), case.heads, 1, causal=True)
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(model, backend="aot_eager", fullgraph=True)
+    cache: Any = StaticCache(config=model.config, max_cache_len=16)
+    with torch.no_grad():
+        model(input_ids=ids[:, :5], past_key_values=cache, use_cache=True)
+        for i in range(5, 8):
+            step = {"input_ids": ids[:, i : i + 1], "position_ids": torch.full((2, 1), i)}
+            logits = compiled(**step, past_key_values=cache, use_cache=True).logits[:, -1]
+            whole = model(input_ids=ids[:, : i + 1], use_cache=False).logits[:, -1]
+            assert relative_error(logits, whole) < 1e-5
+    assert cache.layers[0].keys.shape == (2, 1, 16, 8)
+
+
+# ---------------------------------------------------------------------- comparing answers
+
+
+def test_what_counts_as_agreement() -> None:
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    assert disagreement(x, x) is None
+    assert disagreement((x, None), (x, None)) is None
+    assert disagreement(x + 1e-7, x) is None
+    assert "relative error" in str(disagreement(x + 1e-3, x))
+    assert disagreement(x[:2], x) is not None
+    assert disagreement(x.double(), x) is not None
+    assert disagreement((x, x), (x, None)) is not None
+    assert disagreement((x,), (x, None)) is not None
+    assert disagreement(x, (x,)) is not None
+    assert disagreement(torch.arange(3), torch.arange(1, 4)) is not None
+    holes = x.clone()
+    holes[0] = torch.nan
+    assert disagreement(x, holes) is None  # rows that the original leaves undefined
+    assert disagreement(holes, x) is not None
+    assert "finite" in str(disagreement(x, torch.full_like(x, torch.nan)))
 
 
 # ---------------------------------------------------------------------- recording

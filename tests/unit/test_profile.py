@@ -180,7 +180,8 @@ def test_modules_are_profiled_alike() -> None:
     assert found.speedup["min"] > 2
     assert found.before.ops["aten::addmm"] > found.after.ops["aten::addmm"] > 0
     held = 12 * (256 * 256 + 256) * 4
-    assert found.before.peak_bytes is not None and found.before.peak_bytes >= held
+    block = 64 * 256 * 4
+    assert found.before.peak_bytes is not None and held + block <= found.before.peak_bytes <= held + 4 * block
     assert found.shapes == {"args[0]": (1, 64, 256)}
     assert torch.get_num_threads() == threads
 

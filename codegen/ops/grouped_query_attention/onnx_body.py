@@ -46,7 +46,7 @@ def function(spec: GroupedQueryAttention, opset: int) -> ir.Function:
     body = _Body()
     q, k, v = (ir.Value(name=n) for n in ("q_BHSD", "k_BNTD", "v_BNTE"))
     bias = ir.Value(name="bias") if spec.bias else None
-    q_shape, k_shape, v_shape = (body.op("Shape", [x], name) for x, name in ((q, "q_shape"), (k, "k_shape"), (v, "v_shape")))
+    q_shape, k_shape, v_shape = (body.op("Shape", [x], f"{x.name}_shape") for x in (q, k, v))
     scaled = body.op("Mul", [q, body.number("scale")], "scaled_BHSD")
     rows = body.concat(
         [body.ints([0]), body.take(k_shape, [1]), body.ints([-1]), body.take(q_shape, [3])], "folded_shape"
@@ -79,7 +79,12 @@ def function(spec: GroupedQueryAttention, opset: int) -> ir.Function:
 
 
 def _modify(
-    body: _Body, spec: GroupedQueryAttention, scores: ir.Value, bias: ir.Value | None, q_shape: ir.Value, k_shape: ir.Value
+    body: _Body,
+    spec: GroupedQueryAttention,
+    scores: ir.Value,
+    bias: ir.Value | None,
+    q_shape: ir.Value,
+    k_shape: ir.Value,
 ) -> ir.Value:
     if spec.softcap is not None:
         cap = body.number("softcap")
@@ -93,10 +98,10 @@ def _modify(
 
 def _causal(body: _Body, q_shape: ir.Value, k_shape: ir.Value) -> ir.Value:
     """[S, T], True where key j <= query i + (T - S)."""
-    queries = body.op("Gather", [q_shape, body.int(2)], "S")
-    keys = body.op("Gather", [k_shape, body.int(2)], "T")
-    row = body.op("Range", [body.int(0), queries, body.int(1)], "i")
-    column = body.op("Range", [body.int(0), keys, body.int(1)], "j")
+    queries = body.op("Gather", [q_shape, body.scalar(2)], "S")
+    keys = body.op("Gather", [k_shape, body.scalar(2)], "T")
+    row = body.op("Range", [body.scalar(0), queries, body.scalar(1)], "i")
+    column = body.op("Range", [body.scalar(0), keys, body.scalar(1)], "j")
     last = body.op("Add", [row, body.op("Sub", [keys, queries], "offset")], "last")
     rows = body.op("Reshape", [last, body.ints([-1, 1])], "last_S1")
     return body.op("Not", [body.op("Less", [rows, column], "later")], "keep_ST")
@@ -109,9 +114,7 @@ class _Body:
         self.nodes: list[ir.Node] = []
         self._names: dict[str, int] = {}
 
-    def op(
-        self, kind: str, inputs: Sequence[ir.Value], name: str, attributes: Sequence[ir.Attr | ir.RefAttr] = ()
-    ) -> ir.Value:
+    def op(self, kind: str, inputs: Sequence[ir.Value], name: str, attributes: Sequence[ir.Attr] = ()) -> ir.Value:
         node = ir.Node("", kind, list(inputs), list(attributes), num_outputs=1)
         count = self._names[name] = self._names.get(name, 0) + 1
         node.outputs[0].name = name if count == 1 else f"{name}_{count}"
@@ -134,7 +137,7 @@ class _Body:
         tensor = ir.tensor(np.array(numbers, np.int64))
         return self.op("Constant", [], "ints", [ir.AttrTensor("value", tensor)])
 
-    def int(self, number: int) -> ir.Value:
+    def scalar(self, number: int) -> ir.Value:
         tensor = ir.tensor(np.array(number, np.int64))
         return self.op("Constant", [], "int", [ir.AttrTensor("value", tensor)])
 

@@ -1,0 +1,171 @@
+"""``rewriter demo``: the main job on real weights, start to finish, ending with one table.
+
+Three models are rewritten: SmolLM2's lossless multi-head twin back to grouped queries (exact, and checked to be),
+MiniLM in torch, and a MiniLM .onnx file with int8 weights that somebody else exported (profiled before and after).
+"""
+
+from __future__ import annotations
+
+import json as json_module
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import rewriter
+from rewriter.demo.perplexity import perplexity
+from rewriter.demo.weights import hamlet, minilm, minilm_int8_onnx, smollm2, smollm2_twin
+from rewriter.errors import VerificationFailed
+from rewriter.report.rewrite_report import RewriteReport
+from rewriter.verify.result import Check
+
+if TYPE_CHECKING:
+    from rewriter.profile.result import Profile
+
+PROMPT = "Explain in one sentence why the sky is blue."
+NEW_TOKENS = 32
+PERPLEXITY_TOKENS = 2048
+LOGIT_LIMIT = 1e-4
+ONNX_SHAPE = (1, 128)
+
+
+@dataclass(frozen=True)
+class Act:
+    """One model of the demo.
+
+    Attributes:
+        name: model and door.
+        report: of the rewrite.
+        checks: what was checked beyond the rewrite's own verification.
+        before, after: numbers that only this act measures, by label.
+    """
+
+    name: str
+    report: RewriteReport
+    checks: tuple[Check, ...]
+    before: dict[str, float]
+    after: dict[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "report": self.report.to_dict(),
+            "checks": [{"name": c.name, "ok": c.ok, "detail": c.detail} for c in self.checks],
+            "before": self.before,
+            "after": self.after,
+        }
+
+
+def run_demo(*, json: bool = False) -> None:
+    """Run all three acts and print a table, or one JSON object.
+
+    Raises VerificationFailed if a check fails, UnsupportedModel if a package with weights is missing.
+    """
+    import torch
+    import transformers
+
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    start = time.perf_counter()
+    try:
+        acts = []
+        for title, act in (("SmolLM2 in torch", _smollm2), ("MiniLM in torch", _minilm), ("MiniLM int8 .onnx", _onnx)):
+            print(f"{title} …", file=sys.stderr, flush=True)
+            acts.append(act())
+    finally:
+        torch.set_num_threads(threads)
+    seconds = time.perf_counter() - start
+    if json:
+        print(json_module.dumps({"acts": [a.to_dict() for a in acts], "seconds": round(seconds, 1)}))
+    else:
+        print(_text(acts, seconds))
+    failed = [f"{a.name}: {c.name} ({c.detail})" for a in acts for c in a.checks if not c.ok]
+    if failed:
+        raise VerificationFailed(f"the demo did not reproduce: {'; '.join(failed)}")
+
+
+def _smollm2() -> Act:
+    """The multi-head twin of a grouped-query model loses nothing on the way back."""
+    import torch
+
+    model, tokenizer = smollm2()
+    twin = smollm2_twin(model)
+    del model
+    ids = tokenizer(hamlet(), return_tensors="pt").input_ids[:, :PERPLEXITY_TOKENS]
+    rewritten = rewriter.optimize(twin, "gqa3", verify=False)
+    with torch.no_grad():
+        moved = float((twin(ids[:, :512]).logits - rewritten(ids[:, :512]).logits).abs().max())
+    old, new = perplexity(twin, ids), perplexity(rewritten, ids)
+    texts = [_generate(m, tokenizer) for m in (twin, rewritten)]
+    report = rewritten.rewrite_report
+    ratio = report.kv_bytes_per_token.before / report.kv_bytes_per_token.after
+    checks = (
+        Check("max |Δlogit|", moved <= LOGIT_LIMIT, f"{moved:.1e}, limit {LOGIT_LIMIT:.0e}"),
+        Check("perplexity", f"{old:.3g}" == f"{new:.3g}", f"{old:.4f} before, {new:.4f} after"),
+        Check("K/V bytes per token ÷ 3", ratio == 3.0, f"÷ {ratio:g}"),
+        Check("generated tokens equal", texts[0] == texts[1], f"{texts[1][:48]!r} …"),
+    )
+    return Act("SmolLM2-135M, torch", report, checks, {"perplexity": old}, {"perplexity": new})
+
+
+def _generate(model: Any, tokenizer: Any) -> str:
+    messages = [{"role": "user", "content": PROMPT}]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    out = model.generate(**ids, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+    return str(tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True))
+
+
+def _minilm() -> Act:
+    """Mean pooling a trained encoder is lossy: the drift on real sentences is what there is to see."""
+    import torch
+
+    model, tokenizer = minilm()
+    sentences = [line.strip() for line in hamlet().splitlines() if 30 < len(line.strip()) < 80][:64]
+    batch = dict(tokenizer(sentences, padding=True, return_tensors="pt"))
+    rewritten = rewriter.optimize(model, "gqa6", example_inputs={k: v[:8] for k, v in batch.items()})
+    with torch.no_grad():
+        vectors = [_embed(m(**batch).last_hidden_state, batch["attention_mask"]) for m in (model, rewritten)]
+    cosine = float((vectors[0] * vectors[1]).sum(-1).mean())
+    return Act("MiniLM-L6, torch", rewritten.rewrite_report, (), {"sentence cosine": 1.0}, {"sentence cosine": cosine})
+
+
+def _embed(states: Any, mask: Any) -> Any:
+    """Mean over real tokens, normalised: how this model is used."""
+    pooled = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+    return pooled / pooled.norm(dim=-1, keepdim=True)
+
+
+def _onnx() -> Act:
+    """A third-party file: rewritten, saved, and both files timed in onnxruntime."""
+    source = minilm_int8_onnx()
+    done = rewriter.optimize(source, "gqa6")
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "minilm-gqa6.onnx"
+        done.save(target)
+        shapes = {"input_ids": ONNX_SHAPE, "attention_mask": ONNX_SHAPE}
+        timed: Profile = rewriter.profile(source, target, shapes=shapes, runs=30)
+        sizes = source.stat().st_size / 1e6, target.stat().st_size / 1e6
+    before, after = ({"ms": m.ms.median, "file MB": s} for m, s in zip((timed.before, timed.after), sizes, strict=True))
+    return Act("MiniLM-L6 int8, onnx", done.rewrite_report, (), before, after)
+
+
+def _text(acts: list[Act], seconds: float) -> str:
+    from rewriter.report.tables import table, text
+
+    rows: list[tuple[object, ...]] = []
+    for act in acts:
+        report = act.report
+        first = report.sites[0]
+        step = "exact" if all(s.exact for s in report.sites) else "lossy"
+        rows.append((act.name, f"{len(report.sites)} sites", first.before, first.after, step))
+        rows.append(("", "parameters", f"{report.parameters.before:,}", f"{report.parameters.after:,}", ""))
+        kv = report.kv_bytes_per_token
+        rows.append(("", "K/V bytes per token", f"{kv.before:,}", f"{kv.after:,}", f"÷ {kv.before / kv.after:.3g}"))
+        rows += [("", name, f"{act.before[name]:.4g}", f"{act.after[name]:.4g}", "") for name in act.before]
+        rows += [("", c.name, "", "", ("ok: " if c.ok else "FAILED: ") + c.detail) for c in act.checks]
+        if report.fidelity is not None:
+            rows.append(("", "output cosine", "1", f"{report.fidelity.cosine:.4f}", "no calibration, no healing"))
+    return text(table(("model", "", "before", "after", ""), rows)) + f"\n{seconds:.0f} s"
