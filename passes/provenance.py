@@ -22,7 +22,8 @@ from passes.dataflow import CONTRACTIONS, LAYOUT, Array, Flow, Node, Value
 NORMS = frozenset(
     {"LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization", "LpNormalization", "GroupNormalization"}
 )
-PASS_THROUGH = frozenset({"Cast", "CastLike", "Identity", "Dropout"})
+PASS_THROUGH = frozenset({"Cast", "CastLike", "Identity", "Dropout", "QuantizeLinear", "DequantizeLinear"})
+"""Operators that keep every element, up to rounding."""
 
 NormKind = Literal["rms", "layer", "l2"]
 
@@ -335,29 +336,57 @@ def projection_at(flow: Flow, value: Value) -> tuple[Node, Value | None] | None:
     if node is None:
         return None
     if flow.projection_operands(node) is not None:
-        readers = flow.readers(value)
-        if len(readers) == 1 and _bias_of(flow, readers[0], value) is not None:
+        matrix = rounded(flow, value)
+        readers = flow.readers(matrix)
+        if len(readers) == 1 and _bias_of(flow, readers[0], matrix, _features(flow, node)) is not None:
             return None
         bias = node.inputs[2] if node.op in {"Gemm", "Linear"} and len(node.inputs) > 2 and node.inputs[2] else None
         return node, bias
     if node.op == "Add":
         for matrix in node.inputs:
-            inner = flow.producer(matrix)
+            inner = flow.producer(unrounded(flow, matrix))
             if inner is not None and flow.projection_operands(inner) is not None:
-                bias = _bias_of(flow, node, matrix)
+                bias = _bias_of(flow, node, matrix, _features(flow, inner))
                 if bias is not None and len(flow.readers(matrix)) == 1:
                     return inner, bias
     return None
 
 
-def _bias_of(flow: Flow, node: Node, matrix: Value) -> Value | None:
+def unrounded(flow: Flow, value: Value) -> Value:
+    """What was quantised and dequantised to give `value`; itself if nothing was."""
+    node = flow.producer(value)
+    if node is not None and node.op == "DequantizeLinear":
+        before = flow.producer(node.inputs[0])
+        if before is not None and before.op == "QuantizeLinear":
+            return before.inputs[0]
+    return value
+
+
+def rounded(flow: Flow, value: Value) -> Value:
+    """`value` after a quantisation and dequantisation that are its only reader; itself if there is none."""
+    readers = flow.readers(value)
+    if len(readers) == 1 and readers[0].op == "QuantizeLinear":
+        after = flow.readers(readers[0].outputs[0])
+        if len(after) == 1 and after[0].op == "DequantizeLinear":
+            return after[0].outputs[0]
+    return value
+
+
+def _features(flow: Flow, node: Node) -> int:
+    """Output features of a projection, from its weight."""
+    operands = flow.projection_operands(node)
+    assert operands is not None
+    shape = flow.shape(node.inputs[operands[1]])
+    return shape[0 if node.op in {"Linear", "Conv"} or node.attrs.get("transB", 0) else -1]
+
+
+def _bias_of(flow: Flow, node: Node, matrix: Value, features: int) -> Value | None:
     if node.op != "Add" or matrix not in node.inputs:
         return None
     other = node.inputs[1 - node.inputs.index(matrix)]
     if not flow.is_constant(other):
         return None
     shape = flow.shape(other)
-    features = flow.shape(matrix)[-1]
     return other if shape and shape[-1] == features and int(np.prod(shape)) == features else None
 
 
@@ -388,10 +417,12 @@ def recognise_norm(flow: Flow, node: Node) -> tuple[NormKind, Value] | None:
 def _is_normed(result: Array, array: Array, kind: str) -> bool:
     energy = (array * array).mean(-1) if kind == "rms" else (array * array).sum(-1)
     after = (result * result).mean(-1) if kind == "rms" else (result * result).sum(-1)
-    # x / sqrt(m + eps) has mean square m / (m + eps): one eps must explain every row
-    with np.errstate(divide="ignore", invalid="ignore"):
-        epsilon = energy / after - energy
-    return bool(np.isfinite(epsilon).all() and (np.abs(epsilon) <= 1e-3 * energy + 2e-5).all())
+    # x / sqrt(m + eps) has mean square m / (m + eps): one small eps must explain every row that is not zero
+    shown = energy > 0
+    if not shown.any() or (after[~shown] != 0).any() or (after[shown] == 0).any():
+        return False
+    epsilon = energy[shown] / after[shown] - energy[shown]
+    return bool((np.abs(epsilon) <= 1e-3 * energy[shown] + 2e-5).all())
 
 
 def _centred_from(flow: Flow, value: Value) -> Value | None:

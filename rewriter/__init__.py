@@ -6,6 +6,8 @@ Everything public is imported on first use, so that ``import rewriter`` needs ne
 from __future__ import annotations
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from rewriter.errors import (
@@ -56,6 +58,17 @@ __all__ = [
     "targets",
     "verify",
 ]
+
+
+class _Package(ModuleType):
+    """Importing a submodule sets it as an attribute of its package; it must not hide the function of that name."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _LAZY and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:

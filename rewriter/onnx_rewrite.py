@@ -11,19 +11,34 @@ import rewriter
 from passes.match.attention import Matches, find_attention
 from passes.match.confirm import confirm
 from rewriter.capture.onnx_file import OnnxCapture, capture
+from rewriter.capture.onnx_load import from_proto
+from rewriter.capture.unfuse import fused_nodes, unfuse
 from rewriter.decision import Stopwatch, decide, report, rows
 from rewriter.errors import VerificationFailed
 from rewriter.install.onnx_function import install
 from rewriter.report.rewrite_report import RewriteReport
 from rewriter.verify.onnx_pair import verify_onnx
 
-_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 4}
 
 
 def match_onnx(model: ir.Model) -> tuple[OnnxCapture, Matches]:
-    """Capture and match; every site has replayed at two sizes, or at one if the file's sizes are fixed."""
+    """Capture and match; every site has replayed at two sizes, or at one if the file's sizes are fixed.
+
+    Fused operators are written out in `model` first: give a model that is not needed any more.
+    """
+    unfuse(model)
     captured = capture(model)
     return captured, match_capture(captured)
+
+
+def _unfuse_rewritable(model: ir.Model, spare: ir.Model, target: Any, layers: str | None) -> None:
+    """Write out just those fused operators whose attention will be rewritten, found out on a spare copy."""
+    if not fused_nodes(model):
+        return
+    captured, matches = match_onnx(spare)
+    decision = decide(captured.flow, matches, target, layers)
+    unfuse(model, {r.site.owner for r in decision.replacements})
 
 
 def match_capture(captured: OnnxCapture) -> Matches:
@@ -42,6 +57,8 @@ def rewrite_onnx(
     """
     watch = Stopwatch()
     with watch.stage("capture"):
+        if fused_nodes(model):
+            _unfuse_rewritable(model, from_proto(ir.serde.serialize_model(original)), target, layers)
         captured = capture(model)
     with watch.stage("match"):
         matches = match_capture(captured)
@@ -58,7 +75,8 @@ def rewrite_onnx(
         seconds={},
     )
     with watch.stage("install"):
-        install(captured, decision.replacements, target=decision.target, version=rewriter.__version__)
+        done = install(captured, decision.replacements, target=decision.target, version=rewriter.__version__)
+    site_rows = tuple(replace(row, exact=d.exact) for row, d in zip(site_rows, done, strict=True))
     fidelity = None
     if verify:
         with watch.stage("verify"):
@@ -70,7 +88,7 @@ def rewrite_onnx(
                 hint="nothing was written; please report this with the model's exporter and version",
             )
         fidelity = verification.fidelity
-    return replace(summary, fidelity=fidelity, seconds=watch.seconds)
+    return replace(summary, sites=site_rows, fidelity=fidelity, seconds=watch.seconds)
 
 
 def count_parameters(model: ir.Model) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 from passes.dataflow import LAYOUT, Flow, Node, Value
 from passes.match.operands import Traced, trace_operand
 from passes.match.scores import NotUnderstood, ScorePath, Unrelated, anchors, score_path, total_bias
-from passes.provenance import PASS_THROUGH, Tracer, projection_at
+from passes.provenance import PASS_THROUGH, Tracer, projection_at, rounded
 from passes.replay import TOLERANCES, replay
 from passes.site import AttentionSite, NotAttention, Projection, Refusal
 
@@ -52,6 +52,9 @@ def find_attention(flow: Flow) -> Matches:
             unrelated.append(NotAttention(name, str(reason), anchor.index))
         except NotUnderstood as reason:
             refusals.append(Refusal(name, layer, str(reason), anchor.index, anchor.owner))
+        except (ArithmeticError, LookupError, ValueError, NotImplementedError) as error:  # an operator used unusually
+            failure = f"matching it failed: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            refusals.append(Refusal(name, layer, failure, anchor.index, anchor.owner))
         else:
             sites.append(site)
             evidence[site.name] = proof
@@ -187,7 +190,7 @@ def _as_projection(flow: Flow, node: Node) -> Projection:
     output = node.outputs[0]
     found = projection_at(flow, output)
     if found is None:  # its bias is a separate node
-        output = flow.readers(output)[0].outputs[0]
+        output = flow.readers(rounded(flow, output))[0].outputs[0]
         found = projection_at(flow, output)
     assert found is not None
     out_first = node.op == "Linear" or bool(node.attrs.get("transB", 0))

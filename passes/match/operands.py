@@ -72,6 +72,8 @@ def trace_operand(tracer: Tracer, view: OperandView, *, shared_heads: bool) -> T
     rows, columns = canonical.positions(to_rows, to_columns)
     own_columns, partner, own, other = canonical.rotation(columns)
     group, distinct = _distinct_heads(own_columns, shared_heads)
+    if shared_heads and norm is not None and not norm.per_head:
+        raise NotUnderstood("its norm spans the features of all heads, so merged heads would be normalised differently")
     canonical.require_equal_heads(distinct if shared_heads else None)
     tokens = Tokens(rows, own_columns, own, other, canonical.offset, new, canonical.axes,
                     (to_rows, to_columns) if norm else None)  # fmt: skip
@@ -215,14 +217,14 @@ class _Canonical:
             present: Array = np.asarray(ids > 0)
             flat: Array = np.where(present, ids - self.source.base, 0)
             columns, row = to_columns[flat], to_rows[flat]
-            table = columns[0, :, 0, :]
+            table = np.where(present, columns, -1).max(axis=(0, 2))
             if ((columns != table[None, :, None, :]) & present).any():
                 raise NotUnderstood("features are arranged differently from token to token")
             if rows is None:
                 rows = row[:, 0, :, 0]
             if ((row != rows[:, None, :, None]) & present).any():
                 raise NotUnderstood("one token's features come from several tokens")
-            tables.append(np.where(present[0, :, 0, :], table, -1))
+            tables.append(table)
         assert rows is not None
         return rows, tables
 
@@ -386,6 +388,10 @@ def _describe(flow: Flow, output: Value) -> Projection:
     operands = flow.projection_operands(node)
     assert operands is not None
     x, w = (node.inputs[i] for i in operands)
+    if node.op in {"MatMulInteger", "MatMulNBits"}:
+        raise NotUnderstood(
+            f"the projection's weight is stored for {node.op}; rewrite the float model and quantise it afterwards"
+        )
     if node.op == "Conv":
         raise NotUnderstood("the projection is a convolution")
     if node.op == "Einsum" or operands != (0, 1) or len(flow.shape(w)) != 2:

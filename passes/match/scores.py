@@ -120,13 +120,11 @@ def _mask_or_bias(flow: Flow, value: Value) -> Modifier:
 def _written_out(flow: Flow, softmax: Node) -> ScorePath:
     rank = len(flow.shape(softmax.inputs[0]))
     axis = int(softmax.attrs.get("axis", -1))
-    mixes = _context(flow, softmax.outputs[0]) if axis in (-1, rank - 1) else None
+    mixes = _context(flow, softmax.outputs[0])
     try:
         back = _Backward(flow).run(softmax.inputs[0])
     except NotUnderstood as error:
-        if axis not in (-1, rank - 1):
-            raise Unrelated(f"a softmax over axis {axis} of {rank}") from error
-        if mixes is None or isinstance(mixes, str):
+        if not isinstance(mixes, _Mix) and not _reaches_contraction(flow, softmax):
             raise Unrelated(f"its result weighs no value tokens ({mixes or 'it reaches no contraction'})") from error
         raise
     if axis not in (-1, rank - 1):
@@ -134,9 +132,11 @@ def _written_out(flow: Flow, softmax: Node) -> ScorePath:
     if mixes is None or isinstance(mixes, str):
         raise NotUnderstood(f"the attention weights do not lead to one contraction with values: {mixes or 'no reader'}")
     q, k, added = _qk_operands(flow, back.contraction)
-    first = () if added is None else (Modifier("bias", added, back.scale),)
+    alpha, beta = (float(back.contraction.attrs.get(n, 1.0)) for n in ("alpha", "beta"))
+    first = () if added is None else (Modifier("bias", added, back.scale * beta),)
+    modifiers = (*first, *reversed(back.modifiers))
     return ScorePath(
-        softmax, q, k, mixes.v, back.scale, (*first, *reversed(back.modifiers)), softmax.inputs[0], mixes.output,
+        softmax, q, k, mixes.v, back.scale * alpha, modifiers, softmax.inputs[0], mixes.output,
         (back.contraction.index, *back.nodes, softmax.index, *mixes.nodes), mixes.zero_nan,
     )  # fmt: skip
 
@@ -186,11 +186,15 @@ class _Backward:
         if node.op == "Tanh":  # c * tanh(s): c is the scale met so far, and s is in units of c
             self.modifiers.append(Modifier("softcap", number=self.scale))
             return node.inputs[0]
+        if node.op == "Max":
+            return self._clamped(node)
         if node.op == "Concat":
-            raise NotUnderstood("extra columns are appended to the scores (attention sinks)")
+            raise NotUnderstood("columns are appended to the scores (attention sinks), which cannot be kept yet")
         raise NotUnderstood(f"operator {node.op} between score and softmax is not understood")
 
     def _arithmetic(self, node: Node) -> Value:
+        if (shifted := self._row_shift(node)) is not None:
+            return shifted
         score, other = _split_operands(self.flow, node)
         number = self.flow.value(other)
         if node.op in {"Mul", "Div"}:
@@ -203,6 +207,22 @@ class _Backward:
         if node.op == "Sub" and node.inputs[0] != score:
             raise NotUnderstood("scores are subtracted from a tensor")
         self.modifiers.append(Modifier("bias", other, -self.scale if node.op == "Sub" else self.scale))
+        return score
+
+    def _row_shift(self, node: Node) -> Value | None:
+        """A number per row, whatever it is computed from (often the row's maximum): softmax does not see it."""
+        if node.op not in {"Add", "Sub"} or any(m.kind == "softcap" for m in self.modifiers):
+            return None
+        a, b = node.inputs[:2]
+        shape = self.flow.shape(a)
+        deep = self.flow.data_dependent(b) and self.flow.shape(b)[-1:] == (1,) and shape[-1] > 1
+        return a if deep and len(self.flow.shape(b)) == len(shape) else None
+
+    def _clamped(self, node: Node) -> Value:
+        """A floor so low that only masked scores reach it changes nothing."""
+        score, other = _split_operands(self.flow, node)
+        if self.flow.is_fed(other) or (self.flow.value(other) > -1e4).any():
+            raise NotUnderstood("scores are clamped")
         return score
 
     def _masked(self, node: Node) -> Value:
@@ -250,8 +270,10 @@ def _qk_operands(flow: Flow, node: Node) -> tuple[OperandView, OperandView, Valu
             raise NotUnderstood("the score bias is computed from hidden states")
         return OperandView(a, -2, -1), OperandView(b, -1, -2), bias
     a, b = node.inputs[:2]
-    if node.op == "MatMul":
-        return OperandView(a, -2, -1), OperandView(b, -1, -2), None
+    if node.op in {"MatMul", "FusedMatMul"} and not _moves_batch(node):
+        turned_a, turned_b = bool(node.attrs.get("transA", 0)), bool(node.attrs.get("transB", 0))
+        view_a = OperandView(a, -1, -2) if turned_a else OperandView(a, -2, -1)
+        return view_a, OperandView(b, -2, -1) if turned_b else OperandView(b, -1, -2), None
     if node.op == "Einsum":
         first, second, result = einsum_terms(node)
         shared = [c for c in first if c in second and c not in result]
@@ -264,6 +286,10 @@ def _qk_operands(flow: Flow, node: Node) -> tuple[OperandView, OperandView, Valu
             view_a = OperandView(a, first.index(own_a[0]), first.index(shared[0]))
             return OperandView(b, second.index(own_b[0]), second.index(shared[0])), view_a, None
     raise NotUnderstood(f"scores come from a {node.op} whose axes are not understood")
+
+
+def _moves_batch(node: Node) -> bool:
+    return bool(node.attrs.get("transBatchA", 0) or node.attrs.get("transBatchB", 0))
 
 
 def einsum_terms(node: Node) -> tuple[str, str, str]:
@@ -309,6 +335,24 @@ def _context(flow: Flow, value: Value) -> _Mix | str | None:
             return f"operator {node.op} reads them"
 
 
+def _reaches_contraction(flow: Flow, softmax: Node) -> bool:
+    """Whether the weights flow, through operators of any kind, into a contraction with other data.
+
+    An operator that is not understood must not turn an attention into "not attention".
+    """
+    todo, seen = [softmax.outputs[0]], set[int]()
+    while todo:
+        for node in flow.readers(todo.pop()):
+            if node.index in seen or flow.projection_operands(node) is not None:
+                continue
+            seen.add(node.index)
+            if node.op in CONTRACTIONS:
+                return True
+            if node.op not in {"Add", "Sub", "Softmax", "TopK", "ArgMax"}:
+                todo.extend(v for v in node.outputs if v)
+    return False
+
+
 def _replaces_nan(flow: Flow, node: Node) -> bool:
     fill = node.inputs[1] if node.op == "Where" else node.inputs[2]
     return not flow.data_dependent(fill) and not np.any(flow.value(fill))
@@ -319,7 +363,13 @@ def _value_operand(flow: Flow, node: Node, weights: Value, nodes: tuple[int, ...
     other = b if a == weights else a
     if not flow.data_dependent(other):
         return "they are multiplied by a constant matrix"
-    if node.op == "MatMul" and a == weights:
+    plain = node.op == "MatMul" or (
+        node.op == "FusedMatMul"
+        and not _moves_batch(node)
+        and not any(node.attrs.get(n, 0) for n in ("transA", "transB"))
+        and node.attrs.get("alpha", 1.0) == 1.0
+    )
+    if plain and a == weights:
         return _Mix(OperandView(b, -2, -1), OperandView(node.outputs[0], -2, -1), nodes, zero_nan)
     if node.op == "Einsum":
         try:

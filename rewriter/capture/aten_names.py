@@ -11,7 +11,8 @@ from torch.fx import Node as FxNode
 
 _NAMES: Mapping[str, str] = {
     **dict.fromkeys(
-        ("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "_reshape_alias"), "Reshape"
+        ("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "reshape_as", "_reshape_alias"),
+        "Reshape",
     ),
     **dict.fromkeys(
         ("permute", "transpose", "t", "swapaxes", "movedim", "numpy_T", "mT", "matrix_H", "swapdims", "moveaxis"),
@@ -58,9 +59,16 @@ _NAMES: Mapping[str, str] = {
     **dict.fromkeys(("layer_norm", "native_layer_norm"), "LayerNormalization"),
     **dict.fromkeys(("rms_norm", "_fused_rms_norm"), "RMSNormalization"),
     "tanh": "Tanh",
+    "max": "Max",
+    "maximum": "Max",
+    "clamp_min": "Max",
     "isnan": "IsNaN",
     "sym_size": "Shape",
 }
+
+
+_SHAPE_ONLY = frozenset({"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"})
+"""Operators that read no element of their arguments."""
 
 
 @dataclass(frozen=True)
@@ -101,10 +109,14 @@ def canonical(fx: FxNode, env: Mapping[str, Any]) -> CanonicalOp:
         name = f"aten.{base}_alpha"
     elif name == "Div" and fx.kwargs.get("rounding_mode"):
         name = "aten.div_round"
-    elif name in {"Add", "Sub", "Mul", "Div", "MaskedFill", "Where"}:
+    elif name in {"Add", "Sub", "Mul", "Div", "MaskedFill", "Where"} or base in {"maximum", "clamp_min"}:
         operands = tuple(_operand(i, a, env) for i, a in enumerate(fx.args))
-    elif name == "Baddbmm" and (fx.kwargs.get("beta", 1) != 1 or fx.kwargs.get("alpha", 1) != 1):
-        name = "aten.baddbmm_scaled"
+    elif name == "Baddbmm":
+        attrs.update({"alpha": float(fx.kwargs.get("alpha", 1)), "beta": float(fx.kwargs.get("beta", 1))})  # type: ignore[arg-type]
+    elif raw.endswith("_as"):  # only the shape or dtype of the second argument is read
+        operands = operands[:1]
+    elif raw in _SHAPE_ONLY:
+        operands = ()
     if raw.endswith("_") and raw not in _NAMES and base == "copy":
         name = "aten.copy_"
     return CanonicalOp(name, attrs, operands)

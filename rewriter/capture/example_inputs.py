@@ -47,7 +47,8 @@ def _parameters(module: torch.nn.Module) -> Mapping[str, inspect.Parameter]:
 
 def _without_cache(module: torch.nn.Module, given: Mapping[str, Any]) -> dict[str, Any]:
     """A cache object in the output cannot be exported, and says nothing about the layout."""
-    return {"use_cache": False} if "use_cache" in _parameters(module) and "use_cache" not in given else {}
+    takes = "use_cache" in _parameters(module) or getattr(getattr(module, "config", None), "use_cache", False)
+    return {"use_cache": False} if takes and "use_cache" not in given else {}
 
 
 def default_inputs(module: torch.nn.Module, batch: int = BATCH, length: int = LENGTH) -> dict[str, torch.Tensor]:
@@ -68,6 +69,8 @@ def default_inputs(module: torch.nn.Module, batch: int = BATCH, length: int = LE
             inputs["attention_mask"] = _padded_mask(batch, length)
     elif main == "pixel_values":
         inputs["pixel_values"] = _pixels(config, batch, generator).to(module.dtype)  # type: ignore[arg-type]
+    elif main == "input_values":
+        inputs["input_values"] = torch.randn(batch, 4000, generator=generator).to(module.dtype)  # type: ignore[arg-type]
     elif main == "input_features":
         bins = int(getattr(config, "num_mel_bins", 80))
         frames = 2 * int(getattr(config, "max_source_positions", 1500))

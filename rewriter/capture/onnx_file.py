@@ -21,10 +21,18 @@ from passes.dataflow import CONTRACTIONS, LAYOUT, Array, Flow, Node, Value, Weig
 from passes.match.scores import anchors
 from passes.provenance import PASS_THROUGH
 from rewriter.capture.feeds import candidate_sizes, make_feeds
+from rewriter.capture.onnx_constants import constant_tensor
 from rewriter.capture.onnx_vocabulary import OPERATORS
 from rewriter.errors import UnsupportedModel
 
 FUNCTION_DOMAIN = "rewriter.ops"
+
+_ELEMENT_TYPES = {
+    "tensor(float)": ir.DataType.FLOAT,
+    "tensor(float16)": ir.DataType.FLOAT16,
+    "tensor(bfloat16)": ir.DataType.BFLOAT16,
+    "tensor(double)": ir.DataType.DOUBLE,
+}
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,10 @@ class OnnxCapture:
     session: _Session
     sizes: tuple[int, int, int]
     feeds: Mapping[str, Array]
+
+    def element_type(self, name: Value) -> ir.DataType | None:
+        """What onnxruntime inferred for a recorded value; files need not say it."""
+        return _ELEMENT_TYPES.get(self.session.types.get(name, ""))
 
     @cached_property
     def other(self) -> OnnxCapture | None:
@@ -130,6 +142,13 @@ class _Session:
         proto.graph.output.extend(onnx.ValueInfoProto(name=n) for n in self.extra if n not in present)
         return open_session(proto, _data_folder(self.model), optimise=False)
 
+    @cached_property
+    def types(self) -> dict[str, str]:
+        """onnxruntime's name of each output's type."""
+        if self._session is None:
+            self._session = self._open()
+        return {o.name: str(o.type) for o in self._session.get_outputs()}
+
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         if self._session is None:
             self._session = self._open()
@@ -183,7 +202,7 @@ class _Constants:
         if node is None:
             raise KeyError(name)
         if node.op_type == "Constant":
-            tensor = ir.convenience.get_const_tensor(node.outputs[0])
+            tensor = constant_tensor(node.outputs[0])
             if tensor is None:
                 raise KeyError(name)
             return _numpy(tensor)
@@ -271,7 +290,7 @@ def _weights(model: ir.Model, nodes: Iterable[ir.Node]) -> dict[Value, Weight]:
         if value.const_value is not None and name not in fed
     }
     for node in nodes:
-        tensor = ir.convenience.get_const_tensor(node.outputs[0]) if node.op_type == "Constant" else None
+        tensor = constant_tensor(node.outputs[0]) if node.op_type == "Constant" else None
         if tensor is not None and node.outputs[0].name:
             shape = tuple(int(s) for s in tensor.shape)  # type: ignore[arg-type]
             name = node.outputs[0].name
@@ -280,18 +299,22 @@ def _weights(model: ir.Model, nodes: Iterable[ir.Node]) -> dict[Value, Weight]:
 
 
 def _float_dtype(model: ir.Model) -> str:
-    """The floating dtype most of the stored numbers have; quantised files compute in float32."""
+    """The floating dtype most of the stored numbers have; "int8" where activations are quantised on the way."""
     counts: dict[str, int] = {}
     for value in model.graph.initializers.values():
         tensor = value.const_value
         if tensor is not None and tensor.dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16):
             counts[tensor.dtype.name] = counts.get(tensor.dtype.name, 0) + int(tensor.size)
     name = max(counts, key=lambda k: counts[k]) if counts else "FLOAT"
+    if any(n.op_type == "QuantizeLinear" for n in model.graph):
+        return "int8"
     return {"FLOAT": "float32", "FLOAT16": "float16", "BFLOAT16": "bfloat16"}[name]
 
 
 def _node(index: int, node: ir.Node) -> Node:
     attrs = {k: _attribute(a) for k, a in node.attributes.items() if isinstance(a, ir.Attr)}
+    if node.domain == FUNCTION_DOMAIN:
+        attrs["is_causal"] = int("Causal" in node.op_type)
     inputs = tuple((v.name or "") if v is not None else "" for v in node.inputs)
     return Node(
         index=index,
@@ -313,6 +336,8 @@ def _canonical_op(node: ir.Node) -> str:
     foreign = {"MultiHeadAttention", "GroupQueryAttention", "Attention", "PackedAttention", "SparseAttention"}
     if node.op_type in foreign and node.domain == "com.microsoft":
         return "MultiHeadAttention"
+    if node.domain == FUNCTION_DOMAIN:
+        return "GroupedQueryAttention"
     if node.op_type == "RotaryEmbedding":  # com.microsoft's takes its inputs in another order
         return f"{node.domain}.RotaryEmbedding"
     return node.op_type if node.op_type in known else f"{node.domain}.{node.op_type}"

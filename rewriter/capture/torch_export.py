@@ -33,6 +33,25 @@ class TorchCapture:
     flow: Flow
 
 
+@dataclass(frozen=True)
+class GraphView:
+    """A flat graph and its view.
+
+    Attributes:
+        module: the graph that was run.
+        flow: the view.
+        names: for each fx node of the graph that holds a tensor, the value that the flow knows it by.
+        bound: what each placeholder held in the recording, by node name.
+        tensors: recorded tensors by value, in their own dtype.
+    """
+
+    module: GraphModule
+    flow: Flow
+    names: Mapping[str, Value]
+    bound: Mapping[str, Any]
+    tensors: Mapping[Value, torch.Tensor]
+
+
 def capture(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TorchCapture:
     """Export `module` for these example inputs and record every value.
 
@@ -56,48 +75,65 @@ def capture(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
 
 def view(program: torch.export.ExportedProgram, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TorchCapture:
     """The Flow of an exported program, with its values recorded on these inputs."""
-    builder = _Builder(program)
+    return TorchCapture(program, view_program(program, args, kwargs).flow)
+
+
+def view_program(program: torch.export.ExportedProgram, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> GraphView:
+    """As `view`, with what a rewrite of the graph itself needs."""
+    held = {**program.state_dict, **program.constants}
+    stored = {s.arg.name: s.target for s in program.graph_signature.input_specs if s.target is not None}
+    flat = iter(torch.utils._pytree.arg_tree_leaves(*args, **kwargs))
+    names = [fx.name for fx in program.graph.nodes if fx.op == "placeholder"]
+    bound = {name: held[stored[name]] if name in stored else next(flat) for name in names}
+    kinds = [str(t.dtype).removeprefix("torch.") for t in program.state_dict.values() if t.is_floating_point()]
+    return _view(program.graph_module, bound, stored, kinds)
+
+
+def view_graph_module(module: GraphModule, bound: Mapping[str, Any]) -> GraphView:
+    """A graph module of aten operators that reads its weights by get_attr; `bound` holds its inputs by node name."""
+    kinds = [str(t.dtype).removeprefix("torch.") for t in module.parameters() if t.is_floating_point()]
+    return _view(module, bound, {}, kinds)
+
+
+def _view(module: GraphModule, bound: Mapping[str, Any], stored: Mapping[str, str], kinds: Sequence[str]) -> GraphView:
+    builder = _Builder(module)
     with torch.no_grad():
-        values = builder.run(args, kwargs)
-    return TorchCapture(program, builder.flow(values))
+        values = builder.run(bound, stored)
+    flow = builder.flow(values, max(set(kinds), key=kinds.count) if kinds else "float32")
+    tensors = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+    return GraphView(module, flow, builder.names, bound, tensors)
 
 
 class _Builder:
     """Walks the graph once, running it and writing down a canonical node for each call."""
 
-    def __init__(self, program: torch.export.ExportedProgram) -> None:
-        self.program = program
+    def __init__(self, module: GraphModule) -> None:
+        self.module = module
         self.values: dict[Value, Any] = {}
         self.nodes: list[Node] = []
         self.weights: dict[Value, Weight] = {}
         self.inputs: list[Value] = []
+        self.attributes: dict[str, Value] = {}
 
-    def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[Value, Any]:
-        signature = self.program.graph_signature
-        held = {**self.program.state_dict, **self.program.constants}
-        targets = {s.arg.name: s.target for s in signature.input_specs if s.target is not None}
-        flat = iter(torch.utils._pytree.arg_tree_leaves(*args, **kwargs))
-        env: dict[str, Any] = {}
-        for fx in self.program.graph.nodes:
-            if fx.op != "placeholder":
+    def run(self, bound: Mapping[str, Any], stored: Mapping[str, str]) -> dict[Value, Any]:
+        """`bound`: placeholders' values; `stored`: the state-dict key of those that are weights."""
+        env = dict(bound)
+        self.names: dict[str, Value] = {name: name for name in bound}
+        for fx in self.module.graph.nodes:
+            if fx.op != "placeholder" or not isinstance(env[fx.name], torch.Tensor):
                 continue
-            if fx.name in targets:
-                tensor = held[targets[fx.name]]
-                env[fx.name] = tensor
-                if isinstance(tensor, torch.Tensor):
-                    self._weight(fx, targets[fx.name], tensor)
+            if fx.name in stored:
+                self._weight(fx.name, stored[fx.name], env[fx.name], len(fx.users))
             else:
-                env[fx.name] = next(flat)
-                if isinstance(env[fx.name], torch.Tensor):
-                    self.inputs.append(fx.name)
-                    self.values[fx.name] = env[fx.name]
-        self.outputs = self._graph(self.program.graph_module, env, "", {n: n for n in env})
+                self.inputs.append(fx.name)
+                self.values[fx.name] = env[fx.name]
+        self.outputs = self._graph(self.module, env, "", self.names)
         return self.values
 
-    def _weight(self, fx: FxNode, target: str, tensor: torch.Tensor) -> None:
+    def _weight(self, value: Value, target: str, tensor: torch.Tensor, readers: int) -> None:
         dtype = str(tensor.dtype).removeprefix("torch.")
-        self.weights[fx.name] = Weight(target, tuple(tensor.shape), dtype, len(fx.users))
-        self.values[fx.name] = tensor
+        self.weights[value] = Weight(target, tuple(tensor.shape), dtype, readers)
+        self.values[value] = tensor
 
     def _graph(self, module: GraphModule, env: dict[str, Any], prefix: str, names: dict[str, Value]) -> Any:
         """Run one graph; `env` holds results by fx name, `names` the value name each stands for."""
@@ -105,12 +141,11 @@ class _Builder:
         for fx in module.graph.nodes:
             if fx.op == "get_attr":
                 env[fx.name] = operator.attrgetter(fx.target)(module)
-                names[fx.name] = prefix + fx.name
+                # one attribute read at several places is one weight
+                value = names[fx.name] = self.attributes.setdefault(f"{prefix}{fx.target}", prefix + fx.name)
                 if isinstance(env[fx.name], torch.Tensor):
-                    tensor = env[fx.name]
-                    dtype = str(tensor.dtype).removeprefix("torch.")
-                    self.weights[names[fx.name]] = Weight(fx.target, tuple(tensor.shape), dtype, len(fx.users))
-                    self.values[names[fx.name]] = tensor
+                    before = self.weights[value].readers if value in self.weights else 0
+                    self._weight(value, fx.target, env[fx.name], before + len(fx.users))
             elif fx.op == "call_function":
                 self._call(module, fx, env, prefix, names)
             elif fx.op == "output":
@@ -197,15 +232,13 @@ class _Builder:
         self.weights[value] = Weight("", (), "float32", 1)
         return value
 
-    def flow(self, values: dict[Value, Any]) -> Flow:
+    def flow(self, values: dict[Value, Any], dtype: str) -> Flow:
         def read(name: Value) -> Array:
             return to_numpy(values[name])
 
         produced = {v for n in self.nodes for v in n.outputs}
         leaves = torch.utils._pytree.tree_leaves(self.outputs)
         outputs = tuple(v for v in leaves if isinstance(v, str) and v in produced)
-        kinds = [str(t.dtype).removeprefix("torch.") for t in self.program.state_dict.values() if t.is_floating_point()]
-        dtype = max(set(kinds), key=kinds.count) if kinds else "float32"
         return Flow(tuple(self.nodes), tuple(self.inputs), outputs, self.weights, read, dtype)
 
 

@@ -66,9 +66,10 @@ def apply_knob(
 ) -> None:
     """Give the attention at `owner` `kv_heads` K/V heads by editing its projections, its group size and the config.
 
-    Of `after` only the K and V parameters are read, and cast to the model's dtype. The config is edited once all attentions that share it have
-    equally many K/V heads; until then the model is saved through rewrite.json. Before anything is changed, a copy of
-    the module is edited and must equal another copy that holds each new head repeated for its group.
+    Of `after` only the K and V parameters are read, and cast to the model's dtype. The config is edited once all
+    attentions that share it have equally many K/V heads; until then the model is saved through rewrite.json. Before
+    anything is changed, a copy of the module is edited and must equal another copy that holds each new head repeated
+    for its group.
 
     Raises:
         UnsupportedModel: if the knob does not apply, or the edited module is not what it should be.

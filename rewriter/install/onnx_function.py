@@ -27,11 +27,19 @@ from rewriter.install.onnx_weights import emit_like
 
 @dataclass(frozen=True)
 class Installed:
-    """What was done at one site: initializers that are gone, and the error of requantising new ones (0 if none)."""
+    """What was done at one site.
+
+    Attributes:
+        removed: initializers that are gone.
+        requantisation_error: worst error of new quantised weights, relative to the largest weight; 0 if none are.
+        exact: whether the site still computes what it did: not where weights were requantised, nor where roundings
+            of activations went with the operators between which they stood.
+    """
 
     name: str
     removed: tuple[str, ...]
     requantisation_error: float
+    exact: bool
 
 
 def install(capture: OnnxCapture, replacements: Sequence[Replacement], *, target: str, version: str) -> list[Installed]:
@@ -43,7 +51,13 @@ def install(capture: OnnxCapture, replacements: Sequence[Replacement], *, target
     metadata["rewriter.target"] = target
     metadata["rewriter.sites"] = json.dumps(
         [
-            {"name": r.site.name, "from": r.before, "to": r.after, "exact": r.exact, "changed": list(d.removed)}
+            {
+                "name": r.site.name,
+                "from": r.before,
+                "to": r.after,
+                "exact": d.exact,
+                "changed": list(d.removed),
+            }
             for r, d in zip(replacements, done, strict=True)
         ]
     )
@@ -86,7 +100,8 @@ class _Editor:
         self._attend(replacement)
         removed = self._sweep(self._old_nodes(site))
         removed += self._sweep(self._release_shapes(site))
-        return Installed(site.name, tuple(removed), error)
+        exact = replacement.exact and error < 1e-6 and self.capture.flow.dtype != "int8"
+        return Installed(site.name, tuple(removed), error, exact)
 
     def _reproject(
         self, site: AttentionSite, role: str, operand: Operand, heads: int, weight: Array, bias: Array | None
@@ -221,7 +236,7 @@ class _Editor:
             self._canonical(nodes, value, axes, heads, f"{site.name}.{role}")
             for role, (value, axes), heads in (("q", q, spec.heads), ("k", k, spec.kv_heads), ("v", v, spec.kv_heads))
         ]
-        dtype = output.dtype or q[0].dtype or ir.DataType.FLOAT
+        dtype = self.capture.element_type(site.output) or output.dtype or ir.DataType.FLOAT
         bias = self._bias(nodes, site, dtype)
         if self.opset in (23, 24) and spec.softcap is None and not spec.masked_rows_are_zero:
             attended = self._standard(nodes, site, spec.causal, operands, bias)

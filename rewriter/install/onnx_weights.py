@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from passes.dataflow import Array
+from rewriter.capture.onnx_constants import constant_tensor
 
 
 @dataclass
@@ -57,7 +58,7 @@ def emit_like(old: ir.Value, array: Array, name: str, unique: Callable[[str], st
 
 def _stored(value: ir.Value | None) -> ir.TensorProtocol | None:
     """The tensor behind an initializer or a Constant node."""
-    return None if value is None else ir.convenience.get_const_tensor(value)
+    return None if value is None else constant_tensor(value)
 
 
 def _is_float(value: ir.Value) -> bool:
@@ -73,7 +74,7 @@ def _dtype(value: ir.Value) -> ir.DataType:
 
 
 def _tensor(array: Array, dtype: ir.DataType, name: str) -> ir.TensorProtocol:
-    return ir.Tensor(np.ascontiguousarray(array).astype(dtype.numpy()), dtype=dtype, name=name)
+    return ir.Tensor(np.array(array, dtype=dtype.numpy(), order="C"), dtype=dtype, name=name)
 
 
 def _stored_value(array: Array, dtype: ir.DataType, name: str) -> ir.Value:

@@ -1,0 +1,22 @@
+"""What a value is if it is constant, read without leaving a trace.
+
+`onnx_ir.convenience.get_const_tensor` writes the value's name into the tensor of a Constant node: the file, and the
+proto that a caller handed in, would come out changed in places that no rewrite touched.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+
+def constant_tensor(value: ir.Value) -> ir.TensorProtocol | None:
+    """The tensor of an initializer or a Constant node; None for anything else."""
+    if value.const_value is not None:
+        return value.const_value
+    node = value.producer()
+    if node is None or node.op_type != "Constant" or node.domain not in ("", "ai.onnx"):
+        return None
+    held = node.attributes.get("value")
+    if held is not None and not held.is_ref():
+        return held.as_tensor()
+    return ir.convenience.get_const_tensor(value)  # numbers: a fresh tensor is made of them

@@ -1,0 +1,95 @@
+"""The pipeline for flat torch graphs: a GraphModule or an ExportedProgram is rewritten as a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from passes.dataflow import Flow
+from passes.match.attention import Matches
+from passes.targets.replacement import Replacement
+from rewriter.decision import Decision, Stopwatch, decide, report, rows
+from rewriter.errors import NothingToRewrite, UsageError, VerificationFailed
+from rewriter.install.fx_graph import GraphRewrite, rewrite_exported_program, rewrite_graph_module
+from rewriter.verify.torch_pair import run, verify_torch
+
+Graph = torch.fx.GraphModule | torch.export.ExportedProgram
+
+
+def rewrite_graph(model: Graph, target: Any, *, layers: str | None, example_inputs: Any, verify: bool) -> Graph:
+    """A graph of the same kind, called the same way, with ``rewrite_report`` attached; the input stays as it was.
+
+    Raises UsageError where a GraphModule comes without example inputs; else as `optimize`.
+    """
+    watch = Stopwatch()
+    args, kwargs = _call(model, example_inputs)
+    decisions: list[Decision] = []
+
+    def choose(flow: Flow, matches: Matches) -> Sequence[Replacement]:
+        decisions.append(decide(flow, matches, target, layers))
+        return decisions[0].replacements
+
+    with watch.stage("install"):
+        done: GraphRewrite[Any]
+        if isinstance(model, torch.fx.GraphModule):
+            done = rewrite_graph_module(model, args, kwargs, choose)
+        else:
+            done = rewrite_exported_program(model, choose, args, kwargs)
+    decision = replace(decisions[0], replacements=done.replacements, refused=(*decisions[0].refused, *done.refused))
+    if not done.replacements:
+        raise NothingToRewrite("; ".join(f"{n}: {r}" for n, r in decision.refused[:3]))
+    fidelity = None
+    if verify:
+        with watch.stage("verify"):
+            fidelity = _verified(model, done.model, args, kwargs, all(r.exact for r in done.replacements))
+    holder: Any = done.model
+    holder.rewrite_report = report(
+        done.flow,
+        done.matches,
+        decision,
+        rows(done.flow, done.matches, done.replacements),
+        parameters=sum(t.numel() for t in model.state_dict().values())
+        if isinstance(model, torch.fx.GraphModule)
+        else sum(t.numel() for t in model.state_dict.values()),
+        bytes_per_number=torch.finfo(getattr(torch, done.flow.dtype)).bits // 8,
+        seconds=watch.seconds,
+        fidelity=fidelity,
+    )
+    graph: Graph = done.model
+    return graph
+
+
+def _call(model: Graph, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if example_inputs is None and isinstance(model, torch.export.ExportedProgram) and model.example_inputs is not None:
+        args, kwargs = model.example_inputs
+        return tuple(args), dict(kwargs)
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, torch.Tensor):
+        return (example_inputs,), {}
+    if isinstance(example_inputs, Sequence):
+        return tuple(example_inputs), {}
+    raise UsageError(
+        "a graph needs example inputs to be recorded on", hint="pass example_inputs=(tensor, ...) or a dict"
+    )
+
+
+def _verified(before: Graph, after: Graph, args: tuple[Any, ...], kwargs: Mapping[str, Any], exact: bool) -> Any:
+    old, new = (g.module() if isinstance(g, torch.export.ExportedProgram) else g for g in (before, after))
+    with torch.no_grad():
+        verification = verify_torch(_run(old, args, kwargs), _run(new, args, kwargs), kwargs, exact=exact)
+    if not verification.ok:
+        failed = verification.failures[0]
+        raise VerificationFailed(f"the rewritten graph failed the check {failed.name!r}: {failed.detail}")
+    return verification.fidelity
+
+
+def _run(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Exported modules refuse train() and eval(); they are what they were exported as."""
+    try:
+        return run(module, args, kwargs)
+    except NotImplementedError:
+        return module(*args, **kwargs)

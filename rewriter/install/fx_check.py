@@ -1,0 +1,132 @@
+"""Proof that a rewritten graph computes what it says: it must equal the original with repeated heads.
+
+The original graph is run with its key and value weights replaced by the new heads, each repeated for the old heads
+that it stands for. That is the definition of what the rewrite may change, whether the step is exact or lossy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Interpreter
+from torch.fx import Node as FxNode
+
+from passes.dataflow import Value
+from passes.replay import TOLERANCES
+from passes.targets.replacement import Replacement
+from rewriter.capture.torch_export import GraphView
+from rewriter.errors import UnsupportedModel
+
+HINT = "this is a fault of rewriter: please report the model; the original is unchanged"
+
+
+def require_equal(
+    view: GraphView,
+    module: GraphModule,
+    bound: Mapping[str, Any],
+    replacements: Iterable[Replacement],
+    attended: Mapping[str, str],
+) -> None:
+    """Compare site outputs and graph outputs of the rewritten `module` with the widened original's.
+
+    Args:
+        bound: what each placeholder of `module` holds.
+        attended: by site name the name of the node that took the place of the site's output.
+
+    Raises UnsupportedModel if they differ by more than rounding.
+    """
+    replacements = list(replacements)
+    sources: dict[Value, str] = {}
+    for name, value in view.names.items():
+        sources.setdefault(value, name)
+    outputs = {r.site.name: sources[r.site.output] for r in replacements}
+    before = _Run(view.module, _widened(view, replacements), view.names, outputs.values())
+    after = _Run(module, {}, {}, attended.values())
+    try:
+        with torch.no_grad():
+            old, new = before.on(view.bound), after.on(bound)
+    except Exception as error:  # any operator may fail on shapes it was not made for
+        raise UnsupportedModel(f"the rewritten graph does not run: {error}", hint=HINT) from error
+    limit = TOLERANCES[view.flow.dtype]
+    for name, output in outputs.items():
+        _require_close(before.seen[output], after.seen[attended[name]], limit, f"the attention of {name}")
+    caches = {sources.get(value) for r in replacements for o in (r.site.k, r.site.v) for value, _ in o.presents}
+    for number, (a, b, source) in enumerate(zip(old, new, _results(view.module.graph), strict=True)):
+        if isinstance(a, Tensor) and getattr(source, "name", None) not in caches:
+            _require_close(a, b, limit, f"output {number}")
+
+
+def _widened(view: GraphView, replacements: Iterable[Replacement]) -> dict[Value, Tensor]:
+    """The original's key and value matrices and biases with the new heads, repeated, in their rows."""
+    changed: dict[Value, Tensor] = {}
+    for r in replacements:
+        for role, operand in (("k", r.site.k), ("v", r.site.v)):
+            repeats = operand.heads // r.spec.kv_heads
+            rows = torch.from_numpy(operand.columns.reshape(-1).astype(np.int64))
+            for part, value in (("weight", operand.projection.weight), ("bias", operand.projection.bias)):
+                array = r.tensors.get(f"{role}_{part}")
+                if array is None or value is None:
+                    continue
+                by_head = np.repeat(array.reshape(r.spec.kv_heads, operand.dim, *array.shape[1:]), repeats, axis=0)
+                tensor = changed.setdefault(value, view.tensors[value].detach().clone())
+                target = tensor.t() if part == "weight" and not operand.projection.out_first else tensor
+                if part == "bias":
+                    target = tensor.view(-1)
+                wide = torch.from_numpy(np.ascontiguousarray(by_head.reshape(-1, *array.shape[1:])))
+                target[rows.to(tensor.device)] = wide.to(dtype=tensor.dtype, device=tensor.device)
+    return changed
+
+
+class _Run(Interpreter):
+    """Runs a graph with some values replaced, and keeps the results of some nodes."""
+
+    def __init__(
+        self, module: GraphModule, replaced: Mapping[Value, Tensor], names: Mapping[str, Value], kept: Iterable[str]
+    ) -> None:
+        super().__init__(module)
+        self._replaced, self._names, self._kept = replaced, names, set(kept)
+        self._mutates = any(_is_mutable(n) for n in module.graph.nodes)
+        self.seen: dict[str, Tensor] = {}
+
+    def on(self, bound: Mapping[str, Any]) -> list[Any]:
+        """Leaves of the output for these placeholder values."""
+        inputs = [bound[n.name] for n in self.module.graph.nodes if n.op == "placeholder"]  # type: ignore[union-attr]
+        result = self.run(*inputs, enable_io_processing=False)
+        return list(torch.utils._pytree.tree_leaves(result))
+
+    def run_node(self, n: FxNode) -> Any:
+        result = super().run_node(n)
+        result = self._replaced.get(self._names.get(n.name, ""), result)
+        if self._mutates and n.op in {"placeholder", "get_attr"} and isinstance(result, Tensor):
+            result = result.clone()  # an in-place operator must not reach the model's own tensors
+        if n.name in self._kept:
+            self.seen[n.name] = result.clone() if self._mutates else result
+        return result
+
+
+def _is_mutable(node: FxNode) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and bool(schema.is_mutable)
+
+
+def _results(graph: Graph) -> list[Any]:
+    """What the leaves of the output are, in the order in which `_Run.on` returns them."""
+    output = next(n for n in graph.nodes if n.op == "output")
+    return list(torch.utils._pytree.tree_leaves(output.args[0]))
+
+
+def _require_close(before: Tensor, after: Tensor, limit: float, what: str) -> None:
+    if before.shape != after.shape or before.dtype != after.dtype:
+        raise UnsupportedModel(
+            f"{what} became {after.dtype} {tuple(after.shape)} from {before.dtype} {tuple(before.shape)}", hint=HINT
+        )
+    counted = torch.isfinite(before)  # rows that are masked everywhere may be NaN before and zeros after
+    difference = (before.double() - after.double()).abs()[counted]
+    largest = float(before.double()[counted].abs().max()) if bool(counted.any()) else 0.0
+    error = float(difference.max()) if difference.numel() else 0.0
+    if not error <= limit * max(largest, 1e-6):
+        raise UnsupportedModel(f"{what} does not equal that of repeated heads (off by {error:.1e})", hint=HINT)

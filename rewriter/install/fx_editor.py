@@ -1,0 +1,340 @@
+"""Surgery on a flat aten graph: new projections at the stems, one grouped attention per site, and a sweep."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.fx import Node as FxNode
+
+from codegen.spec import GroupedQueryAttention
+from passes.dataflow import Array, Value
+from passes.site import AttentionSite, Operand
+from passes.targets.replacement import Replacement
+from passes.weights.projection import operand_bias, operand_weight
+from rewriter.capture.torch_export import GraphView
+from rewriter.errors import UnsupportedModel
+from rewriter.install.fx_attention import attention, mask_of
+from rewriter.install.fx_emit import HINT, LETTERS, Emitter, aten, require_known
+from rewriter.install.fx_path import Resize, below_stem, is_nested, resizes
+from rewriter.install.fx_store import Store
+
+FLATTENING = frozenset({"Reshape", "Identity", "Cast"})
+
+Laid = tuple[FxNode, tuple[str, ...]]
+"""A node and what its axes are."""
+
+
+@dataclass(frozen=True)
+class Reprojection:
+    """One operand's new projection, planned.
+
+    Attributes:
+        input: the value with batch and tokens on axes of their own.
+        weight: [heads * dim, in], head-major; bias [heads * dim] or None.
+        resizes: what changes between stem and seam.
+    """
+
+    role: str
+    operand: Operand
+    heads: int
+    input: Value
+    weight: Array
+    bias: Array | None
+    resizes: tuple[Resize, ...]
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    replacement: Replacement
+    operands: tuple[Reprojection, ...]
+
+
+@dataclass(frozen=True)
+class _NewParameter:
+    """A parameter that has a node but no key yet.
+
+    Attributes:
+        sources: keys of the stored weights that the old matrix was made from.
+        whole: the old matrix fed this operand alone, laid out like the new one: its key may be kept.
+    """
+
+    node: FxNode
+    tensor: Tensor
+    role: str
+    part: str
+    site: str
+    sources: tuple[str, ...]
+    whole: bool
+
+
+@dataclass
+class Editor:
+    """Edits one graph: `plan` and `apply` site by site, then `finish`.
+
+    Attributes:
+        view: the graph before, recorded.
+        store: its copy, and where its parameters live.
+        attended: for each site the node that took the place of its output.
+    """
+
+    view: GraphView
+    store: Store
+    attended: dict[str, FxNode] = field(default_factory=dict)
+    _parameters: dict[tuple[Value, bytes, bytes], _NewParameter] = field(default_factory=dict)
+    _stems: dict[tuple[Value, int], Laid] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.flow = self.view.flow
+        self.graph = self.store.graph
+        self.emitter = Emitter(self.graph)
+        self._nodes = {n.name: n for n in self.graph.nodes}
+        self._by_value: dict[Value, FxNode] = {}
+        for name, value in self.view.names.items():
+            if name in self._nodes:
+                self._by_value.setdefault(value, self._nodes[name])
+
+    def node(self, value: Value) -> FxNode:
+        """The graph's node for a value; raises UnsupportedModel if a wrapped region hides it."""
+        found = self._by_value.get(value)
+        if found is None:
+            raise UnsupportedModel(f"{value} lies inside a wrapped region (autocast, no_grad)", hint=HINT)
+        return found
+
+    # ------------------------------------------------------------ planning: nothing is edited yet
+
+    def plan(self, replacement: Replacement) -> SitePlan:
+        """What will be done at a site. Raises UnsupportedModel if it cannot be."""
+        site, spec, tensors = replacement.site, replacement.spec, replacement.tensors
+        plans = []
+        for role, operand in (("k", site.k), ("v", site.v)):
+            weight, bias = tensors[f"{role}_weight"], tensors.get(f"{role}_bias")
+            plans.append(self._plan_operand(site, role, operand, spec.kv_heads, weight, bias))
+        if site.q.projection.node in (site.k.projection.node, site.v.projection.node):
+            weight, bias = operand_weight(self.flow, site.q), operand_bias(self.flow, site.q)
+            plans.append(self._plan_operand(site, "q", site.q, site.heads, weight, bias))
+        for axes in (site.q.seam_axes, site.k.seam_axes, site.v.seam_axes):
+            require_known(axes, splittable=True)
+        require_known(site.output_axes, splittable=False)
+        masks = [m.value for m in site.modifiers if m.value is not None]
+        for value in (site.q.seam, site.k.seam, site.v.seam, site.output, *masks):
+            self.node(value)
+        _require_one_mask(spec)
+        return SitePlan(replacement, tuple(plans))
+
+    def _plan_operand(
+        self, site: AttentionSite, role: str, operand: Operand, heads: int, weight: Array, bias: Array | None
+    ) -> Reprojection:
+        self.node(operand.stem)
+        require_known(operand.stem_axes, splittable=False)
+        if heads != operand.heads:
+            self._require_private(site, role, operand)
+        changes = tuple(resizes(self.flow, self._nodes, operand, heads))
+        return Reprojection(role, operand, heads, self._three_axes(operand), weight, bias, changes)
+
+    def _require_private(self, site: AttentionSite, role: str, operand: Operand) -> None:
+        """Fewer heads may be seen by this attention only, and by caches that the graph hands out."""
+        if operand.past is not None:
+            raise UnsupportedModel(
+                f"its {role} cache {operand.past} is an input of the graph, whose shape must not change",
+                hint="export the model without a key/value cache, or rewrite the module",
+            )
+        path = below_stem(self.flow, operand)
+        changed = [operand.stem, *(v for n in path for v in n.outputs if v)]
+        presents = {value for value, _ in operand.presents}
+        mine = {n.index for n in (*path, *self.flow.ancestors(site.output))}
+        readers = [n.name for v in changed[1:] for n in self.flow.consumers(v) if n.index not in mine]
+        outputs = [v for v in changed[1:] if v in self.flow.outputs and v not in presents]
+        early = [v for v in presents if v not in changed]
+        for name in (*readers, *outputs, *early):
+            raise UnsupportedModel(f"its {role} heads are also read at {name}", hint=HINT)
+
+    def _three_axes(self, operand: Operand) -> Value:
+        """The projection's input with batch and tokens on axes of their own, found above a flattening."""
+        name = operand.projection.input
+        while len(self.flow.shape(name)) != 3:
+            node = self.flow.producer(name)
+            above = node.inputs[0] if node is not None and node.op in FLATTENING else ""
+            if not above or self.flow.shape(above)[-1] != self.flow.shape(name)[-1]:
+                raise UnsupportedModel(
+                    f"the projection of {operand.stem} reads a flattened tensor whose batch and token axes are lost",
+                    hint=HINT,
+                )
+            name = above
+        self.node(name)
+        return name
+
+    # ------------------------------------------------------------ one site
+
+    def apply(self, plan: SitePlan) -> None:
+        site = plan.replacement.site
+        seams: dict[str, Laid] = {
+            role: (self.node(o.seam), o.seam_axes) for role, o in (("q", site.q), ("k", site.k), ("v", site.v))
+        }
+        for planned in plan.operands:
+            laid = self._reproject(site, planned)
+            if planned.operand.seam == planned.operand.stem:
+                seams[planned.role] = laid
+        self._attend(site, plan.replacement.spec, seams)
+
+    def _reproject(self, site: AttentionSite, planned: Reprojection) -> Laid:
+        """Feed the path from its stem on with a projection to the new heads."""
+        operand, heads = planned.operand, planned.heads
+        known = self._stems.get((operand.stem, heads))
+        if known is not None:
+            return known
+        stem, like = self.node(operand.stem), self._of(operand.projection.node) or self.node(operand.stem)
+        axes = operand.stem_axes
+        if operand.seam == operand.stem and not operand.presents:
+            axes = tuple(LETTERS)  # nothing lies between: lay heads out as attention wants them
+        weight, bias = (self._parameter(site, planned, part) for part in ("weight", "bias"))
+        with self.graph.inserting_before(stem.next):
+            out = self.emitter.call(like, aten.linear.default, self.node(planned.input), weight, bias)
+            out = self.emitter.call(like, aten.unflatten.int, out, 2, [heads, operand.dim])
+            out = self.emitter.arranged(like, out, "bshd" if operand.batch_first else "sbhd", axes)
+        self._rewire(planned, stem, out)
+        self._stems[operand.stem, heads] = (out, axes)
+        return out, axes
+
+    def _rewire(self, planned: Reprojection, stem: FxNode, new: FxNode) -> None:
+        """The path reads the new stem; its sizes follow the number of heads."""
+        path = [self._nodes[n.name] for n in below_stem(self.flow, planned.operand)]
+        for user in list(stem.users):
+            if user in path or (user.op == "output" and planned.operand.presents):
+                user.replace_input_with(stem, new)
+        for change in planned.resizes:
+            self._nodes[change.node].args = torch.fx.node.map_arg(change.args, lambda n: self._nodes[n.name])
+        for fx in path:
+            if fx.target is aten.view.default:  # the new stem may have other strides
+                fx.target = aten.reshape.default
+            self.emitter.measure(fx)
+            for user in fx.users:
+                if user.target is operator.getitem:
+                    self.emitter.measure(user)
+
+    def _attend(self, site: AttentionSite, spec: GroupedQueryAttention, seams: dict[str, Laid]) -> None:
+        output = self.node(site.output)
+        like = self._of(site.anchor) or output
+        sizes = {
+            "q": (spec.heads, spec.head_dim),
+            "k": (spec.kv_heads, spec.head_dim),
+            "v": (spec.kv_heads, spec.value_dim),
+        }
+        with self.graph.inserting_before(output):
+            q, k, v = (self.emitter.canonical(like, *seams[role], *sizes[role]) for role in "qkv")
+            mask = mask_of(self.emitter, like, site, self.view, self.node)
+            result = attention(self.emitter, like, spec, q, k, v, mask)
+            result = self.emitter.arranged(like, result, LETTERS, site.output_axes)
+            if any(u.target is aten.view.default for u in output.users):
+                result = self.emitter.call(like, aten.contiguous.default, result)
+        self.attended[site.name] = result
+        output.replace_all_uses_with(result)
+
+    def _of(self, index: int) -> FxNode | None:
+        """The graph's node for a node of the flow; None inside a wrapped region."""
+        node = self.flow.nodes[index]
+        return None if is_nested(node) else self._nodes.get(node.name)
+
+    # ------------------------------------------------------------ parameters
+
+    def _parameter(self, site: AttentionSite, planned: Reprojection, part: str) -> FxNode | None:
+        """A node for new weights; sites that use one old weight alike use one new weight."""
+        operand = planned.operand
+        array = planned.weight if part == "weight" else planned.bias
+        old = operand.projection.weight if part == "weight" else operand.projection.bias
+        if array is None or old is None:
+            return None
+        by_head = array.reshape(planned.heads, operand.dim, *array.shape[1:])[:, list(operand.stem_features)]
+        rows = np.ascontiguousarray(by_head).reshape(array.shape)
+        key = (old, operand.columns.tobytes(), rows.tobytes())
+        if key not in self._parameters:
+            recorded = self.view.tensors[old]
+            tensor = torch.from_numpy(rows.copy()).to(dtype=recorded.dtype, device=recorded.device)
+            node = self.store.read(re.sub(r"\W+", "_", f"{site.name}_{planned.role}_{part}"))
+            self.emitter.stand_for(node, tensor)
+            whole = operand.columns.size == operand.projection.features and operand.projection.out_first
+            self._parameters[key] = _NewParameter(
+                node, tensor, planned.role, part, site.name, self._stored(old, recorded.numel()), whole
+            )
+        return self._parameters[key].node
+
+    def _stored(self, value: Value, size: int) -> tuple[str, ...]:
+        reads = [value, *(v for n in self.flow.ancestors(value) for v in n.inputs)]
+        found = dict.fromkeys(w.name for v in reads if (w := self.flow.weights.get(v)) is not None and w.name)
+        return tuple(name for name in found if (t := self.store.get(name)) is not None and t.numel() == size)
+
+    # ------------------------------------------------------------ clean-up
+
+    def finish(self, plans: Iterable[SitePlan]) -> None:
+        """Remove what is unread now, and give the new parameters keys."""
+        for plan in plans:
+            self._sweep(plan.replacement.site)
+        gone = self.store.dropped()
+        kept_keys = [p.sources[0] for p in self._parameters.values() if self._may_keep(p, gone)]
+        keyed: list[tuple[_NewParameter, str, bool]] = []
+        for new in self._parameters.values():
+            old = [t for name in new.sources if (t := self.store.get(name)) is not None]
+            keep = self._may_keep(new, gone) and kept_keys.count(new.sources[0]) == 1
+            keyed.append((new, new.sources[0] if keep else _key(new), any(t.requires_grad for t in old)))
+        for key in gone:
+            self.store.remove(key)
+        for new, wanted, trainable in keyed:
+            self.store.put(new.node, self._free(wanted), nn.Parameter(new.tensor, requires_grad=trainable))
+
+    @staticmethod
+    def _may_keep(new: _NewParameter, gone: set[str]) -> bool:
+        return new.whole and len(new.sources) == 1 and new.sources[0] in gone
+
+    def _free(self, wanted: str) -> str:
+        key, number = wanted, 0
+        while self.store.get(key) is not None:
+            number += 1
+            key = f"{wanted}_{number}"
+        return key
+
+    def _sweep(self, site: AttentionSite) -> None:
+        """Erase the site's nodes that nothing reads, and what only they read."""
+        numbers = {*site.nodes, *(o.projection.node for o in (site.q, site.k, site.v))}
+        numbers |= {i for o in (site.q, site.k, site.v) for i in o.path}
+        matched = {n for i in numbers if (n := self._of(i)) is not None}
+        todo = [self.node(site.output), *matched]
+        erased: set[FxNode] = set()
+        alive = set(self.graph.nodes)
+        while todo:
+            node = todo.pop()
+            if node in erased or node not in alive or not self._removable(node, matched):
+                continue
+            for check in [*node.users]:
+                self.graph.erase_node(check)
+                erased.add(check)
+            inputs = node.all_input_nodes
+            erased.add(node)
+            if self.store.is_weight(node):
+                self.store.drop(node)
+            else:
+                self.graph.erase_node(node)
+            todo += inputs
+
+    def _removable(self, node: FxNode, matched: set[FxNode]) -> bool:
+        if any(u.target is not aten._assert_tensor_metadata.default for u in node.users):
+            return False
+        if self.store.is_weight(node):
+            return True
+        return node.op in {"call_function", "get_attr"} and (node in matched or not node.is_impure())
+
+
+def _key(new: _NewParameter) -> str:
+    """Beside the old weight, with the operand's letter: "attn.c_attn.weight" gives "attn.c_attn.k_weight"."""
+    path, _, leaf = new.sources[0].rpartition(".") if len(new.sources) == 1 else (new.site, "", new.part)
+    path = ".".join(re.sub(r"\W+", "_", step) for step in path.split("."))
+    return f"{path}.{new.role}_{leaf}" if path else f"{new.role}_{leaf}"
+
+
+def _require_one_mask(spec: GroupedQueryAttention) -> None:
+    if spec.causal and (spec.bias or spec.softcap is not None):
+        raise UnsupportedModel("it is causal by an attribute and has a mask or softcap beside it", hint=HINT)

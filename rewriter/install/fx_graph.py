@@ -1,0 +1,273 @@
+"""Door out for flat torch graphs: a GraphModule or an ExportedProgram, edited at the matched sites and nowhere else.
+
+The result is of the same kind and is called the same way; dynamic dimensions stay dynamic. The input object is left
+as it is, and tensors that did not change are shared with it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch.export import Dim, ExportedProgram
+from torch.fx import GraphModule
+from torch.fx import Node as FxNode
+from torch.fx.graph import CodeGen
+from torch.utils import _pytree as pytree
+
+from passes.dataflow import Flow
+from passes.match.attention import Matches, find_attention
+from passes.targets.replacement import Replacement
+from rewriter.capture.torch_export import view_graph_module, view_program
+from rewriter.errors import UnsupportedModel, UsageError
+from rewriter.install.fx_check import require_equal
+from rewriter.install.fx_editor import Editor, SitePlan
+from rewriter.install.fx_store import ModuleStore, ProgramStore
+
+Decide = Callable[[Flow, Matches], Sequence[Replacement]]
+"""Called with what was found; returns what to install (nothing, to leave the graph alone)."""
+
+Kind = TypeVar("Kind", GraphModule, ExportedProgram)
+
+
+@dataclass(frozen=True)
+class GraphRewrite(Generic[Kind]):
+    """A rewritten graph and what was done.
+
+    Attributes:
+        model: of the kind that was given; the very object if nothing was installed.
+        flow, matches: what was captured and found.
+        replacements: what was installed.
+        refused: (site name, reason) for replacements that this door could not install.
+    """
+
+    model: Kind
+    flow: Flow
+    matches: Matches
+    replacements: tuple[Replacement, ...]
+    refused: tuple[tuple[str, str], ...] = ()
+
+
+def rewrite_exported_program(
+    program: ExportedProgram,
+    decide: Decide,
+    args: tuple[Any, ...] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+) -> GraphRewrite[ExportedProgram]:
+    """Rewrite an exported program; its call, inputs and dynamic shapes stay as they are.
+
+    Args:
+        args, kwargs: what to record values on; the program's own example inputs if both are None.
+
+    Raises:
+        UsageError: if there are no example inputs, or they do not fit the program.
+        UnsupportedModel: if what was decided cannot be installed at any site, or fails its check.
+    """
+    if args is None and kwargs is None:
+        if program.example_inputs is None:
+            raise UsageError("the exported program carries no example inputs", hint="pass example inputs")
+        args, kwargs = program.example_inputs
+    args, kwargs = _as_exported(program.call_spec.in_spec, args or (), kwargs or {})
+    view = view_program(program, args, kwargs)
+    matches = find_attention(view.flow)
+    store = ProgramStore(program)
+    done = _edit(Editor(view, store), decide(view.flow, matches))
+    if not done.plans:
+        return GraphRewrite(program, view.flow, matches, (), done.refused)
+    result = store.finish()
+    parameters = {**result.state_dict, **result.constants}
+    keys = {s.arg.name: s.target for s in result.graph_signature.input_specs if s.target is not None}
+    bound = {n: parameters[keys[n]] if n in keys else view.bound[n] for n in _placeholders(result.graph_module)}
+    require_equal(view, result.graph_module, bound, done.replacements, done.attended)
+    return GraphRewrite(result, view.flow, matches, done.replacements, done.refused)
+
+
+def rewrite_graph_module(
+    module: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any], decide: Decide
+) -> GraphRewrite[GraphModule]:
+    """Rewrite a graph module, recorded on these inputs; the result is called the same way.
+
+    A graph of aten operators is edited as it is. Any other (from symbolic tracing, say) is exported first, for
+    inference, with dimensions of size 2 and more dynamic where torch.export accepts that.
+
+    Raises:
+        UsageError: if the inputs do not fit the graph.
+        UnsupportedModel: if the graph cannot be exported, or what was decided cannot be installed at any site or fails
+            its check.
+    """
+    flat = module if is_flat(module) else _exported(module, args, kwargs)
+    view = view_graph_module(flat, _bound(flat, args, kwargs))
+    matches = find_attention(view.flow)
+    store = ModuleStore(flat)
+    done = _edit(Editor(view, store), decide(view.flow, matches))
+    if not done.plans:
+        return GraphRewrite(module, view.flow, matches, (), done.refused)
+    result = store.finish()
+    require_equal(view, result, view.bound, done.replacements, done.attended)
+    return GraphRewrite(result, view.flow, matches, done.replacements, done.refused)
+
+
+def is_flat(module: GraphModule) -> bool:
+    """Whether a graph consists of aten operators (and arithmetic on sizes) and reads its weights by get_attr."""
+    return all(_is_flat_node(n) for n in module.graph.nodes)
+
+
+def _is_flat_node(node: FxNode) -> bool:
+    if node.op == "call_function":
+        module = getattr(node.target, "__module__", "")
+        symbolic = getattr(node.target, "__name__", "").lstrip("_").startswith("sym_")
+        overload = isinstance(node.target, (torch._ops.OpOverload, torch._ops.HigherOrderOperator))
+        return overload or module in {operator.add.__module__, "math"} or symbolic
+    if node.op == "call_module":
+        return not node.users  # a check of the inputs, as exported graph modules have
+    return node.op != "call_method"
+
+
+# ------------------------------------------------------------ the edit
+
+
+@dataclass(frozen=True)
+class _Edited:
+    plans: tuple[SitePlan, ...]
+    refused: tuple[tuple[str, str], ...]
+    attended: Mapping[str, str]
+
+    @property
+    def replacements(self) -> tuple[Replacement, ...]:
+        return tuple(p.replacement for p in self.plans)
+
+
+def _edit(editor: Editor, replacements: Sequence[Replacement]) -> _Edited:
+    plans, refused = _plan(editor, replacements)
+    if replacements and not plans:
+        raise UnsupportedModel("; ".join(f"{name}: {reason}" for name, reason in list(refused.items())[:3]))
+    for plan in plans:
+        editor.apply(plan)
+    if plans:
+        editor.finish(plans)
+    attended = {name: node.name for name, node in editor.attended.items()}
+    return _Edited(tuple(plans), tuple(refused.items()), attended)
+
+
+def _plan(editor: Editor, replacements: Sequence[Replacement]) -> tuple[list[SitePlan], dict[str, str]]:
+    """Plans, and reasons by site; sites that share a weight are edited together or not at all."""
+    plans: list[SitePlan] = []
+    refused: dict[str, str] = {}
+    for replacement in replacements:
+        try:
+            plans.append(editor.plan(replacement))
+        except UnsupportedModel as error:
+            refused[replacement.site.name] = str(error)
+    while True:
+        shared = {w: r.site.name for r in replacements if r.site.name in refused for w in _weights(r)}
+        left = [p for p in plans if not _weights(p.replacement) & set(shared)]
+        if len(left) == len(plans):
+            return plans, refused
+        for plan in plans:
+            if plan not in left:
+                other = next(shared[w] for w in _weights(plan.replacement) if w in shared)
+                refused[plan.replacement.site.name] = f"it shares its weights with {other}, which cannot be rewritten"
+        plans = left
+
+
+def _weights(replacement: Replacement) -> set[str]:
+    return {replacement.site.k.projection.weight, replacement.site.v.projection.weight}
+
+
+# ------------------------------------------------------------ inputs
+
+
+def _placeholders(module: GraphModule) -> list[str]:
+    return [n.name for n in module.graph.nodes if n.op == "placeholder"]
+
+
+def _as_exported(
+    spec: pytree.TreeSpec, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Inputs with keywords in the order in which the program was exported."""
+    wanted_args, wanted = pytree.tree_unflatten([None] * spec.num_leaves, spec)
+    if len(args) != len(wanted_args) or set(kwargs) != set(wanted):
+        raise UsageError(
+            f"the program takes {len(wanted_args)} positional inputs and the keywords {sorted(wanted)}, "
+            f"not {len(args)} and {sorted(kwargs)}",
+            hint="pass inputs the way the program was exported",
+        )
+    ordered = {name: kwargs[name] for name in wanted}
+    if len(pytree.tree_leaves((args, ordered))) != spec.num_leaves:
+        raise UsageError("the inputs are nested otherwise than those the program was exported with")
+    return args, ordered
+
+
+def _bound(module: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What each placeholder holds in a call with these inputs."""
+    names = _placeholders(module)
+    spec = getattr(module, "_in_spec", None)
+    if spec is not None:
+        leaves = pytree.tree_leaves(_as_exported(spec, args, kwargs))
+        return dict(zip(names, leaves, strict=True))
+    given = _call(module, args, kwargs)
+    given.apply_defaults()
+    targets = {n.name: str(n.target).lstrip("*") for n in module.graph.nodes if n.op == "placeholder"}
+    return {name: given.arguments[targets[name]] for name in names}
+
+
+def _call(module: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> inspect.BoundArguments:
+    try:
+        return inspect.signature(module.forward).bind(*args, **kwargs)
+    except TypeError as error:
+        raise UsageError(f"the inputs do not fit the graph: {error}", hint="pass example inputs") from error
+
+
+# ------------------------------------------------------------ symbolic traces
+
+
+def _exported(module: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> GraphModule:
+    """A traced graph as one of aten operators, with the trace's signature."""
+    call = _call(module, args, kwargs)
+    dynamic = {name: pytree.tree_map(_dimensions, value) for name, value in call.arguments.items()}
+    was_training = module.training
+    module.eval()
+    try:
+        program = _try_export(module, call, dynamic) or _try_export(module, call, None)
+    finally:
+        module.train(was_training)
+    assert program is not None
+    return _with_signature(program, list(call.arguments))
+
+
+def _dimensions(leaf: Any) -> dict[int, Any] | None:
+    # torch.export fixes dimensions of size 0 and 1
+    return {a: Dim.AUTO for a, n in enumerate(leaf.shape) if n > 1} if isinstance(leaf, torch.Tensor) else None
+
+
+def _try_export(module: GraphModule, call: inspect.BoundArguments, dynamic: Any) -> ExportedProgram | None:
+    """None if it fails with dynamic shapes; without, that is an error."""
+    try:
+        with torch.no_grad():
+            return torch.export.export(module, call.args, call.kwargs, dynamic_shapes=dynamic, strict=False)
+    except Exception as error:  # torch.export raises many unrelated types
+        if dynamic is not None:
+            return None
+        lines = str(error).strip().splitlines()
+        raise UnsupportedModel(
+            f"torch.export could not take the graph: {lines[0] if lines else type(error).__name__}",
+            hint="pass example inputs that the graph accepts",
+        ) from error
+
+
+def _with_signature(program: ExportedProgram, names: list[str]) -> GraphModule:
+    """The program as a graph module with a plain signature (positional or keyword) and the trace's output."""
+    module = program.module()
+    holders = [n for n in module.graph.nodes if n.op == "placeholder"]
+    output = next(n for n in module.graph.nodes if n.op == "output")
+    if [h.target for h in holders] != names or not isinstance(output.args[0], (tuple, list)):
+        return module  # nested inputs keep torch.export's calling convention
+    result = pytree.tree_unflatten(list(output.args[0]), program.call_spec.out_spec)
+    output.args = (result,)
+    graph = module.graph
+    graph.set_codegen(CodeGen())
+    return GraphModule(module, graph)
