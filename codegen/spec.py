@@ -22,6 +22,7 @@ class GroupedQueryAttention:
         causal: query i sees keys j <= i + (T - S); the mask is aligned to the end.
         softcap: scores become ``softcap * tanh(scores / softcap)`` before the bias; None for none.
         masked_rows_are_zero: a row whose keys are all masked gives zeros instead of NaN.
+        sinks: further score columns [B, heads, S, n] take part in the softmax and are dropped after it.
     """
 
     heads: int
@@ -33,6 +34,7 @@ class GroupedQueryAttention:
     bias: bool = False
     softcap: float | None = None
     masked_rows_are_zero: bool = False
+    sinks: bool = False
 
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads:

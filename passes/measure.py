@@ -7,7 +7,7 @@ import numpy as np
 from passes.dataflow import Array, Flow
 from passes.match.attention import Evidence
 from passes.match.operands import Traced
-from passes.match.scores import apply_modifier
+from passes.match.scores import OperandView, apply_modifier
 from passes.replay import rebuild, recorded, softmax
 from passes.targets.replacement import Replacement
 
@@ -20,19 +20,28 @@ def site_error(flow: Flow, evidence: Evidence, replacement: Replacement) -> tupl
     if evidence.k.operand.norm is not None or evidence.v.operand.norm is not None:
         return None
     query = rebuild(flow, evidence.q)
-    keys = _pooled(flow, evidence.k, replacement, "k")
-    values = _pooled(flow, evidence.v, replacement, "v")
+    keys = _with_cache(flow, evidence.path.k, evidence.k, _pooled(flow, evidence.k, replacement, "k"))
+    values = _with_cache(flow, evidence.path.v, evidence.v, _pooled(flow, evidence.v, replacement, "v"))
     reference = recorded(flow, evidence.path.output_view, evidence.q.tokens)
-    if evidence.k.tokens.new.start:
-        return None
     index = np.arange(query.shape[1]) // replacement.spec.group
     scores = np.einsum("bhsd,bhtd->bhst", query, keys[:, index]) * evidence.path.scale
     for modifier in evidence.path.modifiers:
         scores = apply_modifier(flow, modifier, scores)
-    output = np.einsum("bhst,bhtd->bhsd", softmax(scores), values[:, index])
+    output = np.einsum("bhst,bhtd->bhsd", softmax(scores)[..., : values.shape[2]], values[:, index])
     alive = (scores > -1e4).any(-1)
     size = float(np.linalg.norm(reference[alive]))
     return float(np.linalg.norm((output - reference)[alive])) / max(size, 1e-30), 1.0
+
+
+def _with_cache(flow: Flow, view: OperandView, traced: Traced, pooled: Array) -> Array:
+    """[B, N, T, D]: cached tokens, as the mean of each group's heads, before the new ones."""
+    cached = recorded(flow, view, traced.tokens)[:, :, : traced.tokens.new.start]
+    batch, heads, length, dim = cached.shape
+    groups = pooled.shape[1]
+    if not length:
+        return pooled
+    merged = cached.reshape(batch, groups, heads // groups, length, dim).mean(axis=2)
+    return np.concatenate([merged, pooled], axis=2)
 
 
 def _pooled(flow: Flow, traced: Traced, replacement: Replacement, role: str) -> Array:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -24,6 +25,9 @@ NORMS = frozenset(
 )
 PASS_THROUGH = frozenset({"Cast", "CastLike", "Identity", "Dropout", "QuantizeLinear", "DequantizeLinear"})
 """Operators that keep every element, up to rounding."""
+
+COMPLEX_VIEWS = frozenset({"ViewAsComplex", "ViewAsReal"})
+"""Pairs of features seen as complex numbers and back; the form of a complex value keeps the axis of pairs."""
 
 NormKind = Literal["rms", "layer", "l2"]
 
@@ -51,7 +55,7 @@ class Source:
     norm: NormKind | None = None
     norm_input: Value | None = None
 
-    @property
+    @cached_property
     def size(self) -> int:
         return int(np.prod(self.shape, dtype=np.int64))
 
@@ -121,7 +125,9 @@ class Tracer:
 
     def source_of(self, ids: Array) -> list[Source]:
         """The sources that these ids point into, in order of first registration."""
-        return [s for s in self.sources if s.holds(ids).any()]
+        bases = np.array([s.base for s in self.sources])
+        seen = np.bincount(np.searchsorted(bases, ids.reshape(-1), side="right"), minlength=len(bases) + 1)
+        return [s for s, count in zip(self.sources, seen[1:], strict=True) if count]
 
     def trace(self, value: Value) -> Form:
         """The form of `value`. Raises Opaque where an operator is not understood."""
@@ -159,7 +165,7 @@ class Tracer:
             return self._register(value, "projection")
         if node.op in NORMS:
             return self._norm(node, value)
-        if node.op in PASS_THROUGH:
+        if node.op in PASS_THROUGH or node.op in COMPLEX_VIEWS:
             return self.trace(node.inputs[0])
         if node.op in LAYOUT:
             return self._layout(node, value)
@@ -253,6 +259,8 @@ class Tracer:
         if not any(deep):
             raise Opaque(f"{node.op} of values that no projection reaches", node)
         form, other = (self.trace(a), self.flow.value(b)) if deep[0] else (self.trace(b), self.flow.value(a))
+        if np.iscomplexobj(other):
+            return _turned(form, other, node)
         constant = np.asarray(other, dtype=np.float64)
         if node.op == "Mul":
             return form.scaled(constant)
@@ -433,6 +441,15 @@ def _centred_from(flow: Flow, value: Value) -> Value | None:
     centred = np.asarray(flow.value(value), dtype=np.float64)
     scale = np.abs(inner).max() + 1e-12
     return node.inputs[0] if np.abs(inner - inner.mean(-1, keepdims=True) - centred).max() < 1e-5 * scale else None
+
+
+def _turned(form: Form, factor: Array, node: Node) -> Form:
+    """A form of pairs (..., 2) times complex numbers: (a + ib)(c + is) = (ac - bs) + i(bc + as)."""
+    if node.op != "Mul" or form.shape[-1] != 2:
+        raise Opaque("complex numbers are combined other than by a product", node)
+    real, imaginary = (np.asarray(p, dtype=np.float64)[..., None] for p in (factor.real, factor.imag))
+    swapped = _map(form, lambda a: a[..., ::-1])
+    return form.scaled(real).plus(swapped.scaled(imaginary * np.array([-1.0, 1.0])))
 
 
 def rotate(form: Form, cos: Array, sin: Array, interleaved: bool, num_heads: int) -> Form:

@@ -57,9 +57,10 @@ def replay(flow: Flow, path: ScorePath, q: Traced, k: Traced, v: Traced) -> Repl
     score_error = 0.0
     if path.scores is not None:
         seen_scores = np.asarray(flow.value(path.scores), dtype=np.float64).reshape(scores.shape)
-        score_error = relative(*_shown(scores, seen_scores))
+        pair = (_from_top(scores), _from_top(seen_scores)) if path.shifted else (scores, seen_scores)
+        score_error = relative(*_shown(*pair))
         scores = seen_scores if rounds else scores
-    output = np.einsum("bhst,bhtd->bhsd", softmax(scores), values)
+    output = np.einsum("bhst,bhtd->bhsd", softmax(scores)[..., : values.shape[2]], values)
     seen_output = recorded(flow, path.output_view, q.tokens)
     return Replay(errors[0], errors[1], errors[2], score_error, _output_error(output, seen_output, scores))
 
@@ -141,6 +142,10 @@ def softmax(scores: Array) -> Array:
 def _as_computed(scores: Array, dtype: str) -> Array:
     """Round to the program's range: rows that are masked everywhere rely on how float32 absorbs small numbers."""
     return scores.astype(np.float32).astype(np.float64) if dtype != "float64" else scores
+
+
+def _from_top(scores: Array) -> Array:
+    return np.asarray(scores - scores.max(-1, keepdims=True))
 
 
 def _shown(a: Array, b: Array) -> tuple[Array, Array]:

@@ -115,12 +115,13 @@ class Modifier:
 
     Attributes:
         kind: "bias" adds ``number * value``; "mask" keeps scores where the boolean `value` is True, "unmask" where it
-            is False; "causal" needs no value; "softcap" is ``number * tanh(score / number)``.
+            is False; "causal" needs no value; "softcap" is ``number * tanh(score / number)``; "sinks" are further
+            columns [B, heads, S, n] that take part in the softmax and are dropped after it (always last).
         value: name of the live tensor, broadcastable to [B, heads, S, T] (or [B * heads, S, T]).
         number: factor of a bias, what masked scores become, or softcap's constant.
     """
 
-    kind: Literal["bias", "mask", "unmask", "causal", "softcap"]
+    kind: Literal["bias", "mask", "unmask", "causal", "softcap", "sinks"]
     value: Value | None = None
     number: float | None = None
 

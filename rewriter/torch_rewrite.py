@@ -160,6 +160,8 @@ def _install_one(module: torch.nn.Module, flow: Flow, group: _Owned, record: Cal
     if k_key and v_key and knob_applies(module, group.path, k_key, v_key):
         apply_knob(module, group.path, k_key, v_key, first.spec.kv_heads, after, record)
         return
+    if first.spec.sinks:
+        raise UnsupportedModel("its attention sinks can only be kept where the model's own config sets the head count")
     if abs(site.v.gain - 1.0) > 1e-6:
         raise UnsupportedModel("values are scaled between projection and contraction")
     # the seams' scale leaves out what the module multiplies in before it lays out heads

@@ -150,7 +150,7 @@ def _is_causal(flow: Flow, path: ScorePath, q: Traced, k: Traced, heads: int) ->
     keys = k.tokens.new.stop
     if queries < 2 or keys < queries:
         return False
-    masks = tuple(m for m in path.modifiers if m.kind != "softcap")
+    masks = tuple(m for m in path.modifiers if m.kind not in {"softcap", "sinks"})
     bias = total_bias(flow, masks, (batch, heads, queries, keys))
     later = np.arange(keys)[None] > np.arange(queries)[:, None] + (keys - queries)
     return bool((bias[..., later] <= -1e4).all())

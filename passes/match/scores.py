@@ -64,6 +64,8 @@ class ScorePath:
     output_view: OperandView
     nodes: tuple[int, ...]
     masked_rows_are_zero: bool = False
+    shifted: bool = False
+    """Whether a number per row is subtracted before the softmax: scores are then known up to it."""
     past: tuple[Value, Value] | None = None
 
 
@@ -138,6 +140,7 @@ def _written_out(flow: Flow, softmax: Node) -> ScorePath:
     return ScorePath(
         softmax, q, k, mixes.v, back.scale * alpha, modifiers, softmax.inputs[0], mixes.output,
         (back.contraction.index, *back.nodes, softmax.index, *mixes.nodes), mixes.zero_nan,
+        back.shifted,
     )  # fmt: skip
 
 
@@ -152,6 +155,7 @@ class _Backward:
     scale: float = 1.0
     modifiers: list[Modifier] = field(default_factory=list)
     nodes: list[int] = field(default_factory=list)
+    shifted: bool = False
     contraction: Node = field(init=False)
 
     def run(self, value: Value) -> _Backward:
@@ -189,7 +193,7 @@ class _Backward:
         if node.op == "Max":
             return self._clamped(node)
         if node.op == "Concat":
-            raise NotUnderstood("columns are appended to the scores (attention sinks), which cannot be kept yet")
+            return self._sinks(node)
         raise NotUnderstood(f"operator {node.op} between score and softmax is not understood")
 
     def _arithmetic(self, node: Node) -> Value:
@@ -216,7 +220,20 @@ class _Backward:
         a, b = node.inputs[:2]
         shape = self.flow.shape(a)
         deep = self.flow.data_dependent(b) and self.flow.shape(b)[-1:] == (1,) and shape[-1] > 1
-        return a if deep and len(self.flow.shape(b)) == len(shape) else None
+        if not deep or len(self.flow.shape(b)) != len(shape):
+            return None
+        self.shifted = True
+        return a
+
+    def _sinks(self, node: Node) -> Value:
+        """Columns appended to the scores just before the softmax."""
+        score, *rest = node.inputs
+        widths = [self.flow.shape(v)[-1] for v in node.inputs]
+        appended = sum(widths) == self.flow.shape(node.outputs[0])[-1]
+        if len(rest) != 1 or self.flow.data_dependent(rest[0]) or not appended or self.modifiers or self.scale != 1.0:
+            raise NotUnderstood("columns are joined to the scores, but not as attention sinks are")
+        self.modifiers.append(Modifier("sinks", rest[0]))
+        return score
 
     def _clamped(self, node: Node) -> Value:
         """A floor so low that only masked scores reach it changes nothing."""
@@ -327,7 +344,7 @@ def _context(flow: Flow, value: Value) -> _Mix | str | None:
         nodes.append(node.index)
         if node.op in CONTRACTIONS:
             return _value_operand(flow, node, value, tuple(nodes), zero_nan)
-        if node.op in PASS_THROUGH or (node.op == "Reshape" and _keeps_last_two(flow, node)):
+        if node.op in PASS_THROUGH or (node.op == "Reshape" and _keeps_last_two(flow, node)) or (node.op == "Slice" and _drops_columns(flow, node)):
             value = node.outputs[0]
         elif node.op in {"Where", "MaskedFill"} and tests and _replaces_nan(flow, node):
             zero_nan, value = True, node.outputs[0]
@@ -351,6 +368,13 @@ def _reaches_contraction(flow: Flow, softmax: Node) -> bool:
             if node.op not in {"Add", "Sub", "Softmax", "TopK", "ArgMax"}:
                 todo.extend(v for v in node.outputs if v)
     return False
+
+
+def _drops_columns(flow: Flow, node: Node) -> bool:
+    """Whether the last columns, those of sinks, are cut off."""
+    before, after = flow.value(node.inputs[0]), flow.value(node.outputs[0])
+    width = after.shape[-1]
+    return before.shape[:-1] == after.shape[:-1] and bool(np.array_equal(before[..., :width], after))
 
 
 def _replaces_nan(flow: Flow, node: Node) -> bool:
@@ -395,7 +419,12 @@ def total_bias(flow: Flow, modifiers: tuple[Modifier, ...], shape: tuple[int, in
 
 
 def apply_modifier(flow: Flow, modifier: Modifier, scores: Array) -> Array:
-    """One modifier on scores [B, H, S, T], float64."""
+    """One modifier on scores [B, H, S, T], float64; sinks make them wider."""
+    if modifier.kind == "sinks":
+        assert modifier.value is not None
+        columns = unfuse_heads(flow.value(modifier.value).astype(np.float64), scores.shape)
+        wide = np.broadcast_to(columns, (*scores.shape[:-1], columns.shape[-1]))
+        return np.concatenate([scores, wide], axis=-1)
     if modifier.kind == "softcap":
         assert modifier.number is not None
         return np.asarray(modifier.number * np.tanh(scores / modifier.number))

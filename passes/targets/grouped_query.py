@@ -81,6 +81,7 @@ def specification(site: AttentionSite, kv_heads: int) -> GroupedQueryAttention:
         bias=any(k in {"bias", "mask", "unmask"} for k in kinds),
         softcap=softcap,
         masked_rows_are_zero=site.masked_rows_are_zero,
+        sinks="sinks" in kinds,
     )
 
 

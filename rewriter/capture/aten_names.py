@@ -59,6 +59,8 @@ _NAMES: Mapping[str, str] = {
     **dict.fromkeys(("layer_norm", "native_layer_norm"), "LayerNormalization"),
     **dict.fromkeys(("rms_norm", "_fused_rms_norm"), "RMSNormalization"),
     "tanh": "Tanh",
+    "view_as_complex": "ViewAsComplex",
+    "view_as_real": "ViewAsReal",
     "max": "Max",
     "maximum": "Max",
     "clamp_min": "Max",

@@ -302,6 +302,7 @@ class Editor:
         numbers = {*site.nodes, *(o.projection.node for o in (site.q, site.k, site.v))}
         numbers |= {i for o in (site.q, site.k, site.v) for i in o.path}
         matched = {n for i in numbers if (n := self._of(i)) is not None}
+        matched |= {u for n in matched for u in n.users if u.target is operator.getitem}
         todo = [self.node(site.output), *matched]
         erased: set[FxNode] = set()
         alive = set(self.graph.nodes)

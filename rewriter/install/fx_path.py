@@ -120,6 +120,8 @@ def _resized(fx: FxNode, node: Node, numbers: Array, before: int, heads: int) ->
     if node.op not in {"Reshape", "Expand"}:
         return None
     position = next((i for i, a in enumerate(fx.args) if isinstance(a, (list, tuple))), None)
+    if position is None and _overload(fx).endswith("_as"):
+        raise UnsupportedModel(f"{node.name} takes its sizes from another tensor", hint=HINT)
     if position is None:
         return None
     sizes = list(fx.args[position])  # type: ignore[arg-type]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MethodType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.export import ModuleCallEntry
 from torch.export.graph_signature import InputKind, InputSpec, OutputSpec, TensorArgument
 from torch.fx import Graph, GraphModule
 from torch.fx import Node as FxNode
@@ -163,7 +164,7 @@ class ProgramStore:
             graph_signature=signature,
             state_dict=self.state,
             range_constraints=copy.copy(old.range_constraints),
-            module_call_graph=copy.deepcopy(old.module_call_graph),
+            module_call_graph=[_copied_entry(e) for e in old.module_call_graph],
             example_inputs=old.example_inputs,
             constants=self._constants(inputs),
             verifiers=old.verifiers,
@@ -177,6 +178,13 @@ class ProgramStore:
     def _constants(self, inputs: list[InputSpec]) -> dict[str, Any]:
         gone = {s.target for s in self.original.graph_signature.input_specs} - {s.target for s in inputs}
         return {key: value for key, value in self.original.constants.items() if key not in gone}
+
+
+def _copied_entry(entry: ModuleCallEntry) -> ModuleCallEntry:
+    signature = entry.signature
+    if signature is not None:
+        signature = replace(signature, inputs=list(signature.inputs), outputs=list(signature.outputs))
+    return replace(entry, signature=signature)
 
 
 def _output_spec(spec: OutputSpec, result: Any) -> OutputSpec:

@@ -84,6 +84,7 @@ class _Editor:
         self.graph = self.model.graph
         self.opset = self.model.opset_imports.get("", 1)
         self._taken = set(self.capture.values) | {n.name for n in self.capture.nodes if n.name}
+        self._stored = frozenset(self.graph.initializers)
 
     # ------------------------------------------------------------ one site
 
@@ -101,7 +102,7 @@ class _Editor:
         removed = self._sweep(self._old_nodes(site))
         removed += self._sweep(self._release_shapes(site))
         exact = replacement.exact and error < 1e-6 and self.capture.flow.dtype != "int8"
-        return Installed(site.name, tuple(removed), error, exact)
+        return Installed(site.name, tuple(n for n in removed if n in self._stored), error, exact)
 
     def _reproject(
         self, site: AttentionSite, role: str, operand: Operand, heads: int, weight: Array, bias: Array | None
@@ -238,7 +239,7 @@ class _Editor:
         ]
         dtype = self.capture.element_type(site.output) or output.dtype or ir.DataType.FLOAT
         bias = self._bias(nodes, site, dtype)
-        if self.opset in (23, 24) and spec.softcap is None and not spec.masked_rows_are_zero:
+        if self.opset in (23, 24) and spec.softcap is None and not spec.masked_rows_are_zero and not spec.sinks:
             attended = self._standard(nodes, site, spec.causal, operands, bias)
         else:
             attended = self._function(nodes, replacement, operands, bias, dtype)
@@ -337,11 +338,17 @@ class _Editor:
             value = self._op(nodes, "Reshape", [value, full], f"{name}.by_head")
         return value
 
+    def _sinks(self, nodes: list[ir.Node], modifier: Modifier, site: AttentionSite) -> ir.Value:
+        assert modifier.value is not None
+        if len(self.capture.flow.shape(modifier.value)) != 4:
+            raise UnsupportedModel(f"the attention sinks of {site.name} are not laid out by batch, head and query")
+        return self.value(modifier.value)
+
     def _standard(
         self, nodes: list[ir.Node], site: AttentionSite, causal: bool, operands: list[ir.Value], bias: ir.Value | None
     ) -> ir.Value:
         inputs = operands if bias is None else [*operands, bias]
-        return self._op(nodes, "Attention", inputs, f"{site.name}.attention", is_causal=int(causal), scale=site.scale)
+        return self._op(nodes, "Attention", inputs, site.name, is_causal=int(causal), scale=site.scale)
 
     def _function(
         self,
@@ -356,13 +363,14 @@ class _Editor:
         self.model.functions.setdefault(body.identifier(), body)
         self.model.opset_imports.setdefault(DOMAIN, 1)
         self.model.ir_version = max(self.model.ir_version, 8)
+        sinks = [self._sinks(nodes, m, replacement.site) for m in replacement.site.modifiers if m.kind == "sinks"]
         node = ir.Node(
             DOMAIN,
             function_name(spec),
-            operands if bias is None else [*operands, bias],
+            [*operands, *([] if bias is None else [bias]), *sinks],
             attributes(spec, dtype),
             num_outputs=1,
-            name=self.unique(f"{replacement.site.name}.attention"),
+            name=self.unique(f"{replacement.site.name}/attention"),  # a name that captures read the site off
         )
         node.outputs[0].name = self.unique(f"{replacement.site.name}.attended")
         nodes.append(node)

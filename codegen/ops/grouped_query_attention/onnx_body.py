@@ -25,6 +25,7 @@ def function_name(spec: GroupedQueryAttention) -> str:
         "Causal": spec.causal,
         "Bias": spec.bias,
         "Softcap": spec.softcap is not None,
+        "Sinks": spec.sinks,
         "ZeroMaskedRows": spec.masked_rows_are_zero,
     }
     return "GroupedQueryAttention" + "".join(name for name, present in parts.items() if present)
@@ -42,10 +43,14 @@ def attributes(spec: GroupedQueryAttention, dtype: ir.DataType) -> list[ir.Attr]
 
 
 def function(spec: GroupedQueryAttention, opset: int) -> ir.Function:
-    """The portable body: inputs q [B, H, S, D], k [B, N, T, D], v [B, N, T, E], bias if any; output [B, H, S, E]."""
+    """The portable body: inputs q [B, H, S, D], k [B, N, T, D], v [B, N, T, E], bias and sinks if any.
+
+    The output is [B, H, S, E].
+    """
     body = _Body()
     q, k, v = (ir.Value(name=n) for n in ("q_BHSD", "k_BNTD", "v_BNTE"))
     bias = ir.Value(name="bias") if spec.bias else None
+    sinks = ir.Value(name="sinks") if spec.sinks else None
     q_shape, k_shape, v_shape = (body.op("Shape", [x], f"{x.name}_shape") for x in (q, k, v))
     scaled = body.op("Mul", [q, body.number("scale")], "scaled_BHSD")
     rows = body.concat(
@@ -57,7 +62,12 @@ def function(spec: GroupedQueryAttention, opset: int) -> ir.Function:
     wide = body.concat([body.take(q_shape, [0, 1, 2]), body.take(k_shape, [2])], "scores_shape")
     scores = body.op("Reshape", [folded_scores, wide], "scores_BHST")
     scores = _modify(body, spec, scores, bias, q_shape, k_shape)
+    if sinks is not None:
+        scores = body.op("Concat", [scores, sinks], "scores_and_sinks", [ir.AttrInt64("axis", -1)])
     weights = body.op("Softmax", [scores], "weights_BHST", [ir.AttrInt64("axis", -1)])
+    if sinks is not None:
+        ends = [body.ints([0]), body.take(k_shape, [2]), body.ints([3])]
+        weights = body.op("Slice", [weights, *ends], "key_weights_BHST")
     if spec.masked_rows_are_zero:
         empty = body.op("IsNaN", [weights], "empty")
         weights = body.op("Where", [empty, body.literal(0.0), weights], "finite_weights_BHST")
@@ -65,7 +75,7 @@ def function(spec: GroupedQueryAttention, opset: int) -> ir.Function:
     mixed = body.op("MatMul", [folded_weights, v], "mixed_BNRE")
     final = body.concat([body.take(q_shape, [0, 1, 2]), body.take(v_shape, [3])], "output_shape")
     output = body.op("Reshape", [mixed, final], "output_BHSE")
-    inputs = [q, k, v] if bias is None else [q, k, v, bias]
+    inputs = [q, k, v, *(x for x in (bias, sinks) if x is not None)]
     graph = ir.Graph(inputs, [output], nodes=body.nodes, opset_imports={"": opset})
     declared = [
         ir.Attr("num_heads", ir.AttributeType.INT, None),

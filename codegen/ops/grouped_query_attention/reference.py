@@ -13,16 +13,23 @@ Float64 = NDArray[np.float64]
 
 
 def attention_weights(
-    spec: GroupedQueryAttention, q: NDArray[Any], k: NDArray[Any], bias: NDArray[Any] | None = None
+    spec: GroupedQueryAttention,
+    q: NDArray[Any],
+    k: NDArray[Any],
+    bias: NDArray[Any] | None = None,
+    sinks: NDArray[Any] | None = None,
 ) -> Float64:
     """Softmax weights [B, heads, S, T] of q [B, heads, S, head_dim] and k [B, kv_heads, T, head_dim].
 
-    `bias` broadcasts to [B, heads, S, T]; a boolean one stands for 0 where True and -inf where False.
+    `bias` broadcasts to [B, heads, S, T]; a boolean one stands for 0 where True and -inf where False. `sinks`
+    [B, heads, S, n], or broadcastable to it, are further scores that take weight from the keys.
 
     Raises:
-        ValueError: if an operand's shape contradicts the spec, or a bias is given or missing against it.
+        ValueError: if an operand's shape contradicts the spec, or a bias or sinks are given or missing against it.
     """
     _check(spec, q, k, bias)
+    if (sinks is not None) != spec.sinks:
+        raise ValueError(f"sinks were {'given' if sinks is not None else 'not given'}, but spec.sinks is {spec.sinks}")
     scores = q.astype(np.float64) @ np.swapaxes(_repeat(spec, k), -1, -2) * spec.scale
     if spec.softcap is not None:
         scores = spec.softcap * np.tanh(scores / spec.softcap)
@@ -31,7 +38,11 @@ def attention_weights(
     if spec.causal:
         rows, columns = scores.shape[-2:]
         scores = np.where(np.tri(rows, columns, columns - rows, dtype=np.bool_), scores, -np.inf)
-    return _softmax(scores, masked_rows_are_zero=spec.masked_rows_are_zero)
+    keys = scores.shape[-1]
+    if sinks is not None:
+        wide = np.broadcast_to(sinks.astype(np.float64), (*scores.shape[:-1], sinks.shape[-1]))
+        scores = np.concatenate([scores, wide], axis=-1)
+    return _softmax(scores, masked_rows_are_zero=spec.masked_rows_are_zero)[..., :keys]
 
 
 def grouped_query_attention(
@@ -40,11 +51,12 @@ def grouped_query_attention(
     k: NDArray[Any],
     v: NDArray[Any],
     bias: NDArray[Any] | None = None,
+    sinks: NDArray[Any] | None = None,
 ) -> Float64:
     """Attention output [B, heads, S, value_dim]; v is [B, kv_heads, T, value_dim], the rest as `attention_weights`."""
     if v.shape[1] != spec.kv_heads or v.shape[-1] != spec.value_dim or v.shape[-2] != k.shape[-2]:
         raise ValueError(f"v has shape {v.shape}, which contradicts {spec}")
-    return attention_weights(spec, q, k, bias) @ _repeat(spec, v)
+    return attention_weights(spec, q, k, bias, sinks) @ _repeat(spec, v)
 
 
 def _repeat(spec: GroupedQueryAttention, x: NDArray[Any]) -> Float64:

@@ -25,20 +25,22 @@ def grouped_query_attention(
     v: Tensor,
     bias: Tensor | None = None,
     *,
+    sinks: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
     """Attention output [B, H, S, E] of q [B, H, S, D], k [B, KV, T, D], v [B, KV, T, E].
 
     `bias` broadcasts to [B, H, S, T] and is added to the scores; a boolean one keeps a score where it is True.
+    `sinks` [B, H, S, n], or broadcastable to it, are further scores that take weight from the keys.
     `dropout` is the probability with which an attention weight is dropped. Rows whose keys are all masked give
     zeros here whatever `spec.masked_rows_are_zero` says, unless there is a softcap: then they follow the spec.
 
     Raises:
-        ValueError: if a bias is given or missing against `spec.bias`.
+        ValueError: if a bias or sinks are given or missing against the spec.
     """
-    _check(spec, bias)
-    if spec.softcap is not None:
-        return grouped_query_attention_with_weights(spec, q, k, v, bias, dropout=dropout)[0]
+    _check(spec, bias, sinks)
+    if spec.softcap is not None or spec.sinks:
+        return grouped_query_attention_with_weights(spec, q, k, v, bias, sinks=sinks, dropout=dropout)[0]
     s, t = q.shape[2], k.shape[2]
     if spec.causal and bias is None and s == t:  # sdpa aligns its causal mask to the start: right only here
         return functional.scaled_dot_product_attention(
@@ -62,10 +64,11 @@ def grouped_query_attention_with_weights(
     v: Tensor,
     bias: Tensor | None = None,
     *,
+    sinks: Tensor | None = None,
     dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """As `grouped_query_attention`, written out, with the attention weights [B, H, S, T] (after dropout)."""
-    _check(spec, bias)
+    _check(spec, bias, sinks)
     s, t = q.shape[2], k.shape[2]
     scores = (_fold(spec, q) @ k.transpose(-1, -2)).float() * spec.scale
     if spec.softcap is not None:
@@ -73,7 +76,11 @@ def grouped_query_attention_with_weights(
     mask = _fold_mask(spec, _mask(spec, q, t, bias), s)
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    weights = torch.softmax(scores, dim=-1)
+    if sinks is not None:
+        wide = sinks.to(scores.dtype).expand(q.shape[0], spec.heads, s, sinks.shape[-1])
+        weights = torch.softmax(torch.cat([scores, _fold(spec, wide)], dim=-1), dim=-1)[..., :t]
+    else:
+        weights = torch.softmax(scores, dim=-1)
     if mask is not None and spec.masked_rows_are_zero:
         weights = weights.masked_fill((scores == -torch.inf).all(dim=-1, keepdim=True), 0.0)
     weights = functional.dropout(weights.to(v.dtype), p=dropout)
@@ -126,6 +133,8 @@ def _mask(spec: GroupedQueryAttention, q: Tensor, t: int, bias: Tensor | None) -
     return bias & order if bias.dtype == torch.bool else bias.masked_fill(~order, -torch.inf)
 
 
-def _check(spec: GroupedQueryAttention, bias: Tensor | None) -> None:
+def _check(spec: GroupedQueryAttention, bias: Tensor | None, sinks: Tensor | None) -> None:
+    if (sinks is not None) != spec.sinks:
+        raise ValueError(f"sinks were {'given' if sinks is not None else 'not given'}, but spec.sinks is {spec.sinks}")
     if (bias is not None) != spec.bias:
         raise ValueError(f"a bias was {'given' if bias is not None else 'not given'}, but spec.bias is {spec.bias}")
