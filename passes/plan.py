@@ -91,19 +91,22 @@ def make_plan(flow: Flow, sites: Sequence[AttentionSite], assignment: Mapping[st
     by_site: dict[str, Target] = {}
     for selector, target in assignment.items():
         by_site.update({s.name: target for s in select(selector, sites)} if sites else {})
-    steps: list[Step] = []
-    refused: list[tuple[str, str]] = []
-    for site in sites:
-        chosen = by_site.get(site.name)
-        if chosen is None:
-            continue
-        reason = chosen.refuses(site) or _partial_sharing(flow, site, sites, by_site)
-        if reason is not None:
-            refused.append((site.name, reason))
-        else:
-            steps.append(Step(site, chosen))
+    reasons = _refusals(sites, by_site)
+    chosen = [s for s in sites if s.name in by_site]
+    steps = [Step(s, by_site[s.name]) for s in chosen if s.name not in reasons]
     _require_legal(steps)
-    return Plan(tuple(steps), tuple(refused))
+    return Plan(tuple(steps), tuple((s.name, reasons[s.name]) for s in chosen if s.name in reasons))
+
+
+def _refusals(sites: Sequence[AttentionSite], by_site: Mapping[str, Target]) -> dict[str, str]:
+    """Why selected sites cannot be rewritten, by name; one refusal carries over to all that share its weights."""
+    reasons = {s.name: r for s in sites if s.name in by_site and (r := by_site[s.name].refuses(s)) is not None}
+    while True:
+        left = {name: target for name, target in by_site.items() if name not in reasons}
+        more = {s.name: r for s in sites if s.name in left and (r := _partial_sharing(s, sites, left)) is not None}
+        if not more:
+            return reasons
+        reasons |= more
 
 
 def _require_legal(steps: Sequence[Step]) -> None:
@@ -121,7 +124,7 @@ def _require_legal(steps: Sequence[Step]) -> None:
 
 
 def _partial_sharing(
-    flow: Flow, site: AttentionSite, sites: Sequence[AttentionSite], chosen: Mapping[str, Target]
+    site: AttentionSite, sites: Sequence[AttentionSite], chosen: Mapping[str, Target]
 ) -> str | None:
     """Sites that share a stored projection are rewritten together or not at all."""
     for other in sites:
@@ -132,5 +135,5 @@ def _partial_sharing(
             other.v.projection.weight,
         }
         if shared:
-            return f"it shares its weights with {other.name}, which is not given the same target"
+            return f"it shares its weights with {other.name}, which is not rewritten to the same target"
     return None

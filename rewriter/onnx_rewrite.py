@@ -10,7 +10,8 @@ import onnx_ir as ir
 import rewriter
 from passes.match.attention import Matches, find_attention
 from passes.match.confirm import confirm
-from rewriter.capture.onnx_file import OnnxCapture, capture
+from passes.site import Refusal
+from rewriter.capture.onnx_file import OnnxCapture, capture, hidden_anchors
 from rewriter.capture.onnx_load import from_proto
 from rewriter.capture.unfuse import fused_nodes, unfuse
 from rewriter.decision import Stopwatch, decide, report, rows
@@ -45,7 +46,13 @@ def match_capture(captured: OnnxCapture) -> Matches:
     matches = find_attention(captured.flow)
     if matches.sites and (other := captured.other) is not None:
         matches = confirm(matches, find_attention(other.flow))
-    return matches
+    hidden = tuple(
+        Refusal(
+            name, len(captured.nodes), f"a softmax stands in a body of {op}, and control flow is not looked into", -1
+        )
+        for name, op in hidden_anchors(captured.model)
+    )
+    return replace(matches, refusals=(*matches.refusals, *hidden))
 
 
 def rewrite_onnx(

@@ -56,6 +56,7 @@ def find_attention(flow: Flow) -> Matches:
             failure = f"matching it failed: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
             refusals.append(Refusal(name, layer, failure, anchor.index, anchor.owner))
         else:
+            site = names.settled(site)
             sites.append(site)
             evidence[site.name] = proof
     return Matches(tuple(sites), tuple(refusals), tuple(unrelated), evidence)
@@ -211,15 +212,42 @@ class _Names:
         number = self.taken.get(base, 0)
         self.taken[base] = number + 1
         name = base if number == 0 else f"{base}#{number}"
-        found = re.search(r"(?:^|[._/])(\d+)(?:[._/]|$)", name)
-        return name, int(found.group(1)) if found else count
+        return name, _layer(name, count)
+
+    def settled(self, site: AttentionSite) -> AttentionSite:
+        """A site that could only be numbered takes the name that its weights share, if they have a scope."""
+        if site.owner or not site.name.startswith("attention."):
+            return site
+        roots = [self._stored(v) for o in (site.q, site.k, site.v) for v in (o.projection.bias, o.projection.weight)]
+        name = _common_scope([r for r in roots if "." in r][:6])
+        if not name or name in self.taken:
+            return site
+        self.taken[name] = 1
+        return replace(site, name=name, layer=_layer(name, site.layer))
+
+    def _stored(self, value: Value | None) -> str:
+        weight = self.flow.weights.get(value) if value is not None else None
+        return weight.name if weight is not None else ""
+
+
+def _layer(name: str, fallback: int) -> int:
+    """The first number that stands alone in a dotted name."""
+    found = re.search(r"(?:^|[._/])(\d+)(?:[._/]|$)", name)
+    return int(found.group(1)) if found else fallback
+
+
+def _common_scope(names: Sequence[str]) -> str:
+    """The dotted prefix that these weight names share, "" if there is none or some are unnamed."""
+    if not all(names):
+        return ""
+    common: list[str] = []
+    for level in zip(*(n.split(".") for n in names), strict=False):
+        if len(set(level)) != 1:
+            break
+        common.append(level[0])
+    return ".".join(common)
 
 
 def _scope(name: str) -> str:
     """The scope part of an exporter's node name: "/encoder/layer.0/attention/self/Softmax" without its last part."""
     return name.rsplit("/", 1)[0].strip("/").replace("/", ".") if "/" in name.strip("/") else ""
-
-
-def renamed(sites: Sequence[AttentionSite], names: Sequence[str]) -> list[AttentionSite]:
-    """Sites under other names, in the same order."""
-    return [replace(site, name=name) for site, name in zip(sites, names, strict=True)]

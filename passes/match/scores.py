@@ -344,7 +344,8 @@ def _context(flow: Flow, value: Value) -> _Mix | str | None:
         nodes.append(node.index)
         if node.op in CONTRACTIONS:
             return _value_operand(flow, node, value, tuple(nodes), zero_nan)
-        if node.op in PASS_THROUGH or (node.op == "Reshape" and _keeps_last_two(flow, node)) or (node.op == "Slice" and _drops_columns(flow, node)):
+        kept = node.op in PASS_THROUGH or (node.op == "Reshape" and _keeps_last_two(flow, node))
+        if kept or (node.op == "Slice" and _drops_columns(flow, node)):
             value = node.outputs[0]
         elif node.op in {"Where", "MaskedFill"} and tests and _replaces_nan(flow, node):
             zero_nan, value = True, node.outputs[0]

@@ -251,6 +251,28 @@ def _numpy(tensor: ir.TensorProtocol) -> Array:
     return array.astype(np.float32) if tensor.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16) else array
 
 
+def hidden_anchors(model: ir.Model) -> list[tuple[str, str]]:
+    """(node name, operator) of control-flow nodes in whose bodies a softmax or an attention stands."""
+    found = []
+    for node in model.graph:
+        if any(_holds_anchor(body) for body in _bodies(node)):
+            found.append((node.name or node.op_type, node.op_type))
+    return found
+
+
+def _bodies(node: ir.Node) -> Iterator[ir.Graph]:
+    for attribute in node.attributes.values():
+        if isinstance(attribute, ir.Attr) and attribute.type == ir.AttributeType.GRAPH:
+            yield attribute.as_graph()
+
+
+def _holds_anchor(graph: ir.Graph) -> bool:
+    return any(
+        n.op_type == "Softmax" or n.op_type.endswith("Attention") or any(_holds_anchor(b) for b in _bodies(n))
+        for n in graph
+    )
+
+
 def _inline_functions(model: ir.Model) -> None:
     if any(f.domain != FUNCTION_DOMAIN for f in model.functions.values()):
         from onnx_ir.passes.common import InlinePass

@@ -197,6 +197,9 @@ class Editor:
             out = self.emitter.call(like, aten.linear.default, self.node(planned.input), weight, bias)
             out = self.emitter.call(like, aten.unflatten.int, out, 2, [heads, operand.dim])
             out = self.emitter.arranged(like, out, "bshd" if operand.batch_first else "sbhd", axes)
+            wanted = self.view.tensors[operand.stem].dtype  # a cast may lie between projection and stem
+            if wanted != self.view.tensors[operand.projection.output].dtype:
+                out = self.emitter.call(like, aten.to.dtype, out, wanted)
         self._rewire(planned, stem, out)
         self._stems[operand.stem, heads] = (out, axes)
         return out, axes
