@@ -123,9 +123,7 @@ def _require_legal(steps: Sequence[Step]) -> None:
     )
 
 
-def _partial_sharing(
-    site: AttentionSite, sites: Sequence[AttentionSite], chosen: Mapping[str, Target]
-) -> str | None:
+def _partial_sharing(site: AttentionSite, sites: Sequence[AttentionSite], chosen: Mapping[str, Target]) -> str | None:
     """Sites that share a stored projection are rewritten together or not at all."""
     for other in sites:
         if other.name == site.name or chosen.get(other.name) == chosen[site.name]:

@@ -81,6 +81,8 @@ class Operand:
         rotary, norm: peeled on the way; None if absent.
         past: program input concatenated before the new tokens; None without a cache.
         past_head_axis: its axis that runs over heads; None without a cache or with one head.
+        reshapes: (node, axis) for nodes between stem and seam whose output shape is written out: the axis of that
+            shape which counts heads, perhaps times features.
         presents: (program output, axis that runs over heads) for outputs that lie on the path.
     """
 
@@ -99,6 +101,7 @@ class Operand:
     past: Value | None = None
     past_head_axis: int | None = None
     presents: tuple[tuple[Value, int], ...] = ()
+    reshapes: tuple[tuple[int, int], ...] = ()
 
     @property
     def heads(self) -> int:

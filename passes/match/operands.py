@@ -81,12 +81,25 @@ def trace_operand(tracer: Tracer, view: OperandView, *, shared_heads: bool) -> T
     lookup = _Lookup(source, to_rows, to_columns, rows, head_columns)
     seam, axes, factor = _seam(tracer, view.value, lookup)
     path = _path(flow, projection.output, seam)
+    stem, stem_axes, stem_features = _stem(tracer, projection, path, lookup)
     operand = Operand(
-        projection, head_columns, seam, axes, path, *_stem(tracer, projection, path, lookup),
-        _batch_first(rows), _gain(own, other, factor),
-        _rotary(partner, other), norm, past,
-        _past_head_axis(tracer, ids[0], new, past, canonical), _presents(tracer, projection, path, lookup),
-    )  # fmt: skip
+        projection=projection,
+        columns=head_columns,
+        seam=seam,
+        seam_axes=axes,
+        path=path,
+        stem=stem,
+        stem_axes=stem_axes,
+        stem_features=stem_features,
+        batch_first=_batch_first(rows),
+        gain=_gain(own, other, factor),
+        rotary=_rotary(partner, other),
+        norm=norm,
+        past=past,
+        past_head_axis=_past_head_axis(tracer, ids[0], new, past, canonical),
+        presents=_presents(tracer, path, lookup),
+        reshapes=_reshapes(tracer, _path(flow, stem, seam), lookup),
+    )
     return Traced(operand, tokens, group, factor)
 
 
@@ -143,9 +156,7 @@ def _past_head_axis(tracer: Tracer, ids: Array, new: slice, past: Value | None, 
     return int(moved.argmax()) if moved.sum() == 1 else None
 
 
-def _presents(
-    tracer: Tracer, projection: Projection, path: tuple[int, ...], lookup: _Lookup
-) -> tuple[tuple[Value, int], ...]:
+def _presents(tracer: Tracer, path: tuple[int, ...], lookup: _Lookup) -> tuple[tuple[Value, int], ...]:
     """Program outputs on the path: the grown cache that a decoder hands back."""
     values = [v for i in path for v in tracer.flow.nodes[i].outputs if v in tracer.flow.outputs]
     found = []
@@ -155,6 +166,35 @@ def _presents(
             raise NotUnderstood(f"the program also returns {value}, which is not exactly the operand's heads")
         found.append((value, axes.index("h")))
     return tuple(found)
+
+
+def _reshapes(tracer: Tracer, path: tuple[int, ...], lookup: _Lookup) -> tuple[tuple[int, int], ...]:
+    """Reshapes and expansions on the path, with the axis of their output along which heads vary."""
+    found = []
+    for index in path:
+        node = tracer.flow.nodes[index]
+        if node.op in {"Reshape", "Expand"} and tracer.flow.data_dependent(node.outputs[0]):
+            axis = _head_axis(tracer, node.outputs[0], lookup)
+            if axis is not None:
+                found.append((index, axis))
+    return tuple(found)
+
+
+def _head_axis(tracer: Tracer, value: Value, lookup: _Lookup) -> int | None:
+    """The one axis of a value on the path along which its elements belong to different heads."""
+    try:
+        ids = tracer.trace(value).ids[0]
+    except Opaque:
+        return None
+    sources = [s for s in tracer.source_of(ids) if s.kind != "input"]
+    if len(sources) != 1:
+        return None
+    found = lookup.positions(np.where(sources[0].holds(ids), ids, sources[0].base), sources[0])
+    if found is None or found[1].max() >= len(lookup.head):
+        return None
+    heads = lookup.head[found[1]]
+    varying = [a for a in range(ids.ndim) if ids.shape[a] > 1 and _varies(heads, a)]
+    return varying[0] if len(varying) == 1 else None
 
 
 def _main_source(tracer: Tracer, ids: list[Array]) -> Source:
@@ -418,7 +458,7 @@ class _Lookup:
         self.feature[columns] = np.arange(columns.shape[1])[None]
         self.size = batches * tokens * columns.size
 
-    def _positions(self, ids: Array, source: Source) -> tuple[Array, Array] | None:
+    def positions(self, ids: Array, source: Source) -> tuple[Array, Array] | None:
         """(rows, columns) in the projection's output; None if an id is not the source's."""
         flat = ids - source.base
         if (flat < 0).any() or (flat >= source.size).any():
@@ -429,7 +469,7 @@ class _Lookup:
 
     def features(self, ids: Array, axes: Axes, source: Source) -> tuple[int, ...] | None:
         """Order of features along their axis at a pure re-layout; None if heads are out of order there."""
-        found = self._positions(ids, source)
+        found = self.positions(ids, source)
         if found is None or "dh" in axes:
             return None
         heads = _order_along(self.head[found[1]], next(i for i, a in enumerate(axes) if "h" in a))
@@ -438,7 +478,7 @@ class _Lookup:
 
     def axes(self, ids: Array, source: Source) -> Axes | None:
         """What each axis runs over, if these ids are exactly the operand's elements, each once; else None."""
-        found = self._positions(ids, source)
+        found = self.positions(ids, source)
         if found is None or ids.size != self.size:
             return None
         rows, columns = found

@@ -46,7 +46,8 @@ def reshape(attrs: Attrs, inputs: Inputs, _: int) -> tuple[Array, ...]:
 
 def flatten(attrs: Attrs, inputs: Inputs, _: int) -> tuple[Array, ...]:
     x = _need(inputs[0])
-    axis = int(attrs.get("axis", 1)) % (x.ndim + 1)
+    axis = int(attrs.get("axis", 1))
+    axis += x.ndim if axis < 0 else 0
     return (x.reshape(int(np.prod(x.shape[:axis], dtype=np.int64)), -1),)
 
 
@@ -87,8 +88,17 @@ def slice_(attrs: Attrs, inputs: Inputs, _: int) -> tuple[Array, ...]:
         steps = _ints(inputs[4]) if len(inputs) > 4 and inputs[4] is not None else [1] * len(starts)
     index: list[slice] = [slice(None)] * x.ndim
     for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
-        index[axis] = slice(start, None if step < 0 and end < -x.shape[axis] else end, step)
+        index[axis] = _range(start, end, step, x.shape[axis])
     return (x[tuple(index)],)
+
+
+def _range(start: int, end: int, step: int, size: int) -> slice:
+    """ONNX clamps a start beyond the front to the first element where Python takes nothing, if steps go backwards."""
+    if step > 0:
+        return slice(start, end, step)
+    first = min(max(start + size if start < 0 else start, 0), size - 1)
+    last = end + size if end < 0 else end
+    return slice(first, None if last < 0 else last, step)
 
 
 def split(attrs: Attrs, inputs: Inputs, outputs: int) -> tuple[Array, ...]:
@@ -111,7 +121,15 @@ def gather(attrs: Attrs, inputs: Inputs, _: int) -> tuple[Array, ...]:
 
 
 def gather_elements(attrs: Attrs, inputs: Inputs, _: int) -> tuple[Array, ...]:
-    return (np.take_along_axis(_need(inputs[0]), _need(inputs[1]), axis=int(attrs.get("axis", 0))),)
+    x, index = _need(inputs[0]), _need(inputs[1])
+    return (x[_along(index, int(attrs.get("axis", 0)))],)
+
+
+def _along(index: Array, axis: int) -> tuple[Array, ...]:
+    """Full indices of elements that `index` moves along `axis`; it may cover only a part of the other axes."""
+    grid = list(np.indices(index.shape, sparse=True))
+    grid[axis] = index.astype(np.int64)
+    return tuple(grid)
 
 
 def gather_nd(attrs: Attrs, inputs: Inputs, _: int) -> tuple[Array, ...]:
@@ -137,7 +155,9 @@ def scatter_nd(attrs: Attrs, inputs: Inputs, _: int) -> tuple[Array, ...]:
 def scatter_elements(attrs: Attrs, inputs: Inputs, _: int) -> tuple[Array, ...]:
     x, index, updates = (_need(i) for i in inputs[:3])
     out = x.copy()
-    np.put_along_axis(out, index.astype(np.int64), updates, axis=int(attrs.get("axis", 0)))
+    if attrs.get("reduction", "none") not in ("none", b"none"):
+        raise NotImplementedError("ScatterElements with a reduction")
+    out[_along(index, int(attrs.get("axis", 0)))] = updates
     return (out,)
 
 

@@ -205,6 +205,8 @@ class _Editor:
             self._become_output(stem, new)
         if heads == operand.heads:
             return
+        for index, axis in operand.reshapes:
+            self._recount(self.capture.nodes[index], axis, operand.heads, heads)
         for index in operand.path:
             for value in self.capture.nodes[index].outputs:
                 if value is not stem and not value.is_graph_output():
@@ -213,6 +215,24 @@ class _Editor:
             _resize(self.value(operand.past), operand.past_head_axis, heads)
         for name, axis in operand.presents:
             _resize(new if name == operand.stem else self.value(name), axis, heads)
+
+    def _recount(self, node: ir.Node, axis: int, before: int, heads: int) -> None:
+        """Write the new number of heads into a shape that is written out."""
+        name = node.outputs[0].name
+        assert name is not None and node.inputs[1] is not None
+        size = self.capture.flow.shape(name)[axis] // before * heads
+        nodes: list[ir.Node] = []
+        stem, rank = f"{name}.{heads}_heads", len(self.capture.flow.shape(name))
+        parts = [self._ints([size], f"{stem}.size")]
+        if axis > 0:
+            first = self._ints([*range(axis)], f"{stem}.first")
+            parts.insert(0, self._op(nodes, "Gather", [node.inputs[1], first], f"{stem}.lead"))
+        if axis + 1 < rank:
+            last = self._ints([*range(axis + 1, rank)], f"{stem}.last")
+            parts.append(self._op(nodes, "Gather", [node.inputs[1], last], f"{stem}.rest"))
+        shape = self._op(nodes, "Concat", parts, f"{stem}.shape", axis=0)
+        self.graph.insert_before(node, nodes)
+        node.replace_input_with(1, shape)
 
     def _become_output(self, old: ir.Value, new: ir.Value) -> None:
         position = next(i for i, o in enumerate(self.graph.outputs) if o is old)

@@ -202,7 +202,7 @@ def test_a_program_keeps_its_call_names_constraints_and_round_trips() -> None:
     buffer.seek(0)
     again = torch.export.load(buffer)
     assert torch.equal(run(again, case, SECOND), run(new, case, SECOND))
-    assert torch.equal(run(new.run_decompositions(), case, FIRST), run(new, case, FIRST))
+    torch.testing.assert_close(run(new.run_decompositions(), case, FIRST), run(new, case, FIRST), atol=1e-5, rtol=0)
     with pytest.raises(AssertionError):
         new.module()(input_ids=torch.ones(2, 6, dtype=torch.int64), attention_mask=torch.ones(2, 7, dtype=torch.int64))
 
@@ -283,7 +283,7 @@ def test_head_counts_on_the_path_follow(between: Callable[[Tensor], Tensor]) -> 
         module.k_proj.weight[-DIM:] += 1.0
         module.v_proj.weight[-DIM:] += 1.0
     lossy = rewrite_exported_program(attention_program(module, features()), to_heads(2)).model.module()
-    assert float((lossy(features()) - module(features())).abs().max()) > 1e-3
+    assert float((lossy(features()) - module(features())).detach().abs().max()) > 1e-3
 
 
 def test_caches_that_a_graph_hands_out_have_fewer_heads() -> None:
@@ -364,12 +364,14 @@ def test_graph_modules_of_aten_operators_are_edited_as_they_are(name: str) -> No
 
 
 def test_an_exported_graph_module_keeps_its_checks() -> None:
-    case, module, heads = twin("nanogpt-sdpa")
+    case, module, heads = twin("nanogpt-softmax")
     graph = exported(case, module).module()
     new = rewrite_graph_module(graph, (), case.inputs(*FIRST), to_heads(heads)).model
     for checked in (graph, new):
-        with pytest.raises((AssertionError, RuntimeError)):
-            checked(idx=torch.ones(2, 65, dtype=torch.int64))  # 64 positions
+        with pytest.raises(AssertionError, match="Guard failed"):
+            checked(idx=torch.ones(2, 65, dtype=torch.int64))  # it has 64 positions
+        with pytest.raises(ValueError, match="keyword mismatch"):
+            checked(torch.ones(2, 6, dtype=torch.int64))  # it was exported with a keyword
         with pytest.raises(NotImplementedError):
             checked.train()
 
