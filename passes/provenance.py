@@ -11,7 +11,7 @@ unchanged on ids, coefficients and bias; scales, rotations and masks are then re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -25,6 +25,12 @@ NORMS = frozenset(
 )
 PASS_THROUGH = frozenset({"Cast", "CastLike", "Identity", "Dropout", "QuantizeLinear", "DequantizeLinear"})
 """Operators that keep every element, up to rounding."""
+
+CHOOSERS: Mapping[str, tuple[int, ...]] = {
+    "Gather": (1,), "GatherND": (1,), "GatherElements": (1,), "ScatterND": (1,), "ScatterElements": (1,),
+    "Where": (0,), "MaskedFill": (1, 2),
+}  # fmt: skip
+"""Inputs that say which elements an operator takes: indices and conditions."""
 
 COMPLEX_VIEWS = frozenset({"ViewAsComplex", "ViewAsReal"})
 """Pairs of features seen as complex numbers and back; the form of a complex value keeps the axis of pairs."""
@@ -185,6 +191,7 @@ class Tracer:
 
     def _layout(self, node: Node, value: Value) -> Form:
         """Run the node on ids, on coefficients and on the bias of each operand that carries data."""
+        self._require_free_choice(node)
         forms = {i: f for i, v in enumerate(node.inputs) if v and (f := self._operand(node, i)) is not None}
         if not forms:
             raise Opaque(f"{node.op} of values that no projection reaches", node)
@@ -287,9 +294,19 @@ class Tracer:
         return left.plus(right if node.op == "Add" else right.scaled(np.array(-1.0)))
 
     def _masked_fill(self, node: Node) -> Form:
+        self._require_free_choice(node)
         form = self.trace(node.inputs[0])
-        keep = ~self.flow.value(node.inputs[1]).astype(bool)
-        return form.scaled(keep.astype(np.float64))
+        mask = self.flow.value(node.inputs[1]).astype(bool)
+        fill = np.asarray(self.flow.value(node.inputs[2]), dtype=np.float64)
+        kept = form.scaled((~mask).astype(np.float64))
+        added = np.broadcast_to(np.where(mask, fill, 0.0), kept.shape)
+        return Form(kept.ids, kept.coefficients, _sum(kept.bias, added) if added.any() else kept.bias)
+
+    def _require_free_choice(self, node: Node) -> None:
+        """Elements that hidden states choose come from elsewhere on every other input."""
+        for position in CHOOSERS.get(node.op, ()):
+            if position < len(node.inputs) and self.flow.data_dependent(node.inputs[position]):
+                raise Opaque(f"{node.op} takes elements that are chosen by something computed from hidden states", node)
 
     def _rotary_embedding(self, node: Node) -> Form:
         """ONNX RotaryEmbedding (opset 23): y = x * cos + partner(x) * sin, written out on the form."""
@@ -410,7 +427,7 @@ def recognise_norm(flow: Flow, node: Node) -> tuple[NormKind, Value] | None:
         statistic = flow.value(node.inputs[1 - position])
         operand = node.inputs[position]
         array = np.asarray(flow.value(operand), dtype=np.float64)
-        if statistic.ndim != array.ndim or statistic.shape[-1] != 1 or array.shape[-1] == 1:
+        if statistic.ndim != array.ndim or array.shape[-1] == 1 or (statistic != statistic[..., :1]).any():
             continue
         result = np.asarray(flow.value(node.outputs[0]), dtype=np.float64)
         for kind in ("rms", "l2"):

@@ -321,7 +321,7 @@ def _refuse_drift(drift: Mapping[str, Any] | None, max_kl: float | None, min_cos
         if not check["ok"]:
             raise VerificationFailed(
                 f"too far from the original: {check['detail']}; nothing was written",
-                hint="calibrate, choose more K/V heads, or rewrite fewer layers",
+                hint="choose more K/V heads, or rewrite fewer layers with --layers",
             )
 
 

@@ -60,7 +60,8 @@ def optimize(
         verify: compare with the original before returning.
 
     Returns:
-        The same kind as `model`, with ``rewrite_report`` attached to torch modules; for a path a `Rewritten`.
+        The same kind as `model`. Torch models carry the report as ``rewrite_report``, an onnx_ir.Model in
+        ``meta["rewrite_report"]``; a ModelProto has room only for what its metadata says. For a path a `Rewritten`.
 
     Raises:
         UnknownTarget, UsageError: a wrong name, selector or head count.
@@ -105,7 +106,8 @@ def _optimize_onnx(model: Any, target: Any, layers: str | None, verify: bool) ->
     given_ir = isinstance(model, onnx_ir.Model)
     proto = to_proto(model) if given_ir else model
     edited = from_proto(proto)
-    rewrite_onnx(edited, from_proto(proto), target, layers=layers, verify=verify)
+    report = rewrite_onnx(edited, from_proto(proto), target, layers=layers, verify=verify)
+    edited.meta["rewrite_report"] = report
     return edited if given_ir else to_proto(edited)
 
 

@@ -114,7 +114,10 @@ def _install(
         except UnsupportedModel as error:
             refused += [(r.site.name, str(error)) for r in group.replacements]
     if not done:
-        raise NothingToRewrite("; ".join(f"{n}: {r}" for n, r in refused[:3]))
+        raise NothingToRewrite(
+            "; ".join(f"{n}: {r}" for n, r in refused[:3]),
+            hint="a module that cannot be replaced can be rewritten as a graph: pass torch.export.export(model, ...)",
+        )
     done.sort(key=lambda r: r.site.anchor)
     return replace(decision, replacements=tuple(done), refused=tuple(refused))
 

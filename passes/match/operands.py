@@ -561,6 +561,8 @@ def _axes_at(tracer: Tracer, value: Value, lookup: _Lookup, pure: bool = False) 
         return None
     order = sorted(range(len(form.ids)), key=lambda t: int((form.ids[t] == 0).sum()))
     ids = form.ids[order[0]]
+    if len(order) == 2:
+        ids = _told_apart(ids, form.ids[order[1]])
     sources = [s for s in tracer.source_of(ids) if s.kind != "input"]
     if len(sources) != 1 or (pure and sources[0].kind != "projection"):
         return None
@@ -571,6 +573,16 @@ def _axes_at(tracer: Tracer, value: Value, lookup: _Lookup, pure: bool = False) 
             ids = ids.take(np.flatnonzero(keep), axis=axis)
             mine = mine.take(np.flatnonzero(keep), axis=axis)
     return lookup.axes(ids, sources[0]) if mine.all() else None
+
+
+def _told_apart(first: Array, second: Array) -> Array:
+    """Ids of a rotated value, each once: a rotation may be written with one feature first at both of its places."""
+    flat = first.reshape(-1).copy()
+    again = np.ones(flat.size, dtype=bool)
+    again[np.unique(flat, return_index=True)[1]] = False
+    again &= (flat > 0) & (second.reshape(-1) > 0)
+    flat[again] = second.reshape(-1)[again]
+    return flat.reshape(first.shape)
 
 
 def _path(flow: Flow, start: Value, end: Value) -> tuple[int, ...]:
@@ -609,7 +621,8 @@ def _stem(
 
 
 def _plain(axes: Axes) -> bool:
-    return all(len(a) == 1 for a in axes)
+    """One axis for each of batch, heads, tokens and features; none of them split in two."""
+    return all(len(a) == 1 for a in axes) and len(set(axes)) == len(axes)
 
 
 def _is_gate(flow: Flow, later: list[Node], value: Value) -> bool:

@@ -30,6 +30,7 @@ _NAMES: Mapping[str, str] = {
     **dict.fromkeys(("pad", "constant_pad_nd"), "Pad"),
     **dict.fromkeys(("tril", "triu"), "Trilu"),
     "roll": "Roll",
+    "flip": "Slice",
     **dict.fromkeys(
         ("contiguous", "clone", "alias", "detach", "lift_fresh", "lift_fresh_copy", "positive"), "Identity"
     ),
@@ -42,6 +43,7 @@ _NAMES: Mapping[str, str] = {
     "add": "Add",
     "sub": "Sub",
     "subtract": "Sub",
+    "rsub": "Sub",
     "mul": "Mul",
     "multiply": "Mul",
     "div": "Div",
@@ -109,6 +111,8 @@ def canonical(fx: FxNode, env: Mapping[str, Any]) -> CanonicalOp:
         attrs["equation"] = fx.args[0]
     elif name in {"Add", "Sub"} and fx.kwargs.get("alpha", 1) != 1:
         name = f"aten.{base}_alpha"
+    elif base == "rsub":  # the other way round: the second argument minus the first
+        operands = tuple(_operand(i, a, env) for i, a in reversed(tuple(enumerate(fx.args))))
     elif name == "Div" and fx.kwargs.get("rounding_mode"):
         name = "aten.div_round"
     elif name in {"Add", "Sub", "Mul", "Div", "MaskedFill", "Where"} or base in {"maximum", "clamp_min"}:

@@ -127,7 +127,7 @@ def gather_elements(attrs: Attrs, inputs: Inputs, _: int) -> tuple[Array, ...]:
 
 def _along(index: Array, axis: int) -> tuple[Array, ...]:
     """Full indices of elements that `index` moves along `axis`; it may cover only a part of the other axes."""
-    grid = list(np.indices(index.shape, sparse=True))
+    grid: list[Array] = list(np.indices(index.shape, sparse=True))
     grid[axis] = index.astype(np.int64)
     return tuple(grid)
 

@@ -110,6 +110,8 @@ class ProgramStore:
     def __post_init__(self) -> None:
         self.state = dict(self.original.state_dict)
         self.graph = copy.deepcopy(self.original.graph)
+        for copied, given in zip(self.graph.nodes, self.original.graph.nodes, strict=True):
+            copied.name = given.name  # copying renames inputs that are called like Python's builtins
         self._keys = {s.arg.name: s.target for s in self.original.graph_signature.input_specs if s.target is not None}
         self._new: dict[str, str] = {}
         self._erased: set[str] = set()

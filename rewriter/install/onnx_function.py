@@ -132,6 +132,9 @@ class _Editor:
             stored += held.initializers
             out = self._op(nodes, "Add", [out, self._share(held.value) if not held.nodes else held.value],
                            f"{site.name}.{role}.projected")  # fmt: skip
+        wanted, present = (self.capture.element_type(v) for v in (operand.stem, projection.output))
+        if wanted is not None and present is not None and wanted != present:
+            out = self._op(nodes, "Cast", [out], f"{site.name}.{role}.cast", to=int(wanted))
         axes = operand.stem_axes
         if operand.seam == operand.stem and not operand.presents and all(len(a) == 1 for a in axes):
             axes = ("b", "h", "s", "d")  # nothing lies between: lay heads out as attention wants them

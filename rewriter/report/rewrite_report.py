@@ -29,9 +29,18 @@ class SiteRow:
     error: float | None = None
     floor: float | None = None
 
+    @property
+    def step(self) -> str:
+        """ "exact", "lossy", or what a step is that moves the output as far as dropping it would."""
+        if self.exact:
+            return "exact"
+        beaten = self.error is None or self.floor is None or self.error < self.floor
+        return "lossy" if beaten else "structure only, needs uptraining"
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "name": self.name,
+            "step": self.step,
             "from": self.before,
             "to": self.after,
             "exact": self.exact,
@@ -135,8 +144,7 @@ def number(value: float | None) -> str:
 
 
 def _site_cells(row: SiteRow) -> tuple[str, ...]:
-    step = "exact" if row.exact else "lossy"
-    return printable(row.name), row.before, row.after, step, number(row.error), number(row.floor)
+    return printable(row.name), row.before, row.after, row.step, number(row.error), number(row.floor)
 
 
 def _change_cells(change: Change) -> tuple[str, str, str]:

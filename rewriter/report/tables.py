@@ -73,7 +73,7 @@ def rewrite(done: Row) -> RenderableType:
     """What changed, what it cost and how far outputs moved."""
     headers = ("site", "from", "to", "step", "error", "floor")
     rows = (
-        (s["name"], s["from"], s["to"], "exact" if s["exact"] else "lossy", number(s["error"]), number(s["floor"]))
+        (s["name"], s["from"], s["to"], s["step"], number(s["error"]), number(s["floor"]))
         for s in done["sites"]
     )
     parts: list[RenderableType] = [Text(printable(f"target {done['target']}")), table(headers, rows)]

@@ -458,3 +458,69 @@ def test_a_graph_module_comes_back_as_one(name: str) -> None:
     assert all(row.exact for row in fast.rewrite_report.sites)
     assert distance(case.run(fast, inputs), case.run(model, inputs)) <= EXACT
     assert sum(p.numel() for p in fast.parameters()) < sum(p.numel() for p in graph.parameters())
+
+
+# ------------------------------------------------------------------ a module that rotates by itself
+
+
+def half_rotation(y: Tensor) -> Tensor:
+    angle = torch.cat([_angles(y)] * 2, -1)
+    first, second = y.chunk(2, -1)
+    return y * angle.cos() + torch.cat([-second, first], -1) * angle.sin()
+
+
+def interleaved_rotation(y: Tensor) -> Tensor:
+    cos, sin = _angles(y).cos(), _angles(y).sin()
+    even, odd = y[..., ::2], y[..., 1::2]
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
+
+
+def l2_norm(y: Tensor) -> Tensor:
+    return y / torch.sqrt((y * y).sum(-1, keepdim=True))
+
+
+def _angles(y: Tensor) -> Tensor:
+    return torch.arange(y.shape[-2])[:, None] * 10.0 ** -torch.arange(y.shape[-1] // 2) + 0.3
+
+
+class SelfMade(nn.Module):
+    """Four heads; `turn` is applied to queries and keys inside the module that holds the projections."""
+
+    def __init__(self, turn: Any, tied: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.q, self.k, self.v, self.out = (nn.Linear(32, 32) for _ in range(4))
+        self.turn = turn
+        if tied:
+            with torch.no_grad():
+                for parameter in (*self.k.parameters(), *self.v.parameters()):
+                    groups = parameter.unflatten(0, (2, 2, 8))
+                    groups[:, 1] = groups[:, 0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (p(x).unflatten(-1, (4, 8)).transpose(1, 2) for p in (self.q, self.k, self.v))
+        y = nn.functional.scaled_dot_product_attention(self.turn(q), self.turn(k), v, is_causal=True)
+        out: Tensor = self.out(y.transpose(1, 2).flatten(2))
+        return out
+
+
+@pytest.mark.parametrize("turn", [half_rotation, interleaved_rotation, l2_norm], ids=lambda turn: turn.__name__)
+def test_self_made_rotations_and_norms(turn: Any, tmp_path: Path) -> None:
+    x = torch.randn(2, 6, 32, generator=torch.Generator().manual_seed(1))
+    model, other = (nn.Sequential(nn.Linear(32, 32), SelfMade(turn, tied=t)) for t in (True, False))
+    fast = rewriter.optimize(torch.export.export(model, (x,)), "gqa2")
+    assert [row.exact for row in fast.rewrite_report.sites] == [True]
+    assert distance(fast.module()(x).detach(), model(x).detach()) <= EXACT
+    lossy = rewriter.optimize(torch.export.export(other, (x,)), "gqa2")
+    assert distance(lossy.module()(x).detach(), other(x).detach()) > LOSSY
+
+    torch.onnx.export(model, (x,), str(tmp_path / "m.onnx"), dynamo=False, opset_version=17)
+    report = rewriter.optimize(tmp_path / "m.onnx", "gqa2").rewrite_report
+    assert [row.exact for row in report.sites] == [True] and report.fidelity.max_abs <= EXACT
+
+    try:
+        module = rewriter.optimize(model, "gqa2", example_inputs=(x,))
+    except NothingToRewrite as refused:
+        assert "could not be reproduced" in str(refused)
+    else:
+        assert distance(module(x).detach(), model(x).detach()) <= EXACT

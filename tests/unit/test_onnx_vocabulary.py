@@ -17,7 +17,7 @@ import onnxruntime as ort
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from onnx import TensorProto, helper
+from onnx import helper
 
 from passes.dataflow import LAYOUT, Array
 from rewriter.capture.onnx_vocabulary import OPERATORS
@@ -93,7 +93,9 @@ DTYPES = st.sampled_from(["int64", "float32", "float64"])
 @given(shapes, DTYPES, st.data())
 def test_reshape(shape: list[int], dtype: str, data: st.DataObject) -> None:
     x = ids(shape, dtype)
-    wanted = data.draw(st.sampled_from([[-1], [x.size], [1, -1], [0, -1], [-1, x.shape[-1]], [*shape, 1], [0] * x.ndim]))
+    wanted = data.draw(
+        st.sampled_from([[-1], [x.size], [1, -1], [0, -1], [-1, x.shape[-1]], [*shape, 1], [0] * x.ndim])
+    )
     agree(Call("Reshape", [x, np.array(wanted, np.int64)]))
 
 
@@ -253,7 +255,9 @@ def test_scatter_nd(shape: list[int], data: st.DataObject) -> None:
 def test_scatter_elements(shape: list[int], data: st.DataObject) -> None:
     axis = data.draw(st.integers(-len(shape), len(shape) - 1))
     rng = np.random.default_rng(data.draw(st.integers(0, 1000)))
-    order = rng.permuted(np.broadcast_to(np.expand_dims(np.arange(shape[axis]), _others(shape, axis)), shape), axis=axis)
+    order = rng.permuted(
+        np.broadcast_to(np.expand_dims(np.arange(shape[axis]), _others(shape, axis)), shape), axis=axis
+    )
     keep = [slice(None)] * len(shape)
     keep[axis] = slice(0, data.draw(st.integers(1, shape[axis])))
     index = order[tuple(keep)]
@@ -338,7 +342,9 @@ def test_what_would_compute_is_refused() -> None:
 
 def test_a_wrong_result_would_be_seen() -> None:
     """The control of `agree`."""
-    call = Call("Transpose", [ids([2, 3])], {"perm": [0, 1]})
+    x = ids([2, 2])
+    call = Call("Transpose", [x], {"perm": [0, 1]})
     with pytest.raises(AssertionError):
-        np.testing.assert_array_equal(OPERATORS["Transpose"]({"perm": [1, 0]}, call.inputs, 1)[0], *onnxruntime_says(call))
-    assert TensorProto.INT64 == _dtype("int64")
+        np.testing.assert_array_equal(
+            OPERATORS["Transpose"]({"perm": [1, 0]}, call.inputs, 1)[0], *onnxruntime_says(call)
+        )
