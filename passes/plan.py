@@ -113,14 +113,21 @@ def _require_legal(steps: Sequence[Step]) -> None:
     wrong = [s for s in steps if s.target.kv_heads not in s.target.legal(s.site)]
     if not wrong:
         return
-    listed = "; ".join(f"{s.site.name}: {', '.join(map(str, s.target.legal(s.site)))}" for s in wrong[:8])
-    more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+    by_counts: dict[str, list[str]] = {}
+    for s in wrong:
+        by_counts.setdefault(", ".join(map(str, s.target.legal(s.site))), []).append(s.site.name)
+    listed = "; ".join(f"{counts} at {_shortened(names)}" for counts, names in by_counts.items())
     first = wrong[0].site
     raise PlanError(
         f"{wrong[0].target.name} does not fit {first.name} "
         f"({first.heads} query heads, {first.kv_heads} key/value heads)",
-        f"legal numbers of key/value heads: {listed}{more}",
+        f"legal numbers of key/value heads: {listed}",
     )
+
+
+def _shortened(names: Sequence[str], most: int = 4) -> str:
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
 def _partial_sharing(site: AttentionSite, sites: Sequence[AttentionSite], chosen: Mapping[str, Target]) -> str | None:

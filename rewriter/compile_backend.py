@@ -22,7 +22,7 @@ from torch.fx import GraphModule
 from torch.fx import Node as FxNode
 
 from rewriter.decision import assignment
-from rewriter.errors import NothingToRewrite, RewriteError, UnsupportedModel, UsageError
+from rewriter.errors import NothingToRewrite, UnsupportedModel, UsageError
 from rewriter.graph_rewrite import rewrite_graph
 
 TARGET_VARIABLE = "REWRITER_TARGET"
@@ -66,7 +66,7 @@ def backend(
     if not any(_attends(node) for node in graph.graph.nodes):
         compiler = torch._dynamo.lookup_backend(chosen.backend)
         return compiler(graph, list(example_inputs))
-    return _Watched(graph, chosen)
+    return _Rewritten(graph, chosen)
 
 
 def _options(options: Mapping[str, Any] | None, mode: Any) -> Options:
@@ -101,46 +101,156 @@ def _attends(node: FxNode) -> bool:
 # ------------------------------------------------------------ one captured graph
 
 
-class _Watched:
-    """Calls the rewritten graph; rewrites at the first call and whenever a parameter is not what it was."""
+@dataclass(frozen=True)
+class _Compiled:
+    """What runs instead of a graph.
+
+    Attributes:
+        run: takes the graph's inputs at the positions `kept`.
+        weights: the parameters that were merged into it, by position, with their versions.
+    """
+
+    run: Callable[..., Any]
+    kept: tuple[int, ...]
+    weights: tuple[tuple[int, Tensor, object], ...]
+
+    def fits(self, args: Sequence[Any]) -> bool:
+        """Whether these inputs hold the very parameters that were merged, unchanged since."""
+        return all(args[i] is tensor and _version(tensor) == version for i, tensor, version in self.weights)
+
+
+class _Rewritten:
+    """Stands for a captured graph; rewrites it at the first call, and again when a parameter has changed."""
 
     def __init__(self, graph: GraphModule, options: Options) -> None:
         self.graph = graph
         self.options = options
-        self.holders = [n for n in graph.graph.nodes if n.op == "placeholder"]
-        self.seen: list[tuple[Tensor, Any]] = []
-        self.kept: list[int] = []
-        self.run: Callable[..., Any] | None = None
+        self.compiled: _Compiled | None = None
 
     def __call__(self, *args: Any) -> Any:
-        if self.run is None or any(args[i] is not t or _version(t) != v for i, (t, v) in self._weights()):
-            self._prepare(args)
-        assert self.run is not None
-        return self.run(*(args[i] for i in self.kept))
+        if self.compiled is None or not self.compiled.fits(args):
+            self.compiled = self._compile(args)
+        return self.compiled.run(*(args[i] for i in self.compiled.kept))
 
-    def _weights(self) -> list[tuple[int, tuple[Tensor, Any]]]:
-        return list(zip(self.watched, self.seen, strict=True))
-
-    def _prepare(self, args: Sequence[Any]) -> None:
-        weights = [i for i, a in enumerate(args) if isinstance(a, nn.Parameter)]
+    def _compile(self, args: Sequence[Any]) -> _Compiled:
+        weights = {i: a for i, a in enumerate(args) if isinstance(a, nn.Parameter)}
         try:
-            if torch.is_grad_enabled() and any(args[i].requires_grad for i in weights):
-                raise NothingToRewrite("gradients are recorded, and merged weights would not learn from them")
-            program = _bind(self.graph, self.holders, args)
-            done: Any = rewrite_graph(
-                program, self.options.target, layers=self.options.layers, example_inputs=None,
-                verify=self.options.verify,
-            )  # fmt: skip
+            if torch.is_grad_enabled() and any(w.requires_grad for w in weights.values()):
+                raise UnsupportedModel(
+                    "gradients are recorded, and merged weights would not pass them on to the model's parameters",
+                    hint="call it under torch.no_grad(); to train, rewriter.optimize(model, ...) first",
+                )
+            module = self._rewrite(args, weights)
         except (NothingToRewrite, UnsupportedModel) as error:
-            warnings.warn(f"not rewritten: {error}", NotRewritten, stacklevel=3)
-            self.kept, self.watched, self.seen = list(range(len(args))), [], []
-            self.run = torch.compile(self.graph, backend=self.options.backend)
-            return
-        self.watched, self.seen = weights, [(args[i], _version(args[i])) for i in weights]
-        self.kept = [i for i, a in enumerate(args) if isinstance(a, Tensor) and i not in weights]
-        self.run = torch.compile(done.module(check_guards=False), backend=self.options.backend)
+            hint = f" ({error.hint})" if error.hint else ""
+            warnings.warn(f"a graph is compiled as it is: {error}{hint}", NotRewritten, stacklevel=2)
+            run: Callable[..., Any] = torch.compile(self.graph, backend=self.options.backend)
+            return _Compiled(run, tuple(range(len(args))), ())
+        kept = tuple(i for i, a in enumerate(args) if isinstance(a, Tensor) and i not in weights)
+        held = tuple((i, w, _version(w)) for i, w in weights.items())
+        return _Compiled(torch.compile(module, backend=self.options.backend), kept, held)
+
+    def _rewrite(self, args: Sequence[Any], weights: Mapping[int, Tensor]) -> nn.Module:
+        program = _exported(self.graph, args, weights)
+        done = rewrite_graph(
+            program,
+            self.options.target,
+            layers=self.options.layers,
+            example_inputs=None,
+            verify=self.options.verify,
+        )
+        assert isinstance(done, ExportedProgram)
+        module: nn.Module = done.module(check_guards=False)
+        return module
 
 
-def _version(tensor: Tensor) -> tuple[int, int]:
-    """Changes when the tensor's memory does; inference tensors have no counter and cannot be written to."""
-    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+def _version(tensor: Tensor) -> object:
+    """Changes when the tensor is written to, or its memory exchanged; not on a write through ``.data``."""
+    return tensor.data_ptr(), tensor.dtype, 0 if tensor.is_inference() else tensor._version
+
+
+# ------------------------------------------------------------ from the captured graph to an exported program
+
+
+def _exported(graph: GraphModule, args: Sequence[Any], weights: Mapping[int, Tensor]) -> ExportedProgram:
+    """The graph with `weights` bound into it, dynamic where it was captured so. Raises UnsupportedModel."""
+    bound, dynamic = _bound(graph, weights)
+    # the graph is run on these, and may write to them
+    inputs = tuple(a.clone() for i, a in enumerate(args) if isinstance(a, Tensor) and i not in weights)
+    try:
+        with torch.no_grad():
+            return torch.export.export(bound, inputs, dynamic_shapes=dynamic, strict=False)
+    except Exception as error:  # torch.export raises many unrelated types
+        reason = str(error).strip().splitlines()
+        raise UnsupportedModel(
+            f"torch.export could not take the graph: {reason[0] if reason else type(error).__name__}",
+            hint="pass dynamic=False to torch.compile, or rewriter.optimize(model, ...) first",
+        ) from error
+
+
+def _bound(graph: GraphModule, weights: Mapping[int, Tensor]) -> tuple[GraphModule, Any]:
+    """(the graph reading `weights` as attributes and sizes off its tensors, dynamic dimensions of what is left)."""
+    root = nn.Module()
+    bound = copy.deepcopy(graph.graph)
+    holders = [n for n in bound.nodes if n.op == "placeholder"]
+    for node in bound.nodes:
+        if node.op in {"get_attr", "call_module"}:
+            raise UnsupportedModel(f"the captured graph holds a {node.op} of {node.target}")
+    for position, tensor in weights.items():
+        name = _parameter_name(holders[position])
+        _register(root, name, tensor)
+        _replace(holders[position], "get_attr", name, ())
+    left = [n for n in bound.nodes if n.op == "placeholder"]
+    tensors = [n for n in left if isinstance(n.meta["example_value"], Tensor)]
+    for holder in left:
+        if holder not in tensors:
+            source, axis = _size_of(holder, tensors)
+            with bound.inserting_after(tensors[-1]):
+                size = bound.call_method("size", (source, axis))
+            holder.replace_all_uses_with(size)
+            bound.erase_node(holder)
+    dynamic = {str(n.target): _dynamic_axes(n) for n in tensors}
+    return GraphModule(root, bound), dynamic
+
+
+def _replace(holder: FxNode, op: str, target: str, args: tuple[Any, ...]) -> None:
+    with holder.graph.inserting_before(holder):
+        new = holder.graph.create_node(op, target, args)
+    new.meta.update(holder.meta)
+    holder.replace_all_uses_with(new)
+    holder.graph.erase_node(holder)
+
+
+def _parameter_name(holder: FxNode) -> str:
+    """The dotted name that the model knows a parameter by, read from where torch found it."""
+    argument = holder.meta.get("grapharg")
+    keys = re.findall(r"\['([^']+)'\]", argument.source.name) if argument is not None else []
+    return ".".join(keys) if keys and all(k.isidentifier() or k.isdigit() for k in keys) else str(holder.target)
+
+
+def _register(root: nn.Module, name: str, tensor: Tensor) -> None:
+    *path, last = name.split(".")
+    module = root
+    for part in path:
+        if not hasattr(module, part):
+            module.add_module(part, nn.Module())
+        module = getattr(module, part)
+    module.register_parameter(last, tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor))
+
+
+def _size_of(holder: FxNode, tensors: Sequence[FxNode]) -> tuple[FxNode, int]:
+    """A tensor input and its axis that this number is the size of."""
+    wanted = str(holder.meta["example_value"])
+    for tensor in tensors:
+        for axis, size in enumerate(tensor.meta["example_value"].shape):
+            if str(size) == wanted:
+                return tensor, axis
+    raise UnsupportedModel(
+        f"the graph takes the number {holder.name}, which is the size of none of its tensors",
+        hint="rewriter.optimize(model, ...) first",
+    )
+
+
+def _dynamic_axes(tensor: FxNode) -> dict[int, Any]:
+    shape = tensor.meta["example_value"].shape
+    return {axis: Dim.DYNAMIC for axis, size in enumerate(shape) if isinstance(size, torch.SymInt)}

@@ -20,15 +20,21 @@ class Rewritten:
     Attributes:
         model: the rewritten model: an onnx_ir.Model, or a torch module.
         rewrite_report: site by site what changed, how exact, and what was refused and why.
+        source: the Hugging Face directory that was read; its tokenizer and other small files go along on saving.
     """
 
     model: Any
     rewrite_report: RewriteReport
+    source: Path | None = None
 
     def save(self, path: str | Path, *, external_data: str = "auto") -> None:
         """Write it: an .onnx file (``external_data`` as on the command line) or a Hugging Face directory."""
         if is_torch(self.model):
             save(self.model, path)
+            if self.source is not None:
+                from rewriter.install.persistence import copy_side_files
+
+                copy_side_files(self.source, Path(path))
             return
         from rewriter.install.onnx_write import save as write
 
@@ -89,7 +95,7 @@ def _optimize_path(path: Path, target: Any, layers: str | None, example_inputs: 
         raise UsageError(f"no such file: {path}", hint="check the path")
     if path.is_dir():
         module = _optimize_torch(load(path), target, layers, example_inputs, True, verify)
-        return Rewritten(module, module.rewrite_report)
+        return Rewritten(module, module.rewrite_report, path)
     from rewriter.capture.onnx_load import load as load_onnx
     from rewriter.onnx_rewrite import rewrite_onnx
 
@@ -161,10 +167,11 @@ def verify(after: Any, before: Any, *, example_inputs: Any = None) -> Verificati
 
 def _verify_torch(after: Any, before: Any, example_inputs: Any) -> Verification:
     from rewriter.capture.example_inputs import prepare
-    from rewriter.verify.torch_pair import run, verify_torch
+    from rewriter.verify.torch_pair import run, untouched, verify_torch
 
     args, kwargs = prepare(before, example_inputs)
-    return verify_torch(run(before, args, kwargs), run(after, args, kwargs), kwargs, exact=False)
+    found = verify_torch(run(before, args, kwargs), run(after, args, kwargs), kwargs, exact=False)
+    return Verification(found.fidelity, (untouched(before, after), *found.checks))
 
 
 def load(path: str | Path, *, module: Any = None) -> Any:

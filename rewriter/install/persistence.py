@@ -7,9 +7,11 @@ makes a plain from_pretrained stop with an explanation instead of filling gaps w
 
 from __future__ import annotations
 
+import fnmatch
 import importlib.metadata
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -89,6 +91,22 @@ def load(path: str | os.PathLike[str], *, module: nn.Module | None = None) -> nn
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InvalidModelFile(f"{folder / MANIFEST} does not fit the model: {error}") from error
     return built.eval() if module is None else built
+
+
+NOT_COPIED = (
+    *(CONFIG, GENERATION, MANIFEST),
+    *("*.safetensors*", "*.bin*", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.gguf", "*.onnx*"),
+    *("README.md", ".git*"),
+)
+"""Files of a checkpoint that describe or hold the weights, and those about it as a repository."""
+
+
+def copy_side_files(source: Path, target: Path) -> None:
+    """Copy what else belongs to a checkpoint (tokenizer, preprocessor, licence); what is there already stays."""
+    for file in sorted(source.iterdir()):
+        other = target / file.name
+        if file.is_file() and not other.exists() and not any(fnmatch.fnmatch(file.name, p) for p in NOT_COPIED):
+            shutil.copyfile(file, other)
 
 
 # ---------------------------------------------------------------------- writing

@@ -72,10 +72,7 @@ def _site_cells(site: Row) -> tuple[object, ...]:
 def rewrite(done: Row) -> RenderableType:
     """What changed, what it cost and how far outputs moved."""
     headers = ("site", "from", "to", "step", "error", "floor")
-    rows = (
-        (s["name"], s["from"], s["to"], s["step"], number(s["error"]), number(s["floor"]))
-        for s in done["sites"]
-    )
+    rows = ((s["name"], s["from"], s["to"], s["step"], number(s["error"]), number(s["floor"])) for s in done["sites"])
     parts: list[RenderableType] = [Text(printable(f"target {done['target']}")), table(headers, rows)]
     costs = ("parameters", "kv_bytes_per_token", "flops")
     parts.append(table(("", "before", "after", "ratio"), (_cost_cells(name, done.get(name)) for name in costs)))

@@ -43,12 +43,25 @@ def verify_torch(before: Any, after: Any, kwargs: Mapping[str, Any], *, exact: b
     drift = Drift(logits=_has_logits(before) and old.shape[-1] >= 16)
     drift.add(to_numpy(old), to_numpy(new), counted)
     finite = bool(torch.isfinite(new).all()) or not bool(torch.isfinite(old).all())
-    checks = [Check("runs", True), Check("finite", finite, "" if finite else "outputs hold NaN or infinity")]
+    checks = [
+        Check("runs", True, f"both return {tuple(new.shape)}"),
+        Check("finite", finite, "all outputs are finite" if finite else "outputs hold NaN or infinity"),
+    ]
     if exact:
         limit = TOLERANCES.get(old.dtype, 1e-4)
         within = drift.relative <= limit
         checks.append(Check("exact", within, f"relative difference {drift.relative:.2e}, limit {limit:.0e}"))
     return Verification(drift.fidelity(), tuple(checks))
+
+
+def untouched(before: torch.nn.Module, after: torch.nn.Module) -> Check:
+    """Weights of the same name and shape must be equal bit for bit; the rest was replaced."""
+    old, new = before.state_dict(), after.state_dict()
+    common = [n for n in old if n in new and old[n].shape == new[n].shape]
+    moved = [n for n in common if not torch.equal(old[n], new[n])]
+    if moved:
+        return Check("untouched", False, f"{len(moved)} weights of unchanged shape differ, the first: {moved[0]}")
+    return Check("untouched", True, f"{len(common)} of {len(old)} weights are identical, the others were replaced")
 
 
 def main_tensor(output: Any) -> torch.Tensor | None:

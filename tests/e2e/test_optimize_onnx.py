@@ -205,11 +205,11 @@ def test_the_reference_evaluator_agrees(name: str, exporter: str, zoo_onnx: ZooO
     source = twin(case, exporter, zoo_onnx, tmp_path)
     inputs = feeds(case.inputs(2, 7, 0))
     try:
-        expected = ReferenceEvaluator(str(source)).run(None, inputs)
+        expected: Any = ReferenceEvaluator(str(source)).run(None, inputs)
     except Exception as reason:  # it raises anything for an operator that it computes wrongly or lacks
         pytest.skip(f"onnx's reference cannot run the original: {reason}")
     out, _ = rewritten(source, target(case))
-    got = ReferenceEvaluator(str(out)).run(None, inputs)
+    got: Any = ReferenceEvaluator(str(out)).run(None, inputs)
     assert distance(got[0], expected[0]) <= EXACT
 
 

@@ -223,11 +223,11 @@ def test_the_result_exports_and_compiles(name: str) -> None:
     case = ZOO[name]
     inputs = case.inputs(2, 7, 0)
     fast = rewriter.optimize(tied(case), "gqa2", example_inputs=inputs)
-    constants = {"use_cache": False} if name.startswith(("gpt2", "llama")) else {}
+    constants: Any = {"use_cache": False} if name.startswith(("gpt2", "llama")) else {}
     exported = torch.export.export(fast, (), {**inputs, **constants}, strict=False)
     expected = case.run(fast, inputs)
     assert distance(case.run(exported.module(), {**inputs, **constants}), expected) <= EXACT
-    compiled = torch.compile(fast, backend="eager", fullgraph=False)
+    compiled: Any = torch.compile(fast, backend="eager", fullgraph=False)
     assert distance(case.run(compiled, inputs), expected) <= EXACT
 
 
@@ -267,7 +267,7 @@ def test_in_place_edits_the_model_that_was_given(name: str) -> None:
 
 
 @pytest.mark.parametrize("wish", [{"target": "gqa3"}, {"target": "mqa", "layers": "9"}, {"target": "mystery"}])
-def test_a_failed_edit_in_place_leaves_the_model_alone(wish: dict[str, str]) -> None:
+def test_a_failed_edit_in_place_leaves_the_model_alone(wish: Any) -> None:
     case = ZOO["gpt2-sdpa"]
     model = case.build()
     before, kinds = state(model), [type(m) for m in model.modules()]
@@ -432,13 +432,13 @@ def test_other_objects_and_other_options_are_usage_errors() -> None:
 @pytest.mark.parametrize("name", ["bert-sdpa", "gpt2-eager", "llama-gqa-sdpa", "nanogpt-sdpa"])
 def test_an_exported_program_comes_back_as_one(name: str) -> None:
     case = ZOO[name]
-    inputs = {**case.inputs(2, 7, 0), **({"use_cache": False} if name.startswith(("gpt2", "llama")) else {})}
+    inputs: Any = {**case.inputs(2, 7, 0), **({"use_cache": False} if name.startswith(("gpt2", "llama")) else {})}
     model = tied(case)
     program = torch.export.export(model, (), inputs, strict=False)
     before = copy.deepcopy(program.state_dict)
     fast = rewriter.optimize(program, target(case))
     assert isinstance(fast, torch.export.ExportedProgram)
-    report: Any = fast.rewrite_report
+    report = getattr(fast, "rewrite_report")  # noqa: B009
     assert all(row.exact for row in report.sites) and len(report.sites) == 2
     assert distance(case.run(fast.module(), inputs), case.run(model, case.inputs(2, 7, 0))) <= EXACT
     assert all(torch.equal(program.state_dict[n], t) for n, t in before.items())
@@ -454,7 +454,7 @@ def test_a_graph_module_comes_back_as_one(name: str) -> None:
     graph = torch.export.export(model, (), inputs, strict=False).module()
     assert isinstance(graph, torch.fx.GraphModule)
     fast = rewriter.optimize(graph, "gqa2", example_inputs=inputs)
-    assert isinstance(fast, torch.fx.GraphModule) and fast is not graph
+    assert type(fast).__mro__[1:] == type(graph).__mro__[1:] and fast is not graph
     assert all(row.exact for row in fast.rewrite_report.sites)
     assert distance(case.run(fast, inputs), case.run(model, inputs)) <= EXACT
     assert sum(p.numel() for p in fast.parameters()) < sum(p.numel() for p in graph.parameters())
@@ -494,11 +494,11 @@ class SelfMade(nn.Module):
         if tied:
             with torch.no_grad():
                 for parameter in (*self.k.parameters(), *self.v.parameters()):
-                    groups = parameter.unflatten(0, (2, 2, 8))
+                    groups = torch.unflatten(parameter, 0, (2, 2, 8))
                     groups[:, 1] = groups[:, 0]
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (p(x).unflatten(-1, (4, 8)).transpose(1, 2) for p in (self.q, self.k, self.v))
+        q, k, v = (torch.unflatten(p(x), -1, (4, 8)).transpose(1, 2) for p in (self.q, self.k, self.v))
         y = nn.functional.scaled_dot_product_attention(self.turn(q), self.turn(k), v, is_causal=True)
         out: Tensor = self.out(y.transpose(1, 2).flatten(2))
         return out
@@ -524,3 +524,16 @@ def test_self_made_rotations_and_norms(turn: Any, tmp_path: Path) -> None:
         assert "could not be reproduced" in str(refused)
     else:
         assert distance(module(x).detach(), model(x).detach()) <= EXACT
+
+
+def test_verify_tells_weights_that_nobody_declared_changed() -> None:
+    case = ZOO["gpt2-sdpa"]
+    model = case.build()
+    inputs = case.inputs(2, 7, 0)
+    rewritten = rewriter.optimize(model, "gqa2", example_inputs=inputs)
+    assert rewriter.verify(rewritten, model, example_inputs=inputs).ok
+    with torch.no_grad():
+        rewritten.transformer.wpe.weight[0, 0] += 1e-3
+    failed = rewriter.verify(rewritten, model, example_inputs=inputs).failures
+    assert [c.name for c in failed] == ["untouched"]
+    assert "wpe" in failed[0].detail

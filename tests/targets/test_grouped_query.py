@@ -41,8 +41,9 @@ def heads_of(replacement: Replacement, site: AttentionSite, found: Seen, role: s
     rows = x.reshape(-1, x.shape[-1]) @ np.asarray(replacement.tensors[f"{role}_weight"], np.float64).T
     if f"{role}_bias" in replacement.tensors:
         rows = rows + np.asarray(replacement.tensors[f"{role}_bias"], np.float64)
-    by_token = rows[tokens.rows]
-    return by_token.reshape(*by_token.shape[:2], replacement.spec.kv_heads, -1).transpose(0, 2, 1, 3)
+    by_token: Array = rows[tokens.rows]
+    heads: Array = by_token.reshape(*by_token.shape[:2], replacement.spec.kv_heads, -1)
+    return heads.transpose(0, 2, 1, 3)
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, id=c.name) for c in ATTENDING])

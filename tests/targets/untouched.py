@@ -84,4 +84,5 @@ def _bits(node: onnx.NodeProto) -> bytes:
     copy.metadata_props.extend(metadata)
     while copy.input and not copy.input[-1]:
         del copy.input[-1]
-    return copy.SerializeToString(deterministic=True)
+    bits: bytes = copy.SerializeToString(deterministic=True)
+    return bits

@@ -132,17 +132,18 @@ def test_later_selectors_win_and_unselected_sites_are_left_out() -> None:
 
 
 def test_an_illegal_head_count_lists_every_site_with_its_legal_counts() -> None:
-    many = [replace(s, heads=12, kv_heads=6) for s in stack(2)] + stack(1)
+    many = [replace(s, heads=12, kv_heads=6) for s in stack(2)]
+    many.append(replace(many[0], name="odd", heads=10, kv_heads=10))
     with pytest.raises(PlanError, match=r"gqa4 does not fit model.layers.0.self_attn \(12 query heads, 6") as error:
         make_plan(flow(), many, {"all": GroupedQuery(4)})
-    assert "model.layers.0.self_attn: 1, 2, 3, 6" in error.value.hint
-    assert "model.layers.1.self_attn: 1, 2, 3, 6" in error.value.hint
+    assert "1, 2, 3, 6 at model.layers.0.self_attn, model.layers.1.self_attn" in error.value.hint
+    assert "1, 2, 5, 10 at odd" in error.value.hint
 
 
 def test_a_long_list_of_sites_is_cut_short_and_says_so() -> None:
     with pytest.raises(PlanError) as error:
         make_plan(flow(), stack(20), {"all": GroupedQuery(3)})
-    assert "and 12 more" in error.value.hint
+    assert "and 16 more" in error.value.hint
 
 
 def test_what_a_target_refuses_is_refused_with_its_reason_and_the_rest_goes_on() -> None:

@@ -288,7 +288,7 @@ ORDER = torch.tensor([3, 1, 0, 2, 7, 5, 6, 4])
 IDIOMS: dict[str, Callable[[Tensor], Tensor]] = {
     "heads": lambda y: y.view(BATCH, TOKENS, 2, 4).transpose(1, 2),
     "chunk": lambda y: y.chunk(2, dim=-1)[1],
-    "split": lambda y: y.split([3, 5], dim=-1)[1],
+    "split": lambda y: torch.split(y, [3, 5], dim=-1)[1],
     "unbind": lambda y: y.reshape(BATCH, TOKENS, 2, 4).unbind(2)[1],
     "select": lambda y: y[:, -1],
     "slice with a step": lambda y: y[..., 1::2],
@@ -308,7 +308,7 @@ IDIOMS: dict[str, Callable[[Tensor], Tensor]] = {
     "movedim": lambda y: y.movedim(0, -1),
     "permute": lambda y: y.permute(2, 0, 1).contiguous(),
     "mT": lambda y: y.mT,
-    "unflatten": lambda y: y.unflatten(-1, (2, 4)),
+    "unflatten": lambda y: torch.unflatten(y, -1, (2, 4)),
     "squeeze": lambda y: y.unsqueeze(1).squeeze(1),
     "where": lambda y: torch.where(KEEP, y, torch.tensor(-2.0)),
     "masked_fill": lambda y: y.masked_fill(KEEP, 0.0),
@@ -352,7 +352,7 @@ def test_a_form_sees_a_wrong_id() -> None:
 
 class Gated(Traced):
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x) * torch.sigmoid(self.gate(x))
+        return torch.mul(self.linear(x), torch.sigmoid(self.gate(x)))
 
 
 class ChosenByData(Traced):
@@ -365,12 +365,12 @@ class ChosenByData(Traced):
 
 class GatheredByData(Traced):
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x).gather(-1, self.gate(x).argsort(-1))
+        return torch.gather(self.linear(x), -1, self.gate(x).argsort(-1))
 
 
 class MaskedByData(Traced):
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x).masked_fill(self.gate(x) > 0, 0.0)
+        return torch.masked_fill(self.linear(x), self.gate(x) > 0, 0.0)
 
 
 NOT_AFFINE: dict[str, nn.Module] = {
@@ -464,7 +464,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         parts = {r: self.projections[r](x).unflatten(-1, (2, -1)).transpose(1, 2) for r in ("q", "k", "v")}
-        gate = torch.sigmoid(self.projections["gate"](x)).unflatten(-1, (2, -1)).transpose(1, 2)
+        gate = torch.unflatten(torch.sigmoid(self.projections["gate"](x)), -1, (2, -1)).transpose(1, 2)
         parts = {r: y * gate if r in self.gate else y for r, y in parts.items()}
         q, k, v = self.turn(parts["q"]), self.turn(parts["k"]), parts["v"]
         y = functional.scaled_dot_product_attention(q, k, v)
@@ -498,7 +498,7 @@ def two_sums(y: Tensor) -> Tensor:
 
 def complex_pairs(y: Tensor) -> Tensor:
     a = angles(y.shape[-2], y.shape[-1] // 2)
-    pairs = torch.view_as_complex(y.unflatten(-1, (-1, 2)).contiguous())
+    pairs = torch.view_as_complex(torch.unflatten(y, -1, (-1, 2)).contiguous())
     return torch.view_as_real(pairs * torch.polar(torch.ones_like(a), a)).flatten(-2)
 
 
