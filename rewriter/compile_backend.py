@@ -20,13 +20,19 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule
 from torch.fx import Node as FxNode
+from torch.utils import _pytree as pytree
 
-from rewriter.decision import assignment
-from rewriter.errors import NothingToRewrite, UnsupportedModel, UsageError
-from rewriter.graph_rewrite import rewrite_graph
+from passes.dataflow import Flow
+from passes.match.attention import Matches
+from passes.targets.replacement import Replacement
+from rewriter.decision import assignment, decide
+from rewriter.errors import NothingToRewrite, UnsupportedModel, UsageError, VerificationFailed
+from rewriter.install.fx_graph import rewrite_exported_program
+from rewriter.verify.torch_pair import verify_torch
 
 TARGET_VARIABLE = "REWRITER_TARGET"
 ANCHORS = ("softmax", "scaled_dot_product_attention", "multi_head_attention")
+FUSED_LAYER = "transformer_encoder_layer_fwd"
 
 
 @dataclass(frozen=True)
@@ -95,7 +101,7 @@ def _default_backend() -> str:
 
 def _attends(node: FxNode) -> bool:
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return node.op in {"call_function", "call_method"} and any(anchor in name for anchor in ANCHORS)
+    return node.op in {"call_function", "call_method"} and any(anchor in name for anchor in (*ANCHORS, FUSED_LAYER))
 
 
 # ------------------------------------------------------------ one captured graph
@@ -152,16 +158,39 @@ class _Rewritten:
 
     def _rewrite(self, args: Sequence[Any], weights: Mapping[int, Tensor]) -> nn.Module:
         program = _exported(self.graph, args, weights)
-        done = rewrite_graph(
-            program,
-            self.options.target,
-            layers=self.options.layers,
-            example_inputs=None,
-            verify=self.options.verify,
-        )
-        assert isinstance(done, ExportedProgram)
-        module: nn.Module = done.module(check_guards=False)
-        return module
+        done = rewrite_exported_program(program, self._choose)
+        if not done.replacements:
+            raise NothingToRewrite("; ".join(f"{name}: {reason}" for name, reason in done.refused))
+        before, after = (p.module(check_guards=False) for p in (program, done.model))
+        if self.options.verify:
+            _require_equal(program, before, after, all(r.exact for r in done.replacements))
+        return after
+
+    def _choose(self, flow: Flow, matches: Matches) -> Sequence[Replacement]:
+        """What to install: a cache that leaves the graph is read by code that was traced for its old shape."""
+        decision = decide(flow, matches, self.options.target, self.options.layers)
+        kept = [r for r in decision.replacements if not (r.site.k.presents or r.site.v.presents)]
+        if not kept:
+            names = ", ".join(r.site.name for r in decision.replacements[:3])
+            raise NothingToRewrite(
+                f"the key/value cache of {names} leaves the graph, and what reads it expects its shape",
+                hint="call the model with use_cache=False, or rewriter.optimize(model, ...) before torch.compile",
+            )
+        return kept
+
+
+def _require_equal(program: ExportedProgram, before: nn.Module, after: nn.Module, exact: bool) -> None:
+    """Every output that holds numbers must be finite, and equal where the rewrite is exact."""
+    assert program.example_inputs is not None
+    args, kwargs = program.example_inputs
+    with torch.no_grad():
+        pairs = zip(*(pytree.tree_leaves(m(*args, **kwargs)) for m in (before, after)), strict=True)
+    for old, new in pairs:
+        if isinstance(old, Tensor) and old.is_floating_point():
+            verification = verify_torch(old, new, {}, exact=exact)
+            if not verification.ok:
+                failed = verification.failures[0]
+                raise VerificationFailed(f"the rewritten graph failed the check {failed.name!r}: {failed.detail}")
 
 
 def _version(tensor: Tensor) -> object:
@@ -196,6 +225,12 @@ def _bound(graph: GraphModule, weights: Mapping[int, Tensor]) -> tuple[GraphModu
     for node in bound.nodes:
         if node.op in {"get_attr", "call_module"}:
             raise UnsupportedModel(f"the captured graph holds a {node.op} of {node.target}")
+        if FUSED_LAYER in str(node.target):
+            raise UnsupportedModel(
+                "torch runs whole encoder layers as one fused operator",
+                hint="switch that off with torch.backends.mha.set_fastpath_enabled(False)",
+            )
+        _name_owners(node)
     for position, tensor in weights.items():
         name = _parameter_name(holders[position])
         _register(root, name, tensor)
@@ -219,6 +254,15 @@ def _replace(holder: FxNode, op: str, target: str, args: tuple[Any, ...]) -> Non
     new.meta.update(holder.meta)
     holder.replace_all_uses_with(new)
     holder.graph.erase_node(holder)
+
+
+def _name_owners(node: FxNode) -> None:
+    """Module paths without the expression by which torch reached the model: ``L['self'].layers.0`` is layers.0."""
+    stack = node.meta.get("nn_module_stack")
+    if stack:
+        node.meta["nn_module_stack"] = {
+            key: (re.sub(r"^L\['\w+'\](\[\d+\])?\.?", "", path), kind) for key, (path, kind) in stack.items()
+        }
 
 
 def _parameter_name(holder: FxNode) -> str:

@@ -203,7 +203,8 @@ def _main_source(tracer: Tracer, ids: list[Array]) -> Source:
     if len(learned) != 1:
         raise NotUnderstood(f"the operand mixes {len(learned)} projections")
     if (ids[0] == 0).any():
-        raise NotUnderstood("the operand is padded with zeros")
+        raise NotUnderstood("tokens are padded and attended in blocks, which is not read" if ids[0].ndim > 4 else
+                            "the operand is padded with zeros")  # fmt: skip
     return learned[0]
 
 
@@ -306,7 +307,9 @@ def _lead_roles(rows: Array, columns: Array) -> tuple[Array, Array, Axes]:
             return number // heads, number % heads, ("bh",)
         if (row_of == number % batches).all():
             return number % batches, number // batches, ("hb",)
-    raise NotUnderstood(f"an operand with {len(lead)} leading axes is not understood")
+    raise NotUnderstood(
+        f"scores have {len(lead)} leading axes instead of batch and heads; attention in blocks of tokens is not read"
+    )
 
 
 def _two_lead_axes(row_of: Array) -> tuple[Array, Array, Axes]:

@@ -6,6 +6,7 @@ Nothing here knows where operands come from; that is `operands`. A step that is 
 
 from __future__ import annotations
 
+import string
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -292,7 +293,7 @@ def _qk_operands(flow: Flow, node: Node) -> tuple[OperandView, OperandView, Valu
         view_a = OperandView(a, -1, -2) if turned_a else OperandView(a, -2, -1)
         return view_a, OperandView(b, -2, -1) if turned_b else OperandView(b, -1, -2), None
     if node.op == "Einsum":
-        first, second, result = einsum_terms(node)
+        first, second, result = einsum_terms(flow, node)
         shared = [c for c in first if c in second and c not in result]
         own_a = [c for c in first if c not in second and c in result]
         own_b = [c for c in second if c not in first and c in result]
@@ -309,13 +310,19 @@ def _moves_batch(node: Node) -> bool:
     return bool(node.attrs.get("transBatchA", 0) or node.attrs.get("transBatchB", 0))
 
 
-def einsum_terms(node: Node) -> tuple[str, str, str]:
-    """The two input terms and the output term of an Einsum's equation, without blanks."""
+def einsum_terms(flow: Flow, node: Node) -> tuple[str, str, str]:
+    """The two input terms and the output term of an Einsum's equation, without blanks, ellipses written out."""
     equation = str(node.attrs.get("equation", "")).replace(" ", "")
     inputs, _, result = equation.partition("->")
     terms = inputs.split(",")
-    if len(terms) != 2 or "." in equation or not result:
+    if len(terms) != 2 or not result:
         raise NotUnderstood(f"einsum {equation!r} is not understood")
+    if "..." in equation:
+        widths = {len(flow.shape(v)) - len(t.replace("...", "")) for v, t in zip(node.inputs, terms, strict=True)}
+        if len(widths) != 1 or not all("..." in t for t in (*terms, result)):
+            raise NotUnderstood(f"einsum {equation!r} broadcasts its leading axes")
+        free = "".join(c for c in string.ascii_uppercase if c not in equation)[: widths.pop()]
+        terms, result = [t.replace("...", free) for t in terms], result.replace("...", free)
     return terms[0], terms[1], result
 
 
@@ -398,7 +405,7 @@ def _value_operand(flow: Flow, node: Node, weights: Value, nodes: tuple[int, ...
         return _Mix(OperandView(b, -2, -1), OperandView(node.outputs[0], -2, -1), nodes, zero_nan)
     if node.op == "Einsum":
         try:
-            first, second, result = einsum_terms(node)
+            first, second, result = einsum_terms(flow, node)
         except NotUnderstood as error:
             return str(error)
         mine, theirs = (first, second) if a == weights else (second, first)

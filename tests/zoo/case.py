@@ -40,7 +40,10 @@ class ZooCase:
         sites: how many attentions the model has (refusable ones included).
         causal: true when every self-attention of the model's (only or decoder) stack is causal.
         axes: per input, its dynamic axes by name, for exporters.
-        tags: "hf", "torch", "none" (no attention), "refuse" (must not be rewritten), "extra", "encoder-decoder", ...
+        tags: "hf", "torch", "none" (no attention), "refuse" (must not be rewritten), "extra", "wide",
+            "encoder-decoder", ...
+        refused: how many of the sites must be refused; for "wide" cases.
+        refusal: what the reason of each refusal must contain.
     """
 
     name: str
@@ -53,6 +56,8 @@ class ZooCase:
     causal: bool
     axes: Mapping[str, Mapping[int, str]]
     tags: frozenset[str] = field(default_factory=frozenset)
+    refused: int = 0
+    refusal: str = ""
 
     def tie(self, module: nn.Module, kv_heads: int) -> None:
         """Make K/V heads equal within each contiguous group: the module becomes a lossless gqa-`kv_heads` twin."""

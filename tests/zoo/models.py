@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from tests.zoo import heads, more_models, plain_torch
+from tests.zoo import heads, more_models, plain_torch, wide_hugging_face, wide_torch
 from tests.zoo.case import HeadViews, Inputs, ZooCase, main_output
 from tests.zoo.feeds import (
     FEATURE_AXES,
@@ -27,7 +27,7 @@ from tests.zoo.feeds import (
 from tests.zoo.hugging_face import DECODER, ENCODER, implementations
 from tests.zoo.randomize import randomize
 
-__all__ = ["EXTRA", "MAIN", "ZOO", "Inputs", "ZooCase", "cases", "main_output"]
+__all__ = ["EXTRA", "MAIN", "WIDE", "ZOO", "Inputs", "ZooCase", "cases", "main_output"]
 
 
 # ------------------------------------------------------------------ the main list
@@ -204,10 +204,24 @@ MAIN: dict[str, ZooCase] = {
 EXTRA: dict[str, ZooCase] = {case.name: case for case in [*more_models.decoders(), *more_models.encoder_decoders()]}
 """More architectures, tagged "extra"."""
 
-ZOO: dict[str, ZooCase] = {**MAIN, **EXTRA}
+WIDE: dict[str, ZooCase] = {
+    case.name: case
+    for case in [
+        *wide_hugging_face.encoders(),
+        *wide_hugging_face.decoders(),
+        *wide_hugging_face.encoder_decoders(),
+        *wide_hugging_face.refused(),
+        *wide_torch.plain(),
+    ]
+}
+"""Families beyond those, tagged "wide", each with what must be refused and why."""
+
+ZOO: dict[str, ZooCase] = {**MAIN, **EXTRA, **WIDE}
+
+ORDINARY = ("extra", "wide", "none", "refuse")
 
 
-def cases(*, having: str | None = None, without: tuple[str, ...] = ("extra", "none", "refuse")) -> list[ZooCase]:
+def cases(*, having: str | None = None, without: tuple[str, ...] = ORDINARY) -> list[ZooCase]:
     """The cases that carry tag `having` (all, if None) and none of the tags in `without`."""
     chosen = (c for c in ZOO.values() if having is None or having in c.tags)
     return [c for c in chosen if not c.tags & set(without)]
