@@ -14,9 +14,10 @@ from passes.site import Refusal
 from rewriter.capture.onnx_file import OnnxCapture, capture, hidden_anchors
 from rewriter.capture.onnx_load import from_proto
 from rewriter.capture.unfuse import fused_nodes, unfuse
-from rewriter.decision import Stopwatch, decide, report, rows
-from rewriter.errors import VerificationFailed
+from rewriter.decision import Decision, Stopwatch, decide, report, rows
+from rewriter.errors import NothingToRewrite, VerificationFailed
 from rewriter.install.onnx_function import install
+from rewriter.install.onnx_obstacles import obstacle
 from rewriter.report.rewrite_report import RewriteReport
 from rewriter.verify.onnx_pair import verify_onnx
 
@@ -55,6 +56,16 @@ def match_capture(captured: OnnxCapture) -> Matches:
     return replace(matches, refusals=(*matches.refusals, *hidden))
 
 
+def _installable(captured: OnnxCapture, decision: Decision) -> Decision:
+    """Sites that this door cannot write become refusals, before anything is edited."""
+    reasons = {r.site.name: obstacle(captured, r) for r in decision.replacements}
+    refused = [(name, reason) for name, reason in reasons.items() if reason is not None]
+    kept = tuple(r for r in decision.replacements if reasons[r.site.name] is None)
+    if not kept:
+        raise NothingToRewrite("; ".join(f"{n}: {r}" for n, r in (*decision.refused, *refused)[:3]))
+    return replace(decision, replacements=kept, refused=(*decision.refused, *refused))
+
+
 def rewrite_onnx(
     model: ir.Model, original: ir.Model, target: Any, *, layers: str | None, verify: bool
 ) -> RewriteReport:
@@ -70,7 +81,7 @@ def rewrite_onnx(
     with watch.stage("match"):
         matches = match_capture(captured)
     with watch.stage("transform"):
-        decision = decide(captured.flow, matches, target, layers)
+        decision = _installable(captured, decide(captured.flow, matches, target, layers))
         site_rows = rows(captured.flow, matches, decision.replacements)
     summary = report(
         captured.flow,

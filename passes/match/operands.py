@@ -325,7 +325,8 @@ def _two_lead_axes(row_of: Array) -> tuple[Array, Array, Axes]:
 
 
 def _varies(array: Array, axis: int) -> bool:
-    return bool((np.diff(array, axis=axis) != 0).any())
+    lines = array.swapaxes(0, axis)
+    return bool((lines[1:] != lines[:-1]).any())
 
 
 def _index_of(signatures: Array) -> Array:
@@ -481,14 +482,14 @@ class _Lookup:
 
     def axes(self, ids: Array, source: Source) -> Axes | None:
         """What each axis runs over, if these ids are exactly the operand's elements, each once; else None."""
-        found = self.positions(ids, source)
-        if found is None or ids.size != self.size:
+        found = self.positions(ids, source) if ids.size == self.size else None
+        if found is None:
             return None
         rows, columns = found
         if columns.max() >= len(self.head) or rows.max() >= len(self.batch):
             return None
         parts = {"b": self.batch[rows], "s": self.token[rows], "h": self.head[columns], "d": self.feature[columns]}
-        if any((p < 0).any() for p in parts.values()) or len(np.unique(ids)) != ids.size:
+        if any((p < 0).any() for p in parts.values()) or np.bincount(ids.reshape(-1) - source.base).max() > 1:
             return None
         return _name_axes(parts, ids.shape)
 
@@ -503,8 +504,8 @@ def _name_axes(parts: dict[str, Array], shape: tuple[int, ...]) -> Axes:
     names = []
     for axis, size in enumerate(shape):
         varying = [k for k, p in parts.items() if size > 1 and _varies(p, axis)]
-        # the part that changes at the first step is the minor one
-        varying.sort(key=lambda k: bool((np.diff(parts[k].take((0, 1), axis=axis), axis=axis) != 0).any()))
+        if len(varying) > 1:  # the part that changes at the first step is the minor one
+            varying.sort(key=lambda k: _varies(parts[k].take((0, 1), axis=axis), axis))
         names.append("".join(varying))
     missing = [k for k in "bhsd" if not any(k in n for n in names)]
     for axis, name in enumerate(names):

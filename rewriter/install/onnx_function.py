@@ -22,6 +22,7 @@ from passes.targets.replacement import Replacement
 from passes.weights.projection import operand_bias, operand_weight
 from rewriter.capture.onnx_file import OnnxCapture
 from rewriter.errors import UnsupportedModel
+from rewriter.install.onnx_obstacles import shares_projection, unflattened_input
 from rewriter.install.onnx_weights import emit_like
 
 
@@ -94,7 +95,7 @@ class _Editor:
         for role, operand in (("k", site.k), ("v", site.v)):
             weight, bias = replacement.tensors[f"{role}_weight"], replacement.tensors.get(f"{role}_bias")
             error = max(error, self._reproject(site, role, operand, replacement.spec.kv_heads, weight, bias))
-        if site.q.projection.node in (site.k.projection.node, site.v.projection.node):
+        if shares_projection(replacement):
             flow = self.capture.flow
             weight, bias = operand_weight(flow, site.q), operand_bias(flow, site.q)
             error = max(error, self._reproject(site, "q", site.q, site.heads, weight, bias))
@@ -117,7 +118,7 @@ class _Editor:
         if not emitted.nodes:
             emitted.value = self._share(emitted.value)
         nodes = list(emitted.nodes)
-        x = self._three_axes(projection.input, operand)
+        x = self._three_axes(operand)
         tokens = ("b", "s") if operand.batch_first else ("s", "b")
         matrix = emitted.value
         if projection.out_first:
@@ -157,18 +158,9 @@ class _Editor:
             return value
         return self.shared.setdefault((str(tensor.dtype) + str(tensor.shape), tensor.tobytes()), value)
 
-    def _three_axes(self, name: Value, operand: Operand) -> ir.Value:
-        """The projection's input with batch and tokens on axes of their own, found above a flattening."""
-        flow = self.capture.flow
-        while len(flow.shape(name)) != 3:
-            node = flow.producer(name)
-            above = node.inputs[0] if node is not None and node.op in {"Reshape", "Flatten", "Identity", "Cast"} else ""
-            if not above or flow.shape(above)[-1] != flow.shape(name)[-1]:
-                raise UnsupportedModel(
-                    f"the projection of {operand.stem} reads a flattened tensor whose batch and token axes are lost",
-                    hint="export the model without flattening tokens before the attention projections",
-                )
-            name = above
+    def _three_axes(self, operand: Operand) -> ir.Value:
+        name = unflattened_input(self.capture, operand)
+        assert name is not None  # sites where it is lost are not installed
         return self.value(name)
 
     def _arrange(
@@ -483,14 +475,14 @@ class _Editor:
         return released
 
     def _release(self, reader: ir.Node, name: Value, operand: Operand) -> bool:
-        parts = self._dimensions(name, self._three_axes(operand.projection.input, operand))
+        parts = self._dimensions(name, self._three_axes(operand))
         if parts is None:
             return False
         start = reader.attributes.get_int("start", 0)
         end = reader.attributes.get_int("end", len(parts))
         nodes: list[ir.Node] = []
         stem = f"{reader.outputs[0].name}_released"
-        shape = self._op(nodes, "Shape", [self._three_axes(operand.projection.input, operand)], f"{stem}.input")
+        shape = self._op(nodes, "Shape", [self._three_axes(operand)], f"{stem}.input")
         pieces = [
             self._ints([number], f"{stem}.size")
             if axis is None

@@ -133,7 +133,7 @@ def encoders() -> list[ZooCase]:
             "dinov2",
             "Dinov2",
             {**ENCODER, **IMAGE, "mlp_ratio": 2},
-            heads.separate(HEADS, "key", "value"),
+            separate,
             SDPA,
             **vision,
         ),

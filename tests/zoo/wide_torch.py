@@ -115,7 +115,8 @@ class PatchEncoder(nn.Module):
         for norm, attention, mlp in zip(self.norms, self.attentions, self.mlps, strict=True):
             x = x + attention(norm(x))
             x = x + mlp(x)
-        return x
+        out: Tensor = x
+        return out
 
 
 class TorchDecoder(nn.Module):

@@ -1,0 +1,68 @@
+"""What keeps the ONNX door from writing a matched site anew; asked before anything is edited."""
+
+from __future__ import annotations
+
+from passes.dataflow import Value
+from passes.site import Operand
+from passes.targets.replacement import Replacement
+from rewriter.capture.onnx_file import OnnxCapture
+
+_WRITABLE = frozenset({("bh", "s", "d"), ("b", "s", "hd")})
+_FLATTENS = frozenset({"Reshape", "Flatten", "Identity", "Cast"})
+
+
+def obstacle(capture: OnnxCapture, replacement: Replacement) -> str | None:
+    """Why this site cannot be installed, None if it can."""
+    site = replacement.site
+    for role, operand in (("key", site.k), ("value", site.v), ("query", site.q)):
+        if role == "query" and not shares_projection(replacement):
+            continue
+        if unflattened_input(capture, operand) is None:
+            return f"the {role} projection reads flattened tokens, and where batch and tokens were apart is not found"
+        if not writable_stem(operand):
+            return f"{role} heads laid out as {operand.stem_axes} cannot be written with fewer heads"
+    for what, axes in (
+        ("queries", site.q.seam_axes),
+        ("keys", site.k.seam_axes),
+        ("values", site.v.seam_axes),
+        ("the output", site.output_axes),
+    ):
+        if not writable(axes):
+            return f"{what} laid out as {axes} cannot be rewritten"
+    if any(m.kind == "sinks" and len(capture.flow.shape(m.value or "")) != 4 for m in site.modifiers):
+        return "its attention sinks are not laid out by batch, head and query"
+    return None
+
+
+def shares_projection(replacement: Replacement) -> bool:
+    """Whether queries come from the projection of keys or values, which goes away."""
+    site = replacement.site
+    return site.q.projection.node in (site.k.projection.node, site.v.projection.node)
+
+
+def unflattened_input(capture: OnnxCapture, operand: Operand) -> Value | None:
+    """The projection's input with batch and tokens on axes of their own, found above a flattening; None if lost."""
+    flow, name = capture.flow, operand.projection.input
+    while len(flow.shape(name)) != 3:
+        node = flow.producer(name)
+        if node is None or node.op not in _FLATTENS:
+            return None
+        above = node.inputs[0]
+        if flow.shape(above)[-1] != flow.shape(name)[-1]:
+            return None
+        name = above
+    return name
+
+
+def writable(axes: tuple[str, ...]) -> bool:
+    """Layouts that can be brought to [batch, heads, tokens, features] and back."""
+    return (len(axes) == 4 and set(axes) == set("bhsd")) or axes in _WRITABLE
+
+
+def writable_stem(operand: Operand) -> bool:
+    """Layouts that a new projection can be given: at most one axis whose size is not known when writing."""
+    axes = operand.stem_axes
+    if len(axes) == 4 and set(axes) == set("bhsd"):
+        return True
+    free = [i for i, a in enumerate(axes) if not set(a) <= {"h", "d"}]
+    return len([i for i in free if not (i == 0 and len(axes[i]) == 1)]) <= 1 or axes[2:] == ("hd",)

@@ -1,0 +1,114 @@
+"""The extra and wide zoo through three doors: sites as built, refusals for their reason, tied twins without loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+import pytest
+
+import rewriter
+from passes.match.attention import Matches
+from tests.match.doors import through_onnx, through_torch
+from tests.match.expected import REPLAY_LIMIT
+from tests.targets.lossless_twin import distance, legal_pool, run_file, tied, twin_file
+from tests.zoo.models import EXTRA, WIDE, ZooCase
+
+DOORS = ("torch", "dynamo18", "torchscript17")
+EXACT, MOVED = 1e-4, 1e-3
+RECORDED, OTHER = (2, 7, 0), (3, 9, 1)
+
+HALF, PARTIAL, INTERLEAVED = "half", "partial", "interleaved"
+ROTARY = {
+    **dict.fromkeys(("mistral", "gemma2", "phi3", "falcon", "modernbert", "gemma3", "gpt-oss"), HALF),
+    **dict.fromkeys(("gpt-neox", "gptj", "codegen", "phi-", "stablelm", "x-rotary"), PARTIAL),
+    **dict.fromkeys(("cohere", "complex-rotary"), INTERLEAVED),
+}
+QK_NORM = ("gemma3", "packed-permute-norm")
+SINKS = ("gpt-oss",)
+CAPPED = ("gemma2",)
+ROUTERS = {"gpt-oss-eager": 2}
+"""Softmaxes that choose experts."""
+
+
+def _jobs() -> list[object]:
+    """Every case through torch; one implementation of each family through the exporters, which is the slow part."""
+    families: dict[str, ZooCase] = {}
+    for case in (*EXTRA.values(), *WIDE.values()):
+        families.setdefault(case.name.removesuffix("-eager").removesuffix("-sdpa"), case)
+    jobs = [(case, "torch") for case in (*EXTRA.values(), *WIDE.values())]
+    jobs += [(case, door) for case in families.values() for door in DOORS[1:]]
+    return [pytest.param(case, door, id=f"{case.name}-{door}") for case, door in jobs]
+
+
+def _matches(case: ZooCase, door: str, zoo_onnx: Callable[..., Path]) -> Matches:
+    return (through_torch(case) if door == "torch" else through_onnx(zoo_onnx(case, door))).matches
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("case", "door"), _jobs())
+def test_every_attention_is_a_site_or_refused_for_its_reason(
+    case: ZooCase, door: str, zoo_onnx: Callable[..., Path]
+) -> None:
+    matches = _matches(case, door, zoo_onnx)
+    assert [r.reason for r in matches.refusals if case.refusal not in r.reason] == []
+    assert (len(matches.sites), len(matches.refusals)) == (case.sites - case.refused, case.refused)
+    assert len(matches.not_attention) == ROUTERS.get(case.name, 0)
+    for site in matches.sites:
+        assert (site.heads, site.kv_heads, site.head_dim, site.value_dim) == (case.heads, case.kv_heads, 8, 8)
+        assert (site.k.rotary.kind if site.k.rotary else None) == _trait(case, ROTARY)
+        assert site.qk_norm is case.name.startswith(QK_NORM)
+        kinds = [m.kind for m in site.modifiers]
+        assert ("sinks" in kinds) is case.name.startswith(SINKS)
+        assert ("softcap" in kinds) is case.name.startswith(CAPPED)
+        assert site.replay_error < REPLAY_LIMIT
+    crossing = sum(site.cross for site in matches.sites)
+    if "encoder-decoder" in case.tags:
+        assert crossing == sum(site.causal for site in matches.sites) > 0
+        assert not any(site.causal and site.cross for site in matches.sites)
+    else:
+        assert crossing == 0 and all(site.causal is case.causal for site in matches.sites)
+
+
+def _trait(case: ZooCase, table: dict[str, str]) -> str | None:
+    found = [key for key in table if case.name.startswith(key)]
+    return table[max(found, key=len)] if found else None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("case", "door"), [p for p in _jobs() if "refuse" not in p.values[0].tags])  # type: ignore[attr-defined]
+def test_a_tied_twin_is_rewritten_without_loss_and_a_perturbed_one_is_not(
+    case: ZooCase, door: str, zoo_onnx: Callable[..., Path], tmp_path: Path
+) -> None:
+    if door == "torch":
+        exact, lossy = (_torch_error(case, perturbed=p) for p in (False, True))
+    else:
+        path = zoo_onnx(case, door)
+        exact, lossy = (_file_error(case, path, tmp_path, perturbed=p) for p in (False, True))
+    assert exact < EXACT
+    assert lossy > MOVED
+
+
+def _torch_error(case: ZooCase, *, perturbed: bool) -> float:
+    module = tied(case, perturbed=perturbed)
+    new = rewriter.optimize(module, f"gqa{legal_pool(case)}", example_inputs=case.inputs(*RECORDED))
+    assert len(new.rewrite_report.sites) == case.sites - case.refused
+    assert all(row.exact is not perturbed for row in new.rewrite_report.sites)
+    return max(distance(case.run(new, i), case.run(module, i)) for i in (case.inputs(*RECORDED), case.inputs(*OTHER)))
+
+
+def _file_error(case: ZooCase, path: Path, folder: Path, *, perturbed: bool) -> float:
+    twin = twin_file(case, path, folder / f"twin-{perturbed}.onnx", perturbed=perturbed)
+    out = folder / f"rewritten-{perturbed}.onnx"
+    done = rewriter.optimize(twin, f"gqa{legal_pool(case)}")
+    done.save(out)
+    onnx.checker.check_model(out, full_check=True)
+    assert len(done.rewrite_report.sites) == case.sites - case.refused
+    return distance(run_file(out, case.inputs(*RECORDED)), run_file(twin, case.inputs(*RECORDED)))
+
+
+def test_tables_name_families_that_exist() -> None:
+    names = [*EXTRA, *WIDE]
+    for key in (*ROTARY, *QK_NORM, *SINKS, *CAPPED, *ROUTERS):
+        assert any(name.startswith(key) for name in names), key
