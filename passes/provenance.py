@@ -11,7 +11,7 @@ unchanged on ids, coefficients and bias; scales, rotations and masks are then re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -199,7 +199,7 @@ class Tracer:
         terms = max(len(f.ids) for f in forms.values())
         width = range(terms)
         ids = tuple(self._run(node, which, forms, _IdsOf(t)) for t in width)
-        coefficients = tuple(self._run(node, which, forms, _CoefficientsOf(t)) for t in width)
+        coefficients = tuple(self._moved_coefficients(node, which, forms, t, ids[t]) for t in width)
         bias = None
         if any(f.bias is not None for f in forms.values()) or self._has_plain_operands(node, forms):
             bias = self._run(
@@ -207,6 +207,12 @@ class Tracer:
             )
             bias = bias if bias.any() else None
         return Form(ids, coefficients, bias)
+
+    def _moved_coefficients(self, node: Node, which: int, forms: dict[int, Form], term: int, moved: Array) -> Array:
+        """Coefficients of one term behind a layout node, whose ids `moved` are known."""
+        if _all_one(forms.values(), term) and moved.all():  # ones stay ones, wherever they go
+            return np.ones(moved.shape)
+        return self._run(node, which, forms, _CoefficientsOf(term))
 
     def _operand(self, node: Node, position: int) -> Form | None:
         """Form of a data operand of a layout node; None for shapes, indices, constants and masks."""
@@ -316,6 +322,10 @@ class Tracer:
             positions = self.flow.value(node.inputs[3]).astype(np.int64)
             cos, sin = cos[positions], sin[positions]
         return rotate(form, cos, sin, bool(node.attrs.get("interleaved", 0)), int(node.attrs.get("num_heads", 0)))
+
+
+def _all_one(forms: Iterable[Form], term: int) -> bool:
+    return all(term < len(f.ids) and bool((f.coefficients[term] == 1).all()) for f in forms)
 
 
 @dataclass(frozen=True)

@@ -496,8 +496,8 @@ class _Lookup:
 
 def _order_along(parts: Array, axis: int) -> Array:
     """The sequence of numbers along one axis, repeats dropped."""
-    line = np.moveaxis(parts, axis, 0).reshape(parts.shape[axis], -1)[:, 0]
-    return line[np.sort(np.unique(line, return_index=True)[1])]
+    line = parts[tuple(slice(None) if a == axis else 0 for a in range(parts.ndim))]
+    return np.array(list(dict.fromkeys(line.tolist())))
 
 
 def _name_axes(parts: dict[str, Array], shape: tuple[int, ...]) -> Axes:
@@ -609,16 +609,18 @@ def _stem(
     candidates = [(projection.output, nodes)]
     candidates += [(v, nodes[i + 1 :]) for i, n in enumerate(nodes) for v in n.outputs if v]
     best: tuple[Value, Axes, tuple[int, ...]] | None = None
-    for value, later in candidates:
+    for value, later in reversed(candidates):  # the last plain one, else the last
         if not _is_gate(flow, later, value):
             continue
         axes = _axes_at(tracer, value, lookup, pure=True)
-        if axes is None or (best is not None and _plain(best[1]) and not _plain(axes)):
+        if axes is None or (best is not None and not _plain(axes)):
             continue
         ids = tracer.trace(value).ids[0]
         features = lookup.features(ids, axes, tracer.source_of(ids)[0])
         if features is not None:
             best = (value, axes, features)
+            if _plain(axes):
+                break
     if best is None:
         raise NotUnderstood("the operand's heads are never separate from other features before they are changed")
     return best

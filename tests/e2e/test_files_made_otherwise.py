@@ -1,0 +1,192 @@
+"""ONNX files that no exporter wrote: optimised, fused, quantised, converted to float16, with weights as nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from onnx import helper
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
+
+import rewriter
+from rewriter.capture.feeds import make_feeds
+from rewriter.capture.onnx_load import load
+from rewriter.errors import NothingToRewrite
+from tests.targets.lossless_twin import twin_file
+from tests.zoo.models import ZOO
+
+ZooOnnx = Callable[..., Path]
+EXACT, LOSSY = 1e-4, 1e-3
+
+
+@pytest.fixture(params=[False, True], ids=["tied", "perturbed"])
+def perturbed(request: pytest.FixtureRequest) -> bool:
+    """Every equality has its control: the same file with one head changed."""
+    return bool(request.param)
+
+
+@pytest.fixture
+def twin(zoo_onnx: ZooOnnx, tmp_path: Path, perturbed: bool) -> Callable[[str], Path]:
+    def make(name: str) -> Path:
+        path = tmp_path / f"{name}.onnx"
+        twin_file(ZOO[name], zoo_onnx(ZOO[name], "torchscript17"), path, perturbed=perturbed)
+        return path
+
+    return make
+
+
+def require(path: Path, perturbed: bool, limit: float = EXACT) -> rewriter.Rewritten:
+    """Rewrite to gqa2: without a perturbation nothing moves, with one it does."""
+    done: rewriter.Rewritten = rewriter.optimize(path, "gqa2")
+    assert len(done.rewrite_report.sites) == 2, done.rewrite_report.refused
+    assert done.rewrite_report.fidelity is not None
+    assert (done.rewrite_report.fidelity.max_abs <= limit) is not perturbed
+    return done
+
+
+def optimised(source: Path, level: ort.GraphOptimizationLevel) -> Path:
+    target = source.with_suffix(".optimised.onnx")
+    options = ort.SessionOptions()
+    options.graph_optimization_level = level
+    options.optimized_model_filepath = str(target)
+    options.log_severity_level = 4
+    ort.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
+    return target
+
+
+@pytest.mark.parametrize("name", ["bert-eager", "gpt2-eager", "vit-eager"])
+def test_files_that_onnxruntime_optimised(name: str, twin: Callable[[str], Path], perturbed: bool) -> None:
+    path = optimised(twin(name), ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED)
+    assert any(n.op_type == "FusedMatMul" for n in onnx.load(path).graph.node)
+    require(path, perturbed)
+
+
+def fused(source: Path) -> Path:
+    from onnxruntime.transformers import optimizer
+
+    model = optimizer.optimize_model(str(source), model_type="bert", num_heads=4, hidden_size=32)
+    target = source.with_suffix(".fused.onnx")
+    model.save_model_to_file(str(target))
+    assert sum(n.op_type == "Attention" and n.domain == "com.microsoft" for n in onnx.load(target).graph.node) == 2
+    return target
+
+
+def test_fused_attention_is_written_out_where_it_is_rewritten(twin: Callable[[str], Path], perturbed: bool) -> None:
+    done = require(fused(twin("bert-eager")), perturbed)
+    assert not any(n.domain == "com.microsoft" and n.op_type == "Attention" for n in done.model.graph)
+
+
+def test_fused_attention_that_is_not_selected_stays(zoo_onnx: ZooOnnx, tmp_path: Path) -> None:
+    path = tmp_path / "bert.onnx"
+    twin_file(ZOO["bert-eager"], zoo_onnx(ZOO["bert-eager"], "torchscript17"), path, perturbed=False)
+    source = fused(path)
+    done = rewriter.optimize(source, "gqa2", layers="1")
+    assert len(done.rewrite_report.sites) == 1
+    kept = [n for n in done.model.graph if n.domain == "com.microsoft" and n.op_type == "Attention"]
+    before = [n for n in onnx.load(source).graph.node if n.op_type == "Attention"]
+    assert [v.name for v in kept[0].outputs] == list(before[0].output) and len(kept) == 1
+
+
+def test_float16(twin: Callable[[str], Path], perturbed: bool) -> None:
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    source = twin("bert-eager")
+    path = source.with_suffix(".float16.onnx")
+    onnx.save(convert_float_to_float16(onnx.load(source)), path)
+    done = require(path, perturbed, limit=1e-2)
+    stored = {t.dtype.name for v in done.model.graph.initializers.values() if (t := v.const_value) is not None}
+    assert "FLOAT16" in stored and "FLOAT" not in stored
+
+
+def test_weights_as_constant_nodes(twin: Callable[[str], Path], perturbed: bool) -> None:
+    source = twin("bert-eager")
+    model = onnx.load(source)
+    constants = [helper.make_node("Constant", [], [t.name], value=t) for t in model.graph.initializer]
+    nodes = [*constants, *model.graph.node]
+    del model.graph.node[:], model.graph.initializer[:]
+    model.graph.node.extend(nodes)
+    path = source.with_suffix(".constants.onnx")
+    onnx.save(model, path)
+    require(path, perturbed)
+
+
+class _Calibration(CalibrationDataReader):
+    def __init__(self, source: Path) -> None:
+        model = load(source)
+        self._feeds: Iterator[dict[str, np.ndarray]] = iter(
+            [make_feeds(model, batch=2, length=n, seed=s) for n, s in ((17, 0), (17, 1), (17, 2), (17, 3))]
+        )
+
+    def get_next(self) -> dict[str, np.ndarray] | None:  # type: ignore[override]
+        return next(self._feeds, None)
+
+
+def test_fake_quantised_weights_stay_quantised(zoo_onnx: ZooOnnx, tmp_path: Path) -> None:
+    source, path = tmp_path / "vit.onnx", tmp_path / "vit.qdq.onnx"
+    twin_file(ZOO["vit-eager"], zoo_onnx(ZOO["vit-eager"], "torchscript17"), source, perturbed=False)
+    quantize_static(
+        str(source), str(path), _Calibration(source), quant_format=QuantFormat.QDQ, weight_type=QuantType.QInt8,
+        op_types_to_quantize=["MatMul"],
+    )  # fmt: skip
+    done = rewriter.optimize(path, "gqa2")
+    assert len(done.rewrite_report.sites) == 2
+    assert not any(s.exact for s in done.rewrite_report.sites)  # roundings went with what stood between them
+    assert done.rewrite_report.fidelity is not None and done.rewrite_report.fidelity.cosine > 0.999
+    new = [v for v in done.model.graph.initializers.values() if v.name and v.name.endswith("weight_quantized")]
+    assert len(new) == 4 and {v.const_value.dtype.name for v in new if v.const_value is not None} == {"INT8"}
+
+
+def test_dynamically_quantised_projections_are_refused_with_advice(zoo_onnx: ZooOnnx, tmp_path: Path) -> None:
+    path = tmp_path / "bert.int8.onnx"
+    quantize_dynamic(str(zoo_onnx(ZOO["bert-eager"], "torchscript17")), str(path), weight_type=QuantType.QInt8)
+    with pytest.raises(NothingToRewrite, match="rewrite the float model and quantise it afterwards"):
+        rewriter.optimize(path, "gqa2")
+
+
+class _Flattened(torch.nn.Module):
+    """Batch and tokens arrive as one axis: [2 * S, 16]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (torch.nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (f(x).view(2, -1, 4, 4).transpose(1, 2) for f in (self.q, self.k, self.v))
+        return (torch.softmax(q @ k.transpose(-1, -2) / 2.0, -1) @ v).transpose(1, 2).reshape(-1, 16)
+
+
+def test_lost_token_axes_are_a_refusal_that_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "flat.onnx"
+    torch.onnx.export(
+        _Flattened().eval(), (torch.randn(14, 16),), str(path), dynamo=False, opset_version=17, input_names=["x"]
+    )
+    with pytest.raises(NothingToRewrite, match="reads flattened tokens"):
+        rewriter.optimize(path, "gqa2")
+
+
+def test_attention_in_a_branch_is_named(zoo_onnx: ZooOnnx, tmp_path: Path) -> None:
+    """A whole encoder inside an If: nothing is rewritten, and the reason is not "no attention"."""
+    inner = onnx.load(zoo_onnx(ZOO["nanogpt-softmax"], "torchscript17"))
+    body = onnx.GraphProto()
+    body.CopyFrom(inner.graph)
+    ids = inner.graph.input[0]
+    del body.input[:]
+    flag = helper.make_tensor_value_info("flag", onnx.TensorProto.BOOL, [])
+    renamed = onnx.compose.add_prefix_graph(body, "else/", rename_inputs=False)
+    for node in renamed.node:
+        for i, name in enumerate(node.input):
+            node.input[i] = ids.name if name == f"else/{ids.name}" else name
+    branch = helper.make_node("If", ["flag"], ["y"], then_branch=body, else_branch=renamed, name="choice")
+    output = helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, None)
+    graph = helper.make_graph([branch], "g", [flag, ids], [output])
+    path = tmp_path / "if.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=inner.opset_import, ir_version=inner.ir_version), path)
+    sites = rewriter.inspect(path).to_dict()["sites"]
+    assert [s["status"] for s in sites] == ["refused"] and "body of If" in sites[0]["reason"]
+    with pytest.raises(NothingToRewrite, match="control flow"):
+        rewriter.optimize(path, "gqa2")
