@@ -591,6 +591,8 @@ def _told_apart(first: Array, second: Array) -> Array:
 
 def _path(flow: Flow, start: Value, end: Value) -> tuple[int, ...]:
     """Nodes on any route from `start` to `end`, shape subgraphs included, in order."""
+    if start == end:
+        return ()
     below: set[Value] = {start}
     path = []
     for node in flow.ancestors(end, stop=lambda n: start in n.outputs):

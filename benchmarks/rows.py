@@ -1,0 +1,101 @@
+"""The rows that every benchmark reports, as JSON and as Markdown; and timing by minimum and median."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import machine
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement.
+
+    Attributes:
+        name: what is measured; case: on what.
+        ours, peer: the two figures in `unit`; None where there is none.
+        ratio: oriented so that larger is better for us; None without two figures.
+        goal: the figure (or ratio, for timings) that an issue names; None if it names none.
+        ok: whether the goal is met; None without a goal.
+        more: further columns, beside those that the interface names.
+    """
+
+    name: str
+    case: str
+    ours: float | None
+    peer: float | None
+    peer_name: str | None
+    unit: str
+    ratio: float | None
+    goal: float | None
+    ok: bool | None
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        row = asdict(self)
+        return {**row.pop("more"), **row}
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of several runs."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def minimum(self) -> float:
+        return min(self.seconds)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+
+def timed(work: Callable[[], Any], runs: int) -> tuple[Times, Any]:
+    """Times of `runs` runs, and the last result."""
+    seconds = []
+    result: Any = None
+    for _ in range(runs):
+        start = time.perf_counter()
+        result = work()
+        seconds.append(time.perf_counter() - start)
+    return Times(tuple(seconds)), result
+
+
+def interleaved(runs: int, *works: Callable[[], Any]) -> list[Times]:
+    """Times of several things, run by turns, so that a busy moment hits all of them."""
+    rounds = [[timed(work, 1)[0].minimum for work in works] for _ in range(runs)]
+    return [Times(column) for column in zip(*rounds, strict=True)]
+
+
+def write_json(path: Path, rows: Sequence[Row], **more: Any) -> None:
+    document = {"machine": machine(), "rows": [row.to_dict() for row in rows], **more}
+    path.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def markdown_table(header: Sequence[str], lines: Sequence[Sequence[object]]) -> str:
+    cells = [list(header), ["---"] * len(header), *([_cell(c) for c in line] for line in lines)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "**no**"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def put_section(path: Path, title: str, text: str) -> None:
+    """Replace the section ``## title`` of a Markdown file, or append it; other sections stay."""
+    before = path.read_text() if path.exists() else "# Benchmarks\n\nWritten by `make bench`; do not edit.\n"
+    head, *sections = before.split("\n## ")
+    kept = [s for s in sections if s.splitlines()[0] != title]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n## ".join([head.rstrip() + "\n", *(s.rstrip() + "\n" for s in kept), f"{title}\n\n{text}\n"]))
