@@ -1,4 +1,4 @@
-"""One zoo case through one door: attentions expected, found, explained, and rewritten so that a lossless twin is equal."""
+"""One zoo case through one door: attentions expected, found, explained, and rewritten without loss in a twin."""
 
 from __future__ import annotations
 
@@ -78,11 +78,16 @@ def measure(name: str, door: str, cache: Path) -> Outcome:
 
 def _outcome(case: ZooCase, door: str, inspection: rewriter.Inspection, seconds: float, **more: Any) -> Outcome:
     refusable = case.sites if "refuse" in case.tags else case.refused
-    counts = {"expected": case.sites, "refusable": refusable}
     return Outcome(
-        case.name, door, **counts, found=len(inspection.sites), explained=len(inspection.refusals),
-        seconds=seconds, **more,
-    )  # fmt: skip
+        case=case.name,
+        door=door,
+        expected=case.sites,
+        refusable=refusable,
+        found=len(inspection.sites),
+        explained=len(inspection.refusals),
+        seconds=seconds,
+        **more,
+    )
 
 
 # ------------------------------------------------------------ torch

@@ -100,10 +100,11 @@ def table(outcomes: Sequence[Outcome]) -> str:
         here = [o for o in outcomes if o.door == door]
         if not here:
             continue
-        beside = [
-            (sum(o.peers[p].fused for o in here), sum(o.peers[p].seconds for o in here)) for p in PEERS if here[0].peers
-        ]
-        peers = [x for fused, seconds in beside for x in (fused, round(seconds, 1))] or [None] * 4
+        peers: list[object] = [None] * 4
+        if here[0].peers:
+            fused = [sum(o.peers[p].fused for o in here) for p in PEERS]
+            seconds = [round(sum(o.peers[p].seconds for o in here), 1) for p in PEERS]
+            peers = [fused[0], seconds[0], fused[1], seconds[1]]
         lines.append(
             [
                 door,
@@ -117,7 +118,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
             ]
         )
     header = ["door", "models", "attentions", "found", "refused, with reason", "rewritten and verified", "s"]
-    return markdown_table(header + ["ONNX Runtime fuses", "s", "onnxscript fuses", "s"], lines)
+    return markdown_table([*header, "ONNX Runtime fuses", "s", "onnxscript fuses", "s"], lines)
 
 
 def shortfalls(outcomes: Sequence[Outcome]) -> str:
@@ -129,9 +130,12 @@ def shortfalls(outcomes: Sequence[Outcome]) -> str:
 
 def times(rows: Sequence[Row]) -> str:
     lines = [
-        [r.name, r.case, r.more["nodes"], r.ours, r.more["ours_median"], r.peer, r.more["peer_median"], r.ratio, r.goal, r.ok]
+        [
+            *(r.name, r.case, r.more["nodes"], r.ours, r.more["ours_median"]),
+            *(r.peer, r.more["peer_median"], r.ratio, r.goal, r.ok),
+        ]
         for r in rows
-    ]  # fmt: skip
+    ]
     header = [
         "what",
         "model",

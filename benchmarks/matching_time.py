@@ -38,7 +38,8 @@ def _llama(implementation: str) -> nn.Module:
 
     settings: dict[str, Any] = {**DECODER, "num_hidden_layers": LAYERS, "num_key_value_heads": KV_HEADS}
     config = transformers.LlamaConfig(**settings)
-    return randomize(transformers.LlamaForCausalLM._from_config(config, attn_implementation=implementation))
+    make: Any = transformers.LlamaForCausalLM._from_config
+    return randomize(make(config, attn_implementation=implementation))
 
 
 def _beside_export(runs: int) -> list[Row]:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -33,7 +34,7 @@ MODEL_TYPES: Mapping[str, str] = {
 
 TOLERANCE = 1e-3
 
-Feeds = Mapping[str, NDArray[np.generic]]
+Feeds = Mapping[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -119,11 +120,11 @@ def _difference(before: Path, after: Path, feeds: Feeds) -> float:
     return float(np.abs(a - b).max()) if a.shape == b.shape else float("inf")
 
 
-def run(path: Path, feeds: Feeds) -> list[NDArray[np.generic]]:
+def run(path: Path, feeds: Feeds) -> list[NDArray[Any]]:
     """All outputs, from a plain single-threaded session."""
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = 1
     session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    outputs: list[NDArray[np.generic]] = session.run(None, {i.name: feeds[i.name] for i in session.get_inputs()})
+    outputs: list[NDArray[Any]] = session.run(None, {i.name: feeds[i.name] for i in session.get_inputs()})
     return outputs

@@ -86,7 +86,7 @@ def markdown_table(header: Sequence[str], lines: Sequence[Sequence[object]]) -> 
 
 def _cell(value: object) -> str:
     if value is None:
-        return "–"
+        return ""
     if isinstance(value, bool):
         return "yes" if value else "**no**"
     return f"{value:.3g}" if isinstance(value, float) else str(value)

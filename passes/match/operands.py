@@ -595,7 +595,9 @@ def _path(flow: Flow, start: Value, end: Value) -> tuple[int, ...]:
         return ()
     below: set[Value] = {start}
     path = []
-    for node in flow.ancestors(end, stop=lambda n: start in n.outputs):
+    producer = flow.producer(start)
+    first = -1 if producer is None else producer.index
+    for node in flow.ancestors(end, stop=lambda n: n.index <= first):  # what runs before `start` reads nothing of it
         if any(v in below for v in node.inputs):
             below.update(node.outputs)
             path.append(node.index)

@@ -1,0 +1,81 @@
+"""The benchmarks run, and write the JSON that the interface names. Times are not asserted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import coverage, rows
+from benchmarks.attentions import Outcome
+from benchmarks.peers import PeerResult, model_type
+
+ROW = {"name", "case", "ours", "peer", "peer_name", "unit", "ratio", "goal", "ok"}
+MACHINE = {"processor", "cores", "memory_gib", "accelerator", "python", "torch_threads", "packages"}
+
+
+@pytest.mark.slow
+def test_coverage_of_two_models_through_three_doors(tmp_path: Path, zoo_cache: Path) -> None:
+    target, page = tmp_path / "coverage.json", tmp_path / "benchmarks.md"
+    page.write_text("# Benchmarks\n\n## Coverage\n\nold\n\n## Other\n\nkept\n")
+    arguments = ["--cases", "bert-sdpa,deberta-eager", "--doors", "torch,graph,torchscript17", "--workers", "1"]
+    code = coverage.main([*arguments, "--json", str(target), "--markdown", str(page), "--cache", str(zoo_cache)])
+    assert code == 0
+    written = json.loads(target.read_text())
+    assert set(written["machine"]) >= MACHINE and written["skipped"] == []
+    table = {(r["case"], r["peer_name"]): r for r in written["rows"]}
+    doors = [("torch", None), ("graph", None), ("torchscript17", "onnxruntime"), ("torchscript17", "onnxscript")]
+    assert set(table) == {(f"{case} {door}", peer) for case in ("bert-sdpa", "deberta-eager") for door, peer in doors}
+    for (case, peer), row in table.items():
+        assert set(row) >= ROW and row["ok"] is True and row["unit"] == "attentions"
+        counts = (2, 0, 2) if case.startswith("bert") else (0, 2, 0)
+        assert (row["found"], row["explained"], row["ours"]) == counts and row["goal"] == counts[2]
+        assert (row["peer"] is None) is (peer is None)
+    text = page.read_text()
+    assert "old" not in text and "## Other\n\nkept" in text and "| torchscript17 | 2 | 4 | 2 | 2 | 2 |" in text
+
+
+def test_an_unknown_case_is_a_usage_error() -> None:
+    assert coverage.main(["--cases", "no-such-model"]) == 2
+
+
+def _outcome(found: int, explained: int, verified: int, fused: int = 1) -> Outcome:
+    peers = {"onnxruntime": PeerResult(fused, 0.5)}
+    return Outcome("bert-sdpa", "dynamo18", 4, 1, found, explained, verified, 0.0, 0.1, peers)
+
+
+def test_a_site_that_is_lost_or_not_verified_is_not_ok() -> None:
+    assert _outcome(3, 1, 3).ok
+    assert not _outcome(2, 1, 2).ok, "one attention is not accounted for"
+    assert not _outcome(3, 1, 2).ok, "one site was called rewritable and was not rewritten"
+
+
+def test_rows_compare_with_each_peer() -> None:
+    (row,) = coverage.rows_of(_outcome(3, 1, 3))
+    assert (row.ours, row.peer, row.ratio, row.goal, row.ok) == (3, 1, 3.0, 3, True)
+    (nothing,) = coverage.rows_of(_outcome(3, 1, 3, fused=0))
+    assert nothing.ratio is None
+
+
+def test_quick_is_a_part_of_all() -> None:
+    everything, quick = coverage.jobs(quick=False), coverage.jobs(quick=True)
+    assert set(quick) < set(everything)
+    assert {door for _, door in everything} == set(coverage.DOORS)
+    assert len({case for case, _ in quick}) > 40
+
+
+def test_model_types_are_told_by_the_longest_name() -> None:
+    assert [model_type(n) for n in ("bert-sdpa", "llama-eager", "t5-sdpa", "phi3-sdpa", "phi-sdpa")] == [
+        "bert", "gpt2", "t5", "gpt2", "phi",
+    ]  # fmt: skip
+
+
+def test_times_and_tables() -> None:
+    calls: list[str] = []
+    first, second = rows.interleaved(3, lambda: calls.append("a"), lambda: calls.append("b"))
+    assert calls == ["a", "b"] * 3
+    assert 0 < first.minimum <= first.median and len(second.seconds) == 3
+    assert rows.markdown_table(["x", "y"], [[1, None], [True, 0.12345]]) == (
+        "| x | y |\n| --- | --- |\n| 1 |  |\n| yes | 0.123 |"
+    )
