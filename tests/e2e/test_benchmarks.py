@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import coverage, rows
-from benchmarks.attentions import Outcome
+from benchmarks.attentions import DOORS, Outcome
 from benchmarks.peers import PeerResult, model_type
 
 ROW = {"name", "case", "ours", "peer", "peer_name", "unit", "ratio", "goal", "ok"}
@@ -49,6 +49,7 @@ def test_a_site_that_is_lost_or_not_verified_is_not_ok() -> None:
     assert _outcome(3, 1, 3).ok
     assert not _outcome(2, 1, 2).ok, "one attention is not accounted for"
     assert not _outcome(3, 1, 2).ok, "one site was called rewritable and was not rewritten"
+    assert not _outcome(2, 2, 2).ok, "one site was refused that need not be"
 
 
 def test_rows_compare_with_each_peer() -> None:
@@ -61,7 +62,7 @@ def test_rows_compare_with_each_peer() -> None:
 def test_quick_is_a_part_of_all() -> None:
     everything, quick = coverage.jobs(quick=False), coverage.jobs(quick=True)
     assert set(quick) < set(everything)
-    assert {door for _, door in everything} == set(coverage.DOORS)
+    assert {door for _, door in everything} == set(DOORS)
     assert len({case for case, _ in quick}) > 40
 
 

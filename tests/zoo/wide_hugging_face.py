@@ -43,10 +43,8 @@ def _encoder(
     return implementations(name, f"{family}Model", f"{family}Config", settings, views, only=only, **given)
 
 
-def _refused(cases: list[ZooCase], reason: str, sites: int | None = None, tags: tuple[str, ...] = ()) -> list[ZooCase]:
-    return [
-        replace(c, refusal=reason, refused=c.sites if sites is None else sites, tags=c.tags | set(tags)) for c in cases
-    ]
+def _refused(cases: list[ZooCase], reason: str, sites: int) -> list[ZooCase]:
+    return [replace(case, refusal=reason, refused=sites) for case in cases]
 
 
 def decoders() -> list[ZooCase]:
@@ -195,15 +193,9 @@ def refused() -> list[ZooCase]:
         "topk_group": 1,
         "first_k_dense_replace": 1,
     }
+    separate, latent = heads.separate(HEADS, "k_proj", "v_proj"), heads.separate(HEADS, "kv_b_proj")
+    olmo2 = _decoder("olmo2", "Olmo2", DECODER, separate, SDPA)
     return [
-        *_refused(
-            _decoder("olmo2", "Olmo2", DECODER, heads.separate(HEADS, "k_proj", "v_proj"), SDPA),
-            "its norm spans the features of all heads",
-            tags=("refuse",),
-        ),
-        *_refused(
-            _decoder("deepseek-v3", "DeepseekV3", deepseek, heads.separate(HEADS, "kv_b_proj"), SDPA),
-            "key: ",
-            tags=("refuse",),
-        ),
+        *_refused(olmo2, "its norm spans the features of all heads", LAYERS),
+        *_refused(_decoder("deepseek-v3", "DeepseekV3", deepseek, latent, SDPA), "key: ", LAYERS),
     ]
