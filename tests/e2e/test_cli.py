@@ -561,7 +561,8 @@ def test_no_attention_and_broken_files(export: Callable[..., Path], tmp_path: Pa
 def test_ctrl_c(tmp_path: Path) -> None:
     """A real SIGINT in the middle of the work: 130, one line, nothing written."""
     program = (
-        "import rewriter, sys, time\n"
+        "import rewriter, signal, sys, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background shell starts us deaf to it
         "def slow(*args, **kwargs):\n"
         "    sys.stderr.write('ready\\n'); sys.stderr.flush(); time.sleep(60)\n"
         "rewriter.optimize = slow\n"
