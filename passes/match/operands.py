@@ -563,7 +563,7 @@ def _axes_at(tracer: Tracer, value: Value, lookup: _Lookup, pure: bool = False) 
         return None
     if pure and (len(form.ids) != 1 or (form.coefficients[0] != 1).any() or form.bias is not None):
         return None
-    order = sorted(range(len(form.ids)), key=lambda t: int((form.ids[t] == 0).sum()))
+    order = sorted(range(len(form.ids)), key=lambda t: int((form.ids[t] == 0).sum())) if len(form.ids) > 1 else [0]
     ids = form.ids[order[0]]
     if len(order) == 2:
         ids = _told_apart(ids, form.ids[order[1]])
@@ -571,6 +571,8 @@ def _axes_at(tracer: Tracer, value: Value, lookup: _Lookup, pure: bool = False) 
     if len(sources) != 1 or (pure and sources[0].kind != "projection"):
         return None
     mine = sources[0].holds(ids)
+    if mine.all():
+        return lookup.axes(ids, sources[0])
     for axis in range(ids.ndim):
         keep = mine.all(axis=tuple(a for a in range(ids.ndim) if a != axis))
         if not keep.all() and keep.any() and not mine.take(np.flatnonzero(~keep), axis=axis).any():

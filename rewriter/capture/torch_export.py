@@ -5,8 +5,9 @@ The exported graph is for analysis only; what a person gets back is their own mo
 
 from __future__ import annotations
 
+import contextlib
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,7 +61,7 @@ def capture(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
     was_training = module.training
     module.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _unchanged(module):
             program = torch.export.export(module, args, dict(kwargs), strict=False)
     except Exception as error:  # torch.export raises many unrelated types
         reason = str(error).strip().splitlines()
@@ -70,7 +71,29 @@ def capture(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
         ) from error
     finally:
         module.train(was_training)
-    return view(program, args, kwargs)
+    try:
+        return view(program, args, kwargs)
+    except RuntimeError as error:  # e.g. a buffer that the forward makes on its first call
+        raise UnsupportedModel(
+            f"the exported program does not run on the inputs it was exported with: {str(error).partition(chr(10))[0]}",
+            hint="call the model once before, so that what its forward caches exists",
+        ) from error
+
+
+@contextlib.contextmanager
+def _unchanged(module: torch.nn.Module) -> Iterator[None]:
+    """Put back what a forward caches on its modules: under export it would be fake tensors."""
+    before = [(m, dict(m._buffers), dict(m.__dict__)) for m in module.modules()]
+    try:
+        yield
+    finally:
+        for owner, buffers, attributes in before:
+            owner._buffers.clear()
+            owner._buffers.update(buffers)
+            for name in [n for n, v in owner.__dict__.items() if isinstance(v, torch.Tensor)]:
+                if name not in attributes:
+                    del owner.__dict__[name]
+            owner.__dict__.update({n: v for n, v in attributes.items() if n != "_buffers"})
 
 
 def view(program: torch.export.ExportedProgram, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TorchCapture:

@@ -537,3 +537,13 @@ def test_verify_tells_weights_that_nobody_declared_changed() -> None:
     failed = rewriter.verify(rewritten, model, example_inputs=inputs).failures
     assert [c.name for c in failed] == ["untouched"]
     assert "wpe" in failed[0].detail
+
+
+def test_inspecting_leaves_nothing_of_the_exporter_in_the_model() -> None:
+    """This model's forward keeps its position bias as a buffer; under export that is a fake tensor."""
+    case = ZOO["x-alibi"]
+    model, inputs = case.build(), case.inputs(2, 7, 0)
+    expected = case.run(case.build(), inputs)
+    assert rewriter.inspect(model, example_inputs=inputs).sites
+    assert not [n for n, t in model.named_buffers() if type(t).__name__ == "FakeTensor"]
+    assert torch.equal(case.run(model, inputs), expected)
