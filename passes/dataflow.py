@@ -191,10 +191,10 @@ class Flow:
         weight = self.weights.get(value)
         return weight.shape if weight is not None else tuple(self.read(value).shape)
 
-    def ancestors(self, value: Value, stop: Callable[[Node], bool] | None = None) -> list[Node]:
-        """Nodes above `value` in execution order; nodes for which `stop` holds are included, not passed."""
+    def ancestors(self, *values: Value, stop: Callable[[Node], bool] | None = None) -> list[Node]:
+        """Nodes above any of `values` in execution order; nodes for which `stop` holds are included, not passed."""
         seen: dict[int, Node] = {}
-        todo = [value]
+        todo = list(values)
         while todo:
             node = self.producer(todo.pop())
             if node is None or node.index in seen:

@@ -8,7 +8,7 @@ from passes.dataflow import Array, Flow
 from passes.match.attention import Evidence
 from passes.match.operands import Traced
 from passes.match.scores import OperandView, apply_modifier
-from passes.replay import rebuild, recorded, softmax
+from passes.replay import rebuild, recorded, rotated, softmax
 from passes.targets.replacement import Replacement
 
 
@@ -52,9 +52,4 @@ def _pooled(flow: Flow, traced: Traced, replacement: Replacement, role: str) -> 
     if (bias := replacement.tensors.get(f"{role}_bias")) is not None:
         projected = projected + np.asarray(bias, dtype=np.float64)
     columns = np.arange(len(weight)).reshape(replacement.spec.kv_heads, -1)
-    tokens = traced.tokens
-    out = projected[tokens.rows[:, None, :, None], columns[None, :, None, :]] * tokens.own[:, None]
-    if tokens.other is not None and traced.operand.rotary is not None:
-        partner = columns[:, np.asarray(traced.operand.rotary.partner)]
-        out = out + projected[tokens.rows[:, None, :, None], partner[None, :, None, :]] * tokens.other[:, None]
-    return np.asarray(out)
+    return rotated(projected, columns, traced)

@@ -71,12 +71,18 @@ def rebuild(flow: Flow, traced: Traced) -> Array:
     projected = project(flow, operand.projection)
     if operand.norm is not None:
         projected = _normed(flow, traced, projected)
-    rows, columns = tokens.rows, tokens.columns
-    out = projected[rows[:, None, :, None], columns[None, :, None, :]] * tokens.own[:, None]
-    if tokens.other is not None and operand.rotary is not None:
-        partner = columns[:, np.asarray(operand.rotary.partner)]
-        out = out + projected[rows[:, None, :, None], partner[None, :, None, :]] * tokens.other[:, None]
+    out = rotated(projected, tokens.columns, traced)
     return out if tokens.offset is None else out + tokens.offset
+
+
+def rotated(projected: Array, columns: Array, traced: Traced) -> Array:
+    """[B, H, T, D] out of [rows, features]: `columns` [H, D] of each token, turned as the operand is."""
+    tokens, rows = traced.tokens, traced.tokens.rows
+    out = projected[rows[:, None, :, None], columns[None, :, None, :]] * tokens.own[:, None]
+    if tokens.other is not None and traced.operand.rotary is not None:
+        partner = columns[:, np.asarray(traced.operand.rotary.partner)]
+        out = out + projected[rows[:, None, :, None], partner[None, :, None, :]] * tokens.other[:, None]
+    return np.asarray(out)
 
 
 def project(flow: Flow, projection: Projection) -> Array:

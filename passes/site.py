@@ -7,8 +7,6 @@ from typing import Literal
 
 from passes.dataflow import Array, Value
 
-Role = Literal["q", "k", "v"]
-
 
 @dataclass(frozen=True)
 class Projection:

@@ -26,7 +26,7 @@ from passes.dataflow import Flow
 from passes.match.attention import Matches
 from passes.targets.replacement import Replacement
 from rewriter.decision import assignment, decide
-from rewriter.errors import NothingToRewrite, UnsupportedModel, UsageError, VerificationFailed
+from rewriter.errors import NothingToRewrite, UnsupportedModel, UsageError, VerificationFailed, first_line
 from rewriter.install.fx_graph import rewrite_exported_program
 from rewriter.verify.torch_pair import verify_torch
 
@@ -210,9 +210,8 @@ def _exported(graph: GraphModule, args: Sequence[Any], weights: Mapping[int, Ten
         with torch.no_grad():
             return torch.export.export(bound, inputs, dynamic_shapes=dynamic, strict=False)
     except Exception as error:  # torch.export raises many unrelated types
-        reason = str(error).strip().splitlines()
         raise UnsupportedModel(
-            f"torch.export could not take the graph: {reason[0] if reason else type(error).__name__}",
+            f"torch.export could not take the graph: {first_line(error)}",
             hint="pass dynamic=False to torch.compile, or rewriter.optimize(model, ...) first",
         ) from error
 

@@ -44,3 +44,9 @@ class InvalidModelFile(RewriteError):
     """The input file is broken, or unsafe to open."""
 
     exit_code = 3
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an exception says, cut to a readable length."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__

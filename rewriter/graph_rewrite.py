@@ -11,8 +11,9 @@ import torch
 from passes.dataflow import Flow
 from passes.match.attention import Matches
 from passes.targets.replacement import Replacement
+from rewriter.capture.example_inputs import Call, as_call
 from rewriter.decision import Decision, Stopwatch, decide, report, rows
-from rewriter.errors import NothingToRewrite, UsageError, VerificationFailed
+from rewriter.errors import NothingToRewrite, VerificationFailed
 from rewriter.install.fx_graph import GraphRewrite, rewrite_exported_program, rewrite_graph_module
 from rewriter.verify.torch_pair import run, verify_torch
 
@@ -62,19 +63,11 @@ def rewrite_graph(model: Graph, target: Any, *, layers: str | None, example_inpu
     return graph
 
 
-def _call(model: Graph, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _call(model: Graph, example_inputs: Any) -> Call:
     if example_inputs is None and isinstance(model, torch.export.ExportedProgram) and model.example_inputs is not None:
         args, kwargs = model.example_inputs
         return tuple(args), dict(kwargs)
-    if isinstance(example_inputs, Mapping):
-        return (), dict(example_inputs)
-    if isinstance(example_inputs, torch.Tensor):
-        return (example_inputs,), {}
-    if isinstance(example_inputs, Sequence):
-        return tuple(example_inputs), {}
-    raise UsageError(
-        "a graph needs example inputs to be recorded on", hint="pass example_inputs=(tensor, ...) or a dict"
-    )
+    return as_call(example_inputs)
 
 
 def _verified(before: Graph, after: Graph, args: tuple[Any, ...], kwargs: Mapping[str, Any], exact: bool) -> Any:

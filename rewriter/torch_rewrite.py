@@ -30,9 +30,8 @@ from rewriter.verify.torch_pair import run, verify_torch
 def match_torch(module: torch.nn.Module, example_inputs: Any) -> tuple[TorchCapture, Matches, Call]:
     """Capture and match; raises UnsupportedModel, or UsageError where example inputs are missing."""
     require_plain(module)
-    args, kwargs = prepare(module, example_inputs)
-    captured = capture(module, args, kwargs)
-    return captured, find_attention(captured.flow), (args, kwargs)
+    captured, call = _captured(module, example_inputs)
+    return captured, find_attention(captured.flow), call
 
 
 def require_plain(module: torch.nn.Module) -> None:

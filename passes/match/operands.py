@@ -26,7 +26,6 @@ class Tokens:
         rows: [B, T] row of the projection's output (flattened over all but its last axis) per token.
         columns: [H, D] own column per head (as the anchor sees heads) and feature.
         own, other: [B, T, D] coefficient of the own column and of the partner's; `other` is None without rotation.
-        gain: [H, D] constant factors that differ between heads; None if they do not.
         offset: [B, H, T, D] bias added after layout; None if there is none.
         new: slice of the token axis that comes from the projection (the rest from a cache).
         axes: what each axis of the anchor's operand is.

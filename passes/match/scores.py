@@ -67,7 +67,6 @@ class ScorePath:
     masked_rows_are_zero: bool = False
     shifted: bool = False
     """Whether a number per row is subtracted before the softmax: scores are then known up to it."""
-    past: tuple[Value, Value] | None = None
 
 
 def anchors(flow: Flow) -> list[Node]:

@@ -6,7 +6,6 @@ embedding is the same thing, since all heads are rotated alike.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from codegen.spec import GroupedQueryAttention
@@ -90,9 +89,3 @@ def describe(site: AttentionSite) -> str:
     if site.kv_heads == site.heads:
         return f"mha{site.heads}"
     return "mqa" if site.kv_heads == 1 else f"gqa{site.kv_heads}"
-
-
-def common_legal(sites: Iterable[AttentionSite]) -> list[int]:
-    """Head counts that are legal at every one of these sites."""
-    sets = [set(legal_head_counts(s.heads, s.kv_heads)) for s in sites]
-    return sorted(set.intersection(*sets)) if sets else []

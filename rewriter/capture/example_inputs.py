@@ -23,22 +23,25 @@ def prepare(module: torch.nn.Module, example_inputs: Any = None) -> Call:
     for defaults, which models with a Hugging Face style ``config`` and ``main_input_name`` have.
     Raises UsageError when there are none.
     """
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = {}
-    if example_inputs is None:
-        kwargs = dict(default_inputs(module))
-    elif isinstance(example_inputs, Mapping):
-        kwargs = dict(example_inputs)
-    elif isinstance(example_inputs, torch.Tensor):
-        args = (example_inputs,)
-    elif isinstance(example_inputs, Sequence) and not isinstance(example_inputs, str):
-        args = tuple(example_inputs)
-    else:
-        raise UsageError(
-            f"example_inputs is a {type(example_inputs).__name__}",
-            hint="pass a dict of keyword tensors, a tensor, or a tuple of positional arguments",
-        )
+    args, kwargs = as_call(default_inputs(module) if example_inputs is None else example_inputs)
     return args, {**kwargs, **_without_cache(module, kwargs)}
+
+
+def as_call(example_inputs: Any) -> Call:
+    """(args, kwargs) for a mapping of keyword tensors, a tensor, or a sequence of positional arguments.
+
+    Raises UsageError for anything else.
+    """
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, torch.Tensor):
+        return (example_inputs,), {}
+    if isinstance(example_inputs, Sequence) and not isinstance(example_inputs, str):
+        return tuple(example_inputs), {}
+    raise UsageError(
+        f"example_inputs is a {type(example_inputs).__name__}",
+        hint="pass a dict of keyword tensors, a tensor, or a tuple of positional arguments",
+    )
 
 
 def _parameters(module: torch.nn.Module) -> Mapping[str, inspect.Parameter]:

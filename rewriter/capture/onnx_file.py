@@ -23,7 +23,7 @@ from passes.provenance import PASS_THROUGH
 from rewriter.capture.feeds import candidate_sizes, make_feeds
 from rewriter.capture.onnx_constants import constant_tensor
 from rewriter.capture.onnx_vocabulary import OPERATORS
-from rewriter.errors import UnsupportedModel
+from rewriter.errors import UnsupportedModel, first_line
 
 FUNCTION_DOMAIN = "rewriter.ops"
 
@@ -122,7 +122,7 @@ def _first_run(model: ir.Model, session: _Session) -> tuple[dict[str, Array], di
         try:
             return session.run(feeds), feeds, sizes
         except Exception as error:  # onnxruntime raises unrelated types
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
     raise UnsupportedModel(
         f"onnxruntime cannot run the model: {reason}",
         hint="check that the file runs in onnxruntime with inputs of any size",
@@ -411,17 +411,16 @@ def _wanted(flow: Flow) -> set[Value]:
     def stop(node: Node) -> bool:
         return flow.projection_operands(node) is not None
 
-    for anchor in anchors(flow):
-        for node in _downstream(flow, anchor):
-            wanted.update(v for v in (*node.inputs, *node.outputs) if v)
-            for value in node.inputs:
-                for above in flow.ancestors(value, stop):
-                    wanted.update(v for v in (*above.inputs, *above.outputs) if v)
-                    wanted.update(_unflattened(flow, above.inputs[0]) if stop(above) else ())
+    around = [node for anchor in anchors(flow) for node in _downstream(flow, anchor)]
+    for node in around:
+        wanted.update(v for v in (*node.inputs, *node.outputs) if v)
+    for above in flow.ancestors(*(v for node in around for v in node.inputs), stop=stop):
+        wanted.update(v for v in (*above.inputs, *above.outputs) if v)
+        wanted.update(unflattened(flow, above.inputs[0]) if stop(above) else ())
     return wanted
 
 
-def _unflattened(flow: Flow, value: Value) -> Iterator[Value]:
+def unflattened(flow: Flow, value: Value) -> Iterator[Value]:
     """What a projection's input was before its tokens were flattened."""
     while (node := flow.producer(value)) is not None and node.op in {"Reshape", "Flatten", "Identity", "Cast"}:
         value = node.inputs[0]

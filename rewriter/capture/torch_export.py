@@ -18,7 +18,7 @@ from torch.fx import Node as FxNode
 
 from passes.dataflow import Array, Flow, Node, Value, Weight
 from rewriter.capture.aten_names import Literal, canonical
-from rewriter.errors import UnsupportedModel
+from rewriter.errors import UnsupportedModel, first_line
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,8 @@ def capture(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
         with torch.no_grad(), _unchanged(module):
             program = torch.export.export(module, args, dict(kwargs), strict=False)
     except Exception as error:  # torch.export raises many unrelated types
-        reason = str(error).strip().splitlines()
         raise UnsupportedModel(
-            f"torch.export could not capture the model: {reason[0] if reason else type(error).__name__}",
+            f"torch.export could not capture the model: {first_line(error)}",
             hint="pass example_inputs that the model accepts, or make its forward exportable",
         ) from error
     finally:
@@ -75,7 +74,7 @@ def capture(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
         return view(program, args, kwargs)
     except RuntimeError as error:  # e.g. a buffer that the forward makes on its first call
         raise UnsupportedModel(
-            f"the exported program does not run on the inputs it was exported with: {str(error).partition(chr(10))[0]}",
+            f"the exported program does not run on the inputs it was exported with: {first_line(error)}",
             hint="call the model once before, so that what its forward caches exists",
         ) from error
 

@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from passes.dataflow import Array
+from rewriter.onnx_nodes import NodeWriter
 
 DOMAIN = "com.microsoft"
 FUSED = frozenset({"Attention", "MultiHeadAttention"})
@@ -97,8 +97,9 @@ class _Writer:
         self.nodes: list[ir.Node] = []
         self.heads = node.attributes["num_heads"].as_int()
         self.dtype = _float_type(node)
-        self.taken = {v.name for n in model.graph for v in n.outputs} | set(model.graph.initializers)
-        self.taken |= {v.name for v in model.graph.inputs}
+        taken = {v.name for n in model.graph for v in n.outputs} | set(model.graph.initializers)
+        taken |= {v.name for v in model.graph.inputs} | {n.name for n in model.graph}
+        self.writer = NodeWriter(model.graph, {n for n in taken if n})
 
     def write(self) -> None:
         q, k, v = self._projected() if self.node.op_type == "Attention" else self._biased()
@@ -107,10 +108,10 @@ class _Writer:
         for bias in (self._mask(k), self._causal(q, k), self._given_bias()):
             if bias is not None:
                 scores = self._op("Add", [scores, bias], "biased")
-        weights = self._op("Softmax", [scores], "weights", ir.AttrInt64("axis", -1))
+        weights = self._op("Softmax", [scores], "weights", axis=-1)
         weights.producer().name = f"{self.node.name}/Softmax"  # type: ignore[union-attr]
         mixed = self._op("MatMul", [weights, self._heads(v, [0, 2, 1, 3])], "mixed")
-        turned = self._op("Transpose", [mixed], "turned", ir.AttrInt64s("perm", [0, 2, 1, 3]))
+        turned = self._op("Transpose", [mixed], "turned", perm=[0, 2, 1, 3])
         merged = self._op("Reshape", [turned, self._ints([0, 0, -1])], "merged")
         output = self.node.outputs[0]
         merged.type, merged.shape = output.type, output.shape
@@ -150,7 +151,7 @@ class _Writer:
 
     def _heads(self, value: ir.Value, perm: list[int]) -> ir.Value:
         split = self._op("Reshape", [value, self._ints([0, 0, self.heads, -1])], "split")
-        return self._op("Transpose", [split], "heads", ir.AttrInt64s("perm", perm))
+        return self._op("Transpose", [split], "heads", perm=perm)
 
     def _scale(self, q: ir.Value) -> ir.Value:
         scale = self.node.attributes.get_float("scale", 0.0)
@@ -158,7 +159,7 @@ class _Writer:
             return self._number(scale)
         width = self._op("Gather", [self._op("Shape", [q], "q_shape"), self._ints([2])], "width")
         per_head = self._op("Div", [width, self._ints([self.heads])], "head_dim")
-        real = self._op("Cast", [per_head], "head_dim_float", ir.AttrInt64("to", int(self.dtype)))
+        real = self._op("Cast", [per_head], "head_dim_float", to=int(self.dtype))
         return self._op("Reciprocal", [self._op("Sqrt", [real], "root")], "scale")
 
     def _mask(self, k: ir.Value) -> ir.Value | None:
@@ -170,15 +171,15 @@ class _Writer:
         if rank == 1:
             keys = self._length(k)
             positions = self._op("Range", [self._int(0), keys, self._int(1)], "positions")
-            counts = self._op("Cast", [mask], "counts", ir.AttrInt64("to", int(ir.DataType.INT64)))
+            counts = self._op("Cast", [mask], "counts", to=int(ir.DataType.INT64))
             column = self._op("Reshape", [counts, self._ints([-1, 1])], "counts_column")
             keep = self._op("Less", [positions, column], "keep")
         else:
-            keep = self._op("Cast", [mask], "keep", ir.AttrInt64("to", int(ir.DataType.BOOL)))
+            keep = self._op("Cast", [mask], "keep", to=int(ir.DataType.BOOL))
         if rank == 3:
             shape = self._op("Shape", [keep], "keep_shape")
             lead, tail = (self._op("Gather", [shape, self._ints(i)], "dims") for i in ([0], [1, 2]))
-            wide = self._op("Concat", [lead, self._ints([1]), tail], "wide", ir.AttrInt64("axis", 0))
+            wide = self._op("Concat", [lead, self._ints([1]), tail], "wide", axis=0)
         else:
             wide = self._ints([0, 1, 1, -1])
         shaped = self._op("Reshape", [keep, wide], "keep_wide")
@@ -205,36 +206,17 @@ class _Writer:
 
     # ------------------------------------------------------------ pieces
 
-    def _op(self, kind: str, inputs: list[ir.Value], name: str, *attributes: ir.Attr) -> ir.Value:
-        node = ir.Node("", kind, inputs, list(attributes), num_outputs=1)
-        node.outputs[0].name = self._unique(f"{self.node.name}/{name}")
-        node.name = f"{node.outputs[0].name}/{kind}"
-        self.nodes.append(node)
-        return node.outputs[0]
-
-    def _unique(self, name: str) -> str:
-        candidate, number = name, 0
-        while candidate in self.taken:
-            number += 1
-            candidate = f"{name}_{number}"
-        self.taken.add(candidate)
-        return candidate
-
-    def _constant(self, array: Array) -> ir.Value:
-        name = self._unique(f"{self.node.name}/constant")
-        tensor = ir.tensor(array, name=name)
-        value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
-        self.model.graph.register_initializer(value)
-        return value
+    def _op(self, kind: str, inputs: list[ir.Value], name: str, **attrs: int | list[int]) -> ir.Value:
+        return self.writer.op(self.nodes, kind, inputs, f"{self.node.name}/{name}", **attrs)
 
     def _ints(self, numbers: list[int]) -> ir.Value:
-        return self._constant(np.array(numbers, np.int64))
+        return self.writer.ints(numbers, f"{self.node.name}/constant")
 
     def _int(self, number: int) -> ir.Value:
-        return self._constant(np.array(number, np.int64))
+        return self.writer.constant(np.array(number, np.int64), f"{self.node.name}/constant")
 
     def _number(self, number: float) -> ir.Value:
-        return self._constant(np.array(number).astype(self.dtype.numpy()))
+        return self.writer.scalar(number, self.dtype, f"{self.node.name}/constant")
 
 
 def _float_type(node: ir.Node) -> ir.DataType:

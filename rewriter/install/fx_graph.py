@@ -23,7 +23,7 @@ from passes.dataflow import Flow
 from passes.match.attention import Matches, find_attention
 from passes.targets.replacement import Replacement
 from rewriter.capture.torch_export import view_graph_module, view_program
-from rewriter.errors import UnsupportedModel, UsageError
+from rewriter.errors import UnsupportedModel, UsageError, first_line
 from rewriter.install.fx_check import require_equal
 from rewriter.install.fx_editor import Editor, SitePlan
 from rewriter.install.fx_store import ModuleStore, ProgramStore
@@ -252,9 +252,8 @@ def _try_export(module: GraphModule, call: inspect.BoundArguments, dynamic: Any)
     except Exception as error:  # torch.export raises many unrelated types
         if dynamic is not None:
             return None
-        lines = str(error).strip().splitlines()
         raise UnsupportedModel(
-            f"torch.export could not take the graph: {lines[0] if lines else type(error).__name__}",
+            f"torch.export could not take the graph: {first_line(error)}",
             hint="pass example inputs that the graph accepts",
         ) from error
 

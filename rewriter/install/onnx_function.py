@@ -21,9 +21,9 @@ from passes.site import AttentionSite, Modifier, Operand
 from passes.targets.replacement import Replacement
 from passes.weights.projection import operand_bias, operand_weight
 from rewriter.capture.onnx_file import OnnxCapture
-from rewriter.errors import UnsupportedModel
-from rewriter.install.onnx_obstacles import shares_projection, unflattened_input
+from rewriter.install.onnx_obstacles import fused_shape, shares_projection, unflattened_input
 from rewriter.install.onnx_weights import emit_like
+from rewriter.onnx_nodes import NodeWriter
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,8 @@ class _Editor:
         self.model = self.capture.model
         self.graph = self.model.graph
         self.opset = self.model.opset_imports.get("", 1)
-        self._taken = set(self.capture.values) | {n.name for n in self.capture.nodes if n.name}
+        taken = set(self.capture.values) | {n.name for n in self.capture.nodes if n.name}
+        self.write = NodeWriter(self.graph, taken)
         self._stored = frozenset(self.graph.initializers)
 
     # ------------------------------------------------------------ one site
@@ -114,7 +115,9 @@ class _Editor:
         order = list(operand.stem_features)
         rows = weight.reshape(heads, operand.dim, -1)[:, order].reshape(heads * operand.dim, -1)
         old = self.value(projection.weight)
-        emitted = emit_like(old, rows if projection.out_first else rows.T, f"{site.name}.{role}.weight", self.unique)
+        emitted = emit_like(
+            old, rows if projection.out_first else rows.T, f"{site.name}.{role}.weight", self.write.unique
+        )
         if not emitted.nodes:
             emitted.value = self._share(emitted.value)
         nodes = list(emitted.nodes)
@@ -122,20 +125,20 @@ class _Editor:
         tokens = ("b", "s") if operand.batch_first else ("s", "b")
         matrix = emitted.value
         if projection.out_first:
-            matrix = self._op(nodes, "Transpose", [matrix], f"{site.name}.{role}.weight_t", perm=[1, 0])
-        out = self._op(nodes, "MatMul", [x, matrix], f"{site.name}.{role}.matmul")
+            matrix = self.write.op(nodes, "Transpose", [matrix], f"{site.name}.{role}.weight_t", perm=[1, 0])
+        out = self.write.op(nodes, "MatMul", [x, matrix], f"{site.name}.{role}.matmul")
         stored = list(emitted.initializers)
         if bias is not None:
             vector = bias.reshape(heads, operand.dim)[:, order].reshape(-1)
             assert projection.bias is not None
-            held = emit_like(self.value(projection.bias), vector, f"{site.name}.{role}.bias", self.unique)
+            held = emit_like(self.value(projection.bias), vector, f"{site.name}.{role}.bias", self.write.unique)
             nodes += held.nodes
             stored += held.initializers
-            out = self._op(nodes, "Add", [out, self._share(held.value) if not held.nodes else held.value],
+            out = self.write.op(nodes, "Add", [out, self._share(held.value) if not held.nodes else held.value],
                            f"{site.name}.{role}.projected")  # fmt: skip
         wanted, present = (self.capture.element_type(v) for v in (operand.stem, projection.output))
         if wanted is not None and present is not None and wanted != present:
-            out = self._op(nodes, "Cast", [out], f"{site.name}.{role}.cast", to=int(wanted))
+            out = self.write.op(nodes, "Cast", [out], f"{site.name}.{role}.cast", to=int(wanted))
         axes = operand.stem_axes
         if operand.seam == operand.stem and not operand.presents and all(len(a) == 1 for a in axes):
             axes = ("b", "h", "s", "d")  # nothing lies between: lay heads out as attention wants them
@@ -177,18 +180,18 @@ class _Editor:
         if axes == (*tokens, "hd"):
             return value
         wanted = "".join(axes)
-        value = self._op(nodes, "Reshape", [value, self._ints([0, 0, heads, dim], f"{name}.split")], f"{name}.heads")
+        value = self.write.op(
+            nodes, "Reshape", [value, self.write.ints([0, 0, heads, dim], f"{name}.split")], f"{name}.heads"
+        )
         have = "".join(tokens) + "hd"
         perm = [have.index(a) for a in wanted]
         if perm != [0, 1, 2, 3]:
-            value = self._op(nodes, "Transpose", [value], f"{name}.ordered", perm=perm)
+            value = self.write.op(nodes, "Transpose", [value], f"{name}.ordered", perm=perm)
         if all(len(a) == 1 for a in axes):
             return value
-        sizes = {"h": heads, "d": dim, "hd": heads * dim, "dh": heads * dim}
-        shape = [sizes.get(a, 0 if a == wanted[i : i + 1] and i < 1 else -1) for i, a in enumerate(axes)]
-        if shape.count(-1) > 1:
-            raise UnsupportedModel(f"heads laid out as {axes} cannot be written with fewer heads")
-        return self._op(nodes, "Reshape", [value, self._ints(shape, f"{name}.fused")], f"{name}.arranged")
+        shape = fused_shape(axes, heads, dim)
+        assert shape is not None  # sites laid out otherwise are not installed
+        return self.write.op(nodes, "Reshape", [value, self.write.ints(shape, f"{name}.fused")], f"{name}.arranged")
 
     def _rewire(self, operand: Operand, stem: ir.Value, new: ir.Value, heads: int) -> None:
         """The path reads the new stem; its values, caches and presents change their number of heads."""
@@ -218,21 +221,21 @@ class _Editor:
         size = self.capture.flow.shape(name)[axis] // before * heads
         nodes: list[ir.Node] = []
         stem, rank = f"{name}.{heads}_heads", len(self.capture.flow.shape(name))
-        parts = [self._ints([size], f"{stem}.size")]
+        parts = [self.write.ints([size], f"{stem}.size")]
         if axis > 0:
-            first = self._ints([*range(axis)], f"{stem}.first")
-            parts.insert(0, self._op(nodes, "Gather", [node.inputs[1], first], f"{stem}.lead"))
+            first = self.write.ints([*range(axis)], f"{stem}.first")
+            parts.insert(0, self.write.op(nodes, "Gather", [node.inputs[1], first], f"{stem}.lead"))
         if axis + 1 < rank:
-            last = self._ints([*range(axis + 1, rank)], f"{stem}.last")
-            parts.append(self._op(nodes, "Gather", [node.inputs[1], last], f"{stem}.rest"))
-        shape = self._op(nodes, "Concat", parts, f"{stem}.shape", axis=0)
+            last = self.write.ints([*range(axis + 1, rank)], f"{stem}.last")
+            parts.append(self.write.op(nodes, "Gather", [node.inputs[1], last], f"{stem}.rest"))
+        shape = self.write.op(nodes, "Concat", parts, f"{stem}.shape", axis=0)
         self.graph.insert_before(node, nodes)
         node.replace_input_with(1, shape)
 
     def _become_output(self, old: ir.Value, new: ir.Value) -> None:
         position = next(i for i, o in enumerate(self.graph.outputs) if o is old)
         name, new.type, new.shape = old.name, old.type, old.shape
-        old.name = self.unique(f"{name}_before")
+        old.name = self.write.unique(f"{name}_before")
         new.name = name
         self.graph.outputs[position] = new
 
@@ -295,40 +298,43 @@ class _Editor:
         if axes == ("b", "h", "s", "d"):
             return value
         if all(len(a) == 1 for a in axes) and len(axes) == 4:
-            return self._op(nodes, "Transpose", [value], f"{name}.canonical", perm=[axes.index(a) for a in "bhsd"])
+            return self.write.op(nodes, "Transpose", [value], f"{name}.canonical", perm=[axes.index(a) for a in "bhsd"])
         if axes == ("bh", "s", "d"):
-            shape = self._op(nodes, "Shape", [value], f"{name}.shape")
-            tail = self._op(nodes, "Gather", [shape, self._ints([1, 2], f"{name}.tail")], f"{name}.sizes")
-            full = self._op(nodes, "Concat", [self._ints([-1, heads], f"{name}.lead"), tail], f"{name}.full", axis=0)
-            return self._op(nodes, "Reshape", [value, full], f"{name}.canonical")
+            return self._lead(nodes, value, [-1, heads], [1, 2], f"{name}.canonical")
         if axes == ("b", "s", "hd"):
-            shape = self._ints([0, 0, heads, -1], f"{name}.split_shape")
-            split = self._op(nodes, "Reshape", [value, shape], f"{name}.split")
-            return self._op(nodes, "Transpose", [split], f"{name}.canonical", perm=[0, 2, 1, 3])
-        raise UnsupportedModel(f"an operand laid out as {axes} cannot be rewritten yet")
+            shape = self.write.ints([0, 0, heads, -1], f"{name}.split_shape")
+            split = self.write.op(nodes, "Reshape", [value, shape], f"{name}.split")
+            return self.write.op(nodes, "Transpose", [split], f"{name}.canonical", perm=[0, 2, 1, 3])
+        raise AssertionError(f"queries, keys or values laid out as {axes} are not installed")
 
     def _from_canonical(self, nodes: list[ir.Node], value: ir.Value, site: AttentionSite) -> ir.Value:
         axes, name = site.output_axes, f"{site.name}.output"
         if axes == ("b", "h", "s", "d"):
             return value
         if all(len(a) == 1 for a in axes) and len(axes) == 4:
-            return self._op(nodes, "Transpose", [value], name, perm=["bhsd".index(a) for a in axes])
+            return self.write.op(nodes, "Transpose", [value], name, perm=["bhsd".index(a) for a in axes])
         if axes == ("bh", "s", "d"):
-            shape = self._op(nodes, "Shape", [value], f"{name}.shape")
-            tail = self._op(nodes, "Gather", [shape, self._ints([2, 3], f"{name}.tail")], f"{name}.sizes")
-            full = self._op(nodes, "Concat", [self._ints([-1], f"{name}.lead"), tail], f"{name}.full", axis=0)
-            return self._op(nodes, "Reshape", [value, full], name)
+            return self._lead(nodes, value, [-1], [2, 3], name)
         if axes == ("b", "s", "hd"):
-            turned = self._op(nodes, "Transpose", [value], f"{name}.turned", perm=[0, 2, 1, 3])
-            return self._op(nodes, "Reshape", [turned, self._ints([0, 0, -1], f"{name}.merged")], name)
-        raise UnsupportedModel(f"an output laid out as {axes} cannot be rewritten yet")
+            turned = self.write.op(nodes, "Transpose", [value], f"{name}.turned", perm=[0, 2, 1, 3])
+            return self.write.op(nodes, "Reshape", [turned, self.write.ints([0, 0, -1], f"{name}.merged")], name)
+        raise AssertionError(f"sites whose output is laid out as {axes} are not installed")
+
+    def _lead(self, nodes: list[ir.Node], value: ir.Value, lead: list[int], keep: list[int], name: str) -> ir.Value:
+        """Reshape to `lead`, one size of which is -1, followed by the value's own sizes along the axes `keep`."""
+        shape = self.write.op(nodes, "Shape", [value], f"{name}.shape")
+        tail = self.write.op(nodes, "Gather", [shape, self.write.ints(keep, f"{name}.tail")], f"{name}.sizes")
+        full = self.write.op(nodes, "Concat", [self.write.ints(lead, f"{name}.lead"), tail], f"{name}.full", axis=0)
+        return self.write.op(nodes, "Reshape", [value, full], name)
 
     def _bias(self, nodes: list[ir.Node], site: AttentionSite, dtype: ir.DataType) -> ir.Value | None:
         """All masks and biases added up as one tensor in the scores' dtype."""
         total: ir.Value | None = None
         for number, modifier in enumerate(m for m in site.modifiers if m.kind in {"bias", "mask", "unmask"}):
             part = self._additive(nodes, modifier, f"{site.name}.bias{number or ''}", dtype, site.heads)
-            total = part if total is None else self._op(nodes, "Add", [total, part], f"{site.name}.bias_sum{number}")
+            total = (
+                part if total is None else self.write.op(nodes, "Add", [total, part], f"{site.name}.bias_sum{number}")
+            )
         return total
 
     def _additive(
@@ -338,32 +344,25 @@ class _Editor:
         value = self.value(modifier.value)
         if modifier.kind == "bias":
             if modifier.number != 1.0:
-                value = self._op(nodes, "Mul", [value, self._scalar(modifier.number, dtype, f"{name}.factor")], name)
+                value = self.write.op(
+                    nodes, "Mul", [value, self.write.scalar(modifier.number, dtype, f"{name}.factor")], name
+                )
         else:
-            zero = self._scalar(0.0, dtype, f"{name}.zero")
+            zero = self.write.scalar(0.0, dtype, f"{name}.zero")
             low = float(np.finfo(dtype.numpy()).min) if dtype.numpy() in (np.float32, np.float16) else -np.inf
             masked = modifier.number if np.isinf(modifier.number) else max(modifier.number, low)
-            fill = self._scalar(masked, dtype, f"{name}.masked")
+            fill = self.write.scalar(masked, dtype, f"{name}.masked")
             pair = [zero, fill] if modifier.kind == "mask" else [fill, zero]
-            value = self._op(nodes, "Where", [value, *pair], name)
+            value = self.write.op(nodes, "Where", [value, *pair], name)
         if len(self.capture.flow.shape(modifier.value)) == 3 and self.capture.flow.shape(modifier.value)[0] != 1:
-            shape = self._op(nodes, "Shape", [value], f"{name}.shape")
-            tail = self._op(nodes, "Gather", [shape, self._ints([1, 2], f"{name}.tail")], f"{name}.sizes")
-            full = self._op(nodes, "Concat", [self._ints([-1, heads], f"{name}.lead"), tail], f"{name}.full", axis=0)
-            value = self._op(nodes, "Reshape", [value, full], f"{name}.by_head")
+            value = self._lead(nodes, value, [-1, heads], [1, 2], f"{name}.by_head")
         return value
-
-    def _sinks(self, nodes: list[ir.Node], modifier: Modifier, site: AttentionSite) -> ir.Value:
-        assert modifier.value is not None
-        if len(self.capture.flow.shape(modifier.value)) != 4:
-            raise UnsupportedModel(f"the attention sinks of {site.name} are not laid out by batch, head and query")
-        return self.value(modifier.value)
 
     def _standard(
         self, nodes: list[ir.Node], site: AttentionSite, causal: bool, operands: list[ir.Value], bias: ir.Value | None
     ) -> ir.Value:
         inputs = operands if bias is None else [*operands, bias]
-        return self._op(nodes, "Attention", inputs, site.name, is_causal=int(causal), scale=site.scale)
+        return self.write.op(nodes, "Attention", inputs, site.name, is_causal=int(causal), scale=site.scale)
 
     def _function(
         self,
@@ -378,16 +377,16 @@ class _Editor:
         self.model.functions.setdefault(body.identifier(), body)
         self.model.opset_imports.setdefault(DOMAIN, 1)
         self.model.ir_version = max(self.model.ir_version, 8)
-        sinks = [self._sinks(nodes, m, replacement.site) for m in replacement.site.modifiers if m.kind == "sinks"]
+        sinks = [self.value(m.value) for m in replacement.site.modifiers if m.kind == "sinks" and m.value]
         node = ir.Node(
             DOMAIN,
             function_name(spec),
             [*operands, *([] if bias is None else [bias]), *sinks],
             attributes(spec, dtype),
             num_outputs=1,
-            name=self.unique(f"{replacement.site.name}/attention"),  # a name that captures read the site off
+            name=self.write.unique(f"{replacement.site.name}/attention"),  # a name that captures read the site off
         )
-        node.outputs[0].name = self.unique(f"{replacement.site.name}.attended")
+        node.outputs[0].name = self.write.unique(f"{replacement.site.name}.attended")
         nodes.append(node)
         return node.outputs[0]
 
@@ -395,37 +394,6 @@ class _Editor:
 
     def value(self, name: Value) -> ir.Value:
         return self.capture.values[name]
-
-    def unique(self, name: str) -> str:
-        candidate, number = name, 0
-        while candidate in self._taken:
-            number += 1
-            candidate = f"{name}_{number}"
-        self._taken.add(candidate)
-        return candidate
-
-    def _op(
-        self, nodes: list[ir.Node], kind: str, inputs: list[ir.Value], name: str, **attrs: int | float | list[int]
-    ) -> ir.Value:
-        written = [_attribute(k, v) for k, v in attrs.items()]
-        unique = self.unique(name)
-        node = ir.Node("", kind, inputs, written, num_outputs=1, name=self.unique(f"{name}/{kind}"))
-        node.outputs[0].name = unique
-        nodes.append(node)
-        return node.outputs[0]
-
-    def _ints(self, numbers: list[int], name: str) -> ir.Value:
-        return self._constant(np.array(numbers, np.int64), name)
-
-    def _scalar(self, number: float, dtype: ir.DataType, name: str) -> ir.Value:
-        return self._constant(np.array(number).astype(dtype.numpy()), name)
-
-    def _constant(self, array: Array, name: str) -> ir.Value:
-        unique = self.unique(name)
-        tensor = ir.tensor(array, name=unique)
-        value = ir.Value(name=unique, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
-        self.graph.register_initializer(value)
-        return value
 
     # ------------------------------------------------------------ clean-up
 
@@ -475,21 +443,22 @@ class _Editor:
         return released
 
     def _release(self, reader: ir.Node, name: Value, operand: Operand) -> bool:
-        parts = self._dimensions(name, self._three_axes(operand))
+        x = self._three_axes(operand)
+        parts = self._dimensions(name, x)
         if parts is None:
             return False
         start = reader.attributes.get_int("start", 0)
         end = reader.attributes.get_int("end", len(parts))
         nodes: list[ir.Node] = []
         stem = f"{reader.outputs[0].name}_released"
-        shape = self._op(nodes, "Shape", [self._three_axes(operand)], f"{stem}.input")
+        shape = self.write.op(nodes, "Shape", [x], f"{stem}.input")
         pieces = [
-            self._ints([number], f"{stem}.size")
+            self.write.ints([number], f"{stem}.size")
             if axis is None
-            else self._op(nodes, "Gather", [shape, self._ints([axis], f"{stem}.axis")], f"{stem}.dim")
+            else self.write.op(nodes, "Gather", [shape, self.write.ints([axis], f"{stem}.axis")], f"{stem}.dim")
             for axis, number in parts[start:end]
         ]
-        whole = self._op(nodes, "Concat", pieces, stem, axis=0)
+        whole = self.write.op(nodes, "Concat", pieces, stem, axis=0)
         self.graph.insert_after(reader, nodes)
         reader.outputs[0].replace_all_uses_with(whole)
         return True
@@ -508,12 +477,6 @@ class _Editor:
                 return None
             parts.append((axis, size))
         return parts
-
-
-def _attribute(name: str, value: int | float | list[int]) -> ir.Attr:
-    if isinstance(value, list):
-        return ir.AttrInt64s(name, value)
-    return ir.AttrFloat32(name, value) if isinstance(value, float) else ir.AttrInt64(name, value)
 
 
 def _resize(value: ir.Value, axis: int, heads: int) -> None:

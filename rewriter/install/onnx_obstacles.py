@@ -5,10 +5,9 @@ from __future__ import annotations
 from passes.dataflow import Value
 from passes.site import Operand
 from passes.targets.replacement import Replacement
-from rewriter.capture.onnx_file import OnnxCapture
+from rewriter.capture.onnx_file import OnnxCapture, unflattened
 
 _WRITABLE = frozenset({("bh", "s", "d"), ("b", "s", "hd")})
-_FLATTENS = frozenset({"Reshape", "Flatten", "Identity", "Cast"})
 
 
 def obstacle(capture: OnnxCapture, replacement: Replacement) -> str | None:
@@ -42,16 +41,13 @@ def shares_projection(replacement: Replacement) -> bool:
 
 def unflattened_input(capture: OnnxCapture, operand: Operand) -> Value | None:
     """The projection's input with batch and tokens on axes of their own, found above a flattening; None if lost."""
-    flow, name = capture.flow, operand.projection.input
-    while len(flow.shape(name)) != 3:
-        node = flow.producer(name)
-        if node is None or node.op not in _FLATTENS:
+    flow, given = capture.flow, operand.projection.input
+    for name in (given, *unflattened(flow, given)):
+        if flow.shape(name)[-1] != flow.shape(given)[-1]:
             return None
-        above = node.inputs[0]
-        if flow.shape(above)[-1] != flow.shape(name)[-1]:
-            return None
-        name = above
-    return name
+        if len(flow.shape(name)) == 3:
+            return name
+    return None
 
 
 def writable(axes: tuple[str, ...]) -> bool:
@@ -60,9 +56,14 @@ def writable(axes: tuple[str, ...]) -> bool:
 
 
 def writable_stem(operand: Operand) -> bool:
-    """Layouts that a new projection can be given: at most one axis whose size is not known when writing."""
+    """Layouts that a new projection can be given."""
     axes = operand.stem_axes
-    if len(axes) == 4 and set(axes) == set("bhsd"):
-        return True
-    free = [i for i, a in enumerate(axes) if not set(a) <= {"h", "d"}]
-    return len([i for i in free if not (i == 0 and len(axes[i]) == 1)]) <= 1 or axes[2:] == ("hd",)
+    return (len(axes) == 4 and set(axes) == set("bhsd")) or fused_shape(axes, operand.heads, operand.dim) is not None
+
+
+def fused_shape(axes: tuple[str, ...], heads: int, dim: int) -> list[int] | None:
+    """Shape to Reshape to where axes hold two of batch, heads, tokens and features; None if two sizes are open."""
+    sizes = {"h": heads, "d": dim, "hd": heads * dim, "dh": heads * dim}
+    # 0 copies the first axis, which is where it was
+    shape = [sizes.get(a, 0 if i == 0 and len(a) == 1 else -1) for i, a in enumerate(axes)]
+    return shape if shape.count(-1) <= 1 else None

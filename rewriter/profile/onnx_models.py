@@ -18,12 +18,11 @@ from numpy.typing import NDArray
 
 from rewriter.capture.feeds import candidate_sizes, make_feeds
 from rewriter.capture.onnx_load import load
-from rewriter.errors import UnsupportedModel
+from rewriter.errors import UnsupportedModel, first_line
 from rewriter.profile.interleaved import time_in_turn
 from rewriter.profile.providers import device_name, open_session
 from rewriter.profile.result import Measured, Milliseconds, Profile
 from rewriter.verify.kv_cache import cache_ports
-from rewriter.verify.script import first_line
 
 Feeds = dict[str, NDArray[Any]]
 Shapes = Mapping[str, Sequence[int]]

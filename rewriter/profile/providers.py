@@ -10,8 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from rewriter.errors import UnsupportedModel, UsageError
-from rewriter.verify.script import first_line
+from rewriter.errors import UnsupportedModel, UsageError, first_line
 from rewriter.verify.session import session_options
 
 PROVIDERS = {

@@ -11,11 +11,12 @@ import onnx_ir as ir
 
 from rewriter.capture.input_roles import InputRole, input_roles
 from rewriter.capture.onnx_load import load
+from rewriter.errors import first_line
 from rewriter.verify.drift import Drift
 from rewriter.verify.kv_cache import Array, Feeds, cache_ports
 from rewriter.verify.record import Record, read_record
 from rewriter.verify.result import Check, Fidelity, Verification
-from rewriter.verify.script import Outputs, Rehearsal, Script, Size, first_line, play
+from rewriter.verify.script import Outputs, Rehearsal, Script, Size, play
 from rewriter.verify.session import cpu_session
 from rewriter.verify.tensors import differing_tensors
 from rewriter.verify.wellformed import checker_complaint

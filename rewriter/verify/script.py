@@ -9,6 +9,7 @@ from typing import Any
 import onnx_ir as ir
 
 from rewriter.capture.feeds import MaskStyle, candidate_sizes, make_feeds
+from rewriter.errors import first_line
 from rewriter.verify.kv_cache import Array, CachePorts, Feeds
 
 Outputs = dict[str, Array]
@@ -123,9 +124,3 @@ class Rehearsal:
 def _size_name(size: Size) -> str:
     batch, length, past = size
     return f"batch {batch}, length {length}" + (f", past {past}" if past else "")
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of what an exception says, cut to a readable length."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__

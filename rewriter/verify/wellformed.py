@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from rewriter.errors import first_line
 from rewriter.install.onnx_write import skeleton
-from rewriter.verify.script import first_line
 
 
 def checker_complaint(model: ir.Model) -> str | None:

@@ -22,8 +22,9 @@ from rewriter.errors import NothingToRewrite, UnknownTarget, UnsupportedModel, U
 from rewriter.onnx_rewrite import match_onnx
 from tests.targets import untouched
 from tests.targets.lossless_twin import distance, feeds, legal_pool, run_file, session, tied, twin_file
+from tests.targets.padding import padded
 from tests.zoo.exports import EXPORTERS
-from tests.zoo.models import MAIN, ZOO, Inputs, ZooCase
+from tests.zoo.models import MAIN, ZOO, ZooCase
 
 ATTENDING = [c for c in MAIN.values() if not c.tags & {"none", "refuse"}]
 DECODERS = [c for c in ATTENDING if c.causal and "hf" in c.tags]
@@ -412,17 +413,6 @@ def test_a_bfloat16_file_that_no_cpu_runtime_runs_is_refused_with_the_reason(zoo
 
 
 # ------------------------------------------------------------------ padding
-
-
-def padded(inputs: Inputs, lengths: list[int], side: str) -> Inputs:
-    """Rows cut to `lengths`, padded with zeros on one side; rows themselves are equal to the unpadded ones."""
-    ids = inputs["input_ids"]
-    out, mask = torch.zeros_like(ids), torch.zeros_like(ids)
-    for row, length in enumerate(lengths):
-        where = slice(0, length) if side == "right" else slice(ids.shape[1] - length, None)
-        out[row, where] = ids[row, :length]
-        mask[row, where] = 1
-    return {"input_ids": out, "attention_mask": mask}
 
 
 PADDED = [(n, "right") for n in ("bert-sdpa", "distilbert-eager", "gpt2-sdpa", "llama-gqa-sdpa", "qwen3-eager")]

@@ -15,6 +15,7 @@ import rewriter
 from passes.targets import GroupedQuery
 from rewriter.errors import NothingToRewrite, UnknownTarget, UnsupportedModel, UsageError
 from tests.targets.lossless_twin import distance, legal_pool, tied
+from tests.targets.padding import padded
 from tests.zoo.models import MAIN, ZOO, Inputs, ZooCase
 
 ATTENDING = [c for c in MAIN.values() if not c.tags & {"none", "refuse"}]
@@ -123,16 +124,6 @@ def test_pooling_less_moves_the_output_less() -> None:
 
 
 # ------------------------------------------------------------------ padding, generation, training, export
-
-
-def padded(inputs: Inputs, lengths: list[int], side: str) -> Inputs:
-    ids = inputs["input_ids"]
-    out, mask = torch.zeros_like(ids), torch.zeros_like(ids)
-    for row, length in enumerate(lengths):
-        where = slice(0, length) if side == "right" else slice(ids.shape[1] - length, None)
-        out[row, where] = ids[row, :length]
-        mask[row, where] = 1
-    return {"input_ids": out, "attention_mask": mask}
 
 
 TEXT = [c for c in ATTENDING if "attention_mask" in c.axes]
