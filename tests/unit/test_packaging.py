@@ -129,25 +129,19 @@ def test_the_contracts_catch_an_arrow_upward(
 # ------------------------------------------------------------------ import cost
 
 PROBE = """
-import sys, time
-start = time.perf_counter()
+import sys
+before = set(sys.modules)
 import rewriter
-spent = time.perf_counter() - start
 assert rewriter.__file__, "rewriter has no __init__.py"
-heavy = [m for m in ("torch", "onnx", "onnx_ir", "onnxruntime", "transformers", "networkx") if m in sys.modules]
-print(spent, *heavy)
+print(*{m.partition(".")[0] for m in set(sys.modules) - before} - sys.stdlib_module_names)
 """
 
 
-def test_importing_rewriter_is_quick_and_loads_nothing_heavy(project_root: Path) -> None:
-    times: list[float] = []
-    for _ in range(5):
-        done = subprocess.run([sys.executable, "-c", PROBE], cwd=project_root, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        seconds, *heavy = done.stdout.split()
-        assert not heavy, f"import rewriter loads {heavy}"
-        times.append(float(seconds))
-    assert min(times) < 0.3, times
+def test_importing_rewriter_loads_nothing_but_itself(project_root: Path) -> None:
+    """That is what makes it quick: no torch, no onnx, not one package of others."""
+    done = subprocess.run([sys.executable, "-c", PROBE], cwd=project_root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert set(done.stdout.split()) <= {"rewriter", "passes", "codegen"}, done.stdout
 
 
 # ------------------------------------------------------------------ causes, not names
