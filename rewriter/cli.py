@@ -116,14 +116,31 @@ def _root(
 
 
 @app.command()
-def inspect(model: Model, as_json: Json = False, progress: Progress = False, debug: Debug = False) -> None:
+def inspect(
+    model: Model,
+    graph: Annotated[
+        Path | None, typer.Option("--graph", metavar="FILE", help="Draw matched subgraphs: .html all sites, .svg one.")
+    ] = None,
+    site: Annotated[str | None, typer.Option("--site", help="The site to draw; without it the first.")] = None,
+    as_json: Json = False,
+    progress: Progress = False,
+    debug: Debug = False,
+) -> None:
     """Show every attention site: what it is, what it can become, or why it cannot be rewritten."""
     _require_model(model)
+    if site is not None and graph is None:
+        raise UsageError("--site names the site to draw, and nothing is drawn", hint="add --graph site.svg")
+    if graph is not None:
+        from rewriter.report.site_drawing import require_drawable
+
+        require_drawable(graph)
     with _working("inspecting"):
         import rewriter
 
-        found = rewriter.inspect(str(model)).to_dict()
-    _show(found, "inspection")
+        found = rewriter.inspect(str(model))
+        if graph is not None:
+            found.save_graph(graph, site=site)
+    _show(found.to_dict(), "inspection")
 
 
 @app.command()

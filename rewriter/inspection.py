@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from passes.dataflow import Flow
 from passes.match.attention import Matches
+from passes.picture import Picture, refusal_picture, site_picture
 from passes.site import AttentionSite, NotAttention, Refusal
 from passes.targets.catalogue import CATALOGUE
 from passes.targets.grouped_query import GroupedQuery
@@ -25,6 +27,7 @@ class Inspection:
         sites: rewritable attentions, in execution order.
         refusals: attentions that cannot be rewritten, each with its reason.
         not_attention: softmaxes that are something else.
+        pictures: the subgraph of every site and refusal, in execution order; see `save_graph`.
     """
 
     model: str
@@ -34,6 +37,20 @@ class Inspection:
     sites: tuple[AttentionSite, ...]
     refusals: tuple[Refusal, ...]
     not_attention: tuple[NotAttention, ...]
+    pictures: tuple[Picture, ...] = field(default=(), repr=False)
+
+    def save_graph(self, path: str | Path, *, site: str | None = None) -> None:
+        """Draw the matched subgraphs: an .html page with every site, or an .svg of one.
+
+        Args:
+            path: the file; its ending says which.
+            site: the name of one site; without it a page shows all of them, an SVG the first.
+
+        Raises UsageError for another ending, an unknown site, or a model without sites.
+        """
+        from rewriter.report.site_drawing import write
+
+        write(Path(path), self.model, self.pictures, site)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON of ``rewriter inspect``."""
@@ -86,8 +103,8 @@ def _inspect_onnx(model: Any, name: str) -> Inspection:
 
     producer = " ".join(p for p in (model.producer_name, model.producer_version) if p) or None
     opset = model.opset_imports.get("")
-    _, matches = match_onnx(model)
-    return _inspection(name, "onnx", opset, producer, matches)
+    captured, matches = match_onnx(model)
+    return _inspection(name, "onnx", opset, producer, captured.flow, matches)
 
 
 def _inspect_torch(model: Any, example_inputs: Any, name: str) -> Inspection:
@@ -98,14 +115,17 @@ def _inspect_torch(model: Any, example_inputs: Any, name: str) -> Inspection:
         from rewriter.capture.torch_export import view
 
         args, kwargs = model.example_inputs
-        return _inspection(name, "torch", None, None, find_attention(view(model, args, kwargs).flow))
+        flow = view(model, args, kwargs).flow
+        return _inspection(name, "torch", None, None, flow, find_attention(flow))
     from rewriter.torch_rewrite import match_torch
 
-    _, matches, _ = match_torch(model, example_inputs)
-    return _inspection(name, "torch", None, None, matches)
+    captured, matches, _ = match_torch(model, example_inputs)
+    return _inspection(name, "torch", None, None, captured.flow, matches)
 
 
-def _inspection(name: str, kind: str, opset: int | None, producer: str | None, matches: Matches) -> Inspection:
+def _inspection(
+    name: str, kind: str, opset: int | None, producer: str | None, flow: Flow, matches: Matches
+) -> Inspection:
     probe = GroupedQuery(1)
     good = tuple(s for s in matches.sites if probe.refuses(s) is None)
     bad = tuple(
@@ -113,7 +133,11 @@ def _inspection(name: str, kind: str, opset: int | None, producer: str | None, m
         for s in matches.sites
         if (reason := probe.refuses(s)) is not None
     )
-    return Inspection(name, kind, opset, producer, good, (*matches.refusals, *bad), matches.not_attention)
+    refusals = (*matches.refusals, *bad)
+    drawn = [(s.anchor, site_picture(flow, s)) for s in good]
+    drawn += [(r.anchor, refusal_picture(flow, r)) for r in refusals if r.anchor >= 0]  # others lie in control flow
+    pictures = tuple(picture for _, picture in sorted(drawn, key=lambda pair: pair[0]))
+    return Inspection(name, kind, opset, producer, good, refusals, matches.not_attention, pictures)
 
 
 def _site_row(site: AttentionSite) -> dict[str, Any]:

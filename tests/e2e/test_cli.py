@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import rewriter
 from rewriter.cli import run
@@ -130,6 +131,32 @@ def test_inspect_table_names_sites_and_reasons(model: Path, fake: Fake, capsys: 
         assert word in line, word
     assert "its bias depends on x" in out and "1 of 2 sites" in out and "router: mixes no tokens" in out
     assert "\x1b" not in out and err == ""
+
+
+def test_inspect_draws_a_real_file(tmp_path: Path, capsys: Capture) -> None:
+    path, drawing = tmp_path / "m.onnx", tmp_path / "site.svg"
+    linear = torch.nn.MultiheadAttention(16, 4, batch_first=True).eval()
+    x = torch.randn(1, 5, 16)
+    torch.onnx.export(linear, (x, x, x), str(path), dynamo=True, opset_version=18, verbose=False)
+    capsys.readouterr()
+    assert run(["inspect", str(path), "--graph", str(drawing), "--json"]) == 0
+    (site,) = only_json(capsys)["sites"]
+    assert site["name"] in drawing.read_text()
+    named = ["inspect", str(path), "--graph", str(tmp_path / "other.svg"), "--site"]
+    assert run([*named, site["name"]]) == 0
+    assert (tmp_path / "other.svg").read_text() == drawing.read_text()
+    assert run([*named[:3], str(tmp_path / "none.svg"), "--site", "nowhere"]) == 2
+    assert not (tmp_path / "none.svg").exists() and "no site 'nowhere'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [["--graph", "a.png"], ["--graph", "no/a.svg"], ["--site", "layer.0"]])
+def test_inspect_refuses_a_drawing_before_it_reads_the_model(
+    model: Path, options: list[str], fake: Fake, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.chdir(model.parent)
+    calls = fake("inspect", inspection())
+    assert run(["inspect", str(model), *options]) == 2
+    assert not calls and "hint: " in capsys.readouterr().err
 
 
 def test_names_out_of_files_cannot_reach_the_terminal(model: Path, fake: Fake, capsys: Capture) -> None:
