@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from passes.dataflow import Flow, Node, Value
+from passes.dataflow import SHAPE_READERS, Flow, Node, Value
 from passes.site import AttentionSite, Operand, Projection, Refusal
 
 Role = Literal["input", "query", "key", "value", "score", "mask", "output", "unread"]
@@ -47,15 +47,16 @@ def site_picture(flow: Flow, site: AttentionSite) -> Picture:
     """The nodes that matching read as one attention, from the projections' inputs to the output projection."""
     roles: dict[int, Role] = {index: "score" for index in site.nodes}
     roles[site.anchor] = "score"
-    for index in _between(flow, site.output, site.merged):
-        roles[index] = "output"
     if site.out is not None:
         roles.update(dict.fromkeys(_projection_nodes(flow, site.out), "output"))
+        roles.update(dict.fromkeys(_between(flow, [site.output], [site.out.node]), "output"))
     operands: tuple[tuple[Role, Operand], ...] = (("query", site.q), ("key", site.k), ("value", site.v))
     for role, operand in operands:
         for index in (*_projection_nodes(flow, operand.projection), *operand.path):
             roles.setdefault(index, role)
-    _fill_gaps(flow, roles, operands)
+    scores = [i for i, role in roles.items() if role == "score"]
+    for role, operand in operands:  # repetition, transposition and scale behind the seam belong to the operand
+        roles.update(dict.fromkeys(_between(flow, [operand.seam], scores, set(roles)), role))
     kinds = [m.kind for m in site.modifiers]
     masks = {m.value: m.kind for m in site.modifiers if m.value is not None}
     traits = ["causal"] * site.causal + ["cross"] * site.cross + ["cached"] * site.cached
@@ -80,31 +81,28 @@ def refusal_picture(flow: Flow, refusal: Refusal) -> Picture:
     return _picture(flow, refusal.name, refusal.reason, False, roles, {})
 
 
-def _between(flow: Flow, start: Value, end: Value | None) -> list[int]:
-    if end is None or start == end:
-        return []
-    first = flow.producer(start)
-    above = flow.ancestors(end, stop=lambda node: start in node.inputs)
-    return [n.index for n in above if first is None or n.index > first.index]
+def _between(flow: Flow, starts: Iterable[Value], ends: Iterable[int], known: Container[int] = ()) -> list[int]:
+    """Nodes on a way from one of `starts` to a node of `ends`, both ends and what is `known` left out."""
+    first = min((p.index for v in starts if (p := flow.producer(v)) is not None), default=-1)
+    last, reached = max(ends, default=-1), set(starts)
+    forward: list[Node] = []
+    for node in flow.nodes[first + 1 : last]:
+        if node.index not in known and reached.intersection(node.inputs) and node.op not in SHAPE_READERS:
+            reached.update(node.outputs)
+            forward.append(node)
+    wanted = {v for i in ends for v in flow.nodes[i].inputs}
+    found = []
+    for node in reversed(forward):
+        if wanted.intersection(node.outputs):
+            wanted.update(node.inputs)
+            found.append(node.index)
+    return found
 
 
 def _projection_nodes(flow: Flow, projection: Projection) -> list[int]:
     """The contraction and, where the bias is a node of its own, what lies up to its sum."""
     above = flow.ancestors(projection.output, stop=lambda node: node.index == projection.node)
     return [n.index for n in above if n.index >= projection.node and not flow.is_constant(n.outputs[0])]
-
-
-def _fill_gaps(flow: Flow, roles: dict[int, Role], operands: Iterable[tuple[Role, Operand]]) -> None:
-    """Nodes between an operand's seam and the scores (repetition, transposition, scale) belong to the operand."""
-    scores = [flow.nodes[i] for i, role in roles.items() if role == "score"]
-    known = set(roles)
-    above = flow.ancestors(*(v for node in scores for v in node.inputs if v), stop=lambda node: node.index in known)
-    for role, operand in operands:
-        reached = {operand.seam}
-        for node in above:
-            if node.index not in known and reached.intersection(node.inputs):
-                reached.update(node.outputs)
-                roles.setdefault(node.index, role)
 
 
 def _picture(
@@ -125,12 +123,10 @@ def _picture(
 
 
 def _outside(flow: Flow, value: Value, number: int, masks: Mapping[Value, str]) -> Box:
-    """A value that comes in from elsewhere in the program, with the program's inputs that it depends on."""
+    """A value that comes in from elsewhere in the program."""
     kind = masks.get(value)
-    roots = {v for node in flow.ancestors(value) for v in node.inputs if v in flow.inputs}
-    names = [v for v in flow.inputs if v in roots and v != value][:3]
-    said = [_shape(flow, value), f"from {', '.join(names)}" if names else ""]
-    return Box(f"i{number}", kind or _short(value), "  ".join(s for s in said if s), "mask" if kind else "input")
+    detail = "  ".join(s for s in (_shape(flow, value), _short(value) if kind else "") if s)
+    return Box(f"i{number}", kind or _short(value), detail, "mask" if kind else "input")
 
 
 def _title(node: Node) -> str:

@@ -328,6 +328,13 @@ def _varies(array: Array, axis: int) -> bool:
     return bool((lines[1:] != lines[:-1]).any())
 
 
+def _varying(code: Array, axis: int, fields: dict[str, int]) -> list[str]:
+    """The fields of `code` that are not constant along an axis."""
+    lines = code.swapaxes(0, axis)
+    changed = int(np.bitwise_or.reduce(lines[1:] ^ lines[:-1], axis=None))
+    return [name for name, mask in fields.items() if changed & mask]
+
+
 def _index_of(signatures: Array) -> Array:
     """Number of the first occurrence of each row among distinct rows."""
     seen: dict[bytes, int] = {}
@@ -460,6 +467,11 @@ class _Lookup:
         self.head[columns] = np.arange(columns.shape[0])[:, None]
         self.feature[columns] = np.arange(columns.shape[1])[None]
         self.size = batches * tokens * columns.size
+        widths = {"b": batches, "s": tokens, "h": columns.shape[0], "d": columns.shape[1]}
+        shifts = dict(zip(widths, np.cumsum([0, *(n.bit_length() for n in widths.values())]).tolist(), strict=False))
+        self.fields = {k: ((1 << n.bit_length()) - 1) << shifts[k] for k, n in widths.items()}
+        self.row_code = np.where(self.batch < 0, -1, (self.batch << shifts["b"]) | (self.token << shifts["s"]))
+        self.column_code = np.where(self.head < 0, -1, (self.head << shifts["h"]) | (self.feature << shifts["d"]))
 
     def positions(self, ids: Array, source: Source) -> tuple[Array, Array] | None:
         """(rows, columns) in the projection's output; None if an id is not the source's."""
@@ -487,10 +499,10 @@ class _Lookup:
         rows, columns = found
         if columns.max() >= len(self.head) or rows.max() >= len(self.batch):
             return None
-        parts = {"b": self.batch[rows], "s": self.token[rows], "h": self.head[columns], "d": self.feature[columns]}
-        if any((p < 0).any() for p in parts.values()) or np.bincount(ids.reshape(-1) - source.base).max() > 1:
+        code = self.row_code[rows] | self.column_code[columns]
+        if (code < 0).any() or np.bincount(ids.reshape(-1) - source.base).max() > 1:
             return None
-        return _name_axes(parts, ids.shape)
+        return _name_axes(code, self.fields)
 
 
 def _order_along(parts: Array, axis: int) -> Array:
@@ -499,12 +511,13 @@ def _order_along(parts: Array, axis: int) -> Array:
     return np.array(list(dict.fromkeys(line.tolist())))
 
 
-def _name_axes(parts: dict[str, Array], shape: tuple[int, ...]) -> Axes:
+def _name_axes(code: Array, fields: dict[str, int]) -> Axes:
+    """What varies along each axis of `code`, whose bits hold batch, token, head and feature as `fields` masks them."""
     names = []
-    for axis, size in enumerate(shape):
-        varying = [k for k, p in parts.items() if size > 1 and _varies(p, axis)]
+    for axis in range(code.ndim):
+        varying = _varying(code, axis, fields)
         if len(varying) > 1:  # the part that changes at the first step is the minor one
-            varying.sort(key=lambda k: _varies(parts[k].take((0, 1), axis=axis), axis))
+            varying.sort(key=_varying(code.take((0, 1), axis=axis), axis, fields).__contains__)
         names.append("".join(varying))
     missing = [k for k in "bhsd" if not any(k in n for n in names)]
     for axis, name in enumerate(names):

@@ -18,5 +18,5 @@ def constant_tensor(value: ir.Value) -> ir.TensorProtocol | None:
         return None
     held = node.attributes.get("value")
     if held is not None and not held.is_ref():
-        return held.as_tensor()
+        return held.value if held.type == ir.AttributeType.TENSOR else None  # as_tensor() checks a protocol, slowly
     return ir.convenience.get_const_tensor(value)  # numbers: a fresh tensor is made of them
