@@ -1,0 +1,94 @@
+"""A rewritten checkpoint is an ordinary one: onnxruntime-genai's model builder builds it and generates the same tokens.
+
+onnxruntime-genai brings the plain onnxruntime wheel, which would overwrite our GPU one; it lives in an environment of
+its own that borrows everything else.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rewriter import optimize
+from rewriter.demo.weights import smollm2
+
+ROOT = Path(__file__).resolve().parents[2]
+NEW_TOKENS = 12
+
+GENERATE = """
+import json, sys
+import onnxruntime_genai as og
+model, prompt, new = og.Model(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3])
+parameters = og.GeneratorParams(model)
+length = len(prompt) + new
+parameters.set_search_options(do_sample=False, max_length=length, min_length=length)
+generator = og.Generator(model, parameters)
+generator.append_tokens(prompt)
+while not generator.is_done():
+    generator.generate_next_token()
+print(json.dumps([int(token) for token in generator.get_sequence(0)]))
+"""
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def genai_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The interpreter of an environment with onnxruntime-genai."""
+    home = tmp_path_factory.mktemp("genai")
+    subprocess.run([sys.executable, "-m", "venv", str(home)], check=True)
+    python = home / "bin" / "python"
+    wanted = ["onnxruntime-genai", "onnxruntime", "--no-deps", "--constraint", str(ROOT / "constraints.txt")]
+    subprocess.run([str(python), "-m", "pip", "install", "--quiet", *wanted], check=True, timeout=600)
+    (folder,) = home.glob("lib/python*/site-packages")
+    (folder / "borrowed.pth").write_text(sysconfig.get_paths()["purelib"])
+    return python
+
+
+def llama(vocabulary: int) -> Any:
+    """Two layers; genai's attention kernel wants head sizes that are multiples of 16."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=128, intermediate_size=96, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=8,
+        vocab_size=vocabulary, max_position_embeddings=256, initializer_range=0.3,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def generated(model: Any, prompt: list[int]) -> list[int]:
+    ids = torch.tensor([prompt])
+    out = model.generate(ids, do_sample=False, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS)
+    return [int(token) for token in out[0]]
+
+
+def test_genai_builds_a_rewritten_checkpoint_and_generates_the_same_tokens(genai_python: Path, tmp_path: Path) -> None:
+    _, tokenizer = smollm2()
+    original = llama(len(tokenizer))
+    rewritten = optimize(original, "gqa2")
+    checkpoint, built = tmp_path / "checkpoint", tmp_path / "built"
+    rewritten.save_pretrained(checkpoint)
+    tokenizer.save_pretrained(checkpoint)
+    builder = ["-m", "onnxruntime_genai.models.builder", "-i", checkpoint, "-o", built, "-p", "fp32", "-e", "cpu"]
+    _run(genai_python, *builder)
+    assert json.loads((built / "genai_config.json").read_text())["model"]["decoder"]["num_key_value_heads"] == 2
+
+    prompt = tokenizer("The sky is blue because")["input_ids"]
+    tokens = json.loads(_run(genai_python, "-c", GENERATE, built, json.dumps(prompt), str(NEW_TOKENS)))
+    assert tokens == generated(rewritten, prompt)
+    assert tokens != generated(original, prompt), "the control: other weights give other tokens"
+
+
+def _run(python: Path, *arguments: object) -> str:
+    command = [str(python), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.splitlines()[-1] if done.stdout else ""
