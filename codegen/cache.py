@@ -123,9 +123,7 @@ def _require_private(folder: Path) -> None:
     if status.st_uid != os.getuid():
         raise UnsafeCache(f"{folder} belongs to another user", hint="name a folder of your own in REWRITER_CACHE")
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise UnsafeCache(
-            f"other users may write to {folder}, and what lies there is run", hint=f"chmod 700 {folder}"
-        )
+        raise UnsafeCache(f"other users may write to {folder}, and what lies there is run", hint=f"chmod 700 {folder}")
 
 
 @contextlib.contextmanager

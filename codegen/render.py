@@ -20,7 +20,8 @@ from codegen.hooks import Lowered
 TEMPLATES = Path(__file__).parent / "templates"
 
 Value = bool | int | float | Enum | Lowered | None
-Values = Mapping[str, "Value | Sequence[Value | Mapping[str, Value]]"]
+Values = Mapping[str, Any]
+"""Plain values, and sequences and mappings of them; checked when they are rendered."""
 
 _LARGEST = 2**31 - 1
 _IDENTIFIER = re.compile(r"[a-z][a-z0-9_]{0,119}")
@@ -59,6 +60,13 @@ def identifier(prefix: str, parts: Sequence[str | int], spec: Any) -> Lowered:
     text = "_".join([prefix, *map(str, parts), fingerprint(spec)[:8]])
     if not _IDENTIFIER.fullmatch(text):
         raise UnsafeInput(f"{text!r} is no identifier")
+    return Lowered(text)
+
+
+def word(text: str) -> Lowered:
+    """A name of ours as it is; raises UnsafeInput if it has anything but letters, digits and underscores."""
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]{0,160}", text):
+        raise UnsafeInput(f"{text!r} is no name")
     return Lowered(text)
 
 

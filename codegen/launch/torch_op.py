@@ -53,9 +53,9 @@ def attention(
         return torch_body.grouped_query_attention(spec, q, k, v, bias, sinks=sinks, dropout=dropout)
     if kernels == "auto" and not torch.compiler.is_compiling() and not _worth_it(spec, q, k):
         return torch_body.grouped_query_attention(spec, q, k, v, bias, sinks=sinks)
-    return _operator(
-        q, k, v, bias, sinks, spec.kv_heads, spec.scale, spec.causal, spec.softcap, spec.masked_rows_are_zero, kernels
-    )
+    numbers = (spec.kv_heads, spec.scale, spec.causal, spec.softcap, spec.masked_rows_are_zero)
+    found: Tensor = _operator(q, k, v, bias, sinks, *numbers, kernels)
+    return found
 
 
 def _considers(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, kernels: str) -> bool:
@@ -79,13 +79,16 @@ def _worth_it(spec: GroupedQueryAttention, q: Tensor, k: Tensor) -> bool:
     return faster(spec, choice.dtype, choice.device.arch, problem)
 
 
+def computed(spec: GroupedQueryAttention) -> GroupedQueryAttention:
+    """What the torch body computes of this spec, and so the kernel in its place: rows without a visible key are zero
+    unless the softmax is written out."""
+    written_out = spec.softcap is not None or spec.sinks
+    return replace(spec, masked_rows_are_zero=spec.masked_rows_are_zero or not written_out)
+
+
 @functools.lru_cache(maxsize=512)
 def _choice(spec: GroupedQueryAttention, dtype: torch.dtype, language: Language | None) -> Choice | None:
-    """The kernel for what the torch body computes: there, rows without a visible key are zero unless the softmax is
-    written out."""
-    written_out = spec.softcap is not None or spec.sinks
-    like_torch = replace(spec, masked_rows_are_zero=spec.masked_rows_are_zero or not written_out)
-    return select(like_torch, host(), _DTYPES[dtype], language) if dtype in _DTYPES else None
+    return select(computed(spec), host(), _DTYPES[dtype], language) if dtype in _DTYPES else None
 
 
 # ---------------------------------------------------------------------- the operator
@@ -141,9 +144,7 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     q, k, v, bias, sinks = tensors
     assert q is not None and k is not None and v is not None
     with torch.enable_grad():
-        output = torch_body.grouped_query_attention(
-            _spec(q, v, bias, sinks, *ctx.rest[:5]), q, k, v, bias, sinks=sinks
-        )
+        output = torch_body.grouped_query_attention(_spec(q, v, bias, sinks, *ctx.rest[:5]), q, k, v, bias, sinks=sinks)
         found = torch.autograd.grad(output, leaves, gradient)
     by_place = dict(zip(wanted, found, strict=True))
     return (*(by_place.get(i) for i in range(5)), *(None for _ in ctx.rest))

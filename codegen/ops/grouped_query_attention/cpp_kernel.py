@@ -127,6 +127,18 @@ def legal(spec: Any, dtype: DType) -> str | None:
     return None
 
 
+def resources(spec: GroupedQueryAttention, dtype: DType, isa: Isa) -> dict[str, int]:
+    """What a kernel takes per thread: bytes of stack, query rows and keys at a time, rows held in registers."""
+    cut = tiling(spec, dtype, isa)
+    return {
+        "stack_bytes": _stack(spec, cut),
+        "rows": cut.rows,
+        "keys": cut.key_tile,
+        "register_rows": cut.block_rows,
+        "vector_bytes": 4 * cut.lanes,
+    }
+
+
 def _strides(lanes: int) -> Sequence[int]:
     return [lanes >> step for step in range(1, lanes.bit_length())]
 

@@ -1,0 +1,120 @@
+"""`rewriter kernels`: sources, binaries, one library for onnxruntime and a manifest, for the kernels a model needs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from codegen.device import Device, Isa, host
+from codegen.errors import KernelError
+from codegen.launch import host as host_kernels
+from codegen.launch import ort_op
+from codegen.ops.grouped_query_attention.cpp_kernel import resources
+from codegen.registry import Choice, select, why_not
+from codegen.toolchain.cxx import find_compiler
+from rewriter.errors import RewriteError, UnsupportedModel, UsageError
+from rewriter.kernels.folder import LIBRARY, MANIFEST, digest
+from rewriter.kernels.needed import Need, needs
+
+_GRAPHICS = ("sm_", "gfx")
+
+
+def emit(model: Path, output: Path, archs: Sequence[str]) -> dict[str, Any]:
+    """Write everything to the folder `output`, made if need be; returns what ``rewriter kernels --json`` prints.
+
+    Args:
+        archs: "cpu" is this machine's processor, "cpu:avx2", "cpu:avx512" and "cpu:avx512_bf16" are others.
+
+    Raises:
+        UsageError: an arch that there are no kernels for.
+        NothingToRewrite, InvalidModelFile, UnsupportedModel: see `rewriter.kernels.needed.needs`; also without a
+            legal kernel.
+        RewriteError: a kernel cannot be built.
+    """
+    devices = [_device(arch) for arch in archs] or [_device("cpu")]
+    wanted = needs(model)
+    try:
+        choices = [_choice(need, device) for device in dict.fromkeys(devices) for need in wanted]
+        return _write(choices, output, ort=model.is_file())
+    except KernelError as error:
+        raise RewriteError(str(error), hint=error.hint) from error
+
+
+def _device(arch: str) -> Device:
+    if arch.startswith(_GRAPHICS):
+        raise UsageError(
+            f"there are no kernels for graphics cards in this version, so none for {arch}", hint="use --arch cpu"
+        )
+    if arch == "cpu":
+        return host()
+    kind, _, isa = arch.partition(":")
+    if kind != "cpu" or isa not in {i.value for i in Isa}:
+        names = ", ".join(["cpu", *(f"cpu:{i.value}" for i in Isa)])
+        raise UsageError(f"unknown arch {arch!r}", hint=f"one or several of {names}")
+    return Device("cpu", isa)
+
+
+def _choice(need: Need, device: Device) -> Choice:
+    found = select(need.spec, device, need.dtype)
+    if found is None:
+        raise UnsupportedModel(f"there is no kernel for {need.spec}: {why_not(need.spec, device, need.dtype)}")
+    return found
+
+
+def _write(choices: Sequence[Choice], output: Path, *, ort: bool) -> dict[str, Any]:
+    """Each file appears whole; the manifest, which vouches for the others, comes last."""
+    output.mkdir(exist_ok=True)
+    kernels: list[dict[str, Any]] = []
+    library: dict[str, Any] | None = None
+    archs = list(dict.fromkeys(c.device for c in choices))
+    for device in archs:
+        own = [c for c in choices if c.device == device]
+        binary_name = LIBRARY if device == archs[0] else f"rewriter_ops.{device.arch}.so"
+        if ort:
+            built = ort_op.build(own)
+            binary = _copy(built.path, output / binary_name)
+            _copy(built.sources["library"], output / f"{binary_name.removesuffix('.so')}.cpp")
+            if device == archs[0]:
+                library = {"file": binary_name, "arch": device.arch, "sha256": digest(binary)}
+        for choice in own:
+            source = _put(choice.source(), output / f"{choice.name}.cpp")
+            if not ort:
+                binary = _copy(host_kernels.built(choice).file(host_kernels.BINARY), output / f"{choice.name}.so")
+            kernels.append(_row(choice, source, binary))
+    found: dict[str, Any] = {"kernels": kernels, "library": library, "compiler": find_compiler().version}
+    _put(json.dumps(found, indent=1) + "\n", output / MANIFEST)
+    return {**found, "output": str(output), "manifest": str(output / MANIFEST)}
+
+
+def _row(choice: Choice, source: Path, binary: Path) -> dict[str, Any]:
+    return {
+        "name": choice.name,
+        "spec": {"op": type(choice.spec).__name__, **asdict(choice.spec), "dtype": choice.dtype.value},
+        "arch": f"{choice.device.kind}:{choice.device.arch}",
+        "source": source.name,
+        "binary": binary.name,
+        "sha256": digest(binary),
+        "resources": resources(choice.spec, choice.dtype, Isa(choice.device.arch)),
+    }
+
+
+def _copy(source: Path, target: Path) -> Path:
+    with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as draft:
+        draft.write(source.read_bytes())
+    shutil.copymode(source, draft.name)
+    os.replace(draft.name, target)
+    return target
+
+
+def _put(text: str, target: Path) -> Path:
+    with tempfile.NamedTemporaryFile("w", dir=target.parent, delete=False) as draft:
+        draft.write(text)
+    os.chmod(draft.name, 0o644)
+    os.replace(draft.name, target)
+    return target
