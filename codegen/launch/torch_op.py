@@ -124,7 +124,7 @@ def _operator(
             raise
         _warn_once()
         return _laid_out(torch_body.grouped_query_attention(spec, q, k, v, bias, sinks=sinks))
-    return _launch(kernel, spec, q, k, v, bias, sinks)
+    return launch(kernel, spec, q, k, v, bias, sinks)
 
 
 @_operator.register_fake
@@ -202,7 +202,7 @@ def _warn_once() -> None:
 # ---------------------------------------------------------------------- the call
 
 
-def _launch(
+def launch(
     kernel: HostKernel,
     spec: GroupedQueryAttention,
     q: Tensor,
@@ -211,38 +211,42 @@ def _launch(
     bias: Tensor | None,
     sinks: Tensor | None,
 ) -> Tensor:
+    """Run a loaded kernel on CPU tensors of its dtype, with torch's own threads.
+
+    Raises ValueError for shapes that contradict the spec.
+    """
     _check(spec, q, k, v)
     out = _empty(q, v)
-    launch = Launch()
+    block = Launch()
     held = [_dense(x) for x in (q, k, v)]
     for name, tensor in zip(("q", "k", "v"), held, strict=True):
-        setattr(launch, name, tensor.data_ptr())
-        getattr(launch, f"{name}_stride")[:] = tensor.stride()[:3]
-    launch.out = out.data_ptr()
-    launch.out_stride[:] = out.stride()[:3]
-    launch.batch, launch.queries, launch.keys = q.shape[0], q.shape[2], k.shape[2]
-    launch.threads = torch.get_num_threads()
+        setattr(block, name, tensor.data_ptr())
+        getattr(block, f"{name}_stride")[:] = tensor.stride()[:3]
+    block.out = out.data_ptr()
+    block.out_stride[:] = out.stride()[:3]
+    block.batch, block.queries, block.keys = q.shape[0], q.shape[2], k.shape[2]
+    block.threads = torch.get_num_threads()
     if bias is not None:
         bias = bias.reshape((1,) * (4 - bias.dim()) + tuple(bias.shape))
         bias = bias if bias.dtype == torch.bool else bias.to(q.dtype)
         wide = bias.expand(q.shape[0], spec.heads, q.shape[2], k.shape[2])
-        launch.bias, launch.bias_is_boolean = wide.data_ptr(), int(wide.dtype == torch.bool)
-        launch.bias_stride[:] = wide.stride()
+        block.bias, block.bias_is_boolean = wide.data_ptr(), int(wide.dtype == torch.bool)
+        block.bias_stride[:] = wide.stride()
         held.append(wide)
     if sinks is not None:
         sinks = sinks.to(q.dtype)
         wide = sinks.expand(q.shape[0], spec.heads, q.shape[2], sinks.shape[-1])
-        launch.sinks, launch.sink_columns = wide.data_ptr(), wide.shape[3]
-        launch.sink_stride[:] = wide.stride()
+        block.sinks, block.sink_columns = wide.data_ptr(), wide.shape[3]
+        block.sink_stride[:] = wide.stride()
         held.append(wide)
     if out.numel() == 0:
         return out
-    size = kernel.plan(ctypes.byref(launch))
+    size = kernel.plan(ctypes.byref(block))
     if size:
         workspace = torch.empty(size + 64, dtype=torch.uint8)
-        launch.workspace = (workspace.data_ptr() + 63) // 64 * 64
+        block.workspace = (workspace.data_ptr() + 63) // 64 * 64
         held.append(workspace)
-    kernel.run(ctypes.byref(launch), thread_pool())
+    kernel.run(ctypes.byref(block), thread_pool())
     return out
 
 

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -37,10 +37,10 @@ def emit(model: Path, output: Path, archs: Sequence[str]) -> dict[str, Any]:
             legal kernel.
         RewriteError: a kernel cannot be built.
     """
-    devices = [_device(arch) for arch in archs] or [_device("cpu")]
+    devices = {arch: _device(arch) for arch in archs or ["cpu"]}
     wanted = needs(model)
     try:
-        choices = [_choice(need, device) for device in dict.fromkeys(devices) for need in wanted]
+        choices = {arch: [_choice(need, device) for need in wanted] for arch, device in devices.items()}
         return _write(choices, output, ort=model.is_file())
     except KernelError as error:
         raise RewriteError(str(error), hint=error.hint) from error
@@ -67,36 +67,34 @@ def _choice(need: Need, device: Device) -> Choice:
     return found
 
 
-def _write(choices: Sequence[Choice], output: Path, *, ort: bool) -> dict[str, Any]:
+def _write(choices: Mapping[str, Sequence[Choice]], output: Path, *, ort: bool) -> dict[str, Any]:
     """Each file appears whole; the manifest, which vouches for the others, comes last."""
     output.mkdir(exist_ok=True)
     kernels: list[dict[str, Any]] = []
     library: dict[str, Any] | None = None
-    archs = list(dict.fromkeys(c.device for c in choices))
-    for device in archs:
-        own = [c for c in choices if c.device == device]
-        binary_name = LIBRARY if device == archs[0] else f"rewriter_ops.{device.arch}.so"
+    for arch, own in choices.items():
         if ort:
             built = ort_op.build(own)
-            binary = _copy(built.path, output / binary_name)
-            _copy(built.sources["library"], output / f"{binary_name.removesuffix('.so')}.cpp")
-            if device == archs[0]:
-                library = {"file": binary_name, "arch": device.arch, "sha256": digest(binary)}
+            name = LIBRARY if library is None else f"rewriter_ops.{own[0].device.arch}.so"
+            binary = _copy(built.path, output / name)
+            _copy(built.sources["library"], output / f"{name.removesuffix('.so')}.cpp")
+            library = library or {"file": name, "arch": arch, "sha256": digest(binary)}
         for choice in own:
             source = _put(choice.source(), output / f"{choice.name}.cpp")
             if not ort:
                 binary = _copy(host_kernels.built(choice).file(host_kernels.BINARY), output / f"{choice.name}.so")
-            kernels.append(_row(choice, source, binary))
+            kernels.append(_row(arch, choice, source, binary))
     found: dict[str, Any] = {"kernels": kernels, "library": library, "compiler": find_compiler().version}
     _put(json.dumps(found, indent=1) + "\n", output / MANIFEST)
     return {**found, "output": str(output), "manifest": str(output / MANIFEST)}
 
 
-def _row(choice: Choice, source: Path, binary: Path) -> dict[str, Any]:
+def _row(arch: str, choice: Choice, source: Path, binary: Path) -> dict[str, Any]:
     return {
         "name": choice.name,
         "spec": {"op": type(choice.spec).__name__, **asdict(choice.spec), "dtype": choice.dtype.value},
-        "arch": f"{choice.device.kind}:{choice.device.arch}",
+        "arch": arch,
+        "isa": choice.device.arch,
         "source": source.name,
         "binary": binary.name,
         "sha256": digest(binary),
