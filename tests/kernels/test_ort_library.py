@@ -1,4 +1,4 @@
-"""The library of onnxruntime operators takes the place of a file's functions, computes the same, names what it lacks."""
+"""The library of onnxruntime operators replaces a file's functions, computes the same, and names what it lacks."""
 
 from __future__ import annotations
 
