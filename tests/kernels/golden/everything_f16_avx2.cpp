@@ -241,8 +241,9 @@ struct Tile {
   alignas(64) float values[V_IN_PLACE ? 1 : KT_UNITS][E_PADDED];
   alignas(64) float scores[MR][KT];
   alignas(64) float weights[MR][KT_UNITS];
-  float largest[ROWS], total[ROWS];
-  int64_t row[ROWS];  // the query's number
+  float largest[ROWS];
+  alignas(64) float total[ROWS][W];  // lane by lane
+  int64_t row[ROWS];                 // the query's number
   const char *bias[ROWS];
   int rows;
 };
@@ -328,20 +329,20 @@ INLINE void weigh(const Launch &launch, Tile &tile, int first, int rows, int64_t
     }
     const float before = tile.largest[first + r], here = largest_of(top), after = here > before ? here : before;
     const vf base = splat(after == NONE ? 0.0f : after);
-    vf total = {};
+    float *sum = tile.total[first + r], *out = tile.out[first + r];
+    if (after > before) {
+      const vf left = splat(before), keep = exp2_of((left - base) * splat(LOG2_E));
+      store(sum, load(sum) * keep);
+      for (int e = 0; e < E_PADDED; e += W) store(out + e, load(out + e) * keep);
+      tile.largest[first + r] = after;
+    }
+    vf total = load(sum);
     for (int j = 0; j < KT; j += PAIR * W) {
       const vf one = exp2_of((load(line + j) - base) * splat(LOG2_E));
       total += one;
       store(&tile.weights[r][j], one);
     }
-    float *out = tile.out[first + r];
-    if (after > before) {
-      const vf left = splat(before), keep = exp2_of((left - base) * splat(LOG2_E));
-      tile.total[first + r] *= keep[0];
-      for (int e = 0; e < E_PADDED; e += W) store(out + e, load(out + e) * keep);
-      tile.largest[first + r] = after;
-    }
-    tile.total[first + r] += sum_of(total);
+    store(sum, total);
   }
 }
 
@@ -378,7 +379,7 @@ INLINE void begin(const Launch &launch, Tile &tile, int64_t batch, int64_t head,
     for (int u = 0; u < D_UNITS; u += W) store(&tile.q[r][u], units(q, u, D));
     tile.row[r] = i;
     tile.largest[r] = NONE;
-    tile.total[r] = 0.0f;
+    store(tile.total[r], vf{});
     memset(tile.out[r], 0, sizeof tile.out[r]);
     const int64_t place = batch * launch.bias_stride[0] + h * launch.bias_stride[1] + i * launch.bias_stride[2];
     tile.bias[r] = (const char *)launch.bias + place * (launch.bias_is_boolean ? 1 : (int64_t)sizeof(T));
@@ -392,7 +393,7 @@ INLINE void begin(const Launch &launch, Tile &tile, int64_t batch, int64_t head,
     const vf base = splat(tile.largest[r] == NONE ? 0.0f : tile.largest[r]);
     for (int64_t n = 0; n < launch.sink_columns; ++n) {
       const vf left = splat(scalar(sink[n * launch.sink_stride[3]]));
-      tile.total[r] += exp2_of((left - base) * splat(LOG2_E))[0];
+      tile.total[r][0] += exp2_of((left - base) * splat(LOG2_E))[0];
     }
   }
 }
@@ -464,14 +465,14 @@ INLINE void run_task(Launch &launch, Tile &tile, int64_t task) {
   }
   if (launch.splits == 1) {
     for (int r = 0; r < tile.rows; ++r)
-      write_row(out_row(launch, tile, batch, kv_head * GROUP + head, queries, r), tile.out[r], tile.total[r]);
+      write_row(out_row(launch, tile, batch, kv_head * GROUP + head, queries, r), tile.out[r], sum_of(load(tile.total[r])));
     return;
   }
   int64_t *arrived = (int64_t *)launch.workspace + group;
   Partial *parts = (Partial *)(launch.workspace + (launch.groups * 8 + 63) / 64 * 64) + group * launch.splits;
   Partial &mine = parts[split];
   memcpy(mine.largest, tile.largest, sizeof mine.largest);
-  memcpy(mine.total, tile.total, sizeof mine.total);
+  for (int r = 0; r < tile.rows; ++r) mine.total[r] = sum_of(load(tile.total[r]));
   memcpy(mine.out, tile.out, (size_t)tile.rows * sizeof tile.out[0]);
   if (__atomic_add_fetch(arrived, 1, __ATOMIC_ACQ_REL) == launch.splits)
     merge(launch, tile, parts, batch, kv_head * GROUP + head, queries);

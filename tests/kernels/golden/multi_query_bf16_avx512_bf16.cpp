@@ -141,20 +141,18 @@ INLINE float largest_of(vf x) {
   return x[0];
 }
 
-// 2^x for x <= 0: a polynomial of degree 4 on [-1/2, 1/2]; 0 below 2^-126, NaN for NaN.
+// 2^x for x <= 0: a polynomial of degree 3 on [-1/2, 1/2]; 0 below 2^-126, NaN for NaN.
 INLINE vf exp2_of(vf x) {
-  const vf lowest = splat(-126.0f), magic = splat(12582912.0f);
-  vf y = x < lowest ? lowest : x;
-  vf whole = (y + magic) - magic;
-  vf part = y - whole;
-  vf power = splat(0.009570101434f);
-  power = power * part + splat(0.05591786028f);
-  power = power * part + splat(0.2402474484f);
-  power = power * part + splat(0.6931218147f);
-  power = power * part + splat(0.9999992614f);
-  vi shift = __builtin_convertvector(whole, vi) << 23;
-  vf found = (vf)((vi)power + shift);
-  return x < lowest ? vf{} : found;
+  // max() keeps a NaN in its second operand
+  const __m512 y = _mm512_max_ps(_mm512_set1_ps(-126.0f), (__m512)x);
+  const __m512 whole = _mm512_roundscale_ps(y, 8);
+  const vf part = (vf)_mm512_sub_ps(y, whole);
+  vf power = splat(0.05517166493f);
+  power = power * part + splat(0.2426111219f);
+  power = power * part + splat(0.6932609862f);
+  power = power * part + splat(0.9999280736f);
+  const __mmask16 there = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+  return (vf)_mm512_maskz_scalef_ps(there, (__m512)power, whole);
 }
 
 // One storage type and its way into and out of vectors of single precision.
@@ -187,9 +185,9 @@ INLINE void narrow_part(T *p, vf x, int count) {
 
 constexpr int KV_HEADS = 1, GROUP = 32, D = 16, E = 16;
 constexpr int ROWS = 128;       // of a task, at most
-constexpr int KT = 64;     // keys of a tile
+constexpr int KT = 128;     // keys of a tile
 constexpr int MR = 6;   // rows that are held in registers
-constexpr int SCORE_VECTORS = 4, OUT_VECTORS = 1;
+constexpr int SCORE_VECTORS = 8, OUT_VECTORS = 1;
 constexpr int FEW_ROWS = 0;  // up to here a dot product per key beats transposing keys
 constexpr int PAIR = 2;    // numbers per 32-bit unit of a product's operands
 constexpr int D_UNITS = (D + PAIR * W - 1) / (PAIR * W) * W, E_PADDED = (E + W - 1) / W * W;
@@ -270,8 +268,9 @@ struct Tile {
   alignas(64) float values[V_IN_PLACE ? 1 : KT_UNITS][E_PADDED];
   alignas(64) float scores[MR][KT];
   alignas(64) float weights[MR][KT_UNITS];
-  float largest[ROWS], total[ROWS];
-  int64_t row[ROWS];  // the query's number
+  float largest[ROWS];
+  alignas(64) float total[ROWS][W];  // lane by lane
+  int64_t row[ROWS];                 // the query's number
   int rows;
 };
 
@@ -328,21 +327,21 @@ INLINE void weigh(const Launch &launch, Tile &tile, int first, int rows, int64_t
     }
     const float before = tile.largest[first + r], here = largest_of(top), after = here > before ? here : before;
     const vf base = splat(after == NONE ? 0.0f : after);
-    vf total = {};
+    float *sum = tile.total[first + r], *out = tile.out[first + r];
+    if (after > before) {
+      const vf left = splat(before), keep = exp2_of(left - base);
+      store(sum, load(sum) * keep);
+      for (int e = 0; e < E_PADDED; e += W) store(out + e, load(out + e) * keep);
+      tile.largest[first + r] = after;
+    }
+    vf total = load(sum);
     for (int j = 0; j < KT; j += PAIR * W) {
       const vf one = exp2_of(load(line + j) - base);
       const vf two = exp2_of(load(line + j + W) - base);
       total += one + two;
       store(&tile.weights[r][j / 2], (vf)_mm512_cvtne2ps_pbh((__m512)two, (__m512)one));
     }
-    float *out = tile.out[first + r];
-    if (after > before) {
-      const vf left = splat(before), keep = exp2_of(left - base);
-      tile.total[first + r] *= keep[0];
-      for (int e = 0; e < E_PADDED; e += W) store(out + e, load(out + e) * keep);
-      tile.largest[first + r] = after;
-    }
-    tile.total[first + r] += sum_of(total);
+    store(sum, total);
   }
 }
 
@@ -372,7 +371,7 @@ INLINE void begin(const Launch &launch, Tile &tile, int64_t batch, int64_t head,
     for (int u = 0; u < D_UNITS; u += W) store(&tile.q[r][u], units(q, u, D));
     tile.row[r] = i;
     tile.largest[r] = NONE;
-    tile.total[r] = 0.0f;
+    store(tile.total[r], vf{});
     memset(tile.out[r], 0, sizeof tile.out[r]);
   }
 }
@@ -444,14 +443,14 @@ INLINE void run_task(Launch &launch, Tile &tile, int64_t task) {
   }
   if (launch.splits == 1) {
     for (int r = 0; r < tile.rows; ++r)
-      write_row(out_row(launch, tile, batch, kv_head * GROUP + head, queries, r), tile.out[r], tile.total[r]);
+      write_row(out_row(launch, tile, batch, kv_head * GROUP + head, queries, r), tile.out[r], sum_of(load(tile.total[r])));
     return;
   }
   int64_t *arrived = (int64_t *)launch.workspace + group;
   Partial *parts = (Partial *)(launch.workspace + (launch.groups * 8 + 63) / 64 * 64) + group * launch.splits;
   Partial &mine = parts[split];
   memcpy(mine.largest, tile.largest, sizeof mine.largest);
-  memcpy(mine.total, tile.total, sizeof mine.total);
+  for (int r = 0; r < tile.rows; ++r) mine.total[r] = sum_of(load(tile.total[r]));
   memcpy(mine.out, tile.out, (size_t)tile.rows * sizeof tile.out[0]);
   if (__atomic_add_fetch(arrived, 1, __ATOMIC_ACQ_REL) == launch.splits)
     merge(launch, tile, parts, batch, kv_head * GROUP + head, queries);
