@@ -92,9 +92,7 @@ def _why_not(kernel: Kernel, spec: Any, device: Device, dtype: DType, language: 
     if device.kind != kernel.device_kind:
         return f"there is no kernel for {device.kind}"
     if device.arch not in kernel.archs:
-        return (
-            f"{device.kind} {device.arch or 'of this kind'} has none of the instruction sets {', '.join(kernel.archs)}"
-        )
+        return f"a {device.kind} of arch {device.arch!r} has none of {', '.join(kernel.archs)}"
     if dtype not in kernel.dtypes:
         return f"there is no kernel in {dtype.value}"
     return kernel.legal(spec, dtype)

@@ -69,6 +69,8 @@ def _of_file(path: Path) -> list[Need]:
     nodes = [n for n in model.graph if n.domain == DOMAIN and n.op_type in _NAMES]
     if not nodes:
         return []
+    for node in nodes:
+        _need(node, 1, 1)  # broken attributes are said before anything is run
     sizes = _head_sizes(path, model, nodes)
     return [_need(node, *sizes[i]) for i, node in enumerate(nodes)]
 
