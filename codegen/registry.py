@@ -9,6 +9,7 @@ from typing import Any
 from codegen.device import Device, DType, Isa, Language
 from codegen.hooks import Lowered
 from codegen.ops.grouped_query_attention import cpp_kernel as gqa_cpp
+from codegen.ops.grouped_query_attention import triton_kernel as gqa_triton
 from codegen.spec import GroupedQueryAttention
 
 
@@ -65,6 +66,19 @@ KERNELS: tuple[Kernel, ...] = (
         legal=gqa_cpp.legal,
         name=gqa_cpp.kernel_name,
         source=gqa_cpp.source,
+    ),
+    *(
+        Kernel(
+            op=GroupedQueryAttention,
+            language=Language.TRITON,
+            device_kind=kind,
+            archs=archs,
+            dtypes=tuple(DType),
+            legal=gqa_triton.legal,
+            name=gqa_triton.kernel_name,
+            source=gqa_triton.source,
+        )
+        for kind, archs in gqa_triton.ARCHS.items()
     ),
 )
 

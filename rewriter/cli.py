@@ -250,7 +250,7 @@ def kernels(
     model: Model,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Where everything is written.")],
     arch: Annotated[
-        str, typer.Option("--arch", help="What to build for, e.g. cpu or cpu:avx2; several with commas.")
+        str, typer.Option("--arch", help="What to build for, e.g. cpu, cpu:avx2, sm_90, gfx942; several with commas.")
     ] = "cpu",
     as_json: Json = False,
     progress: Progress = False,

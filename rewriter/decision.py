@@ -67,7 +67,7 @@ def _resolve(target: Any) -> Target:
     return found
 
 
-KERNELS = ("auto", "off", "cpp")
+KERNELS = ("auto", "off", "cpp", "triton")
 
 
 def require_supported(calibration: Any, kernels: str) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from codegen.device import DType, Language, host
+from codegen.device import Device, DType, Language, host
 from codegen.errors import KernelError, NotLegal
 from codegen.launch.host import HostKernel, Launch, load, thread_pool
 from codegen.ops.grouped_query_attention import torch_body
@@ -24,7 +24,7 @@ from codegen.registry import Choice, select, why_not
 from codegen.spec import GroupedQueryAttention
 from codegen.tuning.table import Problem, faster
 
-KERNELS = ("auto", "off", "cpp")
+KERNELS = ("auto", "off", "cpp", "triton")
 """What `attention` takes: by the tuning table, never, or always (an error where there is no kernel)."""
 
 _DTYPES = {torch.float32: DType.FLOAT32, torch.float16: DType.FLOAT16, torch.bfloat16: DType.BFLOAT16}
@@ -125,6 +125,45 @@ def _operator(
         _warn_once()
         return _laid_out(torch_body.grouped_query_attention(spec, q, k, v, bias, sinks=sinks))
     return launch(kernel, spec, q, k, v, bias, sinks)
+
+
+@_operator.register_kernel("cuda")
+def _on_graphics_card(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    kv_heads: int,
+    scale: float,
+    causal: bool,
+    softcap: float | None,
+    masked_rows_are_zero: bool,
+    kernels: str,
+) -> Tensor:
+    """Only by name: no card has been measured, so that "auto" stays with torch."""
+    spec = _spec(q, v, bias, sinks, kv_heads, scale, causal, softcap, masked_rows_are_zero)
+    if kernels == "auto":
+        return _laid_out(torch_body.grouped_query_attention(spec, q, k, v, bias, sinks=sinks))
+    device, processors = graphics_card(q.device)
+    if q.dtype not in _DTYPES or not q.dtype == k.dtype == v.dtype:
+        raise NotLegal(f"there is no kernel for operands of {q.dtype}, {k.dtype} and {v.dtype}")
+    choice = select(computed(spec), device, _DTYPES[q.dtype], Language(kernels))
+    if choice is None:
+        reason = why_not(spec, device, _DTYPES[q.dtype], Language(kernels))
+        raise NotLegal(reason, hint='use kernels="auto" or "off"')
+    from codegen.launch import triton_op
+
+    sinks = None if sinks is None else sinks.to(q.dtype)
+    return triton_op.launch(choice.spec, q, k, v, bias, sinks, arch=device.arch, processors=processors)
+
+
+def graphics_card(device: torch.device) -> tuple[Device, int]:
+    """What a card is, as far as kernels care, and its number of multiprocessors."""
+    found = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        return Device("hip", str(found.gcnArchName).partition(":")[0]), int(found.multi_processor_count)
+    return Device("cuda", f"sm_{found.major}{found.minor}"), int(found.multi_processor_count)
 
 
 @_operator.register_fake

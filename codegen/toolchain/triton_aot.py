@@ -141,7 +141,7 @@ def _resources(compiled: Any, code: bytes, backend: str) -> Resources:
 
 def _disassembled(code: bytes) -> tuple[str, str]:
     """(instructions, resource usage) as cuobjdump, which comes with Triton, prints them."""
-    tool = Path(_triton().__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    tool = Path(str(_triton().__file__)).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(code)
         file.flush()

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,20 +13,22 @@ from codegen.errors import KernelError
 from codegen.launch import host as host_kernels
 from codegen.launch import ort_op
 from codegen.ops.grouped_query_attention.cpp_kernel import resources
+from codegen.ops.grouped_query_attention.triton_kernel import ARCHS as CARDS
 from codegen.registry import Choice, select, why_not
+from codegen.toolchain import triton_aot
 from codegen.toolchain.cxx import find_compiler
 from rewriter.errors import RewriteError, UnsupportedModel, UsageError
-from rewriter.kernels.folder import LIBRARY, MANIFEST, digest
+from rewriter.kernels import triton_files
+from rewriter.kernels.folder import LIBRARY, MANIFEST, copy, digest, put
 from rewriter.kernels.needed import Need, needs
-
-_GRAPHICS = ("sm_", "gfx")
 
 
 def emit(model: Path, output: Path, archs: Sequence[str]) -> dict[str, Any]:
     """Write everything to the folder `output`, made if need be; returns what ``rewriter kernels --json`` prints.
 
     Args:
-        archs: "cpu" is this machine's processor, "cpu:avx2", "cpu:avx512" and "cpu:avx512_bf16" are others.
+        archs: "cpu" is this machine's processor, "cpu:avx2", "cpu:avx512" and "cpu:avx512_bf16" are others; "sm_90"
+            and "gfx942" are graphics cards, which need not be there.
 
     Raises:
         UsageError: an arch that there are no kernels for.
@@ -47,15 +46,14 @@ def emit(model: Path, output: Path, archs: Sequence[str]) -> dict[str, Any]:
 
 
 def _device(arch: str) -> Device:
-    if arch.startswith(_GRAPHICS):
-        raise UsageError(
-            f"there are no kernels for graphics cards in this version, so none for {arch}", hint="use --arch cpu"
-        )
     if arch == "cpu":
         return host()
+    for card, archs in CARDS.items():
+        if arch in archs:
+            return Device(card, arch)
     kind, _, isa = arch.partition(":")
     if kind != "cpu" or isa not in {i.value for i in Isa}:
-        names = ", ".join(["cpu", *(f"cpu:{i.value}" for i in Isa)])
+        names = ", ".join(["cpu", *(f"cpu:{i.value}" for i in Isa), *(a for archs in CARDS.values() for a in archs)])
         raise UsageError(f"unknown arch {arch!r}", hint=f"one or several of {names}")
     return Device("cpu", isa)
 
@@ -72,20 +70,26 @@ def _write(choices: Mapping[str, Sequence[Choice]], output: Path, *, ort: bool) 
     output.mkdir(exist_ok=True)
     kernels: list[dict[str, Any]] = []
     library: dict[str, Any] | None = None
+    tools: dict[str, str] = {}
     for arch, own in choices.items():
+        if own[0].device.kind != "cpu":
+            kernels += [row for choice in own for row in triton_files.write(choice, output, arch)]
+            tools["triton"] = triton_aot.version()
+            continue
+        tools["compiler"] = find_compiler().version
         if ort:
             built = ort_op.build(own)
             name = LIBRARY if library is None else f"rewriter_ops.{own[0].device.arch}.so"
-            binary = _copy(built.path, output / name)
-            _copy(built.sources["library"], output / f"{name.removesuffix('.so')}.cpp")
+            binary = copy(built.path, output / name)
+            copy(built.sources["library"], output / f"{name.removesuffix('.so')}.cpp")
             library = library or {"file": name, "arch": arch, "sha256": digest(binary)}
         for choice in own:
-            source = _put(choice.source(), output / f"{choice.name}.cpp")
+            source = put(choice.source(), output / f"{choice.name}.cpp")
             if not ort:
-                binary = _copy(host_kernels.built(choice).file(host_kernels.BINARY), output / f"{choice.name}.so")
+                binary = copy(host_kernels.built(choice).file(host_kernels.BINARY), output / f"{choice.name}.so")
             kernels.append(_row(arch, choice, source, binary))
-    found: dict[str, Any] = {"kernels": kernels, "library": library, "compiler": find_compiler().version}
-    _put(json.dumps(found, indent=1) + "\n", output / MANIFEST)
+    found: dict[str, Any] = {"kernels": kernels, "library": library, **tools}
+    put(json.dumps(found, indent=1) + "\n", output / MANIFEST)
     return {**found, "output": str(output), "manifest": str(output / MANIFEST)}
 
 
@@ -100,19 +104,3 @@ def _row(arch: str, choice: Choice, source: Path, binary: Path) -> dict[str, Any
         "sha256": digest(binary),
         "resources": resources(choice.spec, choice.dtype, Isa(choice.device.arch)),
     }
-
-
-def _copy(source: Path, target: Path) -> Path:
-    with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as draft:
-        draft.write(source.read_bytes())
-    shutil.copymode(source, draft.name)
-    os.replace(draft.name, target)
-    return target
-
-
-def _put(text: str, target: Path) -> Path:
-    with tempfile.NamedTemporaryFile("w", dir=target.parent, delete=False) as draft:
-        draft.write(text)
-    os.chmod(draft.name, 0o644)
-    os.replace(draft.name, target)
-    return target

@@ -1,9 +1,12 @@
-"""The folder that `rewriter kernels` writes: its names, its manifest, and finding the library in it again."""
+"""The folder that `rewriter kernels` writes: its names, its manifest, whole files, and finding the library again."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -47,3 +50,21 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def digest(path: Path) -> str:
     """SHA-256 of a file, as hexadecimal digits."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def copy(source: Path, target: Path) -> Path:
+    """Copy a file so that `target` appears whole."""
+    with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as draft:
+        draft.write(source.read_bytes())
+    shutil.copymode(source, draft.name)
+    os.replace(draft.name, target)
+    return target
+
+
+def put(content: str | bytes, target: Path) -> Path:
+    """Write a file so that `target` appears whole."""
+    with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as draft:
+        draft.write(content.encode() if isinstance(content, str) else content)
+    os.chmod(draft.name, 0o644)
+    os.replace(draft.name, target)
+    return target

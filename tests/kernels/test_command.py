@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -118,7 +119,7 @@ def test_a_changed_library_is_not_loaded(emitted: tuple[Path, dict[str, Any]], t
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["AFTER", "-o", "OUT", "--arch", "sm_90"], 2, "graphics cards"),
+        (["AFTER", "-o", "OUT", "--arch", "sm_30"], 2, "unknown arch"),
         (["AFTER", "-o", "OUT", "--arch", "cpu:mmx"], 2, "unknown arch"),
         (["AFTER", "-o", "MISSING/OUT"], 2, "does not exist"),
         (["BEFORE", "-o", "OUT"], 1, "no rewritten attention"),
@@ -132,6 +133,21 @@ def test_refusals(
     places |= {"MISSING/OUT": str(tmp_path / "missing" / "out"), "NONE": str(tmp_path / "none.onnx")}
     assert run(["kernels", *(places.get(a, a) for a in arguments)]) == code
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_graphics_cards_that_are_not_here(files: tuple[Path, Path], tmp_path: Path, capsys: Any) -> None:
+    pytest.importorskip("triton")
+    folder = tmp_path / "k"
+    assert run(["kernels", str(files[1]), "-o", str(folder), "--arch", "sm_90,gfx942", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert [Path(k["binary"]).suffix for k in printed["kernels"]] == [".cubin"] * 3 + [".hsaco"] * 3
+    for kernel in printed["kernels"]:
+        code = (folder / kernel["binary"]).read_bytes()
+        assert code[:4] == b"\x7fELF" and hashlib.sha256(code).hexdigest() == kernel["sha256"]
+        assert kernel["name"].encode() in code, "the binary does not hold the kernel that it is named after"
+        assert "@triton.jit" in (folder / kernel["source"]).read_text()
+        assert (kernel["resources"]["stack"], kernel["resources"]["spills"]) == (0, 0)
+    assert printed["library"] is None and "triton" in printed
 
 
 def test_another_processor(files: tuple[Path, Path], tmp_path: Path, capsys: Any) -> None:

@@ -1,4 +1,4 @@
-"""Triton attention without a graphics card: numbers in the interpreter against the oracle, and what its binaries take."""
+"""Triton attention without a graphics card: what the interpreter computes, against the oracle."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Triton kernels compiled ahead of time for cards that are not here: they fit, nothing spills, matrix units are used."""
+"""Triton kernels compiled ahead of time for absent cards: they fit, nothing spills, matrix units are used."""
 
 from __future__ import annotations
 

@@ -13,7 +13,8 @@ from codegen.spec import GroupedQueryAttention
 
 TEMPLATE = "triton/grouped_query_attention.py.j2"
 
-ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
+ARCHS = {"cuda": ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"), "hip": ("gfx942", "gfx950")}
+"""By kind of device. Budgets are tested on sm_80, sm_90, sm_100 and gfx942."""
 
 WARPGROUP_ARCHS = ("sm_90", "sm_100")
 """Their matrix units read shared memory, so that more rows fit the registers."""
