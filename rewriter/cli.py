@@ -1,4 +1,4 @@
-"""The command line: inspect, rewrite, verify, profile, targets, demo.
+"""The command line: inspect, rewrite, verify, profile, kernels, targets, demo.
 
 Every command prints tables for people or, with --json, one JSON object on standard output. Errors are one line and
 a hint on standard error; the exit code says whose fault it is (see `rewriter.errors`).
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from codegen.errors import KernelError
 from rewriter.errors import RewriteError, UsageError, VerificationFailed
 from rewriter.report.printable import jsonable, printable
 
@@ -234,6 +235,10 @@ def profile(
     ] = None,
     runs: Annotated[int, typer.Option("--runs", min=1, help="Timed runs of each model.")] = 20,
     threads: Annotated[int, typer.Option("--threads", min=1, help="Threads of the runtime.")] = 2,
+    kernel_folder: Annotated[
+        str | None,
+        typer.Option("--kernels", metavar="DIR|off", help="Kernels to use: what `rewriter kernels` wrote, or none."),
+    ] = None,
     as_json: Json = False,
     progress: Progress = False,
     debug: Debug = False,
@@ -246,9 +251,36 @@ def profile(
         import rewriter
 
         found = rewriter.profile(
-            str(before), str(after), provider=provider.value, shapes=shapes or None, runs=runs, threads=threads
+            str(before),
+            str(after),
+            provider=provider.value,
+            shapes=shapes or None,
+            runs=runs,
+            threads=threads,
+            kernels=kernel_folder,
         ).to_dict()
     _show(found, "profile")
+
+
+@app.command()
+def kernels(
+    model: Model,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Where everything is written.")],
+    arch: Annotated[
+        str, typer.Option("--arch", help="What to build for, e.g. cpu, cpu:avx2, sm_90, gfx942; several with commas.")
+    ] = "cpu",
+    as_json: Json = False,
+    progress: Progress = False,
+    debug: Debug = False,
+) -> None:
+    """Write the kernels that a rewritten model can use: sources, binaries, a library for onnxruntime, a manifest."""
+    _require_model(model)
+    _require_output(model, output, folder=True)
+    with _working("building kernels"):
+        from rewriter.kernels.emit import emit
+
+        found = emit(model, output, [part.strip() for part in arch.split(",") if part.strip()])
+    _show(found, "kernels")
 
 
 @app.command()
@@ -275,12 +307,17 @@ def _require_model(path: Path) -> None:
         raise UsageError(f"no such file: {path}", hint="check the path")
 
 
-def _require_output(model: Path, output: Path) -> None:
-    folder = output.absolute().parent
-    if not folder.is_dir():
-        raise UsageError(f"the output folder {folder} does not exist", hint="create it first")
-    if not os.access(folder, os.W_OK):
-        raise UsageError(f"the output folder {folder} is not writable", hint="check its permissions")
+def _require_output(model: Path, output: Path, *, folder: bool = False) -> None:
+    """`folder`: a folder is written, whatever the model is."""
+    parent = output.absolute().parent
+    if not parent.is_dir():
+        raise UsageError(f"the output folder {parent} does not exist", hint="create it first")
+    if not os.access(parent, os.W_OK):
+        raise UsageError(f"the output folder {parent} is not writable", hint="check its permissions")
+    if folder:
+        if output.exists() and not output.is_dir():
+            raise UsageError(f"{output} is a file", hint="name a folder")
+        return
     if model.is_file() and output.is_dir():
         raise UsageError(f"{output} is a folder", hint="name the output file, e.g. out.onnx")
     if model.is_dir() and output.is_file():
@@ -467,6 +504,8 @@ def _fail(error: Exception) -> int:
 def _explain(error: Exception) -> tuple[str, str, int]:
     if isinstance(error, RewriteError):
         return str(error), error.hint, error.exit_code
+    if isinstance(error, KernelError):
+        return str(error), error.hint, 1
     if hasattr(error, "format_message"):  # click's, whether typer carries a copy of click or imports it
         command = getattr(getattr(error, "ctx", None), "command_path", "rewriter")
         return str(error.format_message()), f"see: {command} --help", UsageError.exit_code

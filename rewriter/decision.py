@@ -67,6 +67,9 @@ def _resolve(target: Any) -> Target:
     return found
 
 
+KERNELS = ("auto", "off", "cpp", "triton")
+
+
 def require_supported(calibration: Any, kernels: str) -> None:
     """Options that this version does not have are refused instead of ignored."""
     if calibration is not None:
@@ -74,8 +77,9 @@ def require_supported(calibration: Any, kernels: str) -> None:
             "this version merges heads by their mean, which takes no calibration",
             hint="leave calibration out",
         )
-    if kernels not in {"auto", "off"}:
-        raise UsageError(f"kernels={kernels!r} is not available in this version", hint='use "auto" or "off"')
+    if kernels not in KERNELS:
+        choices = " or ".join(f'"{name}"' for name in KERNELS)
+        raise UsageError(f"kernels={kernels!r} is not available in this version", hint=f"use {choices}")
 
 
 def decide(flow: Flow, matches: Matches, target: Any, layers: str | None) -> Decision:

@@ -61,7 +61,9 @@ def optimize(
         layers: which sites: "all", "0-7", "-4:", "encoder", "decoder", "cross", or a regular expression on names.
         calibration: not used by mean merging; giving it is an error in this version.
         example_inputs: inputs to capture a torch model with; Hugging Face models have defaults.
-        kernels: "auto" or "off".
+        kernels: for attention modules that are replaced in torch models: "auto" (a generated kernel where it is legal
+            and measured to be faster than torch's own operators), "off", or "cpp" (always; an error where it is not
+            legal). Graphs and .onnx files hold standard operators; see `rewriter kernels` for the latter.
         inplace: edit the given torch module instead of a copy.
         verify: compare with the original before returning.
 
@@ -79,23 +81,36 @@ def optimize(
     require_supported(calibration, kernels)
     assignment(target, layers)
     if isinstance(model, (str, Path)):
-        return _optimize_path(Path(model), target, layers, example_inputs, verify)
+        return _optimize_path(Path(model), target, layers, example_inputs, kernels, verify)
     if is_onnx(model):
+        _refuse_by_name(kernels, "an ONNX model")
         return _optimize_onnx(model, target, layers, verify)
     if is_torch(model):
-        return _optimize_torch(model, target, layers, example_inputs, inplace, verify)
+        return _optimize_torch(model, target, layers, example_inputs, kernels, inplace, verify)
     raise UsageError(
         f"cannot optimize a {type(model).__name__}",
         hint="pass a torch module, an exported program, an ONNX model, or a path",
     )
 
 
-def _optimize_path(path: Path, target: Any, layers: str | None, example_inputs: Any, verify: bool) -> Rewritten:
+def _refuse_by_name(kernels: str, kind: str) -> None:
+    """What holds standard operators alone is not told which kernel to run."""
+    if kernels not in ("auto", "off"):
+        raise UsageError(
+            f"{kind} does not say which kernel computes it, so kernels={kernels!r} means nothing",
+            hint="leave it out; for .onnx files `rewriter kernels` makes a library to register with onnxruntime",
+        )
+
+
+def _optimize_path(
+    path: Path, target: Any, layers: str | None, example_inputs: Any, kernels: str, verify: bool
+) -> Rewritten:
     if not path.exists():
         raise UsageError(f"no such file: {path}", hint="check the path")
     if path.is_dir():
-        module = _optimize_torch(load(path), target, layers, example_inputs, True, verify)
+        module = _optimize_torch(load(path), target, layers, example_inputs, kernels, True, verify)
         return Rewritten(module, module.rewrite_report, path)
+    _refuse_by_name(kernels, "an .onnx file")
     from rewriter.capture.onnx_load import load as load_onnx
     from rewriter.onnx_rewrite import rewrite_onnx
 
@@ -118,21 +133,36 @@ def _optimize_onnx(model: Any, target: Any, layers: str | None, verify: bool) ->
 
 
 def _optimize_torch(
-    model: Any, target: Any, layers: str | None, example_inputs: Any, inplace: bool, verify: bool
+    model: Any, target: Any, layers: str | None, example_inputs: Any, kernels: str, inplace: bool, verify: bool
 ) -> Any:
     import torch
 
     if isinstance(model, (torch.export.ExportedProgram, torch.fx.GraphModule)):
         from rewriter.graph_rewrite import rewrite_graph
 
+        _refuse_by_name(kernels, "an exported graph")
         return rewrite_graph(model, target, layers=layers, example_inputs=example_inputs, verify=verify)
     from rewriter.torch_rewrite import rewrite_torch
 
     module, report = rewrite_torch(
         model, target, layers=layers, example_inputs=example_inputs, inplace=inplace, verify=verify
     )
+    _use_kernels(module, kernels)
     module.rewrite_report = report  # type: ignore[assignment]
     return module
+
+
+def _use_kernels(module: Any, kernels: str) -> None:
+    from rewriter.install.torch_module import mixers
+
+    found = mixers(module)
+    if kernels not in ("auto", "off") and not found:
+        raise UsageError(
+            f"the model goes on with its own attention code, which kernels={kernels!r} cannot reach",
+            hint="only attention modules that had to be replaced call kernels; leave kernels out",
+        )
+    for mixer in found.values():
+        mixer.kernels = kernels
 
 
 def verify(after: Any, before: Any, *, example_inputs: Any = None) -> Verification:

@@ -15,10 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from codegen.ops.grouped_query_attention.torch_body import (
-    grouped_query_attention,
-    grouped_query_attention_with_weights,
-)
+from codegen.launch.torch_op import attention
+from codegen.ops.grouped_query_attention.torch_body import grouped_query_attention_with_weights
 from codegen.spec import GroupedQueryAttention
 from rewriter.errors import UnsupportedModel
 from rewriter.install.protocol import Protocol, mask_kind
@@ -83,11 +81,17 @@ class RewrittenMixer(nn.Module):
         self.input_norm: nn.Module | None = None
         self.output_norm: nn.Module | None = None
         self.taken_from: dict[str, str | None] = {}
+        self.kernels = "auto"  # what `optimize` was told; see codegen.launch.torch_op
         self._specs = {
             (causal, bias): replace(spec, causal=causal, bias=bias)
             for causal in (False, True)
             for bias in (False, True)
         }
+
+    def specs(self) -> list[GroupedQueryAttention]:
+        """The computations that calls can come to: with and without a causal order, with and without a mask."""
+        causal = (False,) if self.protocol.causal == "never" else (False, True)
+        return [self._specs[c, b] for c in causal for b in (False, True)]
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -259,7 +263,7 @@ class RewrittenMixer(nn.Module):
             raise TypeError("attention weights were not available from the original in this setting, nor are they here")
         if asked or "weights" in self.protocol.returns:
             return grouped_query_attention_with_weights(spec, q, k, v, mask, dropout=dropout)
-        return grouped_query_attention(spec, q, k, v, mask, dropout=dropout), None
+        return attention(spec, q, k, v, mask, dropout=dropout, kernels=self.kernels), None
 
     def _finish(self, call: Call, output: Tensor) -> Tensor:
         """[B, H, S, Dv] -> [B, S, E], with what the original does to its result."""

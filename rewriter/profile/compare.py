@@ -20,6 +20,7 @@ def profile(
     runs: int = 20,
     threads: int = 2,
     example_inputs: Any = None,
+    kernels: str | Path | None = None,
 ) -> Profile:
     """Measure two models on the same inputs, in turn, so that the machine's other work falls on both.
 
@@ -31,6 +32,8 @@ def profile(
         runs: timed runs of each, after a warm-up.
         threads: of the runtime; onnxruntime's do not spin (for PyTorch's set OMP_WAIT_POLICY=passive beforehand).
         example_inputs: what to call PyTorch modules with; Hugging Face models have defaults.
+        kernels: for .onnx files a folder that `rewriter kernels` wrote, or "off", which is the default; for PyTorch
+            modules "off" to leave generated kernels out, which otherwise are used as `optimize` was told.
 
     Times are of whole calls, from sessions that nothing instruments. Operator times come from separate profiled
     runs. Peak memory of .onnx files is measured in a child process that does nothing else: its private memory on
@@ -50,12 +53,20 @@ def profile(
     if kinds[0] != kinds[1]:
         raise UsageError("the two models are of different kinds", hint="give two .onnx files or two PyTorch models")
     if kinds[0] == "onnx":
+        from rewriter.kernels.folder import library_in
         from rewriter.profile.onnx_models import profile_onnx
 
-        return profile_onnx(Path(before), Path(after), provider=provider, shapes=shapes, runs=runs, threads=threads)
+        library = None if kernels in (None, "off") else library_in(Path(kernels))
+        return profile_onnx(
+            Path(before), Path(after), provider=provider, shapes=shapes, runs=runs, threads=threads, library=library
+        )
     from rewriter.profile.torch_models import profile_torch
 
     modules = [_module(model) for model in (before, after)]
+    if kernels not in (None, "off"):
+        raise UsageError("a folder of kernels is for .onnx files", hint="PyTorch models build their own; leave it out")
+    if kernels == "off":
+        _switch_kernels_off(modules)
     return profile_torch(
         modules[0],
         modules[1],
@@ -65,6 +76,14 @@ def profile(
         threads=threads,
         example_inputs=example_inputs,
     )
+
+
+def _switch_kernels_off(modules: Sequence[Any]) -> None:
+    from rewriter.install.torch_module import mixers
+
+    for module in modules:
+        for mixer in mixers(module).values():
+            mixer.kernels = "off"
 
 
 def _kind(model: Any) -> str:

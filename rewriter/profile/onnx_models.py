@@ -44,25 +44,35 @@ class _Subject:
 
 
 def profile_onnx(
-    before: Path, after: Path, *, provider: str, shapes: Shapes | None, runs: int, threads: int
+    before: Path,
+    after: Path,
+    *,
+    provider: str,
+    shapes: Shapes | None,
+    runs: int,
+    threads: int,
+    library: Path | None = None,
 ) -> Profile:
-    """Time `before` and `after` on the same inputs; see `rewriter.profile.compare.profile`."""
+    """Time `before` and `after` on the same inputs; see `rewriter.profile.compare.profile`.
+
+    `library` holds operators that both sessions may use.
+    """
     import onnxruntime as ort
 
     old, new = _subjects(before, after, provider, shapes, threads)
-    old_session = open_session(old.path, provider, threads)
-    new_session = open_session(new.path, provider, threads)
+    old_session = open_session(old.path, provider, threads, library=library)
+    new_session = open_session(new.path, provider, threads, library=library)
     times = time_in_turn(_call(old_session, old.feeds, provider), _call(new_session, new.feeds, provider), runs)
     del old_session, new_session
-    measured = [_measure(s, ms, provider, threads) for s, ms in zip((old, new), times, strict=True)]
+    measured = [_measure(s, ms, provider, threads, library) for s, ms in zip((old, new), times, strict=True)]
     return Profile(
         provider, device_name(provider), threads, runs, ort.__version__, measured[0], measured[1], old.shapes
     )
 
 
-def _measure(subject: _Subject, ms: Milliseconds, provider: str, threads: int) -> Measured:
-    ops = operator_times(subject.path, subject.feeds, provider, threads)
-    return Measured(ms, peak_bytes(subject.path, subject.shapes, provider, threads), ops)
+def _measure(subject: _Subject, ms: Milliseconds, provider: str, threads: int, library: Path | None) -> Measured:
+    ops = operator_times(subject.path, subject.feeds, provider, threads, library)
+    return Measured(ms, peak_bytes(subject.path, subject.shapes, provider, threads, library), ops)
 
 
 # --- inputs --------------------------------------------------------------------------------------
@@ -121,14 +131,16 @@ def _call(session: Any, feeds: Feeds, provider: str) -> Callable[[], object]:
 # --- operators -----------------------------------------------------------------------------------
 
 
-def operator_times(path: Path, feeds: Feeds, provider: str, threads: int) -> dict[str, float]:
+def operator_times(
+    path: Path, feeds: Feeds, provider: str, threads: int, library: Path | None = None
+) -> dict[str, float]:
     """Milliseconds of one run by operator type, slowest first, from an instrumented session of its own.
 
     Raises:
         UnsupportedModel: not one operator ran on the provider that was asked for.
     """
     with tempfile.TemporaryDirectory() as folder:
-        session = open_session(path, provider, threads, profile_prefix=Path(folder) / "ort")
+        session = open_session(path, provider, threads, profile_prefix=Path(folder) / "ort", library=library)
         call = _call(session, feeds, provider)
         for _ in range(_PROFILED_RUNS + 1):
             call()
@@ -160,7 +172,7 @@ def _by_operator(kernels: list[dict[str, Any]], provider: str) -> dict[str, floa
 # --- memory --------------------------------------------------------------------------------------
 
 
-def peak_bytes(path: Path, shapes: Shapes, provider: str, threads: int) -> int | None:
+def peak_bytes(path: Path, shapes: Shapes, provider: str, threads: int, library: Path | None = None) -> int | None:
     """Memory that a fresh process needs at most to open and run the model; None if it could not be measured.
 
     Measured in a child process: on the CPU the growth of its private memory (mapped weight files are not in it),
@@ -171,6 +183,7 @@ def peak_bytes(path: Path, shapes: Shapes, provider: str, threads: int) -> int |
         "shapes": {name: list(shape) for name, shape in shapes.items()},
         "provider": provider,
         "threads": threads,
+        "library": None if library is None else str(library),
     }
     command = [sys.executable, "-m", "rewriter.profile.peak_process", json.dumps(request)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -22,6 +22,7 @@ def main(request: dict[str, Any]) -> int | None:
     from rewriter.profile.providers import open_session
 
     path, provider = Path(request["model"]), request["provider"]
+    library = None if request.get("library") is None else Path(request["library"])
     feeds = make_feeds(load(path), shapes=request["shapes"])
     onnxruntime.get_available_providers()  # loading the library is not the model's cost
     read = private_bytes if provider == "cpu" else used_device_bytes
@@ -30,7 +31,7 @@ def main(request: dict[str, Any]) -> int | None:
     except OSError:
         return None
     with PeakSampler(read) as peak:
-        session = open_session(path, provider, request["threads"])
+        session = open_session(path, provider, request["threads"], library=library)
         wanted = {value.name for value in session.get_inputs()}
         for _ in range(_RUNS):
             session.run(None, {name: array for name, array in feeds.items() if name in wanted})

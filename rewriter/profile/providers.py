@@ -27,8 +27,10 @@ def provider_name(provider: str) -> str:
     return PROVIDERS[provider]
 
 
-def open_session(path: Path, provider: str, threads: int, *, profile_prefix: Path | None = None) -> Any:
-    """A session whose first provider is the one asked for.
+def open_session(
+    path: Path, provider: str, threads: int, *, profile_prefix: Path | None = None, library: Path | None = None
+) -> Any:
+    """A session whose first provider is the one asked for, with the operators of `library` if there is one.
 
     Raises:
         UnsupportedModel: the model does not load, or onnxruntime fell back to another provider.
@@ -43,6 +45,8 @@ def open_session(path: Path, provider: str, threads: int, *, profile_prefix: Pat
     if profile_prefix is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile_prefix)
+    if library is not None:
+        options.register_custom_ops_library(str(library))
     wanted = [name] if provider == "cpu" else [name, "CPUExecutionProvider"]
     try:
         with _quiet_start(provider):

@@ -38,6 +38,12 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
     return made
 
 
+def kernels(found: Row) -> RenderableType:
+    """What was built for which machine."""
+    rows = [(k["name"], k["arch"], k["source"], k["binary"]) for k in found["kernels"]]
+    return table(("kernel", "arch", "source", "binary"), rows)
+
+
 def inspection(found: Row) -> RenderableType:
     """Sites with what they are and why some cannot be rewritten."""
     origin = ", ".join(

@@ -340,7 +340,7 @@ def test_profile(model: Path, fake: Fake, capsys: Capture) -> None:
     assert run([*command, "--json"]) == 0
     assert only_json(capsys)["before"] == side
     shapes = {"a": (2, 128), "b": (1,)}
-    assert calls[0][1] == {"provider": "cpu", "shapes": shapes, "runs": 4, "threads": 3}
+    assert calls[0][1] == {"provider": "cpu", "shapes": shapes, "runs": 4, "threads": 3, "kernels": None}
     assert run(command) == 0
     assert "MatMul" in capsys.readouterr().out
     assert run([*command, "--shape", "c=2xy"]) == 2

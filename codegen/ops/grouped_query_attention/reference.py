@@ -64,7 +64,7 @@ def _repeat(spec: GroupedQueryAttention, x: NDArray[Any]) -> Float64:
 
 
 def _softmax(scores: Float64, *, masked_rows_are_zero: bool) -> Float64:
-    peak = scores.max(axis=-1, keepdims=True)
+    peak = scores.max(axis=-1, keepdims=True, initial=-np.inf)
     masked = np.isneginf(peak)
     exponentials = np.exp(scores - np.where(masked, 0.0, peak))
     total = exponentials.sum(axis=-1, keepdims=True)

@@ -1,0 +1,122 @@
+"""Writes the tables by which ``kernels="auto"`` decides: how much faster a kernel is than torch's own operators.
+
+    python -m benchmarks.tune_kernels [--isa avx512] [--threads N] [--runs N]
+
+Every instruction set that this processor has gets its file in codegen/tuning/. The operators it is compared with are
+those that run otherwise: the torch body of the op.
+"""
+
+from __future__ import annotations
+
+import os
+
+for _name, _value in (("OMP_WAIT_POLICY", "passive"), ("GOMP_SPINCOUNT", "0")):
+    os.environ.setdefault(_name, _value)
+
+import argparse  # noqa: E402
+import contextlib  # noqa: E402
+import json  # noqa: E402
+import sys  # noqa: E402
+from collections.abc import Iterator, Sequence  # noqa: E402
+from dataclasses import asdict  # noqa: E402
+from unittest import mock  # noqa: E402
+
+import torch  # noqa: E402
+
+from benchmarks.machine import machine  # noqa: E402
+from benchmarks.rows import interleaved, timed  # noqa: E402
+from codegen.device import Device, DType, Isa, host  # noqa: E402
+from codegen.launch import torch_op  # noqa: E402
+from codegen.spec import GroupedQueryAttention  # noqa: E402
+from codegen.tuning.table import FOLDER, Measured, Problem, regime, work  # noqa: E402
+
+HEADS = 32
+DTYPES = {DType.FLOAT32: torch.float32, DType.FLOAT16: torch.float16, DType.BFLOAT16: torch.bfloat16}
+
+SECONDS, MOST_RUNS = 0.4, 60
+"""Short problems are run more often: a busy machine's minimum takes that long to show."""
+
+Grid = Sequence[tuple[GroupedQueryAttention, Problem]]
+
+
+def grid(threads: int) -> Grid:
+    """Decode over short and long pasts, prefill of short and long prompts, for each group size and head size."""
+    found = []
+    for dim in (64, 128):
+        for kv_heads in (32, 8, 1):
+            decode = GroupedQueryAttention(HEADS, kv_heads, dim, dim, dim**-0.5)
+            prefill = GroupedQueryAttention(HEADS, kv_heads, dim, dim, dim**-0.5, causal=True)
+            found += [(decode, Problem(b, 1, keys, threads)) for b, keys in ((1, 64), (1, 512), (2, 2048), (8, 2048))]
+            found += [(prefill, Problem(1, keys, keys, threads)) for keys in (16, 64, 256, 1024)]
+    return found
+
+
+@contextlib.contextmanager
+def always(isa: Isa) -> Iterator[None]:
+    """Inside, kernels for `isa` win whatever the present tables say."""
+    with (
+        mock.patch.object(torch_op, "faster", lambda *_: True),
+        mock.patch.object(torch_op, "host", lambda: Device("cpu", isa.value)),
+    ):
+        torch_op._choice.cache_clear()
+        yield
+    torch_op._choice.cache_clear()
+
+
+def measure(spec: GroupedQueryAttention, problem: Problem, dtype: DType, isa: Isa, runs: int) -> Measured:
+    """Both by turns, best of `runs` or more, through the call that modules make, with all that it costs."""
+    random = torch.Generator().manual_seed(0)
+
+    def draw(heads: int, tokens: int, dim: int) -> torch.Tensor:
+        return torch.randn(problem.batch, heads, tokens, dim, generator=random).to(DTYPES[dtype])
+
+    q = draw(spec.heads, problem.queries, spec.head_dim)
+    k, v = (draw(spec.kv_heads, problem.keys, dim) for dim in (spec.head_dim, spec.value_dim))
+
+    def ours() -> torch.Tensor:
+        return torch_op.attention(spec, q, k, v)
+
+    def theirs() -> torch.Tensor:
+        return torch_op.attention(spec, q, k, v, kernels="off")
+
+    first = max(timed(call, 1)[0].minimum for call in (ours, theirs))
+    mine, other = interleaved(max(runs, min(MOST_RUNS, int(SECONDS / first))), ours, theirs)
+    speedup = round(other.minimum / mine.minimum, 2)
+    return Measured(dtype.value, isa.value, regime(problem), spec.group, spec.head_dim, work(spec, problem), speedup)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--isa", choices=[isa.value for isa in Isa], action="append")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--runs", type=int, default=7)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    order = [isa.value for isa in Isa]
+    able = order[: order.index(host().arch) + 1] if host().arch else []
+    for isa in options.isa or able:
+        if isa not in able:
+            print(f"this processor has no {isa}", file=sys.stderr)
+            return 2
+        rows = []
+        with torch.no_grad(), always(Isa(isa)):
+            for dtype in DTYPES:
+                for spec, problem in grid(options.threads):
+                    rows.append(measure(spec, problem, dtype, Isa(isa), options.runs))
+        about = {"processor": machine()["processor"], "threads": options.threads, "torch": torch.__version__}
+        document = {"about": about, "measured": [asdict(row) for row in rows]}
+        (FOLDER / f"cpu_{isa}.json").write_text(_compact(document))
+        print(f"{isa}: {len(rows)} problems, faster in {sum(r.speedup > 1.1 for r in rows)}")
+    return 0
+
+
+def _compact(document: dict[str, object]) -> str:
+    """One line per measurement, so that changes can be read."""
+    measured = document["measured"]
+    assert isinstance(measured, list)
+    lines = ",\n  ".join(json.dumps(row) for row in measured)
+    return f'{{\n "about": {json.dumps(document["about"])},\n "measured": [\n  {lines}\n ]\n}}\n'
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,112 @@
+"""Builds, loads and calls C++ kernels in this process; knows memory addresses, not tensors."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from codegen import cache
+from codegen.device import Isa
+from codegen.errors import NotLegal
+from codegen.registry import Choice
+from codegen.toolchain import cxx
+
+SOURCE, BINARY = "kernel.cpp", "kernel.so"
+
+
+class Launch(ctypes.Structure):
+    """The argument block of templates/cpp/launch.h.j2, field by field."""
+
+    _fields_ = (
+        *[(name, ctypes.c_void_p) for name in ("q", "k", "v", "bias", "sinks", "out")],
+        *[(name, ctypes.c_int64) for name in ("batch", "queries", "keys", "sink_columns")],
+        *[(f"{name}_stride", ctypes.c_int64 * 3) for name in ("q", "k", "v", "out")],
+        *[(f"{name}_stride", ctypes.c_int64 * 4) for name in ("bias", "sink")],
+        ("bias_is_boolean", ctypes.c_int64),
+        ("threads", ctypes.c_int64),
+        *[(name, ctypes.c_int64) for name in ("splits", "groups", "head_blocks", "query_blocks", "query_rows")],
+        ("workspace", ctypes.c_void_p),
+        ("next", ctypes.c_int64),
+    )
+
+
+@dataclass(frozen=True)
+class HostKernel:
+    """A loaded kernel.
+
+    Attributes:
+        name: of its functions.
+        folder: where source and binary lie.
+    """
+
+    name: str
+    folder: Path
+    plan: Any
+    run: Any
+
+
+@functools.lru_cache(maxsize=256)
+def load(choice: Choice) -> HostKernel:
+    """Build the kernel, or find it built, and load it.
+
+    A build is announced on standard error, since it takes a second or two.
+
+    Raises:
+        NoCompiler, CompilationFailed, UnsafeCache, CorruptBinary: see there.
+    """
+    entry = built(choice)
+    library = ctypes.CDLL(str(entry.file(BINARY)))
+    plan, run = library[f"{choice.name}_plan"], library[f"{choice.name}_run"]
+    plan.argtypes, plan.restype = [ctypes.POINTER(Launch)], ctypes.c_int64
+    run.argtypes, run.restype = [ctypes.POINTER(Launch), ctypes.c_void_p], None
+    return HostKernel(choice.name, entry.folder, plan, run)
+
+
+def built(choice: Choice) -> cache.Entry:
+    """The kernel's cache entry, built if need be.
+
+    Raises:
+        NotLegal: it is no kernel of a CPU.
+    """
+    if choice.device.kind != "cpu":
+        raise NotLegal(f"{choice.name} is no kernel of a CPU")
+    isa = Isa(choice.device.arch)
+    compiler, source = cxx.find_compiler(), choice.source()
+    parts = {"source": source, "compiler": " ".join((*compiler.command, compiler.version)), "isa": isa.value}
+    name = cache.address(choice.name, {**parts, "flags": " ".join(cxx.flags(isa))})
+
+    def build(folder: Path) -> None:
+        print(f"rewriter: compiling {choice.name} …", file=sys.stderr, end="", flush=True)
+        start = time.perf_counter()
+        path = folder / SOURCE
+        path.write_text(source)
+        cxx.build([path], folder / BINARY, isa)
+        print(f" {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
+
+    return cache.load_or_build(name, build)
+
+
+def fill(launch: Launch, name: str, strides: Sequence[int]) -> None:
+    """Set one of the stride arrays."""
+    getattr(launch, f"{name}_stride")[:] = strides
+
+
+@functools.cache
+def thread_pool() -> int | None:
+    """The address of GOMP_parallel in the OpenMP runtime that this process uses already; None without one.
+
+    A pool of our own beside it would fight it for the cores: its threads go on spinning after each operator. Clang's
+    and Intel's runtimes export the same function.
+    """
+    try:
+        running = ctypes.CDLL(None)
+        found = ctypes.cast(running.GOMP_parallel, ctypes.c_void_p).value
+    except (OSError, AttributeError):
+        return None
+    return found

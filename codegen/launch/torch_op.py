@@ -1,0 +1,302 @@
+"""Grouped-query attention as one torch operator that runs a generated kernel where one is legal and worth it.
+
+The operator is opaque to torch.compile and torch.export, and decides at run time; its gradient is that of the torch
+body, recomputed. Importing this module defines it as ``rewriter::grouped_query_attention``.
+
+Shape legend: B batch, H query heads, KV key/value heads, S queries, T keys, D head_dim, E value_dim.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from codegen.device import Device, DType, Language, host
+from codegen.errors import KernelError, NotLegal
+from codegen.launch.host import HostKernel, Launch, load, thread_pool
+from codegen.ops.grouped_query_attention import torch_body
+from codegen.registry import Choice, select, why_not
+from codegen.spec import GroupedQueryAttention
+from codegen.tuning.table import Problem, faster
+
+KERNELS = ("auto", "off", "cpp", "triton")
+"""What `attention` takes: by the tuning table, never, or always (an error where there is no kernel)."""
+
+_DTYPES = {torch.float32: DType.FLOAT32, torch.float16: DType.FLOAT16, torch.bfloat16: DType.BFLOAT16}
+
+
+def attention(
+    spec: GroupedQueryAttention,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    *,
+    sinks: Tensor | None = None,
+    dropout: float = 0.0,
+    kernels: str = "auto",
+) -> Tensor:
+    """Attention output [B, H, S, E]; arguments as `torch_body.grouped_query_attention`, which stands in for a kernel
+    with "off", with dropout, under autocast, in an exported program unless a kernel was asked for by name, and, with
+    "auto", wherever no kernel is legal or the tuning table knows of none that is faster.
+
+    Raises:
+        NotLegal: a language was asked for by name and has no kernel of this.
+        ValueError: operands that contradict the spec.
+    """
+    if kernels == "off" or dropout or not _considers(q, k, v, bias, kernels):
+        return torch_body.grouped_query_attention(spec, q, k, v, bias, sinks=sinks, dropout=dropout)
+    if kernels == "auto" and not torch.compiler.is_compiling() and not _worth_it(spec, q, k):
+        return torch_body.grouped_query_attention(spec, q, k, v, bias, sinks=sinks)
+    numbers = (spec.kv_heads, spec.scale, spec.causal, spec.softcap, spec.masked_rows_are_zero)
+    found: Tensor = _operator(q, k, v, bias, sinks, *numbers, kernels)
+    return found
+
+
+def _considers(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, kernels: str) -> bool:
+    """Whether a kernel could compute this at all; an explicit request goes on to fail with a reason."""
+    if kernels != "auto":
+        return True
+    if q.device.type != "cpu" or q.dtype not in _DTYPES or not q.dtype == k.dtype == v.dtype:
+        return False
+    if torch.compiler.is_exporting() or torch.is_autocast_enabled("cpu"):
+        return False  # an exported program must run where this library is not
+    tensors = (q, k, v) if bias is None else (q, k, v, bias)
+    # training goes through the torch body in any case: a forward kernel would only add a second forward
+    return not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+
+
+def _worth_it(spec: GroupedQueryAttention, q: Tensor, k: Tensor) -> bool:
+    choice = _choice(spec, q.dtype, None)
+    if choice is None:
+        return False
+    problem = Problem(q.shape[0], q.shape[2], k.shape[2], torch.get_num_threads())
+    return faster(spec, choice.dtype, choice.device.arch, problem)
+
+
+def computed(spec: GroupedQueryAttention) -> GroupedQueryAttention:
+    """What the torch body computes of this spec, and so the kernel in its place: rows without a visible key are zero
+    unless the softmax is written out."""
+    written_out = spec.softcap is not None or spec.sinks
+    return replace(spec, masked_rows_are_zero=spec.masked_rows_are_zero or not written_out)
+
+
+@functools.lru_cache(maxsize=512)
+def _choice(spec: GroupedQueryAttention, dtype: torch.dtype, language: Language | None) -> Choice | None:
+    return select(computed(spec), host(), _DTYPES[dtype], language) if dtype in _DTYPES else None
+
+
+# ---------------------------------------------------------------------- the operator
+
+
+@torch.library.custom_op("rewriter::grouped_query_attention", mutates_args=(), device_types="cpu")
+def _operator(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    kv_heads: int,
+    scale: float,
+    causal: bool,
+    softcap: float | None,
+    masked_rows_are_zero: bool,
+    kernels: str,
+) -> Tensor:
+    spec = _spec(q, v, bias, sinks, kv_heads, scale, causal, softcap, masked_rows_are_zero)
+    if kernels == "auto" and not _worth_it(spec, q, k):
+        return _laid_out(torch_body.grouped_query_attention(spec, q, k, v, bias, sinks=sinks))
+    language = None if kernels == "auto" else Language(kernels)
+    if q.dtype not in _DTYPES or not q.dtype == k.dtype == v.dtype:
+        raise NotLegal(f"there is no kernel for operands of {q.dtype}, {k.dtype} and {v.dtype}")
+    choice = _choice(spec, q.dtype, language)
+    if choice is None:
+        raise NotLegal(why_not(spec, host(), _DTYPES[q.dtype], language), hint='use kernels="auto" or "off"')
+    try:
+        kernel = load(choice)
+    except KernelError:
+        if kernels != "auto":
+            raise
+        _warn_once()
+        return _laid_out(torch_body.grouped_query_attention(spec, q, k, v, bias, sinks=sinks))
+    return launch(kernel, spec, q, k, v, bias, sinks)
+
+
+@_operator.register_kernel("cuda")
+def _on_graphics_card(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    kv_heads: int,
+    scale: float,
+    causal: bool,
+    softcap: float | None,
+    masked_rows_are_zero: bool,
+    kernels: str,
+) -> Tensor:
+    """Only by name: no card has been measured, so that "auto" stays with torch."""
+    spec = _spec(q, v, bias, sinks, kv_heads, scale, causal, softcap, masked_rows_are_zero)
+    if kernels == "auto":
+        return _laid_out(torch_body.grouped_query_attention(spec, q, k, v, bias, sinks=sinks))
+    device, processors = graphics_card(q.device)
+    if q.dtype not in _DTYPES or not q.dtype == k.dtype == v.dtype:
+        raise NotLegal(f"there is no kernel for operands of {q.dtype}, {k.dtype} and {v.dtype}")
+    choice = select(computed(spec), device, _DTYPES[q.dtype], Language(kernels))
+    if choice is None:
+        reason = why_not(spec, device, _DTYPES[q.dtype], Language(kernels))
+        raise NotLegal(reason, hint='use kernels="auto" or "off"')
+    from codegen.launch import triton_op
+
+    sinks = None if sinks is None else sinks.to(q.dtype)
+    return triton_op.launch(choice.spec, q, k, v, bias, sinks, arch=device.arch, processors=processors)
+
+
+def graphics_card(device: torch.device) -> tuple[Device, int]:
+    """What a card is, as far as kernels care, and its number of multiprocessors."""
+    found = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        return Device("hip", str(found.gcnArchName).partition(":")[0]), int(found.multi_processor_count)
+    return Device("cuda", f"sm_{found.major}{found.minor}"), int(found.multi_processor_count)
+
+
+@_operator.register_fake
+def _fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
+    return _empty(q, v)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:5])
+    ctx.rest = inputs[5:]
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    tensors = [None if t is None else t.detach() for t in ctx.saved_tensors]
+    wanted = [i for i in range(5) if ctx.needs_input_grad[i]]
+    leaves = [t.requires_grad_() for i in wanted if (t := tensors[i]) is not None]
+    q, k, v, bias, sinks = tensors
+    assert q is not None and k is not None and v is not None
+    with torch.enable_grad():
+        output = torch_body.grouped_query_attention(_spec(q, v, bias, sinks, *ctx.rest[:5]), q, k, v, bias, sinks=sinks)
+        found = torch.autograd.grad(output, leaves, gradient)
+    by_place = dict(zip(wanted, found, strict=True))
+    return (*(by_place.get(i) for i in range(5)), *(None for _ in ctx.rest))
+
+
+_operator.register_autograd(_backward, setup_context=_setup)
+
+
+def _spec(
+    q: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    kv_heads: int,
+    scale: float,
+    causal: bool,
+    softcap: float | None,
+    masked_rows_are_zero: bool,
+) -> GroupedQueryAttention:
+    return GroupedQueryAttention(
+        heads=q.shape[1],
+        kv_heads=kv_heads,
+        head_dim=q.shape[3],
+        value_dim=v.shape[3],
+        scale=scale,
+        causal=causal,
+        bias=bias is not None,
+        softcap=softcap,
+        masked_rows_are_zero=masked_rows_are_zero,
+        sinks=sinks is not None,
+    )
+
+
+def _empty(q: Tensor, v: Tensor) -> Tensor:
+    """[B, H, S, E], laid out as [B, S, H, E]: what an output projection reads next, without a copy."""
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
+
+
+def _laid_out(output: Tensor) -> Tensor:
+    """A tensor of its own, laid out as `_empty` says."""
+    return output.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+@functools.cache
+def _warn_once() -> None:
+    import warnings
+
+    warnings.warn(
+        "no kernel could be built, torch's own operators are used instead; "
+        'kernels="cpp" shows the reason, kernels="off" silences this',
+        stacklevel=4,
+    )
+
+
+# ---------------------------------------------------------------------- the call
+
+
+def launch(
+    kernel: HostKernel,
+    spec: GroupedQueryAttention,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Run a loaded kernel on CPU tensors of its dtype, with torch's own threads.
+
+    Raises ValueError for shapes that contradict the spec.
+    """
+    _check(spec, q, k, v)
+    out = _empty(q, v)
+    block = Launch()
+    held = [_dense(x) for x in (q, k, v)]
+    for name, tensor in zip(("q", "k", "v"), held, strict=True):
+        setattr(block, name, tensor.data_ptr())
+        getattr(block, f"{name}_stride")[:] = tensor.stride()[:3]
+    block.out = out.data_ptr()
+    block.out_stride[:] = out.stride()[:3]
+    block.batch, block.queries, block.keys = q.shape[0], q.shape[2], k.shape[2]
+    block.threads = torch.get_num_threads()
+    if bias is not None:
+        bias = bias.reshape((1,) * (4 - bias.dim()) + tuple(bias.shape))
+        bias = bias if bias.dtype == torch.bool else bias.to(q.dtype)
+        wide = bias.expand(q.shape[0], spec.heads, q.shape[2], k.shape[2])
+        block.bias, block.bias_is_boolean = wide.data_ptr(), int(wide.dtype == torch.bool)
+        block.bias_stride[:] = wide.stride()
+        held.append(wide)
+    if sinks is not None:
+        sinks = sinks.to(q.dtype)
+        wide = sinks.expand(q.shape[0], spec.heads, q.shape[2], sinks.shape[-1])
+        block.sinks, block.sink_columns = wide.data_ptr(), wide.shape[3]
+        block.sink_stride[:] = wide.stride()
+        held.append(wide)
+    if out.numel() == 0:
+        return out
+    size = kernel.plan(ctypes.byref(block))
+    if size:
+        workspace = torch.empty(size + 64, dtype=torch.uint8)
+        block.workspace = (workspace.data_ptr() + 63) // 64 * 64
+        held.append(workspace)
+    kernel.run(ctypes.byref(block), thread_pool())
+    return out
+
+
+def _dense(x: Tensor) -> Tensor:
+    """With its last axis dense; heads and tokens may lie anywhere."""
+    return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
+
+
+def _check(spec: GroupedQueryAttention, q: Tensor, k: Tensor, v: Tensor) -> None:
+    b, t = q.shape[0], k.shape[2]
+    if k.shape != (b, spec.kv_heads, t, spec.head_dim) or v.shape != (b, spec.kv_heads, t, spec.value_dim):
+        raise ValueError(
+            f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit {spec.kv_heads} K/V heads"
+        )

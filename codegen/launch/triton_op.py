@@ -1,0 +1,152 @@
+"""Runs a generated Triton kernel on torch tensors: whole rows for many queries, split keys and a sum for few.
+
+Shape legend: B batch, H query heads, KV key/value heads, S queries, T keys, D head_dim, E value_dim.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from codegen import cache
+from codegen.device import DType
+from codegen.errors import NotLegal
+from codegen.ops.grouped_query_attention import triton_kernel
+from codegen.spec import GroupedQueryAttention
+from codegen.toolchain import triton_aot
+
+_DTYPES = {torch.float32: DType.FLOAT32, torch.float16: DType.FLOAT16, torch.bfloat16: DType.BFLOAT16}
+
+_FARTHEST = 2**31 - 1
+"""Kernels count elements within a head in 32 bits."""
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    module: ModuleType
+    name: str
+    tiling: triton_kernel.Tiling
+
+    def kernel(self, suffix: str) -> Any:
+        return getattr(self.module, self.name + suffix)
+
+    @property
+    def options(self) -> dict[str, int]:
+        return {"num_warps": self.tiling.warps, "num_stages": self.tiling.stages}
+
+
+def launch(
+    spec: GroupedQueryAttention,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+    *,
+    arch: str,
+    processors: int,
+) -> Tensor:
+    """Attention output [B, H, S, E] of q [B, H, S, D], k [B, KV, T, D] and v [B, KV, T, E].
+
+    Args:
+        bias: broadcastable to [B, H, S, T]; a boolean one keeps a score where it is True.
+        sinks: broadcastable to [B, H, S, n].
+        arch: what tile sizes are for, e.g. "sm_90".
+        processors: multiprocessors of the card; keys are split until they have work.
+
+    Raises:
+        NotLegal: the spec or the dtype is beyond the kernel, or a tensor is too large for its offsets.
+    """
+    dtype = _DTYPES.get(q.dtype)
+    reason = f"there is no kernel in {q.dtype}" if dtype is None else triton_kernel.legal(spec, dtype)
+    if dtype is None or reason is not None:
+        raise NotLegal(str(reason), hint='use kernels="auto" or "off"')
+    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+    _require_near(q, k, v)
+    b, _, s, _ = q.shape
+    t = k.shape[2]
+    out = q.new_empty(b, spec.heads, s, spec.value_dim)
+    if not out.numel():
+        return out
+    extra = (*_bias(spec, bias, q, t), *_sinks(spec, sinks, q))
+    few = _load(spec, dtype, arch, True)
+    splits, share = _splits(spec, few.tiling, b, s, t, processors)
+    operands = (q, k, v, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *extra)
+    rows = s * spec.group
+    if splits == 1 and rows > few.tiling.row_tile:
+        many = _load(spec, dtype, arch, False)
+        grid = (math.ceil(rows / many.tiling.row_tile), spec.kv_heads, b)
+        many.kernel("")[grid](*operands, out, *out.stride()[:3], s, t, **many.options)
+        return out
+    _split(spec, few, operands, out, s, t, splits, share)
+    return out
+
+
+def _split(
+    spec: GroupedQueryAttention, few: _Loaded, operands: tuple[Any, ...], out: Tensor, s: int, t: int, splits: int,
+    share: int,
+) -> None:  # fmt: skip
+    b = out.shape[0]
+    lines = few.tiling.row_tile
+    tiles = math.ceil(s * spec.group / lines)
+    state = torch.empty((b * tiles, spec.kv_heads, splits, lines), dtype=torch.float32, device=out.device)
+    sums = state.new_empty((*state.shape, triton_kernel.block(spec.value_dim)))
+    top, total = state, torch.empty_like(state)
+    few.kernel("_split")[(splits, spec.kv_heads, b * tiles)](*operands, sums, top, total, s, t, share, **few.options)
+    grid = (tiles, spec.kv_heads, b)
+    few.kernel("_join")[grid](sums, top, total, out, *out.stride()[:3], s, splits, **few.options)
+
+
+def _splits(
+    spec: GroupedQueryAttention, tiling: triton_kernel.Tiling, b: int, s: int, t: int, processors: int
+) -> tuple[int, int]:
+    """(how many parts the keys fall into, keys of a part): as many as keep every processor busy twice."""
+    tiles = math.ceil(s * spec.group / tiling.row_tile) * spec.kv_heads * b
+    wanted = max(1, 2 * processors // max(1, tiles))
+    share = max(1, math.ceil(t / wanted / tiling.key_tile)) * tiling.key_tile
+    return max(1, math.ceil(t / share)), share
+
+
+def _bias(spec: GroupedQueryAttention, bias: Tensor | None, q: Tensor, t: int) -> tuple[Any, ...]:
+    if bias is None:
+        return ()
+    wide = bias.expand(q.shape[0], spec.heads, q.shape[2], t)
+    boolean = wide.dtype == torch.bool
+    _require_near(wide)
+    return wide.view(torch.uint8) if boolean else wide, *wide.stride(), boolean
+
+
+def _sinks(spec: GroupedQueryAttention, sinks: Tensor | None, q: Tensor) -> tuple[Any, ...]:
+    if sinks is None:
+        return ()
+    wide = sinks.expand(q.shape[0], spec.heads, q.shape[2], sinks.shape[-1])
+    return wide, wide.shape[3], *wide.stride()
+
+
+def _require_near(*tensors: Tensor) -> None:
+    for x in tensors:
+        reach = sum((size - 1) * stride for size, stride in zip(x.shape[1:], x.stride()[1:], strict=True))
+        if reach > _FARTHEST:
+            raise NotLegal("one sequence's operands reach beyond 2^31 elements", hint='use kernels="off"')
+
+
+@functools.lru_cache(maxsize=256)
+def _load(spec: GroupedQueryAttention, dtype: DType, arch: str, few_queries: bool) -> _Loaded:
+    text = triton_kernel.source(spec, dtype, arch, few_queries=few_queries)
+    name = str(triton_kernel.kernel_name(spec, dtype, arch, few_queries=few_queries))
+    address = cache.address(name, {"source": text, "triton": triton_aot.version()})
+    file = f"{name}.py"
+    entry = cache.load_or_build(address, lambda folder: _write(folder / file, text))
+    module = triton_aot.load_source(entry.file(file))
+    return _Loaded(module, name, triton_kernel.tiling(spec, dtype, arch, few_queries=few_queries))
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")

@@ -1,0 +1,149 @@
+"""Grouped-query attention as C++ for one processor: tile sizes, and the source from its template."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from codegen import hooks
+from codegen.device import DType, Isa
+from codegen.render import identifier, numbers, render
+from codegen.spec import GroupedQueryAttention
+
+TEMPLATE = "cpp/grouped_query_attention.cpp.j2"
+
+MAX_DIM = 512
+"""Of heads; a task's tile has to fit on a thread's stack."""
+
+_STACK = 448 * 1024
+"""Bytes that a task's tile may take."""
+
+_EXP2 = {
+    DType.FLOAT32: (1.000000072, 0.6931469671, 0.2402211972, 0.05550713275, 0.009675541331, 0.001327647152),
+    DType.FLOAT16: (0.9999992614, 0.6931218147, 0.2402474484, 0.05591786028, 0.009570101434),
+    DType.BFLOAT16: (0.9999280736, 0.6932609862, 0.2426111219, 0.05517166493),
+}
+"""Minimax polynomials of 2^x on [-1/2, 1/2]: relative error 7e-8, 3e-6 and 7e-5."""
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How a task is cut.
+
+    Attributes:
+        lanes: floats per vector.
+        key_tile: keys that are worked on at a time.
+        block_rows, block_vectors: rows and vectors of the sum that is held in registers.
+        rows: query rows of a task at most.
+        few_rows: up to so many rows, scores are dot products with the keys as they lie.
+        split_keys: fewest keys that are worth a task of their own.
+    """
+
+    lanes: int
+    key_tile: int
+    block_rows: int
+    block_vectors: int
+    rows: int
+    few_rows: int
+    split_keys: int
+
+
+def tiling(spec: GroupedQueryAttention, dtype: DType, isa: Isa) -> Tiling:
+    """The sizes that measured best, made smaller where a tile would outgrow its stack."""
+    few = 4 if spec.group <= 4 else 0
+    if isa is Isa.AVX2:
+        found = Tiling(8, key_tile=64, block_rows=6, block_vectors=2, rows=128, few_rows=few, split_keys=256)
+    else:
+        found = Tiling(16, key_tile=128, block_rows=6, block_vectors=4, rows=128, few_rows=few, split_keys=256)
+    while found.rows > 8 and _stack(spec, found) > _STACK:
+        found = replace(found, rows=found.rows // 2)
+    return found
+
+
+def kernel_name(spec: GroupedQueryAttention, dtype: DType, isa: Isa) -> hooks.Lowered:
+    """Readable, unique to the spec, and nothing but letters, digits and underscores."""
+    flags = {"causal": spec.causal, "bias": spec.bias, "softcap": spec.softcap is not None, "sinks": spec.sinks}
+    flags["zero"] = spec.masked_rows_are_zero
+    words = [f"h{spec.heads}", f"kv{spec.kv_heads}", f"d{spec.head_dim}"]
+    words += [f"e{spec.value_dim}"] * (spec.value_dim != spec.head_dim)
+    words += [word for word, present in flags.items() if present]
+    return identifier("gqa", [*words, dtype.short, isa.value], spec)
+
+
+def source(spec: GroupedQueryAttention, dtype: DType, isa: Isa) -> str:
+    """The whole file; see the template for what it exports.
+
+    Raises UnsafeInput if the spec holds anything but numbers and flags.
+    """
+    fields = numbers(spec)
+    cut = tiling(spec, dtype, isa)
+    pairs = dtype is DType.BFLOAT16 and isa is Isa.AVX512_BF16
+    in_place = dtype is DType.FLOAT32 and spec.value_dim % cut.lanes == 0
+    return render(
+        TEMPLATE,
+        {
+            "name": kernel_name(spec, dtype, isa),
+            "fields": fields,
+            "dtype": dtype,
+            "isa": isa,
+            "lanes": cut.lanes,
+            "strides": _strides(cut.lanes),
+            "kv_heads": spec.kv_heads,
+            "group": spec.group,
+            "head_dim": spec.head_dim,
+            "value_dim": spec.value_dim,
+            "rows": cut.rows,
+            "key_tile": cut.key_tile,
+            "block_rows": cut.block_rows,
+            "block_vectors": cut.block_vectors,
+            "score_vectors": cut.key_tile // cut.lanes,
+            "out_vectors": math.ceil(spec.value_dim / cut.lanes),
+            "few_rows": cut.few_rows,
+            "split_keys": cut.split_keys,
+            "pairs": pairs,
+            "v_in_place": in_place,
+            "causal": spec.causal,
+            "bias": spec.bias,
+            "sinks": spec.sinks,
+            "tanh": spec.softcap is not None,
+            "masked_rows_are_zero": spec.masked_rows_are_zero,
+            "base_two": hooks.in_base_two(spec),
+            "score": hooks.lower(hooks.folded_expression(spec), "cpp"),
+            "last_key": hooks.last_key(spec, "cpp"),
+            "exponential": _EXP2[dtype],
+        },
+    )
+
+
+def legal(spec: Any, dtype: DType) -> str | None:
+    """Why there is no such kernel, or None if there is one."""
+    if not isinstance(spec, GroupedQueryAttention):
+        return f"there is no C++ kernel of {type(spec).__name__}"
+    if max(spec.head_dim, spec.value_dim) > MAX_DIM:
+        return f"heads of more than {MAX_DIM} features do not fit the kernel's tile"
+    if spec.softcap is not None and not spec.softcap > 0:
+        return "a softcap must be positive"
+    return None
+
+
+def resources(spec: GroupedQueryAttention, dtype: DType, isa: Isa) -> dict[str, int]:
+    """What a kernel takes per thread: bytes of stack, query rows and keys at a time, rows held in registers."""
+    cut = tiling(spec, dtype, isa)
+    return {
+        "stack_bytes": _stack(spec, cut),
+        "rows": cut.rows,
+        "keys": cut.key_tile,
+        "register_rows": cut.block_rows,
+        "vector_bytes": 4 * cut.lanes,
+    }
+
+
+def _strides(lanes: int) -> Sequence[int]:
+    return [lanes >> step for step in range(1, lanes.bit_length())]
+
+
+def _stack(spec: GroupedQueryAttention, cut: Tiling) -> int:
+    d, e = (math.ceil(n / (2 * cut.lanes)) * 2 * cut.lanes for n in (spec.head_dim, spec.value_dim))
+    return 4 * (cut.rows * (d + e) + cut.key_tile * (d + e) + 2 * cut.block_rows * cut.key_tile)

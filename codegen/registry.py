@@ -1,0 +1,112 @@
+"""Which kernel computes a spec on a device: a plain list, asked in order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from codegen.device import Device, DType, Isa, Language
+from codegen.hooks import Lowered
+from codegen.ops.grouped_query_attention import cpp_kernel as gqa_cpp
+from codegen.ops.grouped_query_attention import triton_kernel as gqa_triton
+from codegen.spec import GroupedQueryAttention
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One way to compute one kind of spec.
+
+    Attributes:
+        op: the spec's type; language: of its template.
+        device_kind, archs: where it runs.
+        dtypes: operands it takes.
+        legal: why a spec is beyond it, or None.
+        name, source: of a spec in a dtype for an arch.
+    """
+
+    op: type
+    language: Language
+    device_kind: str
+    archs: Sequence[str]
+    dtypes: Sequence[DType]
+    legal: Callable[[Any, DType], str | None]
+    name: Callable[[Any, DType, Any], Lowered]
+    source: Callable[[Any, DType, Any], str]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A kernel for one spec, dtype and device."""
+
+    kernel: Kernel
+    spec: Any
+    dtype: DType
+    device: Device
+
+    @property
+    def name(self) -> str:
+        return str(self.kernel.name(self.spec, self.dtype, self._variant))
+
+    def source(self) -> str:
+        return self.kernel.source(self.spec, self.dtype, self._variant)
+
+    @property
+    def _variant(self) -> Any:
+        return Isa(self.device.arch) if self.device.kind == "cpu" else self.device.arch
+
+
+KERNELS: tuple[Kernel, ...] = (
+    Kernel(
+        op=GroupedQueryAttention,
+        language=Language.CPP,
+        device_kind="cpu",
+        archs=tuple(isa.value for isa in Isa),
+        dtypes=tuple(DType),
+        legal=gqa_cpp.legal,
+        name=gqa_cpp.kernel_name,
+        source=gqa_cpp.source,
+    ),
+    *(
+        Kernel(
+            op=GroupedQueryAttention,
+            language=Language.TRITON,
+            device_kind=kind,
+            archs=archs,
+            dtypes=tuple(DType),
+            legal=gqa_triton.legal,
+            name=gqa_triton.kernel_name,
+            source=gqa_triton.source,
+        )
+        for kind, archs in gqa_triton.ARCHS.items()
+    ),
+)
+
+
+def select(spec: Any, device: Device, dtype: DType = DType.FLOAT32, language: Language | None = None) -> Choice | None:
+    """The first kernel that is legal for the spec in this dtype on this device; None if there is none.
+
+    Whether it is also the fastest way is another question: see `codegen.tuning.table`.
+    """
+    return next((Choice(k, spec, dtype, device) for k in KERNELS if _why_not(k, spec, device, dtype, language) is None),
+                None)  # fmt: skip
+
+
+def why_not(spec: Any, device: Device, dtype: DType, language: Language | None = None) -> str:
+    """For a person: why `select` finds nothing."""
+    reasons = (_why_not(k, spec, device, dtype, language) for k in KERNELS)
+    return "; ".join(dict.fromkeys(r for r in reasons if r is not None)) or "there is no kernel"
+
+
+def _why_not(kernel: Kernel, spec: Any, device: Device, dtype: DType, language: Language | None) -> str | None:
+    if language is not None and kernel.language is not language:
+        return f"there is no {language.value} kernel of {type(spec).__name__}"
+    if not isinstance(spec, kernel.op):
+        return f"there is no kernel of {type(spec).__name__}"
+    if device.kind != kernel.device_kind:
+        return f"there is no kernel for {device.kind}"
+    if device.arch not in kernel.archs:
+        return f"a {device.kind} of arch {device.arch!r} has none of {', '.join(kernel.archs)}"
+    if dtype not in kernel.dtypes:
+        return f"there is no kernel in {dtype.value}"
+    return kernel.legal(spec, dtype)

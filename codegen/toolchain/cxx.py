@@ -1,0 +1,114 @@
+"""Finds a C++ compiler and builds shared libraries with it, one variant per instruction set."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shlex
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from codegen.device import Isa
+from codegen.errors import CompilationFailed, NoCompiler
+
+COMPILERS = ("g++", "clang++", "c++")
+VARIABLES = ("REWRITER_CXX", "CXX")
+TIMEOUT_S = 120.0
+
+BASE_FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-shared",
+    "-fvisibility=hidden",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-fno-exceptions",
+    "-fno-rtti",
+)
+
+_AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
+
+ISA_FLAGS: Mapping[Isa, Sequence[str]] = {
+    Isa.AVX2: ("-mavx2", "-mfma", "-mf16c"),
+    Isa.AVX512: ("-mavx2", "-mfma", "-mf16c", *_AVX512),
+    Isa.AVX512_BF16: ("-mavx2", "-mfma", "-mf16c", *_AVX512, "-mavx512bf16"),
+}
+
+
+@dataclass(frozen=True)
+class Compiler:
+    """One C++ compiler.
+
+    Attributes:
+        command: the program and arguments that stand before all others.
+        version: the first line it prints about itself; part of every cache key.
+    """
+
+    command: tuple[str, ...]
+    version: str
+
+
+def find_compiler() -> Compiler:
+    """The compiler that REWRITER_CXX or CXX names, else the first of g++, clang++ and c++ on the path.
+
+    Raises:
+        NoCompiler: there is none, or it does not start.
+    """
+    return _find(*(os.environ.get(name, "") for name in VARIABLES), os.environ.get("PATH", ""))
+
+
+@functools.lru_cache(maxsize=8)
+def _find(*settings: str) -> Compiler:
+    named = next((setting for setting in settings[:-1] if setting.strip()), None)
+    candidates = [tuple(shlex.split(named))] if named else [(name,) for name in COMPILERS]
+    for command in candidates:
+        program = shutil.which(command[0])
+        if program is not None:
+            return Compiler((program, *command[1:]), _version(program))
+    wanted = named or " or ".join(COMPILERS)
+    raise NoCompiler(
+        f"there is no C++ compiler: {wanted} is not on the path",
+        hint='install g++ (12 or newer), name a compiler in REWRITER_CXX, or use kernels="off"',
+    )
+
+
+def _version(program: str) -> str:
+    try:
+        done = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise NoCompiler(f"{program} does not start: {error}", hint="name another compiler in REWRITER_CXX") from error
+    return done.stdout.splitlines()[0].strip() if done.stdout else program
+
+
+def flags(isa: Isa) -> tuple[str, ...]:
+    """Everything that is passed besides file names; part of every cache key."""
+    return (*BASE_FLAGS, *ISA_FLAGS[isa])
+
+
+def build(sources: Sequence[Path], output: Path, isa: Isa, *, timeout: float = TIMEOUT_S) -> None:
+    """Compile and link `sources` into the shared library `output`.
+
+    Raises:
+        NoCompiler: there is none.
+        CompilationFailed: it refused the source, or took longer than `timeout` seconds.
+    """
+    compiler = find_compiler()
+    command = [*compiler.command, *flags(isa), *map(str, sources), "-o", str(output)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise CompilationFailed(
+            f"{compiler.command[0]} took longer than {timeout:g} s", hint='try again, or use kernels="off"'
+        ) from error
+    except OSError as error:
+        raise NoCompiler(f"{compiler.command[0]} does not start: {error}") from error
+    if done.returncode != 0:
+        first = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:300])
+        raise CompilationFailed(
+            f"{compiler.command[0]} refused a kernel: {first}",
+            hint="g++ 12 or newer is needed; name one in REWRITER_CXX",
+        )

@@ -1,0 +1,85 @@
+"""Where a generated kernel beats torch's own operators: measured once, looked up at run time.
+
+The table is written by ``python -m benchmarks.tune_kernels``. A problem is judged by the measured one that is most
+like it; where nothing like it was measured, the standard operators stay.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from codegen.device import DType
+from codegen.spec import GroupedQueryAttention
+
+FOLDER = Path(__file__).parent
+MARGIN = 1.1
+"""A kernel has to have been faster by this factor."""
+
+SMALLEST = 0.25
+"""Problems of less than this share of the smallest measured work are left to the standard operators."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Sizes of one call."""
+
+    batch: int
+    queries: int
+    keys: int
+    threads: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One line of the table: a problem, and how many times as fast as the standard operators the kernel was."""
+
+    dtype: str
+    isa: str
+    regime: str
+    group: int
+    head_dim: int
+    work: float
+    speedup: float
+
+
+def regime(problem: Problem) -> str:
+    """ "decode" for a few queries over a long past, "prefill" otherwise."""
+    return "decode" if problem.queries * 4 <= problem.keys or problem.queries == 1 else "prefill"
+
+
+def work(spec: GroupedQueryAttention, problem: Problem) -> float:
+    """Multiply-adds of the two products."""
+    rows = problem.batch * spec.heads * problem.queries
+    return float(rows * problem.keys * (spec.head_dim + spec.value_dim))
+
+
+@functools.cache
+def measurements() -> tuple[Measured, ...]:
+    """All lines of all tables that ship."""
+    rows: list[dict[str, Any]] = []
+    for path in sorted(FOLDER.glob("*.json")):
+        rows += json.loads(path.read_text())["measured"]
+    return tuple(Measured(**row) for row in rows)
+
+
+@functools.lru_cache(maxsize=4096)
+def faster(spec: GroupedQueryAttention, dtype: DType, isa: str, problem: Problem) -> bool:
+    """Whether the kernel is expected to beat the standard operators on this problem."""
+    kind, size = regime(problem), work(spec, problem)
+    alike = [m for m in measurements() if (m.dtype, m.isa, m.regime) == (dtype.value, isa, kind)]
+    if not alike or size < SMALLEST * min(m.work for m in alike):
+        return False
+
+    def distance(m: Measured) -> float:
+        return (
+            2 * abs(math.log2(m.group / spec.group))
+            + abs(math.log2(m.head_dim / spec.head_dim))
+            + 0.5 * abs(math.log2(m.work / size))
+        )
+
+    return min(alike, key=distance).speedup >= MARGIN

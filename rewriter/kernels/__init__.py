@@ -1,0 +1,1 @@
+"""Kernels for rewritten models: which are needed, and the folder that `rewriter kernels` writes."""

@@ -1,0 +1,106 @@
+"""`rewriter kernels`: sources, binaries, one library for onnxruntime and a manifest, for the kernels a model needs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from codegen.device import Device, Isa, host
+from codegen.errors import KernelError
+from codegen.launch import host as host_kernels
+from codegen.launch import ort_op
+from codegen.ops.grouped_query_attention.cpp_kernel import resources
+from codegen.ops.grouped_query_attention.triton_kernel import ARCHS as CARDS
+from codegen.registry import Choice, select, why_not
+from codegen.toolchain import triton_aot
+from codegen.toolchain.cxx import find_compiler
+from rewriter.errors import RewriteError, UnsupportedModel, UsageError
+from rewriter.kernels import triton_files
+from rewriter.kernels.folder import LIBRARY, MANIFEST, copy, digest, put
+from rewriter.kernels.needed import Need, needs
+
+
+def emit(model: Path, output: Path, archs: Sequence[str]) -> dict[str, Any]:
+    """Write everything to the folder `output`, made if need be; returns what ``rewriter kernels --json`` prints.
+
+    Args:
+        archs: "cpu" is this machine's processor, "cpu:avx2", "cpu:avx512" and "cpu:avx512_bf16" are others; "sm_90"
+            and "gfx942" are graphics cards, which need not be there.
+
+    Raises:
+        UsageError: an arch that there are no kernels for.
+        NothingToRewrite, InvalidModelFile, UnsupportedModel: see `rewriter.kernels.needed.needs`; also without a
+            legal kernel.
+        RewriteError: a kernel cannot be built.
+    """
+    devices = {arch: _device(arch) for arch in archs or ["cpu"]}
+    wanted = needs(model)
+    try:
+        choices = {arch: [_choice(need, device) for need in wanted] for arch, device in devices.items()}
+        return _write(choices, output, ort=model.is_file())
+    except KernelError as error:
+        raise RewriteError(str(error), hint=error.hint) from error
+
+
+def _device(arch: str) -> Device:
+    if arch == "cpu":
+        return host()
+    for card, archs in CARDS.items():
+        if arch in archs:
+            return Device(card, arch)
+    kind, _, isa = arch.partition(":")
+    if kind != "cpu" or isa not in {i.value for i in Isa}:
+        names = ", ".join(["cpu", *(f"cpu:{i.value}" for i in Isa), *(a for archs in CARDS.values() for a in archs)])
+        raise UsageError(f"unknown arch {arch!r}", hint=f"one or several of {names}")
+    return Device("cpu", isa)
+
+
+def _choice(need: Need, device: Device) -> Choice:
+    found = select(need.spec, device, need.dtype)
+    if found is None:
+        raise UnsupportedModel(f"there is no kernel for {need.spec}: {why_not(need.spec, device, need.dtype)}")
+    return found
+
+
+def _write(choices: Mapping[str, Sequence[Choice]], output: Path, *, ort: bool) -> dict[str, Any]:
+    """Each file appears whole; the manifest, which vouches for the others, comes last."""
+    output.mkdir(exist_ok=True)
+    kernels: list[dict[str, Any]] = []
+    library: dict[str, Any] | None = None
+    tools: dict[str, str] = {}
+    for arch, own in choices.items():
+        if own[0].device.kind != "cpu":
+            kernels += [row for choice in own for row in triton_files.write(choice, output, arch)]
+            tools["triton"] = triton_aot.version()
+            continue
+        tools["compiler"] = find_compiler().version
+        if ort:
+            built = ort_op.build(own)
+            name = LIBRARY if library is None else f"rewriter_ops.{own[0].device.arch}.so"
+            binary = copy(built.path, output / name)
+            copy(built.sources["library"], output / f"{name.removesuffix('.so')}.cpp")
+            library = library or {"file": name, "arch": arch, "sha256": digest(binary)}
+        for choice in own:
+            source = put(choice.source(), output / f"{choice.name}.cpp")
+            if not ort:
+                binary = copy(host_kernels.built(choice).file(host_kernels.BINARY), output / f"{choice.name}.so")
+            kernels.append(_row(arch, choice, source, binary))
+    found: dict[str, Any] = {"kernels": kernels, "library": library, **tools}
+    put(json.dumps(found, indent=1) + "\n", output / MANIFEST)
+    return {**found, "output": str(output), "manifest": str(output / MANIFEST)}
+
+
+def _row(arch: str, choice: Choice, source: Path, binary: Path) -> dict[str, Any]:
+    return {
+        "name": choice.name,
+        "spec": {"op": type(choice.spec).__name__, **asdict(choice.spec), "dtype": choice.dtype.value},
+        "arch": arch,
+        "isa": choice.device.arch,
+        "source": source.name,
+        "binary": binary.name,
+        "sha256": digest(binary),
+        "resources": resources(choice.spec, choice.dtype, Isa(choice.device.arch)),
+    }

@@ -1,0 +1,70 @@
+"""The folder that `rewriter kernels` writes: its names, its manifest, whole files, and finding the library again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rewriter.errors import InvalidModelFile, UsageError
+
+MANIFEST = "manifest.json"
+LIBRARY = "rewriter_ops.so"
+
+
+def library_in(folder: Path) -> Path:
+    """The onnxruntime library of a folder that `rewriter kernels` wrote, unchanged since.
+
+    Raises:
+        UsageError: there is no such folder, or no library in it.
+        InvalidModelFile: the manifest is broken, or the library is not the one it describes.
+    """
+    manifest = read_manifest(folder)
+    library = manifest.get("library")
+    if not isinstance(library, dict):
+        raise UsageError(f"{folder} holds no library for onnxruntime", hint="make it from an .onnx file")
+    path = folder / LIBRARY
+    if not path.is_file() or digest(path) != library.get("sha256"):
+        raise InvalidModelFile(f"{path} is not the library that was built", hint="run rewriter kernels again")
+    return path.absolute()
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Raises UsageError if there is none, InvalidModelFile if it is broken."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise UsageError(f"{folder} is no folder of kernels", hint="name one that rewriter kernels wrote, or off")
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise InvalidModelFile(f"{path} is broken: {error}") from error
+    if not isinstance(found, dict):
+        raise InvalidModelFile(f"{path} is broken")
+    return found
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, as hexadecimal digits."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def copy(source: Path, target: Path) -> Path:
+    """Copy a file so that `target` appears whole."""
+    with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as draft:
+        draft.write(source.read_bytes())
+    shutil.copymode(source, draft.name)
+    os.replace(draft.name, target)
+    return target
+
+
+def put(content: str | bytes, target: Path) -> Path:
+    """Write a file so that `target` appears whole."""
+    with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as draft:
+        draft.write(content.encode() if isinstance(content, str) else content)
+    os.chmod(draft.name, 0o644)
+    os.replace(draft.name, target)
+    return target

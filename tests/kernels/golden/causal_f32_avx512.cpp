@@ -1,0 +1,512 @@
+// gqa_h6_kv6_d64_causal_f32_avx512_e9be8886: written by rewriter from a specification; edit the template, not this file.
+//   heads = 6
+//   kv_heads = 6
+//   head_dim = 64
+//   value_dim = 64
+//   scale = 0.125
+//   causal = True
+//   bias = False
+//   softcap = None
+//   masked_rows_are_zero = False
+//   sinks = False
+//   dtype = float32, instructions = avx512
+//
+// Flash attention over key tiles: a task takes a few query rows of one key/value head, walks over that head's keys
+// once for all of them, and keeps a running maximum, sum and output per row. With few tasks the keys are split too,
+// and the last task of a split merges. Rows are query heads of one group times queries, so that K and V are read once
+// for the whole group. Any number of threads may call the work function; they draw tasks from one counter.
+#include <immintrin.h>
+#include <stdint.h>
+#include <string.h>
+
+namespace {
+
+// What a caller fills in. Strides count elements; the last axis of q, k, v and out is dense.
+struct Launch {
+  const void *q, *k, *v, *bias, *sinks;
+  void *out;
+  int64_t batch, queries, keys, sink_columns;
+  int64_t q_stride[3], k_stride[3], v_stride[3], out_stride[3];  // batch, head, token
+  int64_t bias_stride[4], sink_stride[4];                         // batch, head, query, key; 0 where broadcast
+  int64_t bias_is_boolean;
+  int64_t threads;  // how many will call the work function
+  // What plan() decides.
+  int64_t splits, groups, head_blocks, query_blocks, query_rows;
+  char *workspace;  // plan() bytes, by the caller, 64-byte aligned
+  int64_t next;     // the task that nobody has taken yet
+};
+
+// Vectors of 16 floats in the compiler's own notation; intrinsics only where it has no word for it.
+constexpr int W = 16;
+typedef float vf __attribute__((vector_size(64)));
+typedef int32_t vi __attribute__((vector_size(64)));
+typedef uint32_t vu __attribute__((vector_size(64)));
+typedef uint16_t vh __attribute__((vector_size(32)));
+typedef vf vf_anywhere __attribute__((aligned(1), may_alias));
+typedef vh vh_anywhere __attribute__((aligned(1), may_alias));
+
+#if defined(__clang__)
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (vi){__VA_ARGS__})
+#endif
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE vf load(const float *p) { return *(const vf_anywhere *)p; }
+INLINE void store(float *p, vf x) { *(vf_anywhere *)p = x; }
+INLINE vf splat(float x) { return vf{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
+INLINE vf larger(vf a, vf b) { return a > b ? a : b; }
+
+constexpr vi LANES = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
+// Lane l of FIRST_s is a[l] where l has bit s clear, else b[l - s]; of SECOND_s a[l + s], else b[l].
+#define FIRST_8(a, b) SHUFFLE(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23)
+#define SECOND_8(a, b) SHUFFLE(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31)
+#define FIRST_4(a, b) SHUFFLE(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27)
+#define SECOND_4(a, b) SHUFFLE(a, b, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31)
+#define FIRST_2(a, b) SHUFFLE(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29)
+#define SECOND_2(a, b) SHUFFLE(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31)
+#define FIRST_1(a, b) SHUFFLE(a, b, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30)
+#define SECOND_1(a, b) SHUFFLE(a, b, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31)
+
+// Rows of a W x W block become its columns.
+INLINE void transpose(vf *rows) {
+  { vf a = rows[0], b = rows[8]; rows[0] = FIRST_8(a, b); rows[8] = SECOND_8(a, b); }
+  { vf a = rows[1], b = rows[9]; rows[1] = FIRST_8(a, b); rows[9] = SECOND_8(a, b); }
+  { vf a = rows[2], b = rows[10]; rows[2] = FIRST_8(a, b); rows[10] = SECOND_8(a, b); }
+  { vf a = rows[3], b = rows[11]; rows[3] = FIRST_8(a, b); rows[11] = SECOND_8(a, b); }
+  { vf a = rows[4], b = rows[12]; rows[4] = FIRST_8(a, b); rows[12] = SECOND_8(a, b); }
+  { vf a = rows[5], b = rows[13]; rows[5] = FIRST_8(a, b); rows[13] = SECOND_8(a, b); }
+  { vf a = rows[6], b = rows[14]; rows[6] = FIRST_8(a, b); rows[14] = SECOND_8(a, b); }
+  { vf a = rows[7], b = rows[15]; rows[7] = FIRST_8(a, b); rows[15] = SECOND_8(a, b); }
+  { vf a = rows[0], b = rows[4]; rows[0] = FIRST_4(a, b); rows[4] = SECOND_4(a, b); }
+  { vf a = rows[1], b = rows[5]; rows[1] = FIRST_4(a, b); rows[5] = SECOND_4(a, b); }
+  { vf a = rows[2], b = rows[6]; rows[2] = FIRST_4(a, b); rows[6] = SECOND_4(a, b); }
+  { vf a = rows[3], b = rows[7]; rows[3] = FIRST_4(a, b); rows[7] = SECOND_4(a, b); }
+  { vf a = rows[8], b = rows[12]; rows[8] = FIRST_4(a, b); rows[12] = SECOND_4(a, b); }
+  { vf a = rows[9], b = rows[13]; rows[9] = FIRST_4(a, b); rows[13] = SECOND_4(a, b); }
+  { vf a = rows[10], b = rows[14]; rows[10] = FIRST_4(a, b); rows[14] = SECOND_4(a, b); }
+  { vf a = rows[11], b = rows[15]; rows[11] = FIRST_4(a, b); rows[15] = SECOND_4(a, b); }
+  { vf a = rows[0], b = rows[2]; rows[0] = FIRST_2(a, b); rows[2] = SECOND_2(a, b); }
+  { vf a = rows[1], b = rows[3]; rows[1] = FIRST_2(a, b); rows[3] = SECOND_2(a, b); }
+  { vf a = rows[4], b = rows[6]; rows[4] = FIRST_2(a, b); rows[6] = SECOND_2(a, b); }
+  { vf a = rows[5], b = rows[7]; rows[5] = FIRST_2(a, b); rows[7] = SECOND_2(a, b); }
+  { vf a = rows[8], b = rows[10]; rows[8] = FIRST_2(a, b); rows[10] = SECOND_2(a, b); }
+  { vf a = rows[9], b = rows[11]; rows[9] = FIRST_2(a, b); rows[11] = SECOND_2(a, b); }
+  { vf a = rows[12], b = rows[14]; rows[12] = FIRST_2(a, b); rows[14] = SECOND_2(a, b); }
+  { vf a = rows[13], b = rows[15]; rows[13] = FIRST_2(a, b); rows[15] = SECOND_2(a, b); }
+  { vf a = rows[0], b = rows[1]; rows[0] = FIRST_1(a, b); rows[1] = SECOND_1(a, b); }
+  { vf a = rows[2], b = rows[3]; rows[2] = FIRST_1(a, b); rows[3] = SECOND_1(a, b); }
+  { vf a = rows[4], b = rows[5]; rows[4] = FIRST_1(a, b); rows[5] = SECOND_1(a, b); }
+  { vf a = rows[6], b = rows[7]; rows[6] = FIRST_1(a, b); rows[7] = SECOND_1(a, b); }
+  { vf a = rows[8], b = rows[9]; rows[8] = FIRST_1(a, b); rows[9] = SECOND_1(a, b); }
+  { vf a = rows[10], b = rows[11]; rows[10] = FIRST_1(a, b); rows[11] = SECOND_1(a, b); }
+  { vf a = rows[12], b = rows[13]; rows[12] = FIRST_1(a, b); rows[13] = SECOND_1(a, b); }
+  { vf a = rows[14], b = rows[15]; rows[14] = FIRST_1(a, b); rows[15] = SECOND_1(a, b); }
+}
+
+// Lane l of the result is the sum over the lanes of rows[l].
+INLINE vf sums(vf *rows) {
+  rows[0] = FIRST_8(rows[0], rows[8]) + SECOND_8(rows[0], rows[8]);
+  rows[1] = FIRST_8(rows[1], rows[9]) + SECOND_8(rows[1], rows[9]);
+  rows[2] = FIRST_8(rows[2], rows[10]) + SECOND_8(rows[2], rows[10]);
+  rows[3] = FIRST_8(rows[3], rows[11]) + SECOND_8(rows[3], rows[11]);
+  rows[4] = FIRST_8(rows[4], rows[12]) + SECOND_8(rows[4], rows[12]);
+  rows[5] = FIRST_8(rows[5], rows[13]) + SECOND_8(rows[5], rows[13]);
+  rows[6] = FIRST_8(rows[6], rows[14]) + SECOND_8(rows[6], rows[14]);
+  rows[7] = FIRST_8(rows[7], rows[15]) + SECOND_8(rows[7], rows[15]);
+  rows[0] = FIRST_4(rows[0], rows[4]) + SECOND_4(rows[0], rows[4]);
+  rows[1] = FIRST_4(rows[1], rows[5]) + SECOND_4(rows[1], rows[5]);
+  rows[2] = FIRST_4(rows[2], rows[6]) + SECOND_4(rows[2], rows[6]);
+  rows[3] = FIRST_4(rows[3], rows[7]) + SECOND_4(rows[3], rows[7]);
+  rows[0] = FIRST_2(rows[0], rows[2]) + SECOND_2(rows[0], rows[2]);
+  rows[1] = FIRST_2(rows[1], rows[3]) + SECOND_2(rows[1], rows[3]);
+  rows[0] = FIRST_1(rows[0], rows[1]) + SECOND_1(rows[0], rows[1]);
+  return rows[0];
+}
+
+INLINE float sum_of(vf x) {
+  x += SHUFFLE(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+  x += SHUFFLE(x, x, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3);
+  x += SHUFFLE(x, x, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1);
+  x += SHUFFLE(x, x, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0);
+  return x[0];
+}
+
+INLINE float largest_of(vf x) {
+  x = larger(x, SHUFFLE(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+  x = larger(x, SHUFFLE(x, x, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3));
+  x = larger(x, SHUFFLE(x, x, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1));
+  x = larger(x, SHUFFLE(x, x, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0));
+  return x[0];
+}
+
+// 2^x for x <= 0: a polynomial of degree 5 on [-1/2, 1/2]; 0 below 2^-126, NaN for NaN.
+INLINE vf exp2_of(vf x) {
+  // max() keeps a NaN in its second operand
+  const __m512 y = _mm512_max_ps(_mm512_set1_ps(-126.0f), (__m512)x);
+  const __m512 whole = _mm512_roundscale_ps(y, 8);
+  const vf part = (vf)_mm512_sub_ps(y, whole);
+  vf power = splat(0.001327647152f);
+  power = power * part + splat(0.009675541331f);
+  power = power * part + splat(0.05550713275f);
+  power = power * part + splat(0.2402211972f);
+  power = power * part + splat(0.6931469671f);
+  power = power * part + splat(1.000000072f);
+  const __mmask16 there = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+  return (vf)_mm512_maskz_scalef_ps(there, (__m512)power, whole);
+}
+
+// One storage type and its way into and out of vectors of single precision.
+typedef float T;
+INLINE vf widen(const T *p) { return load(p); }
+INLINE void narrow(T *p, vf x) { store(p, x); }
+INLINE float scalar(T x) { return x; }
+
+// The same for a part of a vector; what lies beyond is neither read nor written, and reads as 0.
+INLINE vf widen_part(const T *p, int count) {
+  T copy[W] = {};
+  memcpy(copy, p, (size_t)count * sizeof(T));
+  return widen(copy);
+}
+INLINE void narrow_part(T *p, vf x, int count) {
+  T copy[W];
+  narrow(copy, x);
+  memcpy(p, copy, (size_t)count * sizeof(T));
+}
+
+constexpr int KV_HEADS = 6, GROUP = 1, D = 64, E = 64;
+constexpr int ROWS = 128;       // of a task, at most
+constexpr int KT = 128;     // keys of a tile
+constexpr int MR = 6;   // rows that are held in registers
+constexpr int SCORE_VECTORS = 8, OUT_VECTORS = 4;
+constexpr int FEW_ROWS = 4;  // up to here a dot product per key beats transposing keys
+constexpr int PAIR = 1;    // numbers per 32-bit unit of a product's operands
+constexpr int D_UNITS = (D + PAIR * W - 1) / (PAIR * W) * W, E_PADDED = (E + W - 1) / W * W;
+constexpr int KT_UNITS = KT / PAIR;
+constexpr bool V_IN_PLACE = true;  // values need no conversion, only their rows
+constexpr float NONE = -__builtin_inff();
+constexpr float LOG2_E = 1.4426950408889634f;
+
+// c += a * b, where an operand's 32-bit unit is one float.
+INLINE vf multiply(vf c, vf a, vf b) {
+  return a * b + c;
+}
+
+// One vector of units of a row of `size` numbers, from unit `unit` on; zeros behind its end.
+INLINE vf units(const T *row, int unit, int size) {
+  const int left = size - unit;
+  return left >= W ? widen(row + unit) : widen_part(row + unit, left > 0 ? left : 0);
+}
+
+// c[R x 16N] = or += a[R x depth] * b[depth x 16N], in units; accumulators never leave registers.
+template <int R, int N>
+INLINE void product_block(const float *a, int lda, const float *b, int64_t ldb, int depth, float *c, int ldc, bool add) {
+  vf sum[R][N];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) sum[r][n] = vf{};
+  for (int d = 0; d < depth; ++d) {
+    vf right[N];
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) right[n] = load(b + d * ldb + n * W);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const vf left = splat(a[r * lda + d]);
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) sum[r][n] = multiply(sum[r][n], left, right[n]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) {
+      float *place = c + r * ldc + n * W;
+      store(place, add ? load(place) + sum[r][n] : sum[r][n]);  // tile by tile: long sums keep their precision
+    }
+}
+
+template <int N>
+static __attribute__((noinline)) void product(int rows, const float *a, int lda, const float *b, int64_t ldb,
+                                              int depth, float *c, int ldc, bool add) {
+  switch (rows) {
+    case 1: product_block<1, N>(a, lda, b, ldb, depth, c, ldc, add); break;
+    case 2: product_block<2, N>(a, lda, b, ldb, depth, c, ldc, add); break;
+    case 3: product_block<3, N>(a, lda, b, ldb, depth, c, ldc, add); break;
+    case 4: product_block<4, N>(a, lda, b, ldb, depth, c, ldc, add); break;
+    case 5: product_block<5, N>(a, lda, b, ldb, depth, c, ldc, add); break;
+    case 6: product_block<6, N>(a, lda, b, ldb, depth, c, ldc, add); break;
+  }
+}
+
+// c[rows x 16V] = or += a * b, rows <= MR, V vectors wide.
+template <int V>
+INLINE void product_wide(int rows, const float *a, int lda, const float *b, int64_t ldb, int depth, float *c, int ldc,
+                         bool add) {
+  constexpr int N = V < 4 ? V : 4, REST = V % N;
+  for (int n = 0; n + N <= V; n += N) product<N>(rows, a, lda, b + n * W, ldb, depth, c + n * W, ldc, add);
+  if (REST) product<(REST ? REST : 1)>(rows, a, lda, b + (V - REST) * W, ldb, depth, c + (V - REST) * W, ldc, add);
+}
+
+// What a task works on; it lives on its thread's stack.
+struct Tile {
+  alignas(64) float q[ROWS][D_UNITS];
+  alignas(64) float out[ROWS][E_PADDED];
+  alignas(64) float keys[D_UNITS][KT];
+  alignas(64) float values[V_IN_PLACE ? 1 : KT_UNITS][E_PADDED];
+  alignas(64) float scores[MR][KT];
+  alignas(64) float weights[MR][KT_UNITS];
+  float largest[ROWS];
+  alignas(64) float total[ROWS][W];  // lane by lane
+  int64_t row[ROWS];                 // the query's number
+  int rows;
+};
+
+INLINE void transpose_keys(Tile &tile, const T *k, int64_t stride, int count) {
+  for (int j = 0; j < KT; j += W) {
+    const int there = count - j;
+    if (there <= 0) break;
+    for (int u = 0; u < D_UNITS; u += W) {
+      vf block[W];
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) block[i] = i < there ? units(k + (j + i) * stride, u, D) : vf{};
+      transpose(block);
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) store(&tile.keys[u + i][j], block[i]);
+    }
+  }
+}
+
+INLINE void lay_out_values(Tile &tile, const T *v, int64_t stride, int count) {
+  for (int j = 0; j < count; ++j)
+#pragma GCC unroll 16
+    for (int e = 0; e < E_PADDED; e += W) store(&tile.values[j][e], units(v + j * stride, e, E));
+}
+
+// Scores of up to FEW_ROWS rows straight from the keys as they lie.
+template <int R>
+INLINE void dot_keys(Tile &tile, const T *k, int64_t stride, int count) {
+  for (int j = 0; j < count; j += W) {
+    const int there = count - j;
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      vf sum[W];
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) {
+        const T *key = k + (j + (i < there ? i : 0)) * stride;
+        sum[i] = vf{};
+#pragma GCC unroll 8
+        for (int u = 0; u < D_UNITS; u += W) sum[i] = multiply(sum[i], load(&tile.q[r][u]), units(key, u, D));
+      }
+      store(&tile.scores[r][j], sums(sum));
+    }
+  }
+}
+
+
+// Scores of rows [first, first + rows) become weights; the running maximum, sum and output follow.
+// `start` is the tile's first key, `count` its keys.
+INLINE void weigh(const Launch &launch, Tile &tile, int first, int rows, int64_t start, int count) {
+  const int64_t queries = launch.queries, keys = launch.keys;
+  for (int r = 0; r < rows; ++r) {
+    float *line = tile.scores[r];
+    const int64_t row = tile.row[first + r], last = row + (keys - queries);
+    const int64_t seen = last + 1 - start;
+    const int visible = seen < 0 ? 0 : seen < count ? (int)seen : count;
+    vf top = splat(NONE);
+    for (int j = 0; j < KT; j += W) {
+      const int left = visible - j;
+      if (left <= 0) {
+        store(line + j, splat(NONE));
+        continue;
+      }
+      vf score = load(line + j);
+      score = score * splat(0x1.71547652b82fep-3f);
+      if (left < W) score = LANES < left ? score : splat(NONE);
+      store(line + j, score);
+      top = larger(score, top);
+    }
+    const float before = tile.largest[first + r], here = largest_of(top), after = here > before ? here : before;
+    const vf base = splat(after == NONE ? 0.0f : after);
+    float *sum = tile.total[first + r], *out = tile.out[first + r];
+    if (after > before) {
+      const vf left = splat(before), keep = exp2_of(left - base);
+      store(sum, load(sum) * keep);
+      for (int e = 0; e < E_PADDED; e += W) store(out + e, load(out + e) * keep);
+      tile.largest[first + r] = after;
+    }
+    vf total = load(sum);
+    for (int j = 0; j < KT; j += PAIR * W) {
+      const vf one = exp2_of(load(line + j) - base);
+      total += one;
+      store(&tile.weights[r][j], one);
+    }
+    store(sum, total);
+  }
+}
+
+// One key tile for all rows of the task.
+INLINE void attend(const Launch &launch, Tile &tile, const T *k, const T *v, int64_t start, int count) {
+  const int64_t k_stride = launch.k_stride[2], v_stride = launch.v_stride[2];
+  const bool few = tile.rows <= FEW_ROWS;
+  if (!few) transpose_keys(tile, k + start * k_stride, k_stride, count);
+  if (!V_IN_PLACE) lay_out_values(tile, v + start * v_stride, v_stride, count);
+  const int blocks = (tile.rows + MR - 1) / MR;
+  for (int b = 0; b < blocks; ++b) {
+    const int first = tile.rows * b / blocks, rows = tile.rows * (b + 1) / blocks - first;
+    if (few) switch (rows) {
+      case 1: dot_keys<1>(tile, k + start * k_stride, k_stride, count); break;
+      case 2: dot_keys<2>(tile, k + start * k_stride, k_stride, count); break;
+      case 3: dot_keys<3>(tile, k + start * k_stride, k_stride, count); break;
+      case 4: dot_keys<4>(tile, k + start * k_stride, k_stride, count); break;
+    }
+    else
+      product_wide<SCORE_VECTORS>(rows, tile.q[first], D_UNITS, tile.keys[0], KT, D_UNITS, tile.scores[0], KT, false);
+    weigh(launch, tile, first, rows, start, count);
+    const float *values = V_IN_PLACE ? (const float *)(const void *)(v + start * v_stride) : tile.values[0];
+    product_wide<OUT_VECTORS>(rows, tile.weights[0], KT_UNITS, values, V_IN_PLACE ? v_stride : E_PADDED,
+                              (count + PAIR - 1) / PAIR, tile.out[first], E_PADDED, true);
+  }
+}
+
+INLINE void begin(const Launch &launch, Tile &tile, int64_t batch, int64_t head, int64_t query, int heads, int queries,
+                  [[maybe_unused]] bool with_sinks) {
+  tile.rows = heads * queries;
+  for (int r = 0; r < tile.rows; ++r) {
+    const int64_t h = head + r / queries, i = query + r % queries;
+    const T *q = (const T *)launch.q + batch * launch.q_stride[0] + h * launch.q_stride[1] + i * launch.q_stride[2];
+    for (int u = 0; u < D_UNITS; u += W) store(&tile.q[r][u], units(q, u, D));
+    tile.row[r] = i;
+    tile.largest[r] = NONE;
+    store(tile.total[r], vf{});
+    memset(tile.out[r], 0, sizeof tile.out[r]);
+  }
+}
+
+INLINE void write_row(T *out, const float *sum, float total) {
+  // a row without a visible key has no weights at all
+  const vf share = splat(1.0f / total);
+  for (int e = 0; e < E_PADDED; e += W) {
+    const vf x = load(sum + e) * share;
+    if (E - e >= W) narrow(out + e, x);
+    else narrow_part(out + e, x, E - e);
+  }
+}
+
+struct Partial {
+  float largest[ROWS], total[ROWS];
+  float out[ROWS][E_PADDED];
+};
+
+INLINE T *out_row(const Launch &launch, const Tile &tile, int64_t batch, int64_t head, int queries, int r) {
+  return (T *)launch.out + batch * launch.out_stride[0] + (head + r / queries) * launch.out_stride[1] +
+         tile.row[r] * launch.out_stride[2];
+}
+
+// Brings the splits of one group of rows together, in their order.
+INLINE void merge(const Launch &launch, const Tile &tile, const Partial *parts, int64_t batch, int64_t head, int queries) {
+  for (int r = 0; r < tile.rows; ++r) {
+    float after = NONE, total = 0.0f;
+    for (int64_t s = 0; s < launch.splits; ++s)
+      if (parts[s].largest[r] > after) after = parts[s].largest[r];
+    const vf base = splat(after == NONE ? 0.0f : after);
+    alignas(64) float sum[E_PADDED] = {};
+    for (int64_t s = 0; s < launch.splits; ++s) {
+      const vf left = splat(parts[s].largest[r]), keep = exp2_of(left - base);
+      total += parts[s].total[r] * keep[0];
+      for (int e = 0; e < E_PADDED; e += W) store(sum + e, load(sum + e) + load(&parts[s].out[r][e]) * keep);
+    }
+    write_row(out_row(launch, tile, batch, head, queries, r), sum, total);
+  }
+}
+
+INLINE void run_task(Launch &launch, Tile &tile, int64_t task) {
+  const int64_t split = task % launch.splits, group = task / launch.splits;
+  int64_t rest = group;
+  // long rows first: the last queries of a causal order see the most keys
+  const int64_t query_block = launch.query_blocks - 1 - rest % launch.query_blocks;
+  rest /= launch.query_blocks;
+  const int64_t head_block = rest % launch.head_blocks;
+  rest /= launch.head_blocks;
+  const int64_t kv_head = rest % KV_HEADS, batch = rest / KV_HEADS;
+  const int64_t query = query_block * launch.query_rows, left = launch.queries - query;
+  const int queries = (int)(left < launch.query_rows ? left : launch.query_rows);
+  const int per_block = (int)((GROUP + launch.head_blocks - 1) / launch.head_blocks);
+  const int64_t head = head_block * per_block;
+  const int heads = (int)(GROUP - head < per_block ? GROUP - head : per_block);
+  if (heads <= 0) return;
+  begin(launch, tile, batch, kv_head * GROUP + head, query, heads, queries, split == 0);
+  const T *k = (const T *)launch.k + batch * launch.k_stride[0] + kv_head * launch.k_stride[1];
+  const T *v = (const T *)launch.v + batch * launch.v_stride[0] + kv_head * launch.v_stride[1];
+  int64_t end = launch.keys;
+  const int64_t row = query + queries - 1, keys = launch.keys;
+  const int64_t last = row + (keys - launch.queries);
+  if (last + 1 < end) end = last + 1 < 0 ? 0 : last + 1;
+  const int64_t tiles = (end + KT - 1) / KT;
+  const int64_t from = tiles * split / launch.splits, to = tiles * (split + 1) / launch.splits;
+  for (int64_t t = from; t < to; ++t) {
+    const int64_t start = t * KT;
+    attend(launch, tile, k, v, start, (int)(end - start < KT ? end - start : KT));
+  }
+  if (launch.splits == 1) {
+    for (int r = 0; r < tile.rows; ++r)
+      write_row(out_row(launch, tile, batch, kv_head * GROUP + head, queries, r), tile.out[r], sum_of(load(tile.total[r])));
+    return;
+  }
+  int64_t *arrived = (int64_t *)launch.workspace + group;
+  Partial *parts = (Partial *)(launch.workspace + (launch.groups * 8 + 63) / 64 * 64) + group * launch.splits;
+  Partial &mine = parts[split];
+  memcpy(mine.largest, tile.largest, sizeof mine.largest);
+  for (int r = 0; r < tile.rows; ++r) mine.total[r] = sum_of(load(tile.total[r]));
+  memcpy(mine.out, tile.out, (size_t)tile.rows * sizeof tile.out[0]);
+  if (__atomic_add_fetch(arrived, 1, __ATOMIC_ACQ_REL) == launch.splits)
+    merge(launch, tile, parts, batch, kv_head * GROUP + head, queries);
+}
+
+}  // namespace
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+// Decides how the work is cut for `launch->threads`; returns the bytes of workspace it takes, 0 if none.
+EXPORT int64_t gqa_h6_kv6_d64_causal_f32_avx512_e9be8886_plan(Launch *launch) {
+  launch->query_rows = launch->queries < ROWS ? launch->queries : ROWS;
+  if (launch->query_rows < 1) launch->query_rows = 1;
+  const int64_t most = ROWS / launch->query_rows, heads = most < GROUP ? most : GROUP;
+  launch->head_blocks = (GROUP + heads - 1) / heads;
+  launch->query_blocks = (launch->queries + launch->query_rows - 1) / launch->query_rows;
+  launch->groups = launch->batch * KV_HEADS * launch->head_blocks * launch->query_blocks;
+  const int64_t wanted = launch->threads > 1 ? 4 * launch->threads : 1;
+  const int64_t longest = launch->keys / 256;
+  int64_t splits = launch->groups > 0 ? (wanted + launch->groups - 1) / launch->groups : 1;
+  if (splits > longest) splits = longest;
+  launch->splits = splits < 1 ? 1 : splits;
+  launch->next = 0;
+  if (launch->splits == 1) return 0;
+  return (launch->groups * 8 + 63) / 64 * 64 + launch->groups * launch->splits * (int64_t)sizeof(Partial);
+}
+
+// Before the first call of the work function, once the workspace is there.
+EXPORT void gqa_h6_kv6_d64_causal_f32_avx512_e9be8886_start(Launch *launch) {
+  launch->next = 0;
+  if (launch->splits > 1) memset(launch->workspace, 0, (size_t)launch->groups * 8);
+}
+
+// Takes tasks until none is left; `launch->threads` threads may do so at once.
+EXPORT void gqa_h6_kv6_d64_causal_f32_avx512_e9be8886_work(void *pointer) {
+  Launch &launch = *(Launch *)pointer;
+  Tile tile;
+  for (;;) {
+    const int64_t task = __atomic_fetch_add(&launch.next, 1, __ATOMIC_RELAXED);
+    if (task >= launch.groups * launch.splits) return;
+    run_task(launch, tile, task);
+  }
+}
+
+// start() and work() on `threads` threads of the caller's pool, which is entered as OpenMP's runtime is; on this
+// thread alone if `pool` is null.
+EXPORT void gqa_h6_kv6_d64_causal_f32_avx512_e9be8886_run(Launch *launch, void (*pool)(void (*)(void *), void *, unsigned, unsigned)) {
+  gqa_h6_kv6_d64_causal_f32_avx512_e9be8886_start(launch);
+  if (pool && launch->threads > 1) pool(gqa_h6_kv6_d64_causal_f32_avx512_e9be8886_work, launch, (unsigned)launch->threads, 0);
+  else gqa_h6_kv6_d64_causal_f32_avx512_e9be8886_work(launch);
+}

@@ -1,0 +1,138 @@
+"""What reaches templates, and what comes out of them."""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from codegen import hooks, render
+from codegen.device import DType, Isa
+from codegen.errors import UnsafeInput
+from codegen.ops.grouped_query_attention.cpp_kernel import kernel_name, source
+from codegen.spec import GroupedQueryAttention
+from tests.kernels.problems import CAUSAL, EVERYTHING, MULTI_QUERY
+
+GOLDEN = {
+    "causal_f32_avx512": (CAUSAL, DType.FLOAT32, Isa.AVX512),
+    "everything_f16_avx2": (EVERYTHING, DType.FLOAT16, Isa.AVX2),
+    "multi_query_bf16_avx512_bf16": (MULTI_QUERY, DType.BFLOAT16, Isa.AVX512_BF16),
+}
+
+HOSTILE = ['1); system("id"); //', "64", "{{ 7 * 7 }}", "h\n#include </etc/passwd>", "", "inf", b"64", ["64"], object()]
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden_source(name: str, project_root: Path) -> None:
+    """To accept a change: delete the file and run again; the test then writes it, and fails once."""
+    path = project_root / "tests" / "kernels" / "golden" / f"{name}.cpp"
+    text = source(*GOLDEN[name])
+    if not path.exists():
+        path.write_text(text)
+        pytest.fail(f"{path.name} was missing and has been written")
+    assert text == path.read_text()
+
+
+@pytest.mark.parametrize("change", [
+    {"heads": 12}, {"heads": 12, "kv_heads": 6}, {"head_dim": 6}, {"value_dim": 9}, {"scale": 0.5}, {"causal": False},
+    {"bias": False}, {"softcap": None}, {"softcap": 4.0}, {"masked_rows_are_zero": False}, {"sinks": False},
+], ids=str)  # fmt: skip
+def test_every_field_changes_the_source_and_the_name(change: dict[str, Any]) -> None:
+    other = replace(EVERYTHING, **change)
+    before, after = (source(s, DType.FLOAT32, Isa.AVX512) for s in (EVERYTHING, other))
+    names = [str(kernel_name(s, DType.FLOAT32, Isa.AVX512)) for s in (EVERYTHING, other)]
+    assert names[0] != names[1]
+    assert _code(before, names[0]) != _code(after, names[1]), "the field only changes a name or a comment"
+
+
+def test_every_format_and_instruction_set_changes_the_source() -> None:
+    found = {_code(source(CAUSAL, d, i), str(kernel_name(CAUSAL, d, i))) for d in DType for i in Isa}
+    # without bfloat16 instructions, AVX512_BF16 is AVX512
+    assert len(found) == 3 * 3 - 2
+
+
+def _code(text: str, name: str) -> str:
+    return "\n".join(line for line in text.replace(name, "NAME").splitlines() if not line.startswith("//"))
+
+
+@pytest.mark.parametrize("hostile", HOSTILE, ids=repr)
+@pytest.mark.parametrize("field", ["heads", "head_dim", "scale", "causal", "softcap", "sinks"])
+def test_nothing_but_numbers_and_flags_comes_through_a_spec(field: str, hostile: Any) -> None:
+    spec = replace(CAUSAL)
+    object.__setattr__(spec, field, hostile)
+    with pytest.raises((UnsafeInput, TypeError)):
+        source(spec, DType.FLOAT32, Isa.AVX512)
+    with pytest.raises(UnsafeInput):
+        render.fingerprint(spec)
+
+
+class _Text(str):
+    pass
+
+
+class _Count(int):
+    def __str__(self) -> str:
+        return "1; evil()"
+
+
+class _Foreign(enum.Enum):
+    VALUE = "evil()"
+
+
+@pytest.mark.parametrize(
+    "value", [_Text("64"), _Count(64), _Foreign.VALUE, float("nan"), float("inf"), 2**70, {"a": "b"}, [_Count(1)]],
+    ids=repr,
+)  # fmt: skip
+def test_disguises_are_seen_through(value: Any) -> None:
+    with pytest.raises(UnsafeInput):
+        render.render("cpp/numbers.h.j2", {"dtype": DType.FLOAT32, "lanes": value})
+
+
+def test_a_missing_value_is_an_error() -> None:
+    with pytest.raises(jinja2.UndefinedError):
+        render.render("cpp/numbers.h.j2", {})
+
+
+@given(st.text(min_size=1, max_size=40))
+def test_names_hold_letters_digits_and_underscores_or_are_refused(text: str) -> None:
+    for make in (render.word, lambda t: render.identifier("gqa", [t], CAUSAL)):
+        with contextlib.suppress(UnsafeInput):
+            assert re.fullmatch(r"[A-Za-z0-9_]+", str(make(text)))
+
+
+@given(
+    st.integers(1, 64), st.integers(1, 8), st.integers(1, 512), st.integers(1, 512),
+    st.floats(allow_nan=False, allow_infinity=False, width=32), st.booleans(), st.booleans(), st.booleans(),
+)  # fmt: skip
+def test_any_honest_spec_renders(
+    group: int, kv: int, d: int, e: int, scale: float, causal: bool, bias: bool, sinks: bool
+) -> None:
+    spec = GroupedQueryAttention(group * kv, kv, d, e, scale, causal=causal, bias=bias, sinks=sinks)
+    text = source(spec, DType.FLOAT32, Isa.AVX512)
+    assert f"D = {d}, E = {e};" in text and "{{" not in text and "{%" not in text
+
+
+def test_one_tree_in_three_languages() -> None:
+    spec = GroupedQueryAttention(2, 1, 4, 4, 0.5, softcap=2.0, bias=True, causal=True)
+    tree = hooks.score_expression(spec)
+    assert str(hooks.lower(tree, "cuda")) == "(tanhf(score * 0x1.0000000000000p-2f) * 0x1.0000000000000p+1f + bias)"
+    assert str(hooks.lower(tree, "triton")) == "(tanh_of(score * 0.25) * 2.0 + bias)"
+    assert str(hooks.lower(tree, "cpp")).startswith("(tanh_of(score * splat(0x1.0")
+    assert str(hooks.last_key(spec, "triton")) == "rows[:, None] + (keys - queries)"
+    assert hooks.last_key(replace(spec, causal=False), "cpp") is None
+
+
+def test_with_a_bias_scores_stay_in_base_e() -> None:
+    """The lowest finite number times log2(e) would be minus infinity, and a hidden row would lose its mean."""
+    plain = GroupedQueryAttention(2, 1, 4, 4, 0.5)
+    assert hooks.folded_expression(plain) != hooks.score_expression(plain)
+    biased = replace(plain, bias=True)
+    assert hooks.folded_expression(biased) == hooks.score_expression(biased)

@@ -1,0 +1,58 @@
+"""Runs generated Triton kernels in Triton's interpreter, in a process of its own: the interpreter is chosen on import.
+
+Reads one JSON object a line ({"spec", "arch", "processors", "operands", "output"}), answers "done" or an error.
+
+The stock interpreter multiplies bfloat16 as if its bits were integers; here products get single-precision operands,
+which hold every bfloat16 exactly.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import numpy as np
+import torch
+
+from codegen.launch.triton_op import launch
+from codegen.spec import GroupedQueryAttention
+
+
+def widen_bfloat16() -> None:
+    """Make the interpreter's dot product right for bfloat16."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    builder = interpreter.InterpreterBuilder
+    stock = builder.create_dot
+
+    def single(handle: Any) -> Any:
+        if handle.get_element_ty().scalar != tl.bfloat16:
+            return handle
+        bits = handle.data.astype(np.uint32) << 16
+        return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
+
+    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return stock(self, single(a), single(b), *rest)
+
+    builder.create_dot = create_dot
+
+
+def main() -> None:
+    widen_bfloat16()
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        task = json.loads(line)
+        try:
+            x = torch.load(task["operands"], weights_only=True)
+            spec = GroupedQueryAttention(**task["spec"])
+            out = launch(spec, *x, arch=task["arch"], processors=task["processors"])
+            torch.save(out, task["output"])
+            print("done", flush=True)
+        except Exception as error:
+            print(f"{type(error).__name__}: {error}".replace("\n", " "), flush=True)
+
+
+if __name__ == "__main__":
+    main()
