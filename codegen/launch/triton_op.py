@@ -73,8 +73,8 @@ def launch(
     b, _, s, _ = q.shape
     t = k.shape[2]
     out = q.new_empty(b, spec.heads, s, spec.value_dim)
-    if not out.numel():
-        return out
+    if not out.numel() or not t:
+        return out.zero_()  # without keys, an empty sum
     extra = (*_bias(spec, bias, q, t), *_sinks(spec, sinks, q))
     few = _load(spec, dtype, arch, True)
     splits, share = _splits(spec, few.tiling, b, s, t, processors)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import rewriter
+from codegen.errors import NotLegal
 from codegen.launch import torch_op
 from rewriter.cli import run
 from rewriter.errors import InvalidModelFile, NothingToRewrite, UsageError
@@ -241,7 +242,10 @@ def test_what_no_kernel_can_reach_is_said(net: nn.Module, files: tuple[Path, Pat
         with pytest.raises(UsageError, match="means nothing"):
             rewriter.optimize(model, "gqa2", kernels="cpp")
     with pytest.raises(UsageError, match="not available"):
-        rewriter.optimize(net, "gqa2", example_inputs=(x,), kernels="triton")
+        rewriter.optimize(net, "gqa2", example_inputs=(x,), kernels="cuda")
+    small = rewriter.optimize(net, "gqa2", example_inputs=(x,), kernels="triton")
+    with pytest.raises(NotLegal, match="there is no kernel for cpu"), torch.no_grad():
+        small(x)
 
 
 def test_a_model_without_rewritten_attention_needs_none(files: tuple[Path, Path]) -> None:

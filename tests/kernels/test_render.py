@@ -63,7 +63,7 @@ def _code(text: str, name: str) -> str:
     return "\n".join(line for line in text.replace(name, "NAME").splitlines() if not line.startswith("//"))
 
 
-@pytest.mark.parametrize("hostile", HOSTILE, ids=repr)
+@pytest.mark.parametrize("hostile", HOSTILE, ids=range(len(HOSTILE)))
 @pytest.mark.parametrize("field", ["heads", "head_dim", "scale", "causal", "softcap", "sinks"])
 def test_nothing_but_numbers_and_flags_comes_through_a_spec(field: str, hostile: Any) -> None:
     spec = replace(CAUSAL)

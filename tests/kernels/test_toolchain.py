@@ -64,7 +64,8 @@ def test_the_variant_follows_the_processor() -> None:
 @pytest.mark.parametrize(
     ("spec", "device", "language", "reason"),
     [
-        (PLAIN, Device("cuda", "sm_90"), None, "no kernel for cuda"),
+        (PLAIN, Device("metal", "m4"), None, "no kernel for metal"),
+        (PLAIN, Device("cuda", "sm_30"), None, "has none of sm_80"),
         (PLAIN, Device("cpu", ""), None, "has none of avx2"),
         (PLAIN, Device("cpu", "avx2"), Language.TRITON, "no triton kernel"),
         (GroupedQueryAttention(2, 1, 1024, 64, 0.1), Device("cpu", "avx2"), None, "512"),

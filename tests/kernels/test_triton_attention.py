@@ -102,7 +102,7 @@ def test_it_is_within_rounding_of_the_oracle(
 @pytest.mark.parametrize(("queries", "keys"), [(0, 5), (1, 0), (3, 0), (1, 1), (2, 1), (65, 64), (130, 16), (5, 200)])
 @pytest.mark.parametrize("processors", [1, 16])
 def test_lengths_at_the_edges(interpreted: Run, queries: int, keys: int, processors: int) -> None:
-    for spec in (replace(MULTI_QUERY, heads=4), EVERYTHING):
+    for spec in (replace(MULTI_QUERY, heads=4), EVERYTHING, replace(PLAIN, causal=True)):
         x = operands(spec, torch.float32, 1, queries, keys)
         assert distance(spec, x, interpreted(spec, x, processors=processors)) < K
 

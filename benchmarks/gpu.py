@@ -1,0 +1,262 @@
+"""Builds, checks and times every kernel for graphics cards, beside torch's own, in one run.
+
+    python -m benchmarks.gpu [--quick] [--json F] [--markdown F]
+
+Needs a CUDA device and Triton; without them it says so and measures nothing (exit code 1). Each kernel is first held
+against attention in double precision. Times are CUDA events around single calls with the L2 cache flushed before each;
+the copy bandwidth and the bfloat16 matrix rate of the card are measured in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+from benchmarks.machine import machine
+from benchmarks.rows import Row, markdown_table, put_section, write_json
+from codegen.spec import GroupedQueryAttention
+
+DECODE_GOAL, PREFILL_GOAL = 0.85, 0.6
+CHECKED_QUERIES = 64
+ERROR_LIMIT = 2e-2
+"""Of bfloat16 results, relative to the largest: two roundings of the result and one of the weights."""
+
+Call = Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem in bfloat16: "decode" has one query per sequence, "prefill" is causal with as many as keys."""
+
+    kind: str
+    batch: int
+    heads: int
+    kv_heads: int
+    dim: int
+    keys: int
+
+    @property
+    def spec(self) -> GroupedQueryAttention:
+        causal = self.kind == "prefill"
+        return GroupedQueryAttention(self.heads, self.kv_heads, self.dim, self.dim, self.dim**-0.5, causal=causal)
+
+    @property
+    def queries(self) -> int:
+        return self.keys if self.kind == "prefill" else 1
+
+    @property
+    def cache_bytes(self) -> int:
+        return 2 * self.batch * self.kv_heads * self.keys * self.dim * 2
+
+    @property
+    def flops(self) -> float:
+        full = 4.0 * self.batch * self.heads * self.queries * self.keys * self.dim
+        return full / 2 if self.kind == "prefill" else full
+
+    def __str__(self) -> str:
+        return (
+            f"{self.kind}, {self.batch} x {self.keys} keys, {self.heads} heads on {self.kv_heads}, "
+            f"d {self.dim}, bfloat16"
+        )
+
+
+def cases(*, quick: bool) -> list[Case]:
+    """Decode steps read at least 1 GB of keys and values (64 MB when quick)."""
+    small = 16 if quick else 1
+    decode = [Case("decode", batch // small, 32, kv, 128, 8192) for batch, kv in ((16, 32), (32, 8), (256, 1))]
+    decode.append(Case("decode", 64 // small, 32, 8, 64, 8192))
+    keys = 2048 if quick else 8192
+    return [*decode, *(Case("prefill", 1, 32, kv, d, keys) for kv, d in ((32, 128), (8, 128), (8, 64)))]
+
+
+# ---------------------------------------------------------------------- timing
+
+
+class Clock:
+    """Times single calls on the current device."""
+
+    def __init__(self) -> None:
+        self._flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+
+    def times(self, runs: int, *works: Callable[[], Any]) -> list[list[float]]:
+        """Milliseconds of each work, by turns, after three calls that do not count."""
+        for work in works:
+            for _ in range(3):
+                work()
+        found: list[list[float]] = [[] for _ in works]
+        for _ in range(runs):
+            for own, work in zip(found, works, strict=True):
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                self._flush.zero_()
+                start.record()
+                work()
+                end.record()
+                end.synchronize()
+                own.append(start.elapsed_time(end))
+        return found
+
+
+def limits(clock: Clock) -> tuple[float, float]:
+    """(bytes per second that a copy moves, counting reads and writes; bfloat16 operations per second of a product)."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    copy, product = clock.times(20, lambda: target.copy_(source), lambda: a @ b)
+    return 2.0 * source.numel() / (min(copy) / 1e3), 2.0 * 8192**3 / (min(product) / 1e3)
+
+
+# ---------------------------------------------------------------------- one case
+
+
+def run_case(case: Case, clock: Clock, runs: int, bandwidth: float, rate: float) -> list[Row]:
+    q, k, v = _operands(case)
+    ours = _ours(case, q, k, v)
+    error = _error(case, ours(), q, k, v)
+    peers = _usable(_peers(case, q, k, v))
+    times = clock.times(runs, ours, *peers.values())
+    mine, others = times[0], dict(zip(peers, times[1:], strict=True))
+    more: dict[str, Any] = {"ours_median": statistics.median(mine), "error": error}
+    rows = [
+        Row("time", str(case), min(mine), min(t), name, "ms", min(t) / min(mine), None, None,
+            {**more, "peer_median": statistics.median(t)})
+        for name, t in others.items()
+    ]  # fmt: skip
+    if case.kind == "decode":
+        reached, limit, unit, goal = case.cache_bytes / min(mine) * 1e3, bandwidth, "B/s", DECODE_GOAL
+    else:
+        reached, limit, unit, goal = (
+            case.flops / min(mine) * 1e3,
+            rate,
+            "flop/s",
+            PREFILL_GOAL if case.dim == 128 else None,
+        )
+    share = reached / limit
+    rows.append(Row("share of the card's limit", str(case), reached, limit, "the card", unit, share, goal,
+                    None if goal is None else share >= goal, more))  # fmt: skip
+    rows.append(Row("error", str(case), error, ERROR_LIMIT, "limit", "of the largest output", ERROR_LIMIT / error, 1.0,
+                    error <= ERROR_LIMIT, more))  # fmt: skip
+    return rows
+
+
+def _operands(case: Case) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def draw(heads: int, tokens: int) -> Tensor:
+        shape = (case.batch, heads, tokens, case.dim)
+        return torch.randn(shape, device="cuda", dtype=torch.bfloat16, generator=generator)
+
+    return draw(case.heads, case.queries), draw(case.kv_heads, case.keys), draw(case.kv_heads, case.keys)
+
+
+def _ours(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Call:
+    from codegen.launch.torch_op import graphics_card
+    from codegen.launch.triton_op import launch
+
+    device, processors = graphics_card(q.device)
+    return functools.partial(launch, case.spec, q, k, v, arch=device.arch, processors=processors)
+
+
+def _peers(case: Case, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Call]:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    causal, grouped = case.kind == "prefill", case.kv_heads != case.heads
+
+    def with_backend(backend: SDPBackend) -> Tensor:
+        with sdpa_kernel(backend):
+            return sdpa(q, k, v, is_causal=causal, enable_gqa=grouped)
+
+    found: dict[str, Call] = {
+        "torch sdpa": lambda: sdpa(q, k, v, is_causal=causal, enable_gqa=grouped),
+        "torch sdpa, flash": lambda: with_backend(SDPBackend.FLASH_ATTENTION),
+        "torch sdpa, cuDNN": lambda: with_backend(SDPBackend.CUDNN_ATTENTION),
+    }
+    if not causal:
+        rows = q.reshape(case.batch, case.kv_heads, -1, case.dim)
+        found["torch sdpa, group in rows"] = lambda: sdpa(rows, k, v).view_as(q)
+    compiled: Any = torch.compile(flex_attention)
+    mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, case.queries, case.keys) if causal else None
+    found["FlexAttention"] = lambda: compiled(q, k, v, block_mask=mask, enable_gqa=grouped)
+    return found
+
+
+def _usable(peers: dict[str, Call]) -> dict[str, Call]:
+    """Those that take the problem; torch's backends each refuse some."""
+    kept = {}
+    for name, call in peers.items():
+        try:
+            call()
+        except (RuntimeError, ValueError, torch._dynamo.exc.TorchDynamoException) as error:
+            print(f"  {name} does not take it: {str(error).splitlines()[0]}", file=sys.stderr)
+        else:
+            kept[name] = call
+    return kept
+
+
+def _error(case: Case, found: Tensor, q: Tensor, k: Tensor, v: Tensor) -> float:
+    """Of the last queries of the first sequence, relative to their largest number, beside double precision."""
+    last = slice(case.queries - min(case.queries, CHECKED_QUERIES), case.queries)
+    group = case.heads // case.kv_heads
+    keys, values = (x[:1].repeat_interleave(group, 1).double() for x in (k, v))
+    scores = q[:1, :, last].double() @ keys.transpose(-1, -2) * case.spec.scale
+    if case.kind == "prefill":
+        rows = scores.shape[2]
+        visible = torch.ones(rows, case.keys, dtype=torch.bool, device=q.device).tril(case.keys - rows)
+        scores.masked_fill_(~visible, -torch.inf)
+    right = scores.softmax(-1) @ values
+    return float((found[:1, :, last].double() - right).abs().max() / right.abs().max())
+
+
+# ---------------------------------------------------------------------- report
+
+
+def report(rows: Sequence[Row], bandwidth: float, rate: float) -> str:
+    """The section of docs/benchmarks.md."""
+    about = machine()
+    text = (
+        f"`python -m benchmarks.gpu` on {about['accelerator']}, torch {torch.__version__}: copies move "
+        f"{bandwidth / 1e9:.0f} GB/s, bfloat16 products reach {rate / 1e12:.0f} Tflop/s.\n\n"
+    )
+    lines = [[r.case, r.name, r.ours, r.peer_name, r.peer, r.unit, r.ratio, r.goal, r.ok] for r in rows]
+    return text + markdown_table(["case", "what", "ours", "beside", "theirs", "unit", "ratio", "goal", "met"], lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="smaller problems, fewer runs")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--markdown", type=Path)
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("there is no CUDA device here, so nothing was measured", file=sys.stderr)
+        return 1
+    runs = 10 if options.quick else 30
+    rows: list[Row] = []
+    with torch.no_grad():
+        clock = Clock()
+        bandwidth, rate = limits(clock)
+        for case in cases(quick=options.quick):
+            for row in run_case(case, clock, runs, bandwidth, rate):
+                rows.append(row)
+                print(
+                    f"{row.case}: {row.name} {row.ours:.4g} / {row.peer:.4g} {row.unit} ({row.peer_name})", flush=True
+                )
+    if options.json:
+        write_json(options.json, rows, copy_bytes_per_s=bandwidth, bfloat16_flop_per_s=rate)
+    if options.markdown:
+        put_section(options.markdown, "Graphics cards", report(rows, bandwidth, rate))
+    return 0 if all(row.ok is not False for row in rows if row.name == "error") else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
