@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from passes.dataflow import CONTRACTIONS, Array, Flow, Node, Value
-from passes.provenance import PASS_THROUGH
+from passes.provenance import PASS_THROUGH, cache_root
 from passes.site import Modifier
 
 FUSED_ANCHORS = frozenset({"Attention", "GroupedQueryAttention"})
@@ -88,6 +88,8 @@ def _fused(flow: Flow, anchor: Node) -> ScorePath:
     mask = anchor.inputs[3] if len(anchor.inputs) > 3 else ""
     if len(anchor.inputs) > 4 and any(anchor.inputs[4:]):
         raise NotUnderstood("the attention operator keeps its own key/value cache (past_key, past_value inputs)")
+    for operand in (k, v):
+        _require_projected(flow, operand)
     if any(not flow.data_dependent(x) for x in (q, k, v)):
         raise NotUnderstood("an operand of the attention operator passes no learned projection")
     modifiers: list[Modifier] = []
@@ -176,6 +178,8 @@ class _Backward:
             return True
         if node.op not in CONTRACTIONS:
             return False
+        for operand in node.inputs[:2]:
+            _require_projected(self.flow, operand)
         return len(node.inputs) >= 2 and all(self.flow.data_dependent(v) for v in node.inputs[:2])
 
     def _step(self, node: Node) -> Value:
@@ -305,6 +309,16 @@ def _qk_operands(flow: Flow, node: Node) -> tuple[OperandView, OperandView, Valu
     raise NotUnderstood(f"scores come from a {node.op} whose axes are not understood")
 
 
+def _require_projected(flow: Flow, value: Value) -> None:
+    """A decoder step reads what was projected once, from the encoder's output, out of its cache inputs."""
+    if flow.data_dependent(value) or (fed := cache_root(flow, value)) is None:
+        return
+    raise NotUnderstood(
+        f"its keys and values come straight from an input ({fed}), so this file has no projection for them; the file "
+        'that fills this cache has: select only its decoder there (layers="decoder") if both are to fit together'
+    )
+
+
 def _moves_batch(node: Node) -> bool:
     return bool(node.attrs.get("transBatchA", 0) or node.attrs.get("transBatchB", 0))
 
@@ -393,6 +407,7 @@ def _value_operand(flow: Flow, node: Node, weights: Value, nodes: tuple[int, ...
     a, b = node.inputs[:2]
     other = b if a == weights else a
     if not flow.data_dependent(other):
+        _require_projected(flow, other)
         return "they are multiplied by a constant matrix"
     plain = node.op == "MatMul" or (
         node.op == "FusedMatMul"

@@ -58,6 +58,7 @@ def install(capture: OnnxCapture, replacements: Sequence[Replacement], *, target
                 "to": r.after,
                 "exact": d.exact,
                 "changed": list(d.removed),
+                "caches": [list(port) for operand in (r.site.k, r.site.v) for port in operand.presents],
             }
             for r, d in zip(replacements, done, strict=True)
         ]
