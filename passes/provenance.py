@@ -309,8 +309,11 @@ class Tracer:
         cos, sin = (np.asarray(self.flow.value(v), dtype=np.float64) for v in node.inputs[1:3])
         if len(node.inputs) > 3 and node.inputs[3]:
             positions = self.flow.value(node.inputs[3]).astype(np.int64)
+            if positions.ndim == 1:  # where a whole batch starts
+                positions = np.broadcast_to(positions + np.arange(form.shape[-2]), (form.shape[0], form.shape[-2]))
             cos, sin = cos[positions], sin[positions]
-        return rotate(form, cos, sin, bool(node.attrs.get("interleaved", 0)), int(node.attrs.get("num_heads", 0)))
+        heads = int(node.attrs.get("num_heads", 0)) or form.shape[-1] // (2 * cos.shape[-1])
+        return rotate(form, cos, sin, bool(node.attrs.get("interleaved", 0)), heads)
 
 
 def cache_root(flow: Flow, value: Value) -> Value | None:

@@ -11,9 +11,10 @@ import rewriter
 from passes.match.attention import Matches, find_attention
 from passes.match.confirm import confirm
 from passes.site import Refusal
+from rewriter.capture.faithful import without_unfaithful
 from rewriter.capture.onnx_file import OnnxCapture, capture, hidden_anchors
 from rewriter.capture.onnx_load import from_proto
-from rewriter.capture.unfuse import fused_nodes, unfuse
+from rewriter.capture.unfuse import WrittenOut, fused_nodes, unfuse
 from rewriter.decision import Decision, Stopwatch, decide, report, rows
 from rewriter.errors import NothingToRewrite, VerificationFailed
 from rewriter.install.onnx_function import install
@@ -29,22 +30,21 @@ def match_onnx(model: ir.Model) -> tuple[OnnxCapture, Matches]:
 
     Fused operators are written out in `model` first: give a model that is not needed any more.
     """
-    unfuse(model)
-    captured = capture(model)
+    captured = capture(model, unfuse(model))
     return captured, match_capture(captured)
 
 
-def _unfuse_rewritable(model: ir.Model, spare: ir.Model, target: Any, layers: str | None) -> None:
+def _unfuse_rewritable(model: ir.Model, spare: ir.Model, target: Any, layers: str | None) -> dict[str, WrittenOut]:
     """Write out just those fused operators whose attention will be rewritten, found out on a spare copy."""
     if not fused_nodes(model):
-        return
+        return {}
     captured, matches = match_onnx(spare)
-    decision = decide(captured.flow, matches, target, layers)
-    unfuse(model, {r.site.owner for r in decision.replacements})
+    decision = _installable(captured, decide(captured.flow, matches, target, layers))
+    return unfuse(model, {r.site.owner for r in decision.replacements})
 
 
 def match_capture(captured: OnnxCapture) -> Matches:
-    matches = find_attention(captured.flow)
+    matches = without_unfaithful(captured, find_attention(captured.flow))
     if matches.sites and (other := captured.other) is not None:
         matches = confirm(matches, find_attention(other.flow))
     hidden = tuple(
@@ -75,9 +75,8 @@ def rewrite_onnx(
     """
     watch = Stopwatch()
     with watch.stage("capture"):
-        if fused_nodes(model):
-            _unfuse_rewritable(model, from_proto(ir.serde.serialize_model(original)), target, layers)
-        captured = capture(model)
+        spare = from_proto(ir.serde.serialize_model(original)) if fused_nodes(model) else model
+        captured = capture(model, _unfuse_rewritable(model, spare, target, layers))
     with watch.stage("match"):
         matches = match_capture(captured)
     with watch.stage("transform"):

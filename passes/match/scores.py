@@ -76,6 +76,8 @@ def anchors(flow: Flow) -> list[Node]:
 
 def score_path(flow: Flow, anchor: Node) -> ScorePath:
     """Read one anchor. Raises NotUnderstood or Unrelated."""
+    if (reason := anchor.attrs.get("unread")) is not None:
+        raise NotUnderstood(str(reason))
     if anchor.domain == "com.microsoft" or anchor.op in FOREIGN_ANCHORS:
         raise NotUnderstood(f"the fused operator {anchor.domain}::{anchor.op} is not read yet")
     if anchor.op in FUSED_ANCHORS:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -20,9 +20,10 @@ import onnxruntime as ort
 from passes.dataflow import CONTRACTIONS, LAYOUT, Array, Flow, Node, Value, Weight
 from passes.match.scores import anchors
 from passes.provenance import PASS_THROUGH
-from rewriter.capture.feeds import candidate_sizes, make_feeds
+from rewriter.capture.feeds import MaskStyle, candidate_sizes, make_feeds
 from rewriter.capture.onnx_constants import constant_tensor
 from rewriter.capture.onnx_vocabulary import OPERATORS
+from rewriter.capture.unfuse import WrittenOut, obstacle
 from rewriter.errors import UnsupportedModel, first_line
 
 FUNCTION_DOMAIN = "rewriter.ops"
@@ -33,6 +34,17 @@ _ELEMENT_TYPES = {
     "tensor(bfloat16)": ir.DataType.BFLOAT16,
     "tensor(double)": ir.DataType.DOUBLE,
 }
+
+
+_FOREIGN = frozenset(
+    {
+        "Attention", "DecoderAttention", "DecoderMaskedMultiHeadAttention", "DecoderMaskedSelfAttention",
+        "DynamicSparseAttention", "GroupQueryAttention", "LongformerAttention", "MultiHeadAttention", "PackedAttention",
+        "PackedMultiHeadAttention", "PagedAttention", "QAttention", "QOrderedAttention",
+        "QOrderedLongformerAttention", "SparseAttention", "SparsePagedAttention",
+    }
+)  # fmt: skip
+"""com.microsoft's operators that weigh values by a softmax of scores."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +59,7 @@ class OnnxCapture:
         session: runs the model with the recorded values as extra outputs.
         sizes: (batch, length, past) of the recording.
         feeds: the recorded inputs.
+        written_out: fused operators that standard ones stand for in `model`, by the scope of what stands for them.
     """
 
     model: ir.Model
@@ -56,6 +69,7 @@ class OnnxCapture:
     session: _Session
     sizes: tuple[int, int, int]
     feeds: Mapping[str, Array]
+    written_out: Mapping[str, WrittenOut] = field(default_factory=dict)
 
     def element_type(self, name: Value) -> ir.DataType | None:
         """What onnxruntime inferred for a recorded value; files need not say it."""
@@ -70,9 +84,8 @@ class OnnxCapture:
 
     def at(self, sizes: tuple[int, int, int], seed: int = 1) -> OnnxCapture | None:
         """The same file recorded at other sizes; None if it does not run there or has the sizes baked in."""
-        batch, length, past = sizes
-        feeds = make_feeds(self.model, batch=batch, length=length, past=past, seed=seed)
-        if all(feeds[n].shape == self.feeds[n].shape for n in feeds):
+        feeds = _feeds(self.model, self.written_out, sizes, seed)
+        if feeds is None or all(feeds[n].shape == self.feeds[n].shape for n in feeds):
             return None
         try:
             recorded = self.session.run(feeds)
@@ -82,10 +95,11 @@ class OnnxCapture:
         return replace(self, flow=replace(self.flow, read=read), sizes=sizes, feeds=feeds)
 
 
-def capture(model: ir.Model) -> OnnxCapture:
+def capture(model: ir.Model, written_out: Mapping[str, WrittenOut] | None = None) -> OnnxCapture:
     """View a model and record it at the first sizes at which onnxruntime runs it.
 
-    Names are given to unnamed values, and model-local functions other than rewriter's own are inlined.
+    Names are given to unnamed values, and model-local functions other than rewriter's own are inlined. `written_out`
+    are the fused operators that `unfuse` wrote out in this model.
     Raises UnsupportedModel with onnxruntime's reason if the model runs at none.
     """
     _inline_functions(model)
@@ -102,10 +116,19 @@ def capture(model: ir.Model) -> OnnxCapture:
     )
     constants = _Constants(model)
     flow = replace(flow, read=partial(_read, {}, constants))
-    session = _Session(model, sorted(_wanted(flow) - set(flow.weights) - set(flow.inputs)), constants)
-    recorded, feeds, sizes = _first_run(model, session)
+    fused = written_out or {}
+    wanted = _wanted(flow) | {v.name for w in fused.values() for v in w.inputs if v is not None and v.name}
+    session = _Session(model, sorted(wanted - set(flow.weights) - set(flow.inputs)), constants)
+    recorded, feeds, sizes = _first_run(model, fused, session)
     return OnnxCapture(
-        model, replace(flow, read=partial(_read, recorded, constants)), nodes, values, session, sizes, feeds
+        model,
+        replace(flow, read=partial(_read, recorded, constants)),
+        nodes,
+        values,
+        session,
+        sizes,
+        feeds,
+        fused,
     )
 
 
@@ -114,11 +137,25 @@ def _read(recorded: Mapping[str, Array], constants: _Constants, name: Value) -> 
     return constants.value(name) if array is None else array
 
 
-def _first_run(model: ir.Model, session: _Session) -> tuple[dict[str, Array], dict[str, Array], tuple[int, int, int]]:
+def _feeds(
+    model: ir.Model, written_out: Mapping[str, WrittenOut], sizes: tuple[int, int, int], seed: int = 0
+) -> dict[str, Array] | None:
+    """Inputs on which the operators that were written out would run too; None if these sizes are beyond them."""
+    batch, length, past = sizes
+    if not all(w.runs_at(batch, length, past) for w in written_out.values()):
+        return None
+    mask: MaskStyle = "ones" if any(w.equal_lengths for w in written_out.values()) else "mixed"
+    return make_feeds(model, batch=batch, length=length, past=past, seed=seed, mask=mask)
+
+
+def _first_run(
+    model: ir.Model, written_out: Mapping[str, WrittenOut], session: _Session
+) -> tuple[dict[str, Array], dict[str, Array], tuple[int, int, int]]:
     reason = "no sizes to try"
     for sizes in candidate_sizes(model):
-        batch, length, past = sizes
-        feeds = make_feeds(model, batch=batch, length=length, past=past)
+        feeds = _feeds(model, written_out, sizes)
+        if feeds is None:
+            continue
         try:
             return session.run(feeds), feeds, sizes
         except Exception as error:  # onnxruntime raises unrelated types
@@ -337,7 +374,11 @@ def _node(index: int, node: ir.Node) -> Node:
     attrs = {k: _attribute(a) for k, a in node.attributes.items() if isinstance(a, ir.Attr)}
     if node.domain == FUNCTION_DOMAIN:
         attrs["is_causal"] = int("Causal" in node.op_type)
+    if (reason := obstacle(node)) is not None:
+        attrs["unread"] = reason
     inputs = tuple((v.name or "") if v is not None else "" for v in node.inputs)
+    if node.op_type == "RotaryEmbedding" and node.domain == "com.microsoft":  # the standard one takes positions last
+        inputs = (inputs[0], *inputs[2:4], inputs[1])
     return Node(
         index=index,
         op=_canonical_op(node),
@@ -355,13 +396,10 @@ def _canonical_op(node: ir.Node) -> str:
     if node.domain in ("", "ai.onnx"):
         return node.op_type
     known = CONTRACTIONS | {"RotaryEmbedding", "SimplifiedLayerNormalization", "GroupedQueryAttention"}
-    foreign = {"MultiHeadAttention", "GroupQueryAttention", "Attention", "PackedAttention", "SparseAttention"}
-    if node.op_type in foreign and node.domain == "com.microsoft":
+    if node.domain == "com.microsoft" and node.op_type in _FOREIGN:
         return "MultiHeadAttention"
     if node.domain == FUNCTION_DOMAIN:
         return "GroupedQueryAttention"
-    if node.op_type == "RotaryEmbedding":  # com.microsoft's takes its inputs in another order
-        return f"{node.domain}.RotaryEmbedding"
     return node.op_type if node.op_type in known else f"{node.domain}.{node.op_type}"
 
 

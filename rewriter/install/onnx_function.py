@@ -21,6 +21,7 @@ from passes.site import AttentionSite, Modifier, Operand
 from passes.targets.replacement import Replacement
 from passes.weights.projection import operand_bias, operand_weight
 from rewriter.capture.onnx_file import OnnxCapture
+from rewriter.capture.unfuse import WrittenOut
 from rewriter.install.onnx_obstacles import fused_shape, shares_projection, unflattened_input
 from rewriter.install.onnx_weights import emit_like
 from rewriter.onnx_nodes import NodeWriter
@@ -74,12 +75,14 @@ class _Editor:
         shared: new initializers by content.
         dead: nodes beyond the matched ones that may be unread now.
         seams: for each seam already fed anew, the value that now stands there and its axes.
+        fed: for the site at hand, by role, what a fused operator that is kept reads instead of its old operand.
     """
 
     capture: OnnxCapture
     shared: dict[tuple[str, bytes], ir.Value] = field(default_factory=dict)
     seams: dict[Value, tuple[ir.Value, tuple[str, ...]]] = field(default_factory=dict)
     dead: list[ir.Node] = field(default_factory=list)
+    fed: dict[str, ir.Value] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.model = self.capture.model
@@ -87,13 +90,15 @@ class _Editor:
         self.opset = self.model.opset_imports.get("", 1)
         taken = set(self.capture.values) | {n.name for n in self.capture.nodes if n.name}
         self.write = NodeWriter(self.graph, taken)
-        self._stored = frozenset(self.graph.initializers)
+        added = (w.constants for w in self.capture.written_out.values())
+        self._stored = frozenset(self.graph.initializers).difference(*added)
 
     # ------------------------------------------------------------ one site
 
     def replace(self, replacement: Replacement) -> Installed:
         site = replacement.site
         error = 0.0
+        self.fed = {}
         for role, operand in (("k", site.k), ("v", site.v)):
             weight, bias = replacement.tensors[f"{role}_weight"], replacement.tensors.get(f"{role}_bias")
             error = max(error, self._reproject(site, role, operand, replacement.spec.kv_heads, weight, bias))
@@ -141,7 +146,11 @@ class _Editor:
         if wanted is not None and present is not None and wanted != present:
             out = self.write.op(nodes, "Cast", [out], f"{site.name}.{role}.cast", to=int(wanted))
         axes = operand.stem_axes
-        if operand.seam == operand.stem and not operand.presents and all(len(a) == 1 for a in axes):
+        kept = self._kept_operator(site)
+        inside = kept is not None and self._stem_is_inside(kept, role, operand)
+        if kept is not None and inside:
+            axes = ("b", "s", "hd") if kept.flat else ("b", "h", "s", "d")
+        elif operand.seam == operand.stem and not operand.presents and all(len(a) == 1 for a in axes):
             axes = ("b", "h", "s", "d")  # nothing lies between: lay heads out as attention wants them
         out = self._arrange(nodes, out, tokens, axes, heads, operand.dim, f"{site.name}.{role}")
         producer = stem.producer()
@@ -150,6 +159,9 @@ class _Editor:
         for value in stored:
             if value.name and value.name not in self.graph.initializers and value.uses():
                 self.graph.register_initializer(value)
+        if inside:
+            self.fed[role] = out
+            return emitted.error
         self._rewire(operand, stem, out, heads)
         self.seams[operand.seam] = (out, axes) if operand.seam == operand.stem else (
             self.value(operand.seam), operand.seam_axes)  # fmt: skip
@@ -207,7 +219,10 @@ class _Editor:
         for index, axis in operand.reshapes:
             self._recount(self.capture.nodes[index], axis, operand.heads, heads)
         for index in operand.path:
-            for value in self.capture.nodes[index].outputs:
+            node = self.capture.nodes[index]
+            if node.op_type == "RotaryEmbedding" and node.attributes.get_int("num_heads", 0) == operand.heads:
+                node.attributes["num_heads"] = ir.AttrInt64("num_heads", heads)
+            for value in node.outputs:
                 if value is not stem and not value.is_graph_output():
                     value.shape = None
         if operand.past is not None and operand.past_head_axis is not None:
@@ -244,6 +259,9 @@ class _Editor:
 
     def _attend(self, replacement: Replacement) -> None:
         site, spec = replacement.site, replacement.spec
+        if (kept := self._kept_operator(site)) is not None:
+            self._put_back(kept, spec.kv_heads)
+            return
         k, v = self.seams[site.k.seam], self.seams[site.v.seam]
         q = self.seams.get(site.q.seam, (self.value(site.q.seam), site.q.seam_axes))
         if self.capture.flow.nodes[site.anchor].op == "Attention" and self._keep_operator(site, spec.kv_heads, k, v):
@@ -258,7 +276,8 @@ class _Editor:
         ]
         dtype = self.capture.element_type(site.output) or output.dtype or ir.DataType.FLOAT
         bias = self._bias(nodes, site, dtype)
-        if self.opset in (23, 24) and spec.softcap is None and not spec.masked_rows_are_zero and not spec.sinks:
+        plain = spec.softcap is None and not spec.masked_rows_are_zero and not spec.sinks
+        if self.opset in (23, 24) and plain and self._bias_has_queries(site):
             attended = self._standard(nodes, site, spec.causal, operands, bias)
         else:
             attended = self._function(nodes, replacement, operands, bias, dtype)
@@ -287,6 +306,48 @@ class _Editor:
         if flat:
             anchor.attributes["kv_num_heads"] = ir.AttrInt64("kv_num_heads", kv_heads)
         return True
+
+    def _kept_operator(self, site: AttentionSite) -> WrittenOut | None:
+        """The fused operator that this site was written out from, if it goes on with fewer key/value heads."""
+        written = self.capture.written_out.get(site.owner)
+        return written if written is not None and written.native else None
+
+    def _stem_is_inside(self, kept: WrittenOut, role: str, operand: Operand) -> bool:
+        """Whether all between the projection and the operator only moves elements, so that it can be fed directly."""
+        given = kept.operand(role)
+        if given is None:  # packed with another operand
+            return True
+        flow = self.capture.flow
+        before, stem = flow.producer(given.name or ""), flow.producer(operand.stem)
+        return before is None or stem is None or before.index <= stem.index
+
+    def _put_back(self, kept: WrittenOut, kv_heads: int) -> None:
+        """The fused operator again, in place of what it was written out in, on fewer key/value heads."""
+        inputs = list(kept.inputs)
+        for position, role in enumerate("qkv"):
+            inputs[position] = self.fed.get(role, inputs[position])
+        attributes = [a for a in kept.node.attributes.values() if a.name != "kv_num_heads"]
+        if kept.flat:
+            attributes.append(ir.AttrInt64("kv_num_heads", kv_heads))
+        node = ir.Node(
+            kept.node.domain, kept.node.op_type, inputs, attributes, num_outputs=len(kept.outputs), name=kept.node.name
+        )
+        node.metadata_props.update(kept.node.metadata_props)
+        last = self.value(kept.outputs[0]).producer()
+        assert last is not None
+        self.graph.insert_after(last, node)
+        for position, (name, new) in enumerate(zip(kept.outputs, node.outputs, strict=True)):
+            if not name:
+                continue
+            old = self.value(name)
+            new.type, new.shape = old.type, old.shape
+            old.replace_all_uses_with(new, replace_graph_outputs=True)
+            old.name, new.name = self.write.unique(f"{name}_before"), name
+            self.dead += [n for n in [old.producer()] if n is not None]
+            if position:
+                _resize(new, 1, kv_heads)
+        for past in kept.pasts:
+            _resize(past, 1, kv_heads)
 
     def _operator_scale(self, site: AttentionSite) -> float:
         scale = self.capture.flow.nodes[site.anchor].attrs.get("scale")
@@ -358,6 +419,13 @@ class _Editor:
         if len(self.capture.flow.shape(modifier.value)) == 3 and self.capture.flow.shape(modifier.value)[0] != 1:
             value = self._lead(nodes, value, [-1, heads], [1, 2], f"{name}.by_head")
         return value
+
+    def _bias_has_queries(self, site: AttentionSite) -> bool:
+        """Whether masks and biases have a row per query, which onnxruntime's Attention insists on."""
+        shape = self.capture.flow.shape
+        shapes = [shape(m.value) for m in site.modifiers if m.kind in {"bias", "mask", "unmask"} and m.value]
+        queries = shape(site.q.seam)[next(i for i, a in enumerate(site.q.seam_axes) if "s" in a)]
+        return not shapes or np.broadcast_shapes(*shapes, (1, 1))[-2] == queries
 
     def _standard(
         self, nodes: list[ir.Node], site: AttentionSite, causal: bool, operands: list[ir.Value], bias: ir.Value | None
