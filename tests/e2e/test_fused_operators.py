@@ -38,7 +38,7 @@ def test_what_the_operator_does_inside_is_read(name: str, tmp_path: Path) -> Non
     assert matches.refusals == () and len(matches.sites) == LAYERS
     for layer, site in enumerate(matches.sites):
         assert site.layer == layer and (site.heads, site.kv_heads, site.head_dim) == (HEADS, kv_heads(case), DIM)
-        assert site.causal is (name not in {"mha-bias-mask", "attention24-mask-softcap"})
+        assert site.causal is (name not in {"mha-bias-mask", "mha-cache-outside", "attention24-mask-softcap"})
         assert site.cached is case.cached
         turned = "rotary" in name or "window" in name or "turned" in name or name in {"gqa-grouped", "gqa-no-cache"}
         assert (site.k.rotary is not None) is (turned or name == "gqa-normed-before")

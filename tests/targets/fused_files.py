@@ -206,8 +206,21 @@ def group_query(
     return attend
 
 
-def multi_head(*, packing: str = "", bias: bool = False, mask: bool = True, past: bool = False, **attrs: Any) -> Attend:
-    """com.microsoft MultiHeadAttention; `packing` is "", "kv" or "qkv"."""
+def grown(graph: Graph, new: str, past: str, present: str) -> str:
+    """[B, S, heads * D] joined to the cache [B, heads, P, D], which is returned, and flattened again."""
+    shape = graph.constant(f"{new}.shape", np.array([0, 0, HEADS, DIM]))
+    apart = graph.op(
+        "Transpose", [graph.op("Reshape", [new, shape], f"{new}.split")], f"{new}.heads", perm=[0, 2, 1, 3]
+    )
+    graph.op("Concat", [past, apart], present, axis=2)
+    back = graph.op("Transpose", [present], f"{new}.back", perm=[0, 2, 1, 3])
+    return graph.op("Reshape", [back, graph.constant(f"{new}.flat", np.array([0, 0, HEADS * DIM]))], f"{new}.grown")
+
+
+def multi_head(
+    *, packing: str = "", bias: bool = False, mask: bool = True, past: bool = False, outside: bool = False, **attrs: Any
+) -> Attend:
+    """com.microsoft MultiHeadAttention; `packing` is "", "kv" or "qkv"; `outside` grows the caches in front of it."""
 
     def attend(graph: Graph, layer: int, x: str) -> str:
         name = f"layers.{layer}"
@@ -225,6 +238,9 @@ def multi_head(*, packing: str = "", bias: bool = False, mask: bool = True, past
         if bias:
             vector = graph.constant(f"{name}.bias", np.concatenate([graph.queries(), graph.heads(), graph.heads()]))
         held, present = caches(graph, layer) if past else (["", ""], [])
+        if outside:
+            operands[1:] = [grown(graph, *of) for of in zip(operands[1:], held, present, strict=True)]
+            held, present = ["", ""], []
         inputs = [*operands, vector, "key_padding" if mask else "", "", *held]
         while inputs[-1] == "":
             inputs.pop()
@@ -303,6 +319,7 @@ FUSED: Mapping[str, FusedCase] = {
     "mha-bias-mask": FusedCase(multi_head(bias=True), with_padding, native=False, cached=False),
     "mha-cache": FusedCase(multi_head(past=True, unidirectional=1), with_padding, native=False),
     "mha-cache-bias": FusedCase(multi_head(past=True, bias=True, unidirectional=1), with_padding, native=False),
+    "mha-cache-outside": FusedCase(multi_head(past=True, outside=True), with_padding, native=False),
     "mha-packed-qkv": FusedCase(multi_head(packing="qkv", mask=False), lambda g: None, native=False, cached=False),
     "mha-packed-kv": FusedCase(multi_head(packing="kv", mask=False), lambda g: None, native=False, cached=False),
     "attention23": FusedCase(standard(flat=False, is_causal=1), lambda g: None, opset=23),
