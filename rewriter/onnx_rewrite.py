@@ -93,7 +93,9 @@ def rewrite_onnx(
     )
     with watch.stage("install"):
         done = install(captured, decision.replacements, target=decision.target, version=rewriter.__version__)
-    site_rows = tuple(replace(row, exact=d.exact) for row, d in zip(site_rows, done, strict=True))
+    site_rows = tuple(
+        replace(row, exact=d.exact, requantised=d.requantisation_error) for row, d in zip(site_rows, done, strict=True)
+    )
     fidelity = None
     if verify:
         with watch.stage("verify"):

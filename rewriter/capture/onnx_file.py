@@ -23,6 +23,7 @@ from passes.provenance import PASS_THROUGH
 from rewriter.capture.feeds import MaskStyle, candidate_sizes, make_feeds
 from rewriter.capture.onnx_constants import constant_tensor
 from rewriter.capture.onnx_vocabulary import OPERATORS
+from rewriter.capture.quantised import QuantisedProduct, quantised_product
 from rewriter.capture.unfuse import WrittenOut, obstacle
 from rewriter.errors import UnsupportedModel, first_line
 
@@ -60,6 +61,7 @@ class OnnxCapture:
         sizes: (batch, length, past) of the recording.
         feeds: the recorded inputs.
         written_out: fused operators that standard ones stand for in `model`, by the scope of what stands for them.
+        quantised: products with quantised weights by node index; `flow` shows each as a product with a float matrix.
     """
 
     model: ir.Model
@@ -70,6 +72,7 @@ class OnnxCapture:
     sizes: tuple[int, int, int]
     feeds: Mapping[str, Array]
     written_out: Mapping[str, WrittenOut] = field(default_factory=dict)
+    quantised: Mapping[int, QuantisedProduct] = field(default_factory=dict)
 
     def element_type(self, name: Value) -> ir.DataType | None:
         """What onnxruntime inferred for a recorded value; files need not say it."""
@@ -106,15 +109,16 @@ def capture(model: ir.Model, written_out: Mapping[str, WrittenOut] | None = None
     _name_everything(model)
     nodes = tuple(model.graph)
     values = {v.name: v for v in _values(model) if v.name}
+    products = {i: p for i, n in enumerate(nodes) if (p := quantised_product(n)) is not None}
     flow = Flow(
-        tuple(_node(i, n) for i, n in enumerate(nodes)),
+        _shown(nodes, products),
         tuple(v.name for v in model.graph.inputs if v.name and v.name not in model.graph.initializers),
         tuple(v.name for v in model.graph.outputs if v.name),
-        _weights(model, nodes),
+        _weights(model, nodes) | _matrices(products.values()),
         lambda name: (_ for _ in ()).throw(KeyError(name)),
         _float_dtype(model),
     )
-    constants = _Constants(model)
+    constants = _Constants(model, {p.name: p for p in products.values()})
     flow = replace(flow, read=partial(_read, {}, constants))
     fused = written_out or {}
     wanted = _wanted(flow) | {v.name for w in fused.values() for v in w.inputs if v is not None and v.name}
@@ -129,6 +133,7 @@ def capture(model: ir.Model, written_out: Mapping[str, WrittenOut] | None = None
         sizes,
         feeds,
         fused,
+        products,
     )
 
 
@@ -221,8 +226,8 @@ def _widened(array: Array) -> Array:
 class _Constants:
     """Values that no input reaches: initializers, Constant nodes, and what is computed from them."""
 
-    def __init__(self, model: ir.Model) -> None:
-        self.model = model
+    def __init__(self, model: ir.Model, matrices: Mapping[str, QuantisedProduct]) -> None:
+        self.model, self.matrices = model, matrices
         self._computed: dict[str, Array] = {}
         self._producers = {o.name: n for n in model.graph for o in n.outputs if o.name}
 
@@ -230,6 +235,8 @@ class _Constants:
         initializer = self.model.graph.initializers.get(name)
         if initializer is not None and initializer.const_value is not None:
             return _numpy(initializer.const_value)
+        if name in self.matrices:
+            return self.matrices[name].matrix
         if name not in self._computed:
             self._computed[name] = self._compute(name)
         return self._computed[name]
@@ -365,9 +372,48 @@ def _float_dtype(model: ir.Model) -> str:
         if tensor is not None and tensor.dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16):
             counts[tensor.dtype.name] = counts.get(tensor.dtype.name, 0) + int(tensor.size)
     name = max(counts, key=lambda k: counts[k]) if counts else "FLOAT"
-    if any(n.op_type == "QuantizeLinear" for n in model.graph):
+    if any(_rounds(n) for n in model.graph):
         return "int8"
     return {"FLOAT": "float32", "FLOAT16": "float16", "BFLOAT16": "bfloat16"}[name]
+
+
+def _rounds(node: ir.Node) -> bool:
+    """Whether an operator quantises activations."""
+    if node.op_type == "MatMulNBits":
+        return node.attributes.get_int("accuracy_level", 0) == 4
+    return node.op_type in {"QuantizeLinear", "DynamicQuantizeLinear", "DynamicQuantizeMatMul"}
+
+
+def _matrices(products: Iterable[QuantisedProduct]) -> dict[Value, Weight]:
+    """The float matrices that quantised weights stand for."""
+    held = {p.name: p for p in products}
+    return {n: Weight(n, p.shape, f"int{p.bits}", len(p.codes.uses())) for n, p in held.items()}
+
+
+def _shown(nodes: Sequence[ir.Node], products: Mapping[int, QuantisedProduct]) -> tuple[Node, ...]:
+    """Nodes as the flow shows them: what quantises activations for products that are shown as one reads nothing."""
+    shown = {id(p.node) for p in products.values()}
+    inner = {id(n): n for p in products.values() for n in p.hidden}
+    while read := {k for k, n in inner.items() if not _users(n) <= inner.keys() | shown}:
+        inner = {k: n for k, n in inner.items() if k not in read}
+    return tuple(
+        _product(i, n, products[i])
+        if i in products
+        else replace(_node(i, n), op="Folded", inputs=())
+        if id(n) in inner
+        else _node(i, n)
+        for i, n in enumerate(nodes)
+    )
+
+
+def _users(node: ir.Node) -> set[int]:
+    return {id(user) for output in node.outputs for user, _ in output.uses()}
+
+
+def _product(index: int, node: ir.Node, product: QuantisedProduct) -> Node:
+    bias = (product.bias.name or "",) if product.bias is not None else ()
+    inputs = (product.x.name or "", product.name, *bias)
+    return replace(_node(index, node), op="Gemm" if bias else "MatMul", domain="", attrs={}, inputs=inputs)
 
 
 def _node(index: int, node: ir.Node) -> Node:

@@ -23,6 +23,7 @@ from passes.weights.projection import operand_bias, operand_weight
 from rewriter.capture.onnx_file import OnnxCapture
 from rewriter.capture.unfuse import WrittenOut
 from rewriter.install.onnx_obstacles import fused_shape, shares_projection, unflattened_input
+from rewriter.install.onnx_quantised import emit_product
 from rewriter.install.onnx_weights import emit_like
 from rewriter.onnx_nodes import NodeWriter
 
@@ -91,6 +92,7 @@ class _Editor:
         taken = set(self.capture.values) | {n.name for n in self.capture.nodes if n.name}
         self.write = NodeWriter(self.graph, taken)
         added = (w.constants for w in self.capture.written_out.values())
+        self._rounded = any(n.op_type == "QuantizeLinear" for n in self.capture.nodes)
         self._stored = frozenset(self.graph.initializers).difference(*added)
 
     # ------------------------------------------------------------ one site
@@ -109,7 +111,7 @@ class _Editor:
         self._attend(replacement)
         removed = self._sweep(self._old_nodes(site))
         removed += self._sweep(self._release_shapes(site))
-        exact = replacement.exact and error < 1e-6 and self.capture.flow.dtype != "int8"
+        exact = replacement.exact and error < 1e-6 and not self._rounded
         return Installed(site.name, tuple(n for n in removed if n in self._stored), error, exact)
 
     def _reproject(
@@ -120,20 +122,8 @@ class _Editor:
         stem = self.value(operand.stem)
         order = list(operand.stem_features)
         rows = weight.reshape(heads, operand.dim, -1)[:, order].reshape(heads * operand.dim, -1)
-        old = self.value(projection.weight)
-        emitted = emit_like(
-            old, rows if projection.out_first else rows.T, f"{site.name}.{role}.weight", self.write.unique
-        )
-        if not emitted.nodes:
-            emitted.value = self._share(emitted.value)
-        nodes = list(emitted.nodes)
-        x = self._three_axes(operand)
         tokens = ("b", "s") if operand.batch_first else ("s", "b")
-        matrix = emitted.value
-        if projection.out_first:
-            matrix = self.write.op(nodes, "Transpose", [matrix], f"{site.name}.{role}.weight_t", perm=[1, 0])
-        out = self.write.op(nodes, "MatMul", [x, matrix], f"{site.name}.{role}.matmul")
-        stored = list(emitted.initializers)
+        nodes, stored, out, error = self._project(operand, rows, f"{site.name}.{role}")
         if bias is not None:
             vector = bias.reshape(heads, operand.dim)[:, order].reshape(-1)
             assert projection.bias is not None
@@ -161,11 +151,30 @@ class _Editor:
                 self.graph.register_initializer(value)
         if inside:
             self.fed[role] = out
-            return emitted.error
+            return error
         self._rewire(operand, stem, out, heads)
         self.seams[operand.seam] = (out, axes) if operand.seam == operand.stem else (
             self.value(operand.seam), operand.seam_axes)  # fmt: skip
-        return emitted.error
+        return error
+
+    def _project(
+        self, operand: Operand, rows: Array, name: str
+    ) -> tuple[list[ir.Node], list[ir.Value], ir.Value, float]:
+        """(nodes, initializers, result without bias, requantisation error) of the product with `rows` [out, in]."""
+        projection, x = operand.projection, self._three_axes(operand)
+        quantised = self.capture.quantised.get(projection.node)
+        if quantised is not None:
+            product = emit_product(quantised, x, rows.T, f"{name}.weight", self.write.unique)
+            return product.nodes, product.initializers, product.value, product.error
+        old = self.value(projection.weight)
+        emitted = emit_like(old, rows if projection.out_first else rows.T, f"{name}.weight", self.write.unique)
+        if not emitted.nodes:
+            emitted.value = self._share(emitted.value)
+        nodes, matrix = list(emitted.nodes), emitted.value
+        if projection.out_first:
+            matrix = self.write.op(nodes, "Transpose", [matrix], f"{name}.weight_t", perm=[1, 0])
+        out = self.write.op(nodes, "MatMul", [x, matrix], f"{name}.matmul")
+        return nodes, list(emitted.initializers), out, emitted.error
 
     def _share(self, value: ir.Value) -> ir.Value:
         """Equal new initializers are stored once: weights that layers shared stay shared."""

@@ -252,7 +252,7 @@ def _holds_logits(model: ir.Model, name: str, roles: tuple[InputRole, ...]) -> b
 def tolerance(model: ir.Model) -> float:
     """How far outputs of an exact rewrite may lie apart, relative to their largest magnitude."""
     kinds = {node.op_type for node in model.graph}
-    if kinds & {"DynamicQuantizeLinear", "QuantizeLinear"}:
+    if kinds & {"DynamicQuantizeLinear", "DynamicQuantizeMatMul", "QuantizeLinear"}:
         return QUANTISED_TOLERANCE
     types = {value.dtype for value in model.graph.initializers.values() if value.dtype is not None}
     return max((TOLERANCE[dtype] for dtype in types if dtype in TOLERANCE), default=TOLERANCE[ir.DataType.FLOAT])

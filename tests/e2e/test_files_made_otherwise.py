@@ -11,7 +11,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from onnx import helper
-from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
 import rewriter
 from rewriter.capture.feeds import make_feeds
@@ -139,13 +139,6 @@ def test_fake_quantised_weights_stay_quantised(zoo_onnx: ZooOnnx, tmp_path: Path
     assert done.rewrite_report.fidelity is not None and done.rewrite_report.fidelity.cosine > 0.999
     new = [v for v in done.model.graph.initializers.values() if v.name and v.name.endswith("weight_quantized")]
     assert len(new) == 4 and {v.const_value.dtype.name for v in new if v.const_value is not None} == {"INT8"}
-
-
-def test_dynamically_quantised_projections_are_refused_with_advice(zoo_onnx: ZooOnnx, tmp_path: Path) -> None:
-    path = tmp_path / "bert.int8.onnx"
-    quantize_dynamic(str(zoo_onnx(ZOO["bert-eager"], "torchscript17")), str(path), weight_type=QuantType.QInt8)
-    with pytest.raises(NothingToRewrite, match="rewrite the float model and quantise it afterwards"):
-        rewriter.optimize(path, "gqa2")
 
 
 class _Flattened(torch.nn.Module):
