@@ -432,7 +432,7 @@ def _describe(flow: Flow, output: Value) -> Projection:
     operands = flow.projection_operands(node)
     assert operands is not None
     x, w = (node.inputs[i] for i in operands)
-    if node.op in {"MatMulInteger", "MatMulNBits"}:
+    if node.op in {"MatMulInteger", "MatMulNBits", "QLinearMatMul"}:
         raise NotUnderstood(
             f"the projection's weight is stored for {node.op}; rewrite the float model and quantise it afterwards"
         )

@@ -441,7 +441,9 @@ def _node(index: int, node: ir.Node) -> Node:
 def _canonical_op(node: ir.Node) -> str:
     if node.domain in ("", "ai.onnx"):
         return node.op_type
-    known = CONTRACTIONS | {"RotaryEmbedding", "SimplifiedLayerNormalization", "GroupedQueryAttention"}
+    known = CONTRACTIONS | {
+        "RotaryEmbedding", "SimplifiedLayerNormalization", "GroupedQueryAttention", "QLinearSoftmax",
+    }  # fmt: skip
     if node.domain == "com.microsoft" and node.op_type in _FOREIGN:
         return "MultiHeadAttention"
     if node.domain == FUNCTION_DOMAIN:
@@ -506,7 +508,8 @@ def _wanted(flow: Flow) -> set[Value]:
 
 def unflattened(flow: Flow, value: Value) -> Iterator[Value]:
     """What a projection's input was before its tokens were flattened."""
-    while (node := flow.producer(value)) is not None and node.op in {"Reshape", "Flatten", "Identity", "Cast"}:
+    passed = {"Reshape", "Flatten", "Identity", "Cast", "QuantizeLinear", "DequantizeLinear"}
+    while (node := flow.producer(value)) is not None and node.op in passed:
         value = node.inputs[0]
         yield value
 

@@ -115,7 +115,7 @@ def test_weights_as_constant_nodes(twin: Callable[[str], Path], perturbed: bool)
     require(path, perturbed)
 
 
-class _Calibration(CalibrationDataReader):
+class Calibration(CalibrationDataReader):
     def __init__(self, source: Path) -> None:
         model = load(source)
         self._feeds: Iterator[dict[str, np.ndarray]] = iter(
@@ -130,7 +130,7 @@ def test_fake_quantised_weights_stay_quantised(zoo_onnx: ZooOnnx, tmp_path: Path
     source, path = tmp_path / "vit.onnx", tmp_path / "vit.qdq.onnx"
     twin_file(ZOO["vit-eager"], zoo_onnx(ZOO["vit-eager"], "torchscript17"), source, perturbed=False)
     quantize_static(
-        str(source), str(path), _Calibration(source), quant_format=QuantFormat.QDQ, weight_type=QuantType.QInt8,
+        str(source), str(path), Calibration(source), quant_format=QuantFormat.QDQ, weight_type=QuantType.QInt8,
         op_types_to_quantize=["MatMul"],
     )  # fmt: skip
     done = rewriter.optimize(path, "gqa2")

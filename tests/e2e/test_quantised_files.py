@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,14 +11,24 @@ import onnx
 import onnxruntime as ort
 import pytest
 from onnx import numpy_helper
-from onnxruntime.quantization import QuantType, quantize_dynamic
+from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
 from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
 import rewriter
+from passes.match.scores import INTEGER_SCORES
+from passes.replay import TOLERANCES
 from rewriter.capture.onnx_load import load
 from rewriter.capture.quantised import QuantisedProduct, quantised_product
 from rewriter.errors import NothingToRewrite
 from rewriter.onnx_rewrite import match_onnx
+from tests.e2e.test_files_made_otherwise import Calibration
+from tests.match.test_replay import (
+    keys_for_values,
+    replayed,
+    rolled_heads,
+    shifted_rows,
+    swapped_value_features,
+)
 from tests.targets.lossless_twin import twin_file
 from tests.zoo.models import ZOO
 
@@ -155,3 +166,57 @@ def test_blocks_in_a_form_that_is_not_read_are_refused_with_advice(zoo_onnx: Zoo
         node.input.append(points.name)
     with pytest.raises(NothingToRewrite, match="rewrite the float model and quantise it afterwards"):
         rewriter.optimize(model, "gqa2")
+
+
+# ------------------------------------------------------------------ activations quantised by fixed scales
+
+
+def static(source: Path, form: QuantFormat, operators: list[str] | None) -> Path:
+    out = source.with_suffix(f".{form.name}.onnx")
+    quantize_static(
+        str(source), str(out), Calibration(source), quant_format=form, weight_type=QuantType.QInt8,
+        op_types_to_quantize=operators,
+    )  # fmt: skip
+    return out
+
+
+def twin_of(name: str, zoo_onnx: ZooOnnx, folder: Path) -> Path:
+    source = folder / f"{name}.onnx"
+    twin_file(ZOO[name], zoo_onnx(ZOO[name], "torchscript17"), source)
+    return source
+
+
+@pytest.mark.parametrize("name", ["bert-eager", "gpt2-eager"])
+def test_fake_quantisation_is_executed_again_in_replay(name: str, zoo_onnx: ZooOnnx, tmp_path: Path) -> None:
+    """Scores that are masked, and operands beyond what was calibrated, saturate: replay must saturate alike."""
+    path = static(twin_of(name, zoo_onnx, tmp_path), QuantFormat.QDQ, None)
+    captured, matches = match_onnx(load(path))
+    assert captured.flow.dtype == "int8" and matches.refusals == () and len(matches.sites) == 2
+    limit, flow = TOLERANCES["int8"], captured.flow
+    for evidence in matches.evidence.values():
+        assert evidence.path.roundings
+        assert replayed(flow, evidence).worst < limit
+        assert replayed(flow, replace(evidence, path=replace(evidence.path, roundings=()))).scores > 1e3
+        for change in (shifted_rows, rolled_heads, swapped_value_features, keys_for_values):
+            assert replayed(flow, change(evidence)).worst > 2 * limit, change.__name__
+    done = rewriter.optimize(path, "gqa2")
+    assert [row.exact for row in done.rewrite_report.sites] == [False, False]
+    held = {v.name: v.const_value for v in done.model.graph.initializers.values()}
+    new = [t for n, t in held.items() if n is not None and ".weight_quantized" in n and n not in names(path)]
+    assert new and {t.dtype.name for t in new if t is not None} == {"INT8"}
+
+
+def names(path: Path) -> set[str]:
+    return {t.name for t in onnx.load(path).graph.initializer}
+
+
+@pytest.mark.parametrize("operators", [None, ["MatMul"]], ids=["all", "products"])
+@pytest.mark.parametrize("name", ["bert-eager", "vit-eager"])
+def test_scores_in_integers_are_refused_with_advice(
+    name: str, operators: list[str] | None, zoo_onnx: ZooOnnx, tmp_path: Path
+) -> None:
+    path = static(twin_of(name, zoo_onnx, tmp_path), QuantFormat.QOperator, operators)
+    assert any(n.op_type == "QLinearMatMul" for n in onnx.load(path).graph.node)
+    _, matches = match_onnx(load(path))
+    assert matches.sites == () and matches.not_attention == ()
+    assert [r.reason for r in matches.refusals] == [INTEGER_SCORES] * 2
