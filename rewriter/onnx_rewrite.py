@@ -47,13 +47,18 @@ def match_capture(captured: OnnxCapture) -> Matches:
     matches = without_unfaithful(captured, find_attention(captured.flow))
     if matches.sites and (other := captured.other) is not None:
         matches = confirm(matches, find_attention(other.flow))
-    hidden = tuple(
-        Refusal(
-            name, len(captured.nodes), f"a softmax stands in a body of {op}, and control flow is not looked into", -1
-        )
-        for name, op in hidden_anchors(captured.model)
-    )
+    hidden = tuple(Refusal(name, len(captured.nodes), _in_body(op), -1) for name, op in hidden_anchors(captured.model))
     return replace(matches, refusals=(*matches.refusals, *hidden))
+
+
+def _in_body(operator: str) -> str:
+    reason = f"a softmax stands in a body of {operator}, and control flow is not looked into"
+    if operator != "If":
+        return reason
+    return (
+        f"{reason}; if a flag such as use_cache_branch chooses between a decoder's first and later steps, rewrite the "
+        "two files that were merged (the decoder, and the decoder with past) and use them, or merge them again"
+    )
 
 
 def _installable(captured: OnnxCapture, decision: Decision) -> Decision:

@@ -41,6 +41,8 @@ def cpu_session(model: ir.Model | Path, *, threads: int = 1) -> Any:
     import onnxruntime as ort
 
     options = session_options(threads)
+    # what is beyond lays out convolutions only, and crashes the process on some float16 files (1.31)
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     providers = ["CPUExecutionProvider"]
     if isinstance(model, Path):
         return ort.InferenceSession(str(model), options, providers=providers)

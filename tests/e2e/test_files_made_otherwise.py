@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -103,6 +105,19 @@ def test_float16(twin: Callable[[str], Path], perturbed: bool) -> None:
     assert "FLOAT16" in stored and "FLOAT" not in stored
 
 
+OPTIMISE = "import rewriter, sys; print(len(rewriter.optimize(sys.argv[1], 'gqa2').rewrite_report.sites))"
+
+
+def test_a_float16_file_on_which_onnxruntime_crashes_is_verified(zoo_onnx: ZooOnnx, tmp_path: Path) -> None:
+    """At its highest optimisation level onnxruntime 1.31 kills the process on this file, hence a process of its own."""
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    path = tmp_path / "half.onnx"
+    onnx.save(convert_float_to_float16(onnx.load(zoo_onnx(ZOO["mha-batch-first"], "dynamo18"))), path)
+    done = subprocess.run([sys.executable, "-c", OPTIMISE, str(path)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, "2"), done.stderr[-2000:]
+
+
 def test_weights_as_constant_nodes(twin: Callable[[str], Path], perturbed: bool) -> None:
     source = twin("bert-eager")
     model = onnx.load(source)
@@ -181,5 +196,6 @@ def test_attention_in_a_branch_is_named(zoo_onnx: ZooOnnx, tmp_path: Path) -> No
     onnx.save(helper.make_model(graph, opset_imports=inner.opset_import, ir_version=inner.ir_version), path)
     sites = rewriter.inspect(path).to_dict()["sites"]
     assert [s["status"] for s in sites] == ["refused"] and "body of If" in sites[0]["reason"]
+    assert "rewrite the two files that were merged" in sites[0]["reason"]
     with pytest.raises(NothingToRewrite, match="control flow"):
         rewriter.optimize(path, "gqa2")
