@@ -37,17 +37,6 @@ _ELEMENT_TYPES = {
 }
 
 
-_FOREIGN = frozenset(
-    {
-        "Attention", "DecoderAttention", "DecoderMaskedMultiHeadAttention", "DecoderMaskedSelfAttention",
-        "DynamicSparseAttention", "GroupQueryAttention", "LongformerAttention", "MultiHeadAttention", "PackedAttention",
-        "PackedMultiHeadAttention", "PagedAttention", "QAttention", "QOrderedAttention",
-        "QOrderedLongformerAttention", "SparseAttention", "SparsePagedAttention",
-    }
-)  # fmt: skip
-"""com.microsoft's operators that weigh values by a softmax of scores."""
-
-
 @dataclass(frozen=True)
 class OnnxCapture:
     """A model file and its view.
@@ -444,7 +433,8 @@ def _canonical_op(node: ir.Node) -> str:
     known = CONTRACTIONS | {
         "RotaryEmbedding", "SimplifiedLayerNormalization", "GroupedQueryAttention", "QLinearSoftmax",
     }  # fmt: skip
-    if node.domain == "com.microsoft" and node.op_type in _FOREIGN:
+    # an attention of whatever kind has a softmax inside, unless it is linear
+    if node.domain == "com.microsoft" and node.op_type.endswith("Attention") and not node.op_type.startswith("Linear"):
         return "MultiHeadAttention"
     if node.domain == FUNCTION_DOMAIN:
         return "GroupedQueryAttention"

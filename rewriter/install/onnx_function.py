@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from codegen.ops.grouped_query_attention.onnx_body import DOMAIN, attributes, function, function_name
-from passes.dataflow import Array, Value
+from passes.dataflow import Array, Flow, Value
 from passes.site import AttentionSite, Modifier, Operand
 from passes.targets.replacement import Replacement
 from passes.weights.projection import operand_bias, operand_weight
@@ -502,59 +502,71 @@ class _Editor:
         return removed
 
     def _release_shapes(self, site: AttentionSite) -> list[ir.Node]:
-        """Where only shapes of old projections are still read, read them off the projection's input instead.
+        """Where only shapes of old projections or scores are still read, read them off the projections' inputs instead.
 
         Returns the nodes that nothing reads any more.
         """
+        flow = self.capture.flow
         released: list[ir.Node] = []
         for operand in (site.q, site.k, site.v):
-            node = self.capture.nodes[operand.projection.node]
-            if node.graph is None:
-                continue
-            names = [*self.capture.flow.nodes[operand.projection.node].outputs, operand.projection.output, operand.stem]
-            names += [v for i in operand.path for v in self.capture.flow.nodes[i].outputs]
-            for name in dict.fromkeys(names):
-                value = self.capture.values.get(name)
-                readers = {id(n): n for n, _ in value.uses()} if value is not None else {}
-                if all(n.op_type == "Shape" for n in readers.values()):
-                    released += [n for n in readers.values() if self._release(n, name, operand)]
-        return released
+            names = [*flow.nodes[operand.projection.node].outputs, operand.projection.output, operand.stem]
+            names += [v for i in operand.path for v in flow.nodes[i].outputs]
+            if self.capture.nodes[operand.projection.node].graph is not None:
+                released += self._released(names, [operand])
+        scores = [v for i in site.nodes if self.capture.nodes[i].graph is not None for v in flow.nodes[i].outputs]
+        return released + self._released(scores, [site.q, site.k])
 
-    def _release(self, reader: ir.Node, name: Value, operand: Operand) -> bool:
-        x = self._three_axes(operand)
-        parts = self._dimensions(name, x)
+    def _released(self, names: Sequence[Value], operands: Sequence[Operand]) -> list[ir.Node]:
+        """Readers of nothing but the shapes of these values, whose shapes come from elsewhere now."""
+        done: list[ir.Node] = []
+        for name in dict.fromkeys(names):
+            value = self.capture.values.get(name)
+            readers = {id(n): n for n, _ in value.uses()} if value is not None else {}
+            if all(n.op_type == "Shape" for n in readers.values()):
+                done += [n for n in readers.values() if self._release(n, name, operands)]
+        return done
+
+    def _release(self, reader: ir.Node, name: Value, operands: Sequence[Operand]) -> bool:
+        parts = self._dimensions(name, [self._three_axes(o) for o in operands])
         if parts is None:
             return False
         start = reader.attributes.get_int("start", 0)
         end = reader.attributes.get_int("end", len(parts))
         nodes: list[ir.Node] = []
         stem = f"{reader.outputs[0].name}_released"
-        shape = self.write.op(nodes, "Shape", [x], f"{stem}.input")
-        pieces = [
-            self.write.ints([number], f"{stem}.size")
-            if axis is None
-            else self.write.op(nodes, "Gather", [shape, self.write.ints([axis], f"{stem}.axis")], f"{stem}.dim")
-            for axis, number in parts[start:end]
-        ]
-        whole = self.write.op(nodes, "Concat", pieces, stem, axis=0)
+        whole = self.write.op(
+            nodes, "Concat", [self._dimension(nodes, p, stem) for p in parts[start:end]], stem, axis=0
+        )
         self.graph.insert_after(reader, nodes)
         reader.outputs[0].replace_all_uses_with(whole)
         return True
 
-    def _dimensions(self, name: Value, x: ir.Value) -> list[tuple[int | None, int]] | None:
-        """Each dimension of a value as (axis of `x`, size) or (None, constant), told from two recordings."""
+    def _dimension(self, nodes: list[ir.Node], part: tuple[ir.Value, int] | int, stem: str) -> ir.Value:
+        if isinstance(part, int):
+            return self.write.ints([part], f"{stem}.size")
+        x, axis = part
+        shape = self.write.op(nodes, "Shape", [x], f"{stem}.input")
+        return self.write.op(nodes, "Gather", [shape, self.write.ints([axis], f"{stem}.axis")], f"{stem}.dim")
+
+    def _dimensions(self, name: Value, sources: Sequence[ir.Value]) -> list[tuple[ir.Value, int] | int] | None:
+        """Each dimension of a value as (source, its axis) or a constant, told from two recordings."""
         first = self.capture.flow
         other = self.capture.other
         second = other.flow if other is not None else first
-        assert x.name is not None
-        lead, other_lead = first.shape(x.name), second.shape(x.name)
-        parts: list[tuple[int | None, int]] = []
+        axes = [(x, axis) for x in sources for axis in (0, 1)]
+        parts: list[tuple[ir.Value, int] | int] = []
         for size, later in zip(first.shape(name), second.shape(name), strict=True):
-            axis = next((a for a in (0, 1) if (size, later) == (lead[a], other_lead[a]) and size != later), None)
-            if axis is None and size != later:
+            like = (p for p in axes if self._sizes(p, first, second) == (size, later))
+            found = next(like, None) if size != later else None
+            if found is None and size != later:
                 return None
-            parts.append((axis, size))
+            parts.append(size if found is None else found)
         return parts
+
+    def _sizes(self, part: tuple[ir.Value, int], first: Flow, second: Flow) -> tuple[int, int]:
+        x, axis = part
+        assert x.name is not None
+        return first.shape(x.name)[axis], second.shape(x.name)[axis]
 
 
 def _resize(value: ir.Value, axis: int, heads: int) -> None:
