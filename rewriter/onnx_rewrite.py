@@ -34,13 +34,25 @@ def match_onnx(model: ir.Model) -> tuple[OnnxCapture, Matches]:
     return captured, match_capture(captured)
 
 
-def _unfuse_rewritable(model: ir.Model, spare: ir.Model, target: Any, layers: str | None) -> dict[str, WrittenOut]:
-    """Write out just those fused operators whose attention will be rewritten, found out on a spare copy."""
+def _unfuse_rewritable(
+    model: ir.Model, spare: ir.Model, target: Any, layers: str | None
+) -> tuple[dict[str, WrittenOut], tuple[tuple[str, str], ...]]:
+    """Write out just those fused operators whose attention will be rewritten, found out on a spare copy.
+
+    Also gives (name, reason) of what is refused there.
+    """
     if not fused_nodes(model):
-        return {}
+        return {}, ()
     captured, matches = match_onnx(spare)
     decision = _installable(captured, decide(captured.flow, matches, target, layers))
-    return unfuse(model, {r.site.owner for r in decision.replacements})
+    return unfuse(model, {r.site.owner for r in decision.replacements}), decision.refused
+
+
+def _without_left(captured: OnnxCapture, matches: Matches) -> Matches:
+    """`matches` without refusals of fused operators that could be written out and were not: they are not selected."""
+    left = {id(node) for node in fused_nodes(captured.model)}
+    indices = {i for i, node in enumerate(captured.nodes) if id(node) in left}
+    return replace(matches, refusals=tuple(r for r in matches.refusals if r.anchor not in indices))
 
 
 def match_capture(captured: OnnxCapture) -> Matches:
@@ -81,11 +93,14 @@ def rewrite_onnx(
     watch = Stopwatch()
     with watch.stage("capture"):
         spare = from_proto(ir.serde.serialize_model(original)) if fused_nodes(model) else model
-        captured = capture(model, _unfuse_rewritable(model, spare, target, layers))
+        written_out, refused = _unfuse_rewritable(model, spare, target, layers)
+        captured = capture(model, written_out)
     with watch.stage("match"):
-        matches = match_capture(captured)
+        matches = _without_left(captured, match_capture(captured))
     with watch.stage("transform"):
         decision = _installable(captured, decide(captured.flow, matches, target, layers))
+        known = {name for name, _ in decision.refused}
+        decision = replace(decision, refused=(*decision.refused, *(r for r in refused if r[0] not in known)))
         site_rows = rows(captured.flow, matches, decision.replacements)
     summary = report(
         captured.flow,

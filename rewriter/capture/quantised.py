@@ -7,7 +7,6 @@ Covered are dynamic quantisation (DynamicQuantizeLinear, MatMulInteger, Cast, Mu
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -56,9 +55,9 @@ class QuantisedProduct:
         rows, columns = _tensor(self.codes).shape
         return int(rows), int(columns)  # type: ignore[arg-type]
 
-    @cached_property
+    @property
     def matrix(self) -> Array:
-        """[in, out], float32."""
+        """[in, out], float32; made anew each time, so that a large model's matrices are not all held at once."""
         scale = _numbers(self.scale)
         if self.form == "blocks":
             return unpacked_matrix(self.packed, scale, self.points, self.bits, self.block, *self.shape)

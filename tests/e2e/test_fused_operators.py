@@ -116,7 +116,10 @@ def steps(path: Path, case: FusedCase, heads: int) -> list[dict[str, Array]]:
 @pytest.mark.parametrize("name", ["gqa-packed-rotary", "mha-cache", "attention23"])
 def test_an_operator_that_is_not_selected_stays_as_it_was(name: str, tmp_path: Path) -> None:
     source, out = fused_file(name, tmp_path, tied=False), tmp_path / "out.onnx"
-    rewriter.optimize(source, "gqa2", layers="1").save(out)
+    done = rewriter.optimize(source, "gqa2", layers="1")
+    done.save(out)
+    assert [row.name.startswith("layers.1") for row in done.rewrite_report.sites] == [True]
+    assert done.rewrite_report.refused == (), "what is not selected is not refused"
     old, new = (
         next(n for n in onnx.load(path).graph.node if n.output[0] == "layers.0.mixed") for path in (source, out)
     )
@@ -151,6 +154,28 @@ def test_what_is_not_read_is_named(tmp_path: Path) -> None:
     assert [s.layer for s in matches.sites] == [1]
     assert [r.reason for r in matches.refusals] == [
         "the operator com.microsoft::GroupQueryAttention is not read: it returns its scores"
+    ]
+
+
+def test_a_cache_of_keys_and_values_in_one_tensor_is_refused_for_that() -> None:
+    attend = onnx.helper.make_node(
+        "Attention",
+        ["x", "w", "b", "", "past"],
+        ["y", "present"],
+        domain="com.microsoft",
+        num_heads=2,
+        unidirectional=1,
+    )
+    shapes = {"x": ["b", "s", 16], "past": [2, "b", 2, "p", 8]}
+    inputs = [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, s) for n, s in shapes.items()]
+    outputs = [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, None) for n in ("y", "present")]
+    weights = [np.ones((16, 48), np.float32), np.ones(48, np.float32)]
+    stored = [onnx.numpy_helper.from_array(a, n) for a, n in zip(weights, "wb", strict=True)]
+    opsets = [onnx.helper.make_opsetid("", 17), onnx.helper.make_opsetid("com.microsoft", 1)]
+    graph = onnx.helper.make_graph([attend], "g", inputs, outputs, stored)
+    _, matches = match_onnx(from_proto(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=8)))
+    assert [r.reason.partition(": ")[2] for r in matches.refusals] == [
+        "keys and values share one cache tensor; export with a cache for each"
     ]
 
 
