@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
 
@@ -130,6 +131,26 @@ def test_both_steps_generate_together(case: ZooCase, exporter: str, decoder_onnx
     assert distance(got, expected) <= EXACT
     expected, got = logits[True]
     assert distance(got, expected) > LOSSY
+
+
+@pytest.mark.parametrize("name", ["bart-sdpa", "whisper-sdpa"])
+def test_what_another_optimiser_fused_is_rewritten(name: str, decoder_onnx: DecoderOnnx, tmp_path: Path) -> None:
+    """onnxscript's fusions put MultiHeadAttention behind the grown cache, on heads side by side."""
+    from onnxscript.rewriter.ort_fusions import optimize_for_ort
+
+    case = EXTRA[name]
+    for perturbed in (False, True):
+        source = twin(case, decoder_onnx(case, "dynamo18", "next"), "next", tmp_path, perturbed=perturbed)
+        model, _ = optimize_for_ort(ir.load(source))
+        ir.save(model, source)
+        assert sum(n.op_type == "MultiHeadAttention" for n in onnx.load(source).graph.node) == 2 * LAYERS
+        done = rewriter.optimize(source, f"gqa{POOLED}")
+        assert [row.exact for row in done.rewrite_report.sites] == [not perturbed] * LAYERS
+        assert done.rewrite_report.fidelity is not None
+        worst = done.rewrite_report.fidelity.max_abs
+        assert worst > LOSSY if perturbed else worst <= EXACT
+        kept = [n for n in done.model.graph if n.op_type == "MultiHeadAttention"]
+        assert len(kept) == LAYERS, "the cross-attention stays as it was"
 
 
 def test_a_cache_that_is_not_the_old_one_is_noticed(decoder_onnx: DecoderOnnx, tmp_path: Path) -> None:
