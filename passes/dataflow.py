@@ -30,7 +30,11 @@ LAYOUT = frozenset(
 )  # fmt: skip
 """Operators that only move elements: provenance runs them on index tensors."""
 
-CONTRACTIONS = frozenset({"MatMul", "Gemm", "Linear", "Einsum", "FusedMatMul", "Conv", "MatMulInteger", "MatMulNBits"})
+CONTRACTIONS = frozenset(
+    {
+        "MatMul", "Gemm", "Linear", "Einsum", "FusedMatMul", "Conv", "MatMulInteger", "MatMulNBits", "QLinearMatMul",
+    }
+)  # fmt: skip
 """Operators that sum products over a shared axis."""
 
 SHAPE_READERS = frozenset({"Shape", "Size"})
@@ -176,6 +180,8 @@ class Flow:
             return None
         if node.op in {"MatMulInteger", "MatMulNBits", "Linear", "Conv"}:
             pairs: Iterable[tuple[int, int]] = ((0, 1),)
+        elif node.op == "QLinearMatMul":
+            pairs = ((0, 3),)
         else:
             pairs = ((0, 1), (1, 0))
         for x, w in pairs:

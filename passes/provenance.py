@@ -221,22 +221,11 @@ class Tracer:
             return None
         if self.flow.data_dependent(value):
             return self.trace(value)
-        if node.op == "Concat" and self.flow.is_fed(value) and (root := self._cache_root(value)) is not None:
+        if node.op == "Concat" and self.flow.is_fed(value) and (root := cache_root(self.flow, value)) is not None:
             if root not in self._forms:
                 self.as_input(root)
             return self.trace(value)
         return None
-
-    def _cache_root(self, value: Value) -> Value | None:
-        """The float program input that `value` is a mere re-layout of, or None."""
-        while (node := self.flow.producer(value)) is not None:
-            if node.op not in LAYOUT | PASS_THROUGH:
-                return None
-            value = node.inputs[0]
-        if value not in self.flow.inputs:
-            return None
-        array = self.flow.value(value)
-        return value if array.dtype.kind == "f" and array.ndim >= 3 else None
 
     def _has_plain_operands(self, node: Node, forms: dict[int, Form]) -> bool:
         return any(i not in forms for i in data_operands(node) if i < len(node.inputs) and node.inputs[i])
@@ -320,8 +309,23 @@ class Tracer:
         cos, sin = (np.asarray(self.flow.value(v), dtype=np.float64) for v in node.inputs[1:3])
         if len(node.inputs) > 3 and node.inputs[3]:
             positions = self.flow.value(node.inputs[3]).astype(np.int64)
+            if positions.ndim == 1:  # where a whole batch starts
+                positions = np.broadcast_to(positions + np.arange(form.shape[-2]), (form.shape[0], form.shape[-2]))
             cos, sin = cos[positions], sin[positions]
-        return rotate(form, cos, sin, bool(node.attrs.get("interleaved", 0)), int(node.attrs.get("num_heads", 0)))
+        heads = int(node.attrs.get("num_heads", 0)) or form.shape[-1] // (2 * cos.shape[-1])
+        return rotate(form, cos, sin, bool(node.attrs.get("interleaved", 0)), heads)
+
+
+def cache_root(flow: Flow, value: Value) -> Value | None:
+    """The float program input of rank 3 or more that `value` is a mere re-layout of, or None."""
+    while (node := flow.producer(value)) is not None:
+        if node.op not in LAYOUT | PASS_THROUGH:
+            return None
+        value = node.inputs[0]
+    if value not in flow.inputs:
+        return None
+    array = flow.value(value)
+    return value if array.dtype.kind == "f" and array.ndim >= 3 else None
 
 
 def _all_one(forms: Iterable[Form], term: int) -> bool:
@@ -511,4 +515,14 @@ def _map(form: Form, move: Callable[[Array], Array]) -> Form:
     return Form(tuple(move(i) for i in form.ids), tuple(move(c) for c in form.coefficients), bias)
 
 
-__all__ = ["CONTRACTIONS", "Form", "Opaque", "Source", "Tracer", "data_operands", "projection_at", "recognise_norm"]
+__all__ = [
+    "CONTRACTIONS",
+    "Form",
+    "Opaque",
+    "Source",
+    "Tracer",
+    "cache_root",
+    "data_operands",
+    "projection_at",
+    "recognise_norm",
+]

@@ -6,12 +6,14 @@ like. Tolerances follow the dtype the program computes in.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
 from passes.dataflow import Array, Flow
 from passes.match.operands import Tokens, Traced
+from passes.match.roundings import Rounding, executed, operand_roundings
 from passes.match.scores import OperandView, ScorePath, apply_modifier
 from passes.site import Projection
 
@@ -37,7 +39,7 @@ class Replay:
 
 def replay(flow: Flow, path: ScorePath, q: Traced, k: Traced, v: Traced) -> Replay:
     """Recompute q, k, v from weights and maps, then scores and output, on the flow's recording."""
-    mine = [rebuild(flow, t) for t in (q, k, v)]
+    mine = [rebuild(flow, t, view) for view, t in ((path.q, q), (path.k, k), (path.v, v))]
     seen = [recorded(flow, view, t.tokens) for view, t in ((path.q, q), (path.k, k), (path.v, v))]
     errors = [
         max(relative(m, s[:, :, t.tokens.new]), _norm_error(flow, t))
@@ -51,8 +53,10 @@ def replay(flow: Flow, path: ScorePath, q: Traced, k: Traced, v: Traced) -> Repl
         for m, s, t in zip(mine[1:], seen[1:], (k, v), strict=True)
     )
     scores = np.einsum("bhsd,bhtd->bhst", query, keys) * path.scale
-    for modifier in path.modifiers:
+    for count, modifier in enumerate(path.modifiers):
+        scores = executed(flow, (r for r in path.roundings if r.after == count), scores)
         scores = apply_modifier(flow, modifier, scores)
+    scores = executed(flow, (r for r in path.roundings if r.after == len(path.modifiers)), scores)
     scores = _as_computed(scores, flow.dtype)
     score_error = 0.0
     if path.scores is not None:
@@ -65,14 +69,20 @@ def replay(flow: Flow, path: ScorePath, q: Traced, k: Traced, v: Traced) -> Repl
     return Replay(errors[0], errors[1], errors[2], score_error, _output_error(output, seen_output, scores))
 
 
-def rebuild(flow: Flow, traced: Traced) -> Array:
-    """[B, H, T, D] of new tokens, from the projection's input and weight, the columns and the rotation."""
+def rebuild(flow: Flow, traced: Traced, view: OperandView | None = None) -> Array:
+    """[B, H, T, D] of new tokens, from the projection's input and weight, the columns and the rotation.
+
+    With `view`, where the anchor reads the operand, fake quantisation on the way is executed too.
+    """
     operand, tokens = traced.operand, traced.tokens
-    projected = project(flow, operand.projection)
+    projection = operand.projection
+    matrix = flow.nodes[projection.node].outputs[0]
+    early, late = operand_roundings(flow, matrix, projection.output, view.value) if view is not None else ((), ())
+    projected = project(flow, projection, early)
     if operand.norm is not None:
         projected = _normed(flow, traced, projected)
     out = rotated(projected, tokens.columns, traced)
-    return out if tokens.offset is None else out + tokens.offset
+    return executed(flow, late, out if tokens.offset is None else out + tokens.offset)
 
 
 def rotated(projected: Array, columns: Array, traced: Traced) -> Array:
@@ -85,11 +95,11 @@ def rotated(projected: Array, columns: Array, traced: Traced) -> Array:
     return np.asarray(out)
 
 
-def project(flow: Flow, projection: Projection) -> Array:
-    """[rows, features], float64: the projection applied to its recorded input."""
+def project(flow: Flow, projection: Projection, roundings: Iterable[Rounding] = ()) -> Array:
+    """[rows, features], float64: the projection applied to its recorded input; `roundings` come before the bias."""
     x = np.asarray(flow.value(projection.input), dtype=np.float64)
     w = np.asarray(flow.value(projection.weight), dtype=np.float64)
-    out = x.reshape(-1, x.shape[-1]) @ (w.T if projection.out_first else w)
+    out = executed(flow, roundings, x.reshape(-1, x.shape[-1]) @ (w.T if projection.out_first else w))
     if projection.bias is not None:
         out = out + np.asarray(flow.value(projection.bias), dtype=np.float64).reshape(-1)
     return np.asarray(out)

@@ -11,9 +11,10 @@ import rewriter
 from passes.match.attention import Matches, find_attention
 from passes.match.confirm import confirm
 from passes.site import Refusal
+from rewriter.capture.faithful import without_unfaithful
 from rewriter.capture.onnx_file import OnnxCapture, capture, hidden_anchors
 from rewriter.capture.onnx_load import from_proto
-from rewriter.capture.unfuse import fused_nodes, unfuse
+from rewriter.capture.unfuse import WrittenOut, fused_nodes, unfuse
 from rewriter.decision import Decision, Stopwatch, decide, report, rows
 from rewriter.errors import NothingToRewrite, VerificationFailed
 from rewriter.install.onnx_function import install
@@ -29,31 +30,47 @@ def match_onnx(model: ir.Model) -> tuple[OnnxCapture, Matches]:
 
     Fused operators are written out in `model` first: give a model that is not needed any more.
     """
-    unfuse(model)
-    captured = capture(model)
+    captured = capture(model, unfuse(model))
     return captured, match_capture(captured)
 
 
-def _unfuse_rewritable(model: ir.Model, spare: ir.Model, target: Any, layers: str | None) -> None:
-    """Write out just those fused operators whose attention will be rewritten, found out on a spare copy."""
+def _unfuse_rewritable(
+    model: ir.Model, spare: ir.Model, target: Any, layers: str | None
+) -> tuple[dict[str, WrittenOut], tuple[tuple[str, str], ...]]:
+    """Write out just those fused operators whose attention will be rewritten, found out on a spare copy.
+
+    Also gives (name, reason) of what is refused there.
+    """
     if not fused_nodes(model):
-        return
+        return {}, ()
     captured, matches = match_onnx(spare)
-    decision = decide(captured.flow, matches, target, layers)
-    unfuse(model, {r.site.owner for r in decision.replacements})
+    decision = _installable(captured, decide(captured.flow, matches, target, layers))
+    return unfuse(model, {r.site.owner for r in decision.replacements}), decision.refused
+
+
+def _without_left(captured: OnnxCapture, matches: Matches) -> Matches:
+    """`matches` without refusals of fused operators that could be written out and were not: they are not selected."""
+    left = {id(node) for node in fused_nodes(captured.model)}
+    indices = {i for i, node in enumerate(captured.nodes) if id(node) in left}
+    return replace(matches, refusals=tuple(r for r in matches.refusals if r.anchor not in indices))
 
 
 def match_capture(captured: OnnxCapture) -> Matches:
-    matches = find_attention(captured.flow)
+    matches = without_unfaithful(captured, find_attention(captured.flow))
     if matches.sites and (other := captured.other) is not None:
         matches = confirm(matches, find_attention(other.flow))
-    hidden = tuple(
-        Refusal(
-            name, len(captured.nodes), f"a softmax stands in a body of {op}, and control flow is not looked into", -1
-        )
-        for name, op in hidden_anchors(captured.model)
-    )
+    hidden = tuple(Refusal(name, len(captured.nodes), _in_body(op), -1) for name, op in hidden_anchors(captured.model))
     return replace(matches, refusals=(*matches.refusals, *hidden))
+
+
+def _in_body(operator: str) -> str:
+    reason = f"a softmax stands in a body of {operator}, and control flow is not looked into"
+    if operator != "If":
+        return reason
+    return (
+        f"{reason}; if a flag such as use_cache_branch chooses between a decoder's first and later steps, rewrite the "
+        "two files that were merged (the decoder, and the decoder with past) and use them, or merge them again"
+    )
 
 
 def _installable(captured: OnnxCapture, decision: Decision) -> Decision:
@@ -75,13 +92,15 @@ def rewrite_onnx(
     """
     watch = Stopwatch()
     with watch.stage("capture"):
-        if fused_nodes(model):
-            _unfuse_rewritable(model, from_proto(ir.serde.serialize_model(original)), target, layers)
-        captured = capture(model)
+        spare = from_proto(ir.serde.serialize_model(original)) if fused_nodes(model) else model
+        written_out, refused = _unfuse_rewritable(model, spare, target, layers)
+        captured = capture(model, written_out)
     with watch.stage("match"):
-        matches = match_capture(captured)
+        matches = _without_left(captured, match_capture(captured))
     with watch.stage("transform"):
         decision = _installable(captured, decide(captured.flow, matches, target, layers))
+        known = {name for name, _ in decision.refused}
+        decision = replace(decision, refused=(*decision.refused, *(r for r in refused if r[0] not in known)))
         site_rows = rows(captured.flow, matches, decision.replacements)
     summary = report(
         captured.flow,
@@ -94,7 +113,9 @@ def rewrite_onnx(
     )
     with watch.stage("install"):
         done = install(captured, decision.replacements, target=decision.target, version=rewriter.__version__)
-    site_rows = tuple(replace(row, exact=d.exact) for row, d in zip(site_rows, done, strict=True))
+    site_rows = tuple(
+        replace(row, exact=d.exact, requantised=d.requantisation_error) for row, d in zip(site_rows, done, strict=True)
+    )
     fidelity = None
     if verify:
         with watch.stage("verify"):

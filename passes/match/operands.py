@@ -188,11 +188,12 @@ def _head_axis(tracer: Tracer, value: Value, lookup: _Lookup) -> int | None:
     sources = [s for s in tracer.source_of(ids) if s.kind != "input"]
     if len(sources) != 1:
         return None
-    found = lookup.positions(np.where(sources[0].holds(ids), ids, sources[0].base), sources[0])
-    if found is None or found[1].max() >= len(lookup.head):
+    new = _without_cache(np.where(ids > 0, ids, sources[0].base), sources[0])
+    found = None if new is None else lookup.positions(new, sources[0])
+    if new is None or found is None or found[1].max() >= len(lookup.head):
         return None
     heads = lookup.head[found[1]]
-    varying = [a for a in range(ids.ndim) if ids.shape[a] > 1 and _varies(heads, a)]
+    varying = [a for a in range(new.ndim) if new.shape[a] > 1 and _varies(heads, a)]
     return varying[0] if len(varying) == 1 else None
 
 
@@ -438,7 +439,7 @@ def _describe(flow: Flow, output: Value) -> Projection:
     operands = flow.projection_operands(node)
     assert operands is not None
     x, w = (node.inputs[i] for i in operands)
-    if node.op in {"MatMulInteger", "MatMulNBits"}:
+    if node.op in {"MatMulInteger", "MatMulNBits", "QLinearMatMul"}:
         raise NotUnderstood(
             f"the projection's weight is stored for {node.op}; rewrite the float model and quantise it afterwards"
         )
@@ -582,15 +583,19 @@ def _axes_at(tracer: Tracer, value: Value, lookup: _Lookup, pure: bool = False) 
     sources = [s for s in tracer.source_of(ids) if s.kind != "input"]
     if len(sources) != 1 or (pure and sources[0].kind != "projection"):
         return None
-    mine = sources[0].holds(ids)
-    if mine.all():
-        return lookup.axes(ids, sources[0])
+    new = _without_cache(ids, sources[0])
+    return None if new is None else lookup.axes(new, sources[0])
+
+
+def _without_cache(ids: Array, source: Source) -> Array | None:
+    """`ids` without the tokens that come from elsewhere than `source`; None if they do not lie along one axis."""
+    mine = source.holds(ids)
     for axis in range(ids.ndim):
         keep = mine.all(axis=tuple(a for a in range(ids.ndim) if a != axis))
         if not keep.all() and keep.any() and not mine.take(np.flatnonzero(~keep), axis=axis).any():
             ids = ids.take(np.flatnonzero(keep), axis=axis)
             mine = mine.take(np.flatnonzero(keep), axis=axis)
-    return lookup.axes(ids, sources[0]) if mine.all() else None
+    return ids if mine.all() else None
 
 
 def _told_apart(first: Array, second: Array) -> Array:

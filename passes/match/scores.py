@@ -7,16 +7,21 @@ Nothing here knows where operands come from; that is `operands`. A step that is 
 from __future__ import annotations
 
 import string
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from passes.dataflow import CONTRACTIONS, Array, Flow, Node, Value
-from passes.provenance import PASS_THROUGH
+from passes.match.roundings import Rounding, quantizer_of
+from passes.provenance import PASS_THROUGH, cache_root
 from passes.site import Modifier
 
 FUSED_ANCHORS = frozenset({"Attention", "GroupedQueryAttention"})
 FOREIGN_ANCHORS = frozenset({"MultiHeadAttention"})
+INTEGER_SCORES = (
+    "its scores are computed in integers (QLinearMatMul); quantise in the QDQ format instead, "
+    "or rewrite the float model and quantise it afterwards"
+)
 
 
 class NotUnderstood(Exception):
@@ -67,15 +72,22 @@ class ScorePath:
     masked_rows_are_zero: bool = False
     shifted: bool = False
     """Whether a number per row is subtracted before the softmax: scores are then known up to it."""
+    roundings: tuple[Rounding, ...] = ()
+    """Fake quantisation between the contraction and the softmax, in order; `after` counts modifiers."""
 
 
 def anchors(flow: Flow) -> list[Node]:
     """Every node that could be the heart of an attention, in execution order."""
-    return [n for n in flow.nodes if n.op == "Softmax" or n.op in FUSED_ANCHORS | FOREIGN_ANCHORS]
+    hearts = {"Softmax", "QLinearSoftmax"} | FUSED_ANCHORS | FOREIGN_ANCHORS
+    return [n for n in flow.nodes if n.op in hearts]
 
 
 def score_path(flow: Flow, anchor: Node) -> ScorePath:
     """Read one anchor. Raises NotUnderstood or Unrelated."""
+    if (reason := anchor.attrs.get("unread")) is not None:
+        raise NotUnderstood(str(reason))
+    if anchor.op == "QLinearSoftmax":
+        raise _integer_scores(flow, anchor)
     if anchor.domain == "com.microsoft" or anchor.op in FOREIGN_ANCHORS:
         raise NotUnderstood(f"the fused operator {anchor.domain}::{anchor.op} is not read yet")
     if anchor.op in FUSED_ANCHORS:
@@ -88,6 +100,8 @@ def _fused(flow: Flow, anchor: Node) -> ScorePath:
     mask = anchor.inputs[3] if len(anchor.inputs) > 3 else ""
     if len(anchor.inputs) > 4 and any(anchor.inputs[4:]):
         raise NotUnderstood("the attention operator keeps its own key/value cache (past_key, past_value inputs)")
+    for operand in (k, v):
+        _require_projected(flow, operand)
     if any(not flow.data_dependent(x) for x in (q, k, v)):
         raise NotUnderstood("an operand of the attention operator passes no learned projection")
     modifiers: list[Modifier] = []
@@ -111,6 +125,18 @@ def _fused(flow: Flow, anchor: Node) -> ScorePath:
         anchor, view(q, heads), view(k, kv_heads), view(v, kv_heads), scale, tuple(modifiers), None,
         view(anchor.outputs[0], heads), (anchor.index,), masked_rows_are_zero=True,
     )  # fmt: skip
+
+
+def _integer_scores(flow: Flow, softmax: Node) -> NotUnderstood | Unrelated:
+    """What a softmax of integers is: an attention that is not read, or a projection's."""
+    node: Node | None = softmax
+    while node is not None:
+        if flow.projection_operands(node) is not None:
+            return Unrelated("it normalises a learned projection (a router or a classifier)")
+        if node.op in CONTRACTIONS:
+            break
+        node = flow.producer(node.inputs[0])
+    return NotUnderstood(INTEGER_SCORES)
 
 
 def _mask_or_bias(flow: Flow, value: Value) -> Modifier:
@@ -137,10 +163,11 @@ def _written_out(flow: Flow, softmax: Node) -> ScorePath:
     alpha, beta = (float(back.contraction.attrs.get(n, 1.0)) for n in ("alpha", "beta"))
     first = () if added is None else (Modifier("bias", added, back.scale * beta),)
     modifiers = (*first, *reversed(back.modifiers))
+    roundings = tuple(replace(r, after=len(modifiers) - r.after) for r in reversed(back.roundings))
     return ScorePath(
         softmax, q, k, mixes.v, back.scale * alpha, modifiers, softmax.inputs[0], mixes.output,
         (back.contraction.index, *back.nodes, softmax.index, *mixes.nodes), mixes.zero_nan,
-        back.shifted,
+        back.shifted, roundings,
     )  # fmt: skip
 
 
@@ -156,6 +183,7 @@ class _Backward:
     modifiers: list[Modifier] = field(default_factory=list)
     nodes: list[int] = field(default_factory=list)
     shifted: bool = False
+    roundings: list[Rounding] = field(default_factory=list)
     contraction: Node = field(init=False)
 
     def run(self, value: Value) -> _Backward:
@@ -176,10 +204,16 @@ class _Backward:
             return True
         if node.op not in CONTRACTIONS:
             return False
+        if node.op == "QLinearMatMul":
+            raise NotUnderstood(INTEGER_SCORES)
+        for operand in node.inputs[:2]:
+            _require_projected(self.flow, operand)
         return len(node.inputs) >= 2 and all(self.flow.data_dependent(v) for v in node.inputs[:2])
 
     def _step(self, node: Node) -> Value:
         if node.op in PASS_THROUGH:
+            if (quantize := quantizer_of(self.flow, node)) is not None:
+                self.roundings.append(Rounding(quantize, self.scale, len(self.modifiers)))
             return node.inputs[0]
         if node.op == "Reshape" and _keeps_last_two(self.flow, node):
             return node.inputs[0]
@@ -305,6 +339,16 @@ def _qk_operands(flow: Flow, node: Node) -> tuple[OperandView, OperandView, Valu
     raise NotUnderstood(f"scores come from a {node.op} whose axes are not understood")
 
 
+def _require_projected(flow: Flow, value: Value) -> None:
+    """A decoder step reads what was projected once, from the encoder's output, out of its cache inputs."""
+    if flow.data_dependent(value) or (fed := cache_root(flow, value)) is None:
+        return
+    raise NotUnderstood(
+        f"its keys and values come straight from an input ({fed}), so this file has no projection for them; the file "
+        'that fills this cache has: select only its decoder there (layers="decoder") if both are to fit together'
+    )
+
+
 def _moves_batch(node: Node) -> bool:
     return bool(node.attrs.get("transBatchA", 0) or node.attrs.get("transBatchB", 0))
 
@@ -390,9 +434,12 @@ def _replaces_nan(flow: Flow, node: Node) -> bool:
 
 
 def _value_operand(flow: Flow, node: Node, weights: Value, nodes: tuple[int, ...], zero_nan: bool) -> _Mix | str:
+    if node.op == "QLinearMatMul":
+        return INTEGER_SCORES
     a, b = node.inputs[:2]
     other = b if a == weights else a
     if not flow.data_dependent(other):
+        _require_projected(flow, other)
         return "they are multiplied by a constant matrix"
     plain = node.op == "MatMul" or (
         node.op == "FusedMatMul"

@@ -73,6 +73,8 @@ def make_feeds(
     side = _image_side(model, roles)
     rng = np.random.default_rng(seed)
     feeds: dict[str, Array] = {}
+    if any(node.op_type == "GroupQueryAttention" for node in model.graph):
+        mask = "ones"  # it takes a length per sequence and leaves what lies beyond undefined
     for role in roles:
         shape = _concrete_shape(role, sizes, symbols, side)
         feeds[role.name] = _values(role, shape, sizes, mask, rng)
@@ -88,8 +90,9 @@ def candidate_sizes(model: ir.Model) -> list[tuple[int, int, int]]:
     roles = input_roles(model)
     has_past = any(role.kind == "past" for role in roles)
     pasts = (3, 0) if has_past else (0,)
-    pairs = [(2, 7), (1, 7), *_baked_pairs(model), (1, 8), (2, 8), (1, 16), (1, 1), (1, 128)]
-    wanted = [Sizes(b, n, p) for b, n in pairs for p in pasts]
+    first, others = [(2, 7), (1, 7)], [*_baked_pairs(model), (1, 8), (2, 8), (1, 16), (1, 1), (1, 128)]
+    wanted = [Sizes(b, n, p) for p in pasts for b, n in first]  # some operators go on with a cache at batch 1 only
+    wanted += [Sizes(b, n, p) for b, n in others for p in pasts]
     fitted = [_respect_declared(roles, sizes) for sizes in wanted]
     return list(dict.fromkeys((s.batch, s.length, s.past) for s in fitted))
 

@@ -301,7 +301,11 @@ def constant_array(value: ir.Value, limit: int = 65536) -> np.ndarray[tuple[int,
             tensor = attribute.as_tensor()
         else:
             plain = next(iter(producer.attributes.values()), None)
-            is_number = plain is not None and plain.name in {"value_float", "value_int", "value_floats", "value_ints"}
+            is_number = (
+                plain is not None
+                and not plain.is_ref()
+                and plain.name in {"value_float", "value_int", "value_floats", "value_ints"}
+            )
             return np.asarray(plain.value) if plain is not None and is_number else None
     if tensor is None or tensor.size > limit or tensor.dtype == ir.DataType.STRING:
         return None

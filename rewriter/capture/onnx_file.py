@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -20,9 +20,11 @@ import onnxruntime as ort
 from passes.dataflow import CONTRACTIONS, LAYOUT, Array, Flow, Node, Value, Weight
 from passes.match.scores import anchors
 from passes.provenance import PASS_THROUGH
-from rewriter.capture.feeds import candidate_sizes, make_feeds
+from rewriter.capture.feeds import MaskStyle, candidate_sizes, make_feeds
 from rewriter.capture.onnx_constants import constant_tensor
 from rewriter.capture.onnx_vocabulary import OPERATORS
+from rewriter.capture.quantised import QuantisedProduct, quantised_product
+from rewriter.capture.unfuse import WrittenOut, obstacle
 from rewriter.errors import UnsupportedModel, first_line
 
 FUNCTION_DOMAIN = "rewriter.ops"
@@ -47,6 +49,8 @@ class OnnxCapture:
         session: runs the model with the recorded values as extra outputs.
         sizes: (batch, length, past) of the recording.
         feeds: the recorded inputs.
+        written_out: fused operators that standard ones stand for in `model`, by the scope of what stands for them.
+        quantised: products with quantised weights by node index; `flow` shows each as a product with a float matrix.
     """
 
     model: ir.Model
@@ -56,6 +60,8 @@ class OnnxCapture:
     session: _Session
     sizes: tuple[int, int, int]
     feeds: Mapping[str, Array]
+    written_out: Mapping[str, WrittenOut] = field(default_factory=dict)
+    quantised: Mapping[int, QuantisedProduct] = field(default_factory=dict)
 
     def element_type(self, name: Value) -> ir.DataType | None:
         """What onnxruntime inferred for a recorded value; files need not say it."""
@@ -70,9 +76,8 @@ class OnnxCapture:
 
     def at(self, sizes: tuple[int, int, int], seed: int = 1) -> OnnxCapture | None:
         """The same file recorded at other sizes; None if it does not run there or has the sizes baked in."""
-        batch, length, past = sizes
-        feeds = make_feeds(self.model, batch=batch, length=length, past=past, seed=seed)
-        if all(feeds[n].shape == self.feeds[n].shape for n in feeds):
+        feeds = _feeds(self.model, self.written_out, sizes, seed)
+        if feeds is None or all(feeds[n].shape == self.feeds[n].shape for n in feeds):
             return None
         try:
             recorded = self.session.run(feeds)
@@ -82,30 +87,42 @@ class OnnxCapture:
         return replace(self, flow=replace(self.flow, read=read), sizes=sizes, feeds=feeds)
 
 
-def capture(model: ir.Model) -> OnnxCapture:
+def capture(model: ir.Model, written_out: Mapping[str, WrittenOut] | None = None) -> OnnxCapture:
     """View a model and record it at the first sizes at which onnxruntime runs it.
 
-    Names are given to unnamed values, and model-local functions other than rewriter's own are inlined.
+    Names are given to unnamed values, and model-local functions other than rewriter's own are inlined. `written_out`
+    are the fused operators that `unfuse` wrote out in this model.
     Raises UnsupportedModel with onnxruntime's reason if the model runs at none.
     """
     _inline_functions(model)
     _name_everything(model)
     nodes = tuple(model.graph)
     values = {v.name: v for v in _values(model) if v.name}
+    products = {i: p for i, n in enumerate(nodes) if (p := quantised_product(n)) is not None}
     flow = Flow(
-        tuple(_node(i, n) for i, n in enumerate(nodes)),
+        _shown(nodes, products),
         tuple(v.name for v in model.graph.inputs if v.name and v.name not in model.graph.initializers),
         tuple(v.name for v in model.graph.outputs if v.name),
-        _weights(model, nodes),
+        _weights(model, nodes) | _matrices(products.values()),
         lambda name: (_ for _ in ()).throw(KeyError(name)),
         _float_dtype(model),
     )
-    constants = _Constants(model)
+    constants = _Constants(model, {p.name: p for p in products.values()})
     flow = replace(flow, read=partial(_read, {}, constants))
-    session = _Session(model, sorted(_wanted(flow) - set(flow.weights) - set(flow.inputs)), constants)
-    recorded, feeds, sizes = _first_run(model, session)
+    fused = written_out or {}
+    wanted = _wanted(flow) | {v.name for w in fused.values() for v in w.inputs if v is not None and v.name}
+    session = _Session(model, sorted(wanted - set(flow.weights) - set(flow.inputs)), constants)
+    recorded, feeds, sizes = _first_run(model, fused, session)
     return OnnxCapture(
-        model, replace(flow, read=partial(_read, recorded, constants)), nodes, values, session, sizes, feeds
+        model,
+        replace(flow, read=partial(_read, recorded, constants)),
+        nodes,
+        values,
+        session,
+        sizes,
+        feeds,
+        fused,
+        products,
     )
 
 
@@ -114,11 +131,25 @@ def _read(recorded: Mapping[str, Array], constants: _Constants, name: Value) -> 
     return constants.value(name) if array is None else array
 
 
-def _first_run(model: ir.Model, session: _Session) -> tuple[dict[str, Array], dict[str, Array], tuple[int, int, int]]:
+def _feeds(
+    model: ir.Model, written_out: Mapping[str, WrittenOut], sizes: tuple[int, int, int], seed: int = 0
+) -> dict[str, Array] | None:
+    """Inputs on which the operators that were written out would run too; None if these sizes are beyond them."""
+    batch, length, past = sizes
+    if not all(w.runs_at(batch, length, past) for w in written_out.values()):
+        return None
+    mask: MaskStyle = "ones" if any(w.equal_lengths for w in written_out.values()) else "mixed"
+    return make_feeds(model, batch=batch, length=length, past=past, seed=seed, mask=mask)
+
+
+def _first_run(
+    model: ir.Model, written_out: Mapping[str, WrittenOut], session: _Session
+) -> tuple[dict[str, Array], dict[str, Array], tuple[int, int, int]]:
     reason = "no sizes to try"
     for sizes in candidate_sizes(model):
-        batch, length, past = sizes
-        feeds = make_feeds(model, batch=batch, length=length, past=past)
+        feeds = _feeds(model, written_out, sizes)
+        if feeds is None:
+            continue
         try:
             return session.run(feeds), feeds, sizes
         except Exception as error:  # onnxruntime raises unrelated types
@@ -184,8 +215,8 @@ def _widened(array: Array) -> Array:
 class _Constants:
     """Values that no input reaches: initializers, Constant nodes, and what is computed from them."""
 
-    def __init__(self, model: ir.Model) -> None:
-        self.model = model
+    def __init__(self, model: ir.Model, matrices: Mapping[str, QuantisedProduct]) -> None:
+        self.model, self.matrices = model, matrices
         self._computed: dict[str, Array] = {}
         self._producers = {o.name: n for n in model.graph for o in n.outputs if o.name}
 
@@ -193,6 +224,8 @@ class _Constants:
         initializer = self.model.graph.initializers.get(name)
         if initializer is not None and initializer.const_value is not None:
             return _numpy(initializer.const_value)
+        if name in self.matrices:
+            return self.matrices[name].matrix
         if name not in self._computed:
             self._computed[name] = self._compute(name)
         return self._computed[name]
@@ -328,16 +361,59 @@ def _float_dtype(model: ir.Model) -> str:
         if tensor is not None and tensor.dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16):
             counts[tensor.dtype.name] = counts.get(tensor.dtype.name, 0) + int(tensor.size)
     name = max(counts, key=lambda k: counts[k]) if counts else "FLOAT"
-    if any(n.op_type == "QuantizeLinear" for n in model.graph):
+    if any(_rounds(n) for n in model.graph):
         return "int8"
     return {"FLOAT": "float32", "FLOAT16": "float16", "BFLOAT16": "bfloat16"}[name]
+
+
+def _rounds(node: ir.Node) -> bool:
+    """Whether an operator quantises activations."""
+    if node.op_type == "MatMulNBits":
+        return node.attributes.get_int("accuracy_level", 0) == 4
+    return node.op_type in {"QuantizeLinear", "DynamicQuantizeLinear", "DynamicQuantizeMatMul"}
+
+
+def _matrices(products: Iterable[QuantisedProduct]) -> dict[Value, Weight]:
+    """The float matrices that quantised weights stand for."""
+    held = {p.name: p for p in products}
+    return {n: Weight(n, p.shape, f"int{p.bits}", len(p.codes.uses())) for n, p in held.items()}
+
+
+def _shown(nodes: Sequence[ir.Node], products: Mapping[int, QuantisedProduct]) -> tuple[Node, ...]:
+    """Nodes as the flow shows them: what quantises activations for products that are shown as one reads nothing."""
+    shown = {id(p.node) for p in products.values()}
+    inner = {id(n): n for p in products.values() for n in p.hidden}
+    while read := {k for k, n in inner.items() if not _users(n) <= inner.keys() | shown}:
+        inner = {k: n for k, n in inner.items() if k not in read}
+    return tuple(
+        _product(i, n, products[i])
+        if i in products
+        else replace(_node(i, n), op="Folded", inputs=())
+        if id(n) in inner
+        else _node(i, n)
+        for i, n in enumerate(nodes)
+    )
+
+
+def _users(node: ir.Node) -> set[int]:
+    return {id(user) for output in node.outputs for user, _ in output.uses()}
+
+
+def _product(index: int, node: ir.Node, product: QuantisedProduct) -> Node:
+    bias = (product.bias.name or "",) if product.bias is not None else ()
+    inputs = (product.x.name or "", product.name, *bias)
+    return replace(_node(index, node), op="Gemm" if bias else "MatMul", domain="", attrs={}, inputs=inputs)
 
 
 def _node(index: int, node: ir.Node) -> Node:
     attrs = {k: _attribute(a) for k, a in node.attributes.items() if isinstance(a, ir.Attr)}
     if node.domain == FUNCTION_DOMAIN:
         attrs["is_causal"] = int("Causal" in node.op_type)
+    if (reason := obstacle(node)) is not None:
+        attrs["unread"] = reason
     inputs = tuple((v.name or "") if v is not None else "" for v in node.inputs)
+    if node.op_type == "RotaryEmbedding" and node.domain == "com.microsoft":  # the standard one takes positions last
+        inputs = (inputs[0], *inputs[2:4], inputs[1])
     return Node(
         index=index,
         op=_canonical_op(node),
@@ -354,14 +430,14 @@ def _node(index: int, node: ir.Node) -> Node:
 def _canonical_op(node: ir.Node) -> str:
     if node.domain in ("", "ai.onnx"):
         return node.op_type
-    known = CONTRACTIONS | {"RotaryEmbedding", "SimplifiedLayerNormalization", "GroupedQueryAttention"}
-    foreign = {"MultiHeadAttention", "GroupQueryAttention", "Attention", "PackedAttention", "SparseAttention"}
-    if node.op_type in foreign and node.domain == "com.microsoft":
+    known = CONTRACTIONS | {
+        "RotaryEmbedding", "SimplifiedLayerNormalization", "GroupedQueryAttention", "QLinearSoftmax",
+    }  # fmt: skip
+    # an attention of whatever kind has a softmax inside, unless it is linear
+    if node.domain == "com.microsoft" and node.op_type.endswith("Attention") and not node.op_type.startswith("Linear"):
         return "MultiHeadAttention"
     if node.domain == FUNCTION_DOMAIN:
         return "GroupedQueryAttention"
-    if node.op_type == "RotaryEmbedding":  # com.microsoft's takes its inputs in another order
-        return f"{node.domain}.RotaryEmbedding"
     return node.op_type if node.op_type in known else f"{node.domain}.{node.op_type}"
 
 
@@ -422,7 +498,8 @@ def _wanted(flow: Flow) -> set[Value]:
 
 def unflattened(flow: Flow, value: Value) -> Iterator[Value]:
     """What a projection's input was before its tokens were flattened."""
-    while (node := flow.producer(value)) is not None and node.op in {"Reshape", "Flatten", "Identity", "Cast"}:
+    passed = {"Reshape", "Flatten", "Identity", "Cast", "QuantizeLinear", "DequantizeLinear"}
+    while (node := flow.producer(value)) is not None and node.op in passed:
         value = node.inputs[0]
         yield value
 

@@ -16,12 +16,14 @@ import numpy as np
 import onnx_ir as ir
 
 from codegen.ops.grouped_query_attention.onnx_body import DOMAIN, attributes, function, function_name
-from passes.dataflow import Array, Value
+from passes.dataflow import Array, Flow, Value
 from passes.site import AttentionSite, Modifier, Operand
 from passes.targets.replacement import Replacement
 from passes.weights.projection import operand_bias, operand_weight
 from rewriter.capture.onnx_file import OnnxCapture
+from rewriter.capture.unfuse import WrittenOut
 from rewriter.install.onnx_obstacles import fused_shape, shares_projection, unflattened_input
+from rewriter.install.onnx_quantised import emit_product
 from rewriter.install.onnx_weights import emit_like
 from rewriter.onnx_nodes import NodeWriter
 
@@ -58,6 +60,7 @@ def install(capture: OnnxCapture, replacements: Sequence[Replacement], *, target
                 "to": r.after,
                 "exact": d.exact,
                 "changed": list(d.removed),
+                "caches": [list(port) for operand in (r.site.k, r.site.v) for port in operand.presents],
             }
             for r, d in zip(replacements, done, strict=True)
         ]
@@ -73,12 +76,14 @@ class _Editor:
         shared: new initializers by content.
         dead: nodes beyond the matched ones that may be unread now.
         seams: for each seam already fed anew, the value that now stands there and its axes.
+        fed: for the site at hand, by role, what a fused operator that is kept reads instead of its old operand.
     """
 
     capture: OnnxCapture
     shared: dict[tuple[str, bytes], ir.Value] = field(default_factory=dict)
     seams: dict[Value, tuple[ir.Value, tuple[str, ...]]] = field(default_factory=dict)
     dead: list[ir.Node] = field(default_factory=list)
+    fed: dict[str, ir.Value] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.model = self.capture.model
@@ -86,13 +91,16 @@ class _Editor:
         self.opset = self.model.opset_imports.get("", 1)
         taken = set(self.capture.values) | {n.name for n in self.capture.nodes if n.name}
         self.write = NodeWriter(self.graph, taken)
-        self._stored = frozenset(self.graph.initializers)
+        added = (w.constants for w in self.capture.written_out.values())
+        self._rounded = any(n.op_type == "QuantizeLinear" for n in self.capture.nodes)
+        self._stored = frozenset(self.graph.initializers).difference(*added)
 
     # ------------------------------------------------------------ one site
 
     def replace(self, replacement: Replacement) -> Installed:
         site = replacement.site
         error = 0.0
+        self.fed = {}
         for role, operand in (("k", site.k), ("v", site.v)):
             weight, bias = replacement.tensors[f"{role}_weight"], replacement.tensors.get(f"{role}_bias")
             error = max(error, self._reproject(site, role, operand, replacement.spec.kv_heads, weight, bias))
@@ -103,7 +111,7 @@ class _Editor:
         self._attend(replacement)
         removed = self._sweep(self._old_nodes(site))
         removed += self._sweep(self._release_shapes(site))
-        exact = replacement.exact and error < 1e-6 and self.capture.flow.dtype != "int8"
+        exact = replacement.exact and error < 1e-6 and not self._rounded
         return Installed(site.name, tuple(n for n in removed if n in self._stored), error, exact)
 
     def _reproject(
@@ -114,20 +122,8 @@ class _Editor:
         stem = self.value(operand.stem)
         order = list(operand.stem_features)
         rows = weight.reshape(heads, operand.dim, -1)[:, order].reshape(heads * operand.dim, -1)
-        old = self.value(projection.weight)
-        emitted = emit_like(
-            old, rows if projection.out_first else rows.T, f"{site.name}.{role}.weight", self.write.unique
-        )
-        if not emitted.nodes:
-            emitted.value = self._share(emitted.value)
-        nodes = list(emitted.nodes)
-        x = self._three_axes(operand)
         tokens = ("b", "s") if operand.batch_first else ("s", "b")
-        matrix = emitted.value
-        if projection.out_first:
-            matrix = self.write.op(nodes, "Transpose", [matrix], f"{site.name}.{role}.weight_t", perm=[1, 0])
-        out = self.write.op(nodes, "MatMul", [x, matrix], f"{site.name}.{role}.matmul")
-        stored = list(emitted.initializers)
+        nodes, stored, out, error = self._project(operand, rows, f"{site.name}.{role}")
         if bias is not None:
             vector = bias.reshape(heads, operand.dim)[:, order].reshape(-1)
             assert projection.bias is not None
@@ -140,7 +136,11 @@ class _Editor:
         if wanted is not None and present is not None and wanted != present:
             out = self.write.op(nodes, "Cast", [out], f"{site.name}.{role}.cast", to=int(wanted))
         axes = operand.stem_axes
-        if operand.seam == operand.stem and not operand.presents and all(len(a) == 1 for a in axes):
+        kept = self._kept_operator(site)
+        inside = kept is not None and self._stem_is_inside(kept, role, operand)
+        if kept is not None and inside:
+            axes = ("b", "s", "hd") if kept.flat else ("b", "h", "s", "d")
+        elif operand.seam == operand.stem and not operand.presents and all(len(a) == 1 for a in axes):
             axes = ("b", "h", "s", "d")  # nothing lies between: lay heads out as attention wants them
         out = self._arrange(nodes, out, tokens, axes, heads, operand.dim, f"{site.name}.{role}")
         producer = stem.producer()
@@ -149,10 +149,32 @@ class _Editor:
         for value in stored:
             if value.name and value.name not in self.graph.initializers and value.uses():
                 self.graph.register_initializer(value)
+        if inside:
+            self.fed[role] = out
+            return error
         self._rewire(operand, stem, out, heads)
         self.seams[operand.seam] = (out, axes) if operand.seam == operand.stem else (
             self.value(operand.seam), operand.seam_axes)  # fmt: skip
-        return emitted.error
+        return error
+
+    def _project(
+        self, operand: Operand, rows: Array, name: str
+    ) -> tuple[list[ir.Node], list[ir.Value], ir.Value, float]:
+        """(nodes, initializers, result without bias, requantisation error) of the product with `rows` [out, in]."""
+        projection, x = operand.projection, self._three_axes(operand)
+        quantised = self.capture.quantised.get(projection.node)
+        if quantised is not None:
+            product = emit_product(quantised, x, rows.T, f"{name}.weight", self.write.unique)
+            return product.nodes, product.initializers, product.value, product.error
+        old = self.value(projection.weight)
+        emitted = emit_like(old, rows if projection.out_first else rows.T, f"{name}.weight", self.write.unique)
+        if not emitted.nodes:
+            emitted.value = self._share(emitted.value)
+        nodes, matrix = list(emitted.nodes), emitted.value
+        if projection.out_first:
+            matrix = self.write.op(nodes, "Transpose", [matrix], f"{name}.weight_t", perm=[1, 0])
+        out = self.write.op(nodes, "MatMul", [x, matrix], f"{name}.matmul")
+        return nodes, list(emitted.initializers), out, emitted.error
 
     def _share(self, value: ir.Value) -> ir.Value:
         """Equal new initializers are stored once: weights that layers shared stay shared."""
@@ -206,7 +228,10 @@ class _Editor:
         for index, axis in operand.reshapes:
             self._recount(self.capture.nodes[index], axis, operand.heads, heads)
         for index in operand.path:
-            for value in self.capture.nodes[index].outputs:
+            node = self.capture.nodes[index]
+            if node.op_type == "RotaryEmbedding" and node.attributes.get_int("num_heads", 0) == operand.heads:
+                node.attributes["num_heads"] = ir.AttrInt64("num_heads", heads)
+            for value in node.outputs:
                 if value is not stem and not value.is_graph_output():
                     value.shape = None
         if operand.past is not None and operand.past_head_axis is not None:
@@ -243,6 +268,9 @@ class _Editor:
 
     def _attend(self, replacement: Replacement) -> None:
         site, spec = replacement.site, replacement.spec
+        if (kept := self._kept_operator(site)) is not None:
+            self._put_back(kept, spec.kv_heads)
+            return
         k, v = self.seams[site.k.seam], self.seams[site.v.seam]
         q = self.seams.get(site.q.seam, (self.value(site.q.seam), site.q.seam_axes))
         if self.capture.flow.nodes[site.anchor].op == "Attention" and self._keep_operator(site, spec.kv_heads, k, v):
@@ -257,7 +285,8 @@ class _Editor:
         ]
         dtype = self.capture.element_type(site.output) or output.dtype or ir.DataType.FLOAT
         bias = self._bias(nodes, site, dtype)
-        if self.opset in (23, 24) and spec.softcap is None and not spec.masked_rows_are_zero and not spec.sinks:
+        plain = spec.softcap is None and not spec.masked_rows_are_zero and not spec.sinks
+        if self.opset in (23, 24) and plain and self._bias_has_queries(site):
             attended = self._standard(nodes, site, spec.causal, operands, bias)
         else:
             attended = self._function(nodes, replacement, operands, bias, dtype)
@@ -286,6 +315,48 @@ class _Editor:
         if flat:
             anchor.attributes["kv_num_heads"] = ir.AttrInt64("kv_num_heads", kv_heads)
         return True
+
+    def _kept_operator(self, site: AttentionSite) -> WrittenOut | None:
+        """The fused operator that this site was written out from, if it goes on with fewer key/value heads."""
+        written = self.capture.written_out.get(site.owner)
+        return written if written is not None and written.native else None
+
+    def _stem_is_inside(self, kept: WrittenOut, role: str, operand: Operand) -> bool:
+        """Whether all between the projection and the operator only moves elements, so that it can be fed directly."""
+        given = kept.operand(role)
+        if given is None:  # packed with another operand
+            return True
+        flow = self.capture.flow
+        before, stem = flow.producer(given.name or ""), flow.producer(operand.stem)
+        return before is None or stem is None or before.index <= stem.index
+
+    def _put_back(self, kept: WrittenOut, kv_heads: int) -> None:
+        """The fused operator again, in place of what it was written out in, on fewer key/value heads."""
+        inputs = list(kept.inputs)
+        for position, role in enumerate("qkv"):
+            inputs[position] = self.fed.get(role, inputs[position])
+        attributes = [a for a in kept.node.attributes.values() if a.name != "kv_num_heads"]
+        if kept.flat:
+            attributes.append(ir.AttrInt64("kv_num_heads", kv_heads))
+        node = ir.Node(
+            kept.node.domain, kept.node.op_type, inputs, attributes, num_outputs=len(kept.outputs), name=kept.node.name
+        )
+        node.metadata_props.update(kept.node.metadata_props)
+        last = self.value(kept.outputs[0]).producer()
+        assert last is not None
+        self.graph.insert_after(last, node)
+        for position, (name, new) in enumerate(zip(kept.outputs, node.outputs, strict=True)):
+            if not name:
+                continue
+            old = self.value(name)
+            new.type, new.shape = old.type, old.shape
+            old.replace_all_uses_with(new, replace_graph_outputs=True)
+            old.name, new.name = self.write.unique(f"{name}_before"), name
+            self.dead += [n for n in [old.producer()] if n is not None]
+            if position:
+                _resize(new, 1, kv_heads)
+        for past in kept.pasts:
+            _resize(past, 1, kv_heads)
 
     def _operator_scale(self, site: AttentionSite) -> float:
         scale = self.capture.flow.nodes[site.anchor].attrs.get("scale")
@@ -358,6 +429,13 @@ class _Editor:
             value = self._lead(nodes, value, [-1, heads], [1, 2], f"{name}.by_head")
         return value
 
+    def _bias_has_queries(self, site: AttentionSite) -> bool:
+        """Whether masks and biases have a row per query, which onnxruntime's Attention insists on."""
+        shape = self.capture.flow.shape
+        shapes = [shape(m.value) for m in site.modifiers if m.kind in {"bias", "mask", "unmask"} and m.value]
+        queries = shape(site.q.seam)[next(i for i, a in enumerate(site.q.seam_axes) if "s" in a)]
+        return not shapes or np.broadcast_shapes(*shapes, (1, 1))[-2] == queries
+
     def _standard(
         self, nodes: list[ir.Node], site: AttentionSite, causal: bool, operands: list[ir.Value], bias: ir.Value | None
     ) -> ir.Value:
@@ -424,59 +502,71 @@ class _Editor:
         return removed
 
     def _release_shapes(self, site: AttentionSite) -> list[ir.Node]:
-        """Where only shapes of old projections are still read, read them off the projection's input instead.
+        """Where only shapes of old projections or scores are still read, read them off the projections' inputs instead.
 
         Returns the nodes that nothing reads any more.
         """
+        flow = self.capture.flow
         released: list[ir.Node] = []
         for operand in (site.q, site.k, site.v):
-            node = self.capture.nodes[operand.projection.node]
-            if node.graph is None:
-                continue
-            names = [*self.capture.flow.nodes[operand.projection.node].outputs, operand.projection.output, operand.stem]
-            names += [v for i in operand.path for v in self.capture.flow.nodes[i].outputs]
-            for name in dict.fromkeys(names):
-                value = self.capture.values.get(name)
-                readers = {id(n): n for n, _ in value.uses()} if value is not None else {}
-                if all(n.op_type == "Shape" for n in readers.values()):
-                    released += [n for n in readers.values() if self._release(n, name, operand)]
-        return released
+            names = [*flow.nodes[operand.projection.node].outputs, operand.projection.output, operand.stem]
+            names += [v for i in operand.path for v in flow.nodes[i].outputs]
+            if self.capture.nodes[operand.projection.node].graph is not None:
+                released += self._released(names, [operand])
+        scores = [v for i in site.nodes if self.capture.nodes[i].graph is not None for v in flow.nodes[i].outputs]
+        return released + self._released(scores, [site.q, site.k])
 
-    def _release(self, reader: ir.Node, name: Value, operand: Operand) -> bool:
-        x = self._three_axes(operand)
-        parts = self._dimensions(name, x)
+    def _released(self, names: Sequence[Value], operands: Sequence[Operand]) -> list[ir.Node]:
+        """Readers of nothing but the shapes of these values, whose shapes come from elsewhere now."""
+        done: list[ir.Node] = []
+        for name in dict.fromkeys(names):
+            value = self.capture.values.get(name)
+            readers = {id(n): n for n, _ in value.uses()} if value is not None else {}
+            if all(n.op_type == "Shape" for n in readers.values()):
+                done += [n for n in readers.values() if self._release(n, name, operands)]
+        return done
+
+    def _release(self, reader: ir.Node, name: Value, operands: Sequence[Operand]) -> bool:
+        parts = self._dimensions(name, [self._three_axes(o) for o in operands])
         if parts is None:
             return False
         start = reader.attributes.get_int("start", 0)
         end = reader.attributes.get_int("end", len(parts))
         nodes: list[ir.Node] = []
         stem = f"{reader.outputs[0].name}_released"
-        shape = self.write.op(nodes, "Shape", [x], f"{stem}.input")
-        pieces = [
-            self.write.ints([number], f"{stem}.size")
-            if axis is None
-            else self.write.op(nodes, "Gather", [shape, self.write.ints([axis], f"{stem}.axis")], f"{stem}.dim")
-            for axis, number in parts[start:end]
-        ]
-        whole = self.write.op(nodes, "Concat", pieces, stem, axis=0)
+        whole = self.write.op(
+            nodes, "Concat", [self._dimension(nodes, p, stem) for p in parts[start:end]], stem, axis=0
+        )
         self.graph.insert_after(reader, nodes)
         reader.outputs[0].replace_all_uses_with(whole)
         return True
 
-    def _dimensions(self, name: Value, x: ir.Value) -> list[tuple[int | None, int]] | None:
-        """Each dimension of a value as (axis of `x`, size) or (None, constant), told from two recordings."""
+    def _dimension(self, nodes: list[ir.Node], part: tuple[ir.Value, int] | int, stem: str) -> ir.Value:
+        if isinstance(part, int):
+            return self.write.ints([part], f"{stem}.size")
+        x, axis = part
+        shape = self.write.op(nodes, "Shape", [x], f"{stem}.input")
+        return self.write.op(nodes, "Gather", [shape, self.write.ints([axis], f"{stem}.axis")], f"{stem}.dim")
+
+    def _dimensions(self, name: Value, sources: Sequence[ir.Value]) -> list[tuple[ir.Value, int] | int] | None:
+        """Each dimension of a value as (source, its axis) or a constant, told from two recordings."""
         first = self.capture.flow
         other = self.capture.other
         second = other.flow if other is not None else first
-        assert x.name is not None
-        lead, other_lead = first.shape(x.name), second.shape(x.name)
-        parts: list[tuple[int | None, int]] = []
+        axes = [(x, axis) for x in sources for axis in (0, 1)]
+        parts: list[tuple[ir.Value, int] | int] = []
         for size, later in zip(first.shape(name), second.shape(name), strict=True):
-            axis = next((a for a in (0, 1) if (size, later) == (lead[a], other_lead[a]) and size != later), None)
-            if axis is None and size != later:
+            like = (p for p in axes if self._sizes(p, first, second) == (size, later))
+            found = next(like, None) if size != later else None
+            if found is None and size != later:
                 return None
-            parts.append((axis, size))
+            parts.append(size if found is None else found)
         return parts
+
+    def _sizes(self, part: tuple[ir.Value, int], first: Flow, second: Flow) -> tuple[int, int]:
+        x, axis = part
+        assert x.name is not None
+        return first.shape(x.name)[axis], second.shape(x.name)[axis]
 
 
 def _resize(value: ir.Value, axis: int, heads: int) -> None:

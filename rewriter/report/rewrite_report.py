@@ -20,6 +20,8 @@ class SiteRow:
         exact: True if the step equals the original up to rounding.
         error: relative error of the site's output after the step; None if it was not measured.
         floor: the same error with the site's output zeroed, so that `error` means something; None if not measured.
+        requantised: largest error that storing new weights as integers made, as a part of the largest weight; 0 where
+            weights are stored as floats, None outside .onnx files.
     """
 
     name: str
@@ -28,6 +30,7 @@ class SiteRow:
     exact: bool
     error: float | None = None
     floor: float | None = None
+    requantised: float | None = None
 
     @property
     def step(self) -> str:
@@ -46,6 +49,7 @@ class SiteRow:
             "exact": self.exact,
             "error": self.error,
             "floor": self.floor,
+            "requantised": self.requantised,
         }
 
 
@@ -118,6 +122,7 @@ class RewriteReport:
         if self.sites:
             header = ("site", "from", "to", "step", "error", "floor")
             lines += _columns([header, *(_site_cells(row) for row in self.sites)])
+            lines += requantised_line([row.requantised for row in self.sites])
         lines += [f"refused {printable(row.name)}: {printable(row.reason)}" for row in self.refused]
         lines += _columns(
             [
@@ -130,6 +135,12 @@ class RewriteReport:
         if self.fidelity is not None:
             lines.append(fidelity_line(self.fidelity))
         return lines
+
+
+def requantised_line(errors: Sequence[float | None]) -> list[str]:
+    """What storing new weights as integers cost; nothing to say where it cost nothing."""
+    worst = max((error or 0.0 for error in errors), default=0.0)
+    return [f"requantised weights are off by at most {worst:.2%} of the largest"] if worst else []
 
 
 def fidelity_line(fidelity: Fidelity) -> str:

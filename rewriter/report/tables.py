@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rewriter.report.printable import printable
-from rewriter.report.rewrite_report import number
+from rewriter.report.rewrite_report import number, requantised_line
 
 Row = Mapping[str, Any]
 
@@ -80,6 +80,7 @@ def rewrite(done: Row) -> RenderableType:
     headers = ("site", "from", "to", "step", "error", "floor")
     rows = ((s["name"], s["from"], s["to"], s["step"], number(s["error"]), number(s["floor"])) for s in done["sites"])
     parts: list[RenderableType] = [Text(printable(f"target {done['target']}")), table(headers, rows)]
+    parts += [Text(line) for line in requantised_line([s.get("requantised") for s in done["sites"]])]
     costs = ("parameters", "kv_bytes_per_token", "flops")
     parts.append(table(("", "before", "after", "ratio"), (_cost_cells(name, done.get(name)) for name in costs)))
     parts.append(fidelity(done.get("fidelity")))

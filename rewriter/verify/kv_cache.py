@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,8 @@ class CachePorts:
 
     Attributes:
         roles: of the graph's past inputs, by name.
-        present: output name by past input; empty if the outputs could not be paired with the inputs.
+        present: output name by past input; without inputs that no output answers, such as a cross-attention's cache,
+            which is the same in every step.
     """
 
     roles: Mapping[str, InputRole]
@@ -32,16 +33,19 @@ class CachePorts:
     @property
     def open(self) -> bool:
         """True if the cache may be empty and grows: then steps can be chained."""
-        chained = bool(self.present) and len(self.present) == len(self.roles)
-        return chained and all(self._growing_axis(role) is not None for role in self.roles.values())
+        return bool(self.present) and all(self._growing_axis(self.roles[name]) is not None for name in self.present)
 
     def _growing_axis(self, role: InputRole) -> int | None:
         axis = next((i for i, name in enumerate(role.axes) if name in {"past", "encoder"}), None)
         return axis if axis is not None and not isinstance(role.shape[axis], int) else None
 
-    def neutral(self, feeds: Feeds) -> Feeds:
-        """`feeds` with a past of zeros in this graph's own number of heads; the same for any number of them."""
-        return {**feeds, **{name: self._zeros(role, feeds) for name, role in self.roles.items()}}
+    def neutral(self, feeds: Feeds, only: Collection[str] | None = None) -> Feeds:
+        """`feeds` with zeros for all caches, or `only` these, in this graph's own number of heads.
+
+        Zeros mean the same to any number of heads.
+        """
+        zeroed = self.roles if only is None else {n: r for n, r in self.roles.items() if n in only}
+        return {**feeds, **{name: self._zeros(role, feeds) for name, role in zeroed.items()}}
 
     def _zeros(self, role: InputRole, feeds: Feeds) -> Array:
         template = feeds[role.name].shape
@@ -73,7 +77,7 @@ def cache_ports(model: ir.Model) -> CachePorts:
 def _paired(pasts: list[str], outputs: list[str]) -> dict[str, str]:
     keys = {_key(name): name for name in outputs}
     named = {past: keys[_key(past)] for past in pasts if _key(past) in keys}
-    if len(named) == len(pasts):
+    if named:
         return named
     # unnamed caches: as many trailing outputs as past inputs, in the same order
     return dict(zip(pasts, outputs[-len(pasts) :], strict=True)) if 0 < len(pasts) < len(outputs) else {}

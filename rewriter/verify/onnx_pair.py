@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -123,12 +123,14 @@ def _compare_runs(
 ) -> tuple[Fidelity | None, list[Check]]:
     ports = cache_ports(old.model)
     new_ports = cache_ports(new.model)
-    same_heads = {n: r.shape for n, r in ports.roles.items()} == {n: r.shape for n, r in new_ports.roles.items()}
+    changed = frozenset(
+        n for n, r in ports.roles.items() if n in new_ports.roles and new_ports.roles[n].shape != r.shape
+    )
     try:
         session = cpu_session(old.source, threads=threads)
     except Exception as error:  # onnxruntime's errors share no public base class
         return None, [Check("runs", False, f"the original does not load in onnxruntime: {first_line(error)}")]
-    rehearsal = Rehearsal(old.model, session, ports, same_heads)
+    rehearsal = Rehearsal(old.model, session, ports, changed)
     rehearsed = list(rehearsal.scripts(sizes, seeds))
     del session, rehearsal.session
     if not rehearsed:
@@ -139,7 +141,7 @@ def _compare_runs(
     except Exception as error:
         return None, [Check("loads", False, first_line(error))]
     checks = [Check("loads", True, "onnxruntime opens it")]
-    comparison = _Comparison.of(old.model, set(ports.present.values()))
+    comparison = _Comparison.of(old.model, set(ports.present.values()), record.caches if record is not None else {})
     for script, expected in rehearsed:
         try:
             got = play(session, new_ports, script)
@@ -154,22 +156,30 @@ def _compare_runs(
 
 @dataclass
 class _Comparison:
-    """Collects, over all scripts, how the outputs of the two models differ."""
+    """Collects, over all scripts, how the outputs of the two models differ.
+
+    Attributes:
+        caches: for outputs that hold fewer heads than they did, the axis of heads, and how far each new head is from
+            the old ones that it stands for.
+    """
 
     model: ir.Model
     roles: tuple[InputRole, ...]
     main_name: str
     main: Drift
     others: dict[str, Drift]
+    caches: dict[str, tuple[int, Drift]]
     not_finite: list[str]
 
     @staticmethod
-    def of(model: ir.Model, caches: set[str]) -> _Comparison:
+    def of(model: ir.Model, paired: set[str], narrowed: Mapping[str, int]) -> _Comparison:
         names = [value.name or "" for value in model.graph.outputs]
-        main = next((name for name in names if name not in caches), names[0])
-        others = {name: Drift(False) for name in names if name not in caches and name != main}
+        held = paired | set(narrowed)
+        main = next((name for name in names if name not in held), names[0])
+        others = {name: Drift(False) for name in names if name not in held and name != main}
+        caches = {name: (axis, Drift(False)) for name, axis in narrowed.items() if name in names}
         roles = input_roles(model)
-        return _Comparison(model, roles, main, Drift(_holds_logits(model, main, roles)), others, [])
+        return _Comparison(model, roles, main, Drift(_holds_logits(model, main, roles)), others, caches, [])
 
     def add(self, script: Script, expected: list[Outputs], got: list[Outputs]) -> str | None:
         """Take in one script's outputs; returns what makes them incomparable."""
@@ -184,6 +194,12 @@ class _Comparison:
                     self.not_finite.append(f"{name!r} at {script.label}")
                 x, y = _finite(x, y)
                 drift.add(x, y, self._tokens(feeds, x.shape))
+            for name, (axis, drift) in self.caches.items():
+                spread = _spread(new[name], axis, old[name].shape)
+                if spread is None:
+                    shapes = f"{list(new[name].shape)} instead of {list(old[name].shape)} with fewer heads"
+                    return f"cache {name!r} has shape {shapes}"
+                drift.add(*_finite(old[name], spread))
         return None
 
     def _tokens(self, feeds: Feeds, shape: tuple[int, ...]) -> Array | None:
@@ -204,9 +220,18 @@ class _Comparison:
         if record is None or not record.all_exact:
             return [finite]
         limit = tolerance(self.model)
-        worst = max(drift.relative for drift in (self.main, *self.others.values()))
+        caches = [drift for _, drift in self.caches.values()]
+        worst = max(drift.relative for drift in (self.main, *self.others.values(), *caches))
         detail = f"largest relative difference {worst:.2e}, allowed {limit:.0e}"
         return [finite, Check("exact", worst <= limit, detail)]
+
+
+def _spread(array: Array, axis: int, shape: tuple[int, ...]) -> Array | None:
+    """Heads along `axis` repeated so that the whole has `shape`; None if it cannot."""
+    if len(shape) != array.ndim or not 0 <= axis < array.ndim or not array.shape[axis]:
+        return None
+    wide: Array = np.repeat(array, shape[axis] // array.shape[axis], axis)
+    return wide if wide.shape == shape else None
 
 
 def _finite(x: Array, y: Array) -> tuple[Array, Array]:
@@ -227,7 +252,7 @@ def _holds_logits(model: ir.Model, name: str, roles: tuple[InputRole, ...]) -> b
 def tolerance(model: ir.Model) -> float:
     """How far outputs of an exact rewrite may lie apart, relative to their largest magnitude."""
     kinds = {node.op_type for node in model.graph}
-    if kinds & {"DynamicQuantizeLinear", "QuantizeLinear"}:
+    if kinds & {"DynamicQuantizeLinear", "DynamicQuantizeMatMul", "QuantizeLinear"}:
         return QUANTISED_TOLERANCE
     types = {value.dtype for value in model.graph.initializers.values() if value.dtype is not None}
     return max((TOLERANCE[dtype] for dtype in types if dtype in TOLERANCE), default=TOLERANCE[ir.DataType.FLOAT])

@@ -18,6 +18,7 @@ class SiteRecord:
 
     Attributes:
         changed: names of initializers that were removed or replaced.
+        caches: (output, axis that runs over heads) of the model's outputs that now hold fewer heads.
     """
 
     name: str
@@ -25,6 +26,7 @@ class SiteRecord:
     after: str
     exact: bool
     changed: tuple[str, ...]
+    caches: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,11 @@ class Record:
     @property
     def changed(self) -> frozenset[str]:
         return frozenset(name for site in self.sites for name in site.changed)
+
+    @property
+    def caches(self) -> dict[str, int]:
+        """The axis that runs over heads by output, for all outputs that hold fewer heads than they did."""
+        return {name: axis for site in self.sites for name, axis in site.caches}
 
     @property
     def all_exact(self) -> bool:
@@ -64,6 +71,8 @@ def read_record(model: ir.Model) -> Record | None:
 
 def _site(entry: dict[str, object]) -> SiteRecord:
     name, before, after, exact, changed = (entry[key] for key in ("name", "from", "to", "exact", "changed"))
-    if not isinstance(exact, bool) or not isinstance(changed, list):
+    caches = entry.get("caches", [])  # files of version 0.1 do not say
+    if not isinstance(exact, bool) or not isinstance(changed, list) or not isinstance(caches, list):
         raise TypeError("not a site")
-    return SiteRecord(str(name), str(before), str(after), exact, tuple(str(item) for item in changed))
+    ports = tuple((str(output), int(axis)) for output, axis in caches)
+    return SiteRecord(str(name), str(before), str(after), exact, tuple(str(item) for item in changed), ports)

@@ -25,12 +25,12 @@ class Script:
     Attributes:
         label: for people.
         steps: the feeds of each step; from the second step on the cache is the model's own.
-        neutral: feed a past of zeros, which means the same to any number of heads.
+        neutral: caches to feed as zeros, which mean the same to any number of heads.
     """
 
     label: str
     steps: tuple[Feeds, ...]
-    neutral: bool
+    neutral: frozenset[str]
 
 
 def play(session: Any, ports: CachePorts, script: Script) -> list[Outputs]:
@@ -40,7 +40,7 @@ def play(session: Any, ports: CachePorts, script: Script) -> list[Outputs]:
     played: list[Outputs] = []
     cache: Feeds = {}
     for feeds in script.steps:
-        start = ports.neutral(feeds) if script.neutral else feeds
+        start = ports.neutral(feeds, script.neutral)
         own = {name: array for name, array in {**start, **cache}.items() if name in wanted}
         played.append(dict(zip(names, session.run(None, own), strict=True)))
         cache = ports.next(played[-1], own)
@@ -52,14 +52,14 @@ class Rehearsal:
     """Finds scripts that the original plays, and keeps what it answered.
 
     Attributes:
-        same_heads: both models take a past of the same shape, so that a random one can be fed.
+        changed: caches that the two models take in different shapes, so that no random one can be fed.
         trouble: what the original said to the sizes that it refused.
     """
 
     model: ir.Model
     session: Any
     ports: CachePorts
-    same_heads: bool
+    changed: frozenset[str]
     trouble: list[str] = field(default_factory=list)
 
     def scripts(self, sizes: Sequence[Size] | None, seeds: Iterable[int]) -> Iterator[tuple[Script, list[Outputs]]]:
@@ -85,7 +85,7 @@ class Rehearsal:
         found: list[tuple[Script, list[Outputs]]] = []
         for seed in seeds:
             feeds = self._feeds(size, seed, "mixed")
-            script = Script(f"{_size_name(size)}, seed {seed}", (feeds,), neutral=not self.same_heads)
+            script = Script(f"{_size_name(size)}, seed {seed}", (feeds,), self.changed)
             answer = self._try(script)
             if answer is None:
                 return None
@@ -95,14 +95,14 @@ class Rehearsal:
     def _chain(self, size: Size) -> tuple[Script, list[Outputs]] | None:
         """Prefill an empty cache, then single tokens; as many steps as the original plays."""
         batch, length, _ = size
-        script = Script("prefill", (self._feeds((batch, length, 0), 0, "ones"),), neutral=True)
+        script = Script("prefill", (self._feeds((batch, length, 0), 0, "ones"),), self.changed)
         answer = self._try(script)
         if answer is None:
             return None
         for step in range(DECODE_STEPS):
             cached = self.ports.length(self.ports.next(answer[-1], script.steps[-1]))
             feeds = self._feeds((batch, 1, cached), step + 1, "ones")
-            longer = Script(f"prefill and {step + 1} decode steps", (*script.steps, feeds), neutral=True)
+            longer = Script(f"prefill and {step + 1} decode steps", (*script.steps, feeds), self.changed)
             played = self._try(longer)
             if played is None:
                 break

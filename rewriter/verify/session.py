@@ -41,11 +41,19 @@ def cpu_session(model: ir.Model | Path, *, threads: int = 1) -> Any:
     import onnxruntime as ort
 
     options = session_options(threads)
+    # what is beyond lays out convolutions only, and crashes the process on some float16 files (1.31)
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     providers = ["CPUExecutionProvider"]
     if isinstance(model, Path):
         return ort.InferenceSession(str(model), options, providers=providers)
     keep = [dtype for dtype in ir.DataType if dtype not in _PLAIN]
     proto, placed = skeleton(model, "weights", nested=False, keep=keep)
+    idle = {item.name for item in placed if not item.value.uses() and not item.value.is_graph_output()}
+    if idle:  # the runtime drops what nothing reads, and then misses the weight that it is handed
+        placed = [item for item in placed if item.name not in idle]
+        read = [tensor for tensor in proto.graph.initializer if tensor.name not in idle]
+        del proto.graph.initializer[:]
+        proto.graph.initializer.extend(read)
     arrays = [np.ascontiguousarray(item.tensor.numpy()) for item in placed]
     values = [ort.OrtValue.ortvalue_from_numpy(array) for array in arrays]
     if placed:

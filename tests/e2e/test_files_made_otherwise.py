@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from onnx import helper
-from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
 import rewriter
 from rewriter.capture.feeds import make_feeds
@@ -103,6 +105,19 @@ def test_float16(twin: Callable[[str], Path], perturbed: bool) -> None:
     assert "FLOAT16" in stored and "FLOAT" not in stored
 
 
+OPTIMISE = "import rewriter, sys; print(len(rewriter.optimize(sys.argv[1], 'gqa2').rewrite_report.sites))"
+
+
+def test_a_float16_file_on_which_onnxruntime_crashes_is_verified(zoo_onnx: ZooOnnx, tmp_path: Path) -> None:
+    """At its highest optimisation level onnxruntime 1.31 kills the process on this file, hence a process of its own."""
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    path = tmp_path / "half.onnx"
+    onnx.save(convert_float_to_float16(onnx.load(zoo_onnx(ZOO["mha-batch-first"], "dynamo18"))), path)
+    done = subprocess.run([sys.executable, "-c", OPTIMISE, str(path)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, "2"), done.stderr[-2000:]
+
+
 def test_weights_as_constant_nodes(twin: Callable[[str], Path], perturbed: bool) -> None:
     source = twin("bert-eager")
     model = onnx.load(source)
@@ -115,7 +130,7 @@ def test_weights_as_constant_nodes(twin: Callable[[str], Path], perturbed: bool)
     require(path, perturbed)
 
 
-class _Calibration(CalibrationDataReader):
+class Calibration(CalibrationDataReader):
     def __init__(self, source: Path) -> None:
         model = load(source)
         self._feeds: Iterator[dict[str, np.ndarray]] = iter(
@@ -130,7 +145,7 @@ def test_fake_quantised_weights_stay_quantised(zoo_onnx: ZooOnnx, tmp_path: Path
     source, path = tmp_path / "vit.onnx", tmp_path / "vit.qdq.onnx"
     twin_file(ZOO["vit-eager"], zoo_onnx(ZOO["vit-eager"], "torchscript17"), source, perturbed=False)
     quantize_static(
-        str(source), str(path), _Calibration(source), quant_format=QuantFormat.QDQ, weight_type=QuantType.QInt8,
+        str(source), str(path), Calibration(source), quant_format=QuantFormat.QDQ, weight_type=QuantType.QInt8,
         op_types_to_quantize=["MatMul"],
     )  # fmt: skip
     done = rewriter.optimize(path, "gqa2")
@@ -139,13 +154,6 @@ def test_fake_quantised_weights_stay_quantised(zoo_onnx: ZooOnnx, tmp_path: Path
     assert done.rewrite_report.fidelity is not None and done.rewrite_report.fidelity.cosine > 0.999
     new = [v for v in done.model.graph.initializers.values() if v.name and v.name.endswith("weight_quantized")]
     assert len(new) == 4 and {v.const_value.dtype.name for v in new if v.const_value is not None} == {"INT8"}
-
-
-def test_dynamically_quantised_projections_are_refused_with_advice(zoo_onnx: ZooOnnx, tmp_path: Path) -> None:
-    path = tmp_path / "bert.int8.onnx"
-    quantize_dynamic(str(zoo_onnx(ZOO["bert-eager"], "torchscript17")), str(path), weight_type=QuantType.QInt8)
-    with pytest.raises(NothingToRewrite, match="rewrite the float model and quantise it afterwards"):
-        rewriter.optimize(path, "gqa2")
 
 
 class _Flattened(torch.nn.Module):
@@ -188,5 +196,6 @@ def test_attention_in_a_branch_is_named(zoo_onnx: ZooOnnx, tmp_path: Path) -> No
     onnx.save(helper.make_model(graph, opset_imports=inner.opset_import, ir_version=inner.ir_version), path)
     sites = rewriter.inspect(path).to_dict()["sites"]
     assert [s["status"] for s in sites] == ["refused"] and "body of If" in sites[0]["reason"]
+    assert "rewrite the two files that were merged" in sites[0]["reason"]
     with pytest.raises(NothingToRewrite, match="control flow"):
         rewriter.optimize(path, "gqa2")

@@ -59,9 +59,6 @@ GRAPH_REFUSES = {
 NOT_UNDERSTOOD = {"falcon-sdpa": "no value on the way", "falcon-eager": "no value on the way"}
 """Attention that ought to be a site and is refused: key heads are repeated before they are rotated."""
 
-FILE_FAILS = {("x-rotary", "torchscript17"): "Einsum"}
-"""Files whose sites are found, and whose rewrite does not run."""
-
 
 def _jobs(*, rewritable: bool = False) -> list[object]:
     """Every case through torch; one implementation of each family through the exporters, which is the slow part."""
@@ -122,10 +119,6 @@ def test_a_tied_twin_is_rewritten_without_loss_and_a_perturbed_one_is_not(
         exact, lossy = (_torch_error(case, perturbed=p) for p in (False, True))
     else:
         path = zoo_onnx(case, door)
-        if (case.name, door) in FILE_FAILS:
-            with pytest.raises(rewriter.VerificationFailed, match=FILE_FAILS[case.name, door]):
-                _file_error(case, path, tmp_path, perturbed=False)
-            return
         exact, lossy = (_file_error(case, path, tmp_path, perturbed=p) for p in (False, True))
     assert exact < EXACT
     assert lossy > MOVED

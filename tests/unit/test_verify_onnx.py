@@ -189,12 +189,25 @@ def test_another_interface() -> None:
     assert not outcome(found)["interface"] and "renamed" in detail(found, "interface")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", '[{"name": "x"}]', "[" * 5000])
+SITE = '[{"name": "x", "from": "a", "to": "b", "exact": true, "changed": [], "caches": %s}]'
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[1]", '[{"name": "x"}]', "[" * 5000, SITE % '[["y"]]', SITE % '[["y", "z"]]', SITE % '"y"']
+)
 def test_malformed_records(text: str) -> None:
     model = decoder(2, exact=True)
     model.metadata_props["rewriter.sites"] = text
     with pytest.raises(InvalidModelFile, match="malformed"):
         read_record(model)
+
+
+def test_records_with_and_without_caches() -> None:
+    model = decoder(2, exact=True)
+    for text, caches in ((SITE % '[["y", 1]]', {"y": 1}), (SITE.replace(', "caches": %s', ""), {})):
+        model.metadata_props["rewriter.sites"] = text
+        record = read_record(model)
+        assert record is not None and record.caches == caches
 
 
 def test_paths_and_models_in_memory_agree(tmp_path: Path) -> None:

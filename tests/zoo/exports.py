@@ -79,19 +79,19 @@ class WithPast(nn.Module):
         cache: Any = DynamicCache()
         for index in range(self.layers):
             cache.update(past[2 * index], past[2 * index + 1], index)
-        keyword = {_cache_argument(self.model): cache}
+        keyword = {cache_argument(self.model): cache}
         result = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=True, **keyword)
         present = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
         return (result.logits, *present)
 
 
-def _cache_argument(model: nn.Module) -> str:
+def cache_argument(model: nn.Module) -> str:
     """The keyword that takes the cache: transformers renamed it within version 5."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 @dataclass(frozen=True)
-class _Job:
+class Job:
     """What to export: a positional module, example arguments at two sizes, the names and axes of both ends."""
 
     module: nn.Module
@@ -102,12 +102,12 @@ class _Job:
     axes: Mapping[str, Mapping[int, str]]
 
 
-def _job(case: ZooCase) -> _Job:
+def _job(case: ZooCase) -> Job:
     inputs, other = case.inputs(TRACE_BATCH, TRACE_LENGTH, 0), case.inputs(*OTHER[:2], 1)
     model = case.build()
     constants = {"use_cache": False} if getattr(getattr(model, "config", None), "use_cache", False) else {}
     module = Positional(model, tuple(inputs), constants).eval()
-    return _Job(module, tuple(inputs.values()), tuple(other.values()), tuple(inputs), ("output",), case.axes)
+    return Job(module, tuple(inputs.values()), tuple(other.values()), tuple(inputs), ("output",), case.axes)
 
 
 def _cache_shapes(model: nn.Module, input_ids: Tensor) -> list[tuple[int, int]]:
@@ -116,11 +116,11 @@ def _cache_shapes(model: nn.Module, input_ids: Tensor) -> list[tuple[int, int]]:
 
     cache: Any = DynamicCache()
     with torch.no_grad():
-        model(input_ids=input_ids, use_cache=True, **{_cache_argument(model): cache})
+        model(input_ids=input_ids, use_cache=True, **{cache_argument(model): cache})
     return [(int(t.shape[1]), int(t.shape[3])) for layer in cache.layers for t in (layer.keys, layer.values)]
 
 
-def _job_with_past(case: ZooCase) -> _Job:
+def _job_with_past(case: ZooCase) -> Job:
     if not {"hf"} <= case.tags or not case.causal or "encoder-decoder" in case.tags:
         raise ExportSkipped(f"{case.name} is not a causal decoder with a key/value cache")
     model = case.build()
@@ -140,7 +140,7 @@ def _job_with_past(case: ZooCase) -> _Job:
         "attention_mask": {0: "batch", 1: "total_sequence"},
         **{name: {0: "batch", 2: "past_sequence"} for name in past_names},
     }
-    return _Job(
+    return Job(
         WithPast(model, layers).eval(),
         arguments(TRACE_BATCH, TRACE_LENGTH, TRACE_PAST),
         arguments(*OTHER),
@@ -166,10 +166,11 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def _by_dynamo(job: _Job, opset: int, path: Path, dynamic: bool) -> None:
+def _by_dynamo(job: Job, opset: int, path: Path, dynamic: bool) -> None:
     per_argument = tuple(dict(job.axes.get(name, {})) for name in job.inputs)
     named = sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in inspect.signature(job.module.forward).parameters.values())
-    shapes = (*per_argument[:named], per_argument[named:])
+    rest = per_argument[named:]
+    shapes = (*per_argument[:named], *([rest] if rest else []))
     torch.onnx.export(
         job.module,
         job.args,
@@ -184,7 +185,7 @@ def _by_dynamo(job: _Job, opset: int, path: Path, dynamic: bool) -> None:
     )
 
 
-def _by_torchscript(job: _Job, opset: int, path: Path, dynamic: bool) -> None:
+def _by_torchscript(job: Job, opset: int, path: Path, dynamic: bool) -> None:
     axes = {name: dict(job.axes[name]) for name in job.inputs if name in job.axes}
     torch.onnx.export(
         job.module,
@@ -198,7 +199,7 @@ def _by_torchscript(job: _Job, opset: int, path: Path, dynamic: bool) -> None:
     )
 
 
-def _worst_difference(job: _Job, path: Path, dynamic: bool) -> float:
+def _worst_difference(job: Job, path: Path, dynamic: bool) -> float:
     """Largest |onnxruntime - torch| over all outputs and example sizes; raises if the file does not run."""
     import onnxruntime as ort
 
@@ -225,10 +226,10 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
 
 
-def _export(job: _Job, exporter: str, path: Path) -> bool:
+def _export(job: Job, exporter: str, path: Path) -> bool:
     """Write `path`; returns whether its axes are dynamic. A file that onnxruntime computes wrongly does not count."""
     by_torch_export, opset = EXPORTERS[exporter]
-    write: Callable[[_Job, int, Path, bool], None] = _by_dynamo if by_torch_export else _by_torchscript
+    write: Callable[[Job, int, Path, bool], None] = _by_dynamo if by_torch_export else _by_torchscript
     reasons: list[str] = []
     for dynamic in (True, False):
         try:
@@ -262,7 +263,7 @@ def fingerprint() -> str:
     return digest.hexdigest()[:16]
 
 
-def _cached(name: str, folder: Path, make: Callable[[], _Job], exporter: str) -> Exported:
+def cached(name: str, folder: Path, make: Callable[[], Job], exporter: str) -> Exported:
     if exporter not in EXPORTERS:
         raise ValueError(f"unknown exporter {exporter!r}; one of {', '.join(EXPORTERS)}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -288,7 +289,7 @@ def exported(case: ZooCase, exporter: str, folder: Path) -> Exported:
 
     The graph's inputs are the case's, its output is ``output``. Axes are dynamic where the exporter allows it.
     """
-    return _cached(case.name, folder, lambda: _job(case), exporter)
+    return cached(case.name, folder, lambda: _job(case), exporter)
 
 
 def exported_with_past(case: ZooCase, exporter: str, folder: Path) -> Exported:
@@ -297,7 +298,7 @@ def exported_with_past(case: ZooCase, exporter: str, folder: Path) -> Exported:
     Inputs ``input_ids [batch, sequence]``, ``attention_mask [batch, past + sequence]`` and per layer
     ``past_key_values.N.key|value [batch, kv_heads, past, head_dim]``; outputs ``logits`` and ``present.N.key|value``.
     """
-    return _cached(f"{case.name}-past", folder, lambda: _job_with_past(case), exporter)
+    return cached(f"{case.name}-past", folder, lambda: _job_with_past(case), exporter)
 
 
 def export(case: ZooCase, exporter: str, folder: Path) -> Path:

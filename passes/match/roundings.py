@@ -1,0 +1,97 @@
+"""Fake quantisation on the way: QuantizeLinear and DequantizeLinear, executed again where replay recomputes values.
+
+Within its range a quantiser moves a value by half a step; beyond it the value saturates, and only re-execution tells
+what the program saw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from passes.dataflow import LAYOUT, Array, Flow, Node, Value
+from passes.provenance import PASS_THROUGH, data_operands
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """One quantiser followed by its inverse.
+
+    Attributes:
+        quantize: the QuantizeLinear.
+        factor: constant by which values are multiplied further on.
+        after: how many of the steps that replay takes come before it.
+    """
+
+    quantize: Node
+    factor: float
+    after: int
+
+
+def quantizer_of(flow: Flow, node: Node) -> Node | None:
+    """The QuantizeLinear that this DequantizeLinear undoes, with one scale for the whole tensor; None otherwise."""
+    before = flow.producer(node.inputs[0]) if node.op == "DequantizeLinear" else None
+    if before is None or before.op != "QuantizeLinear" or flow.value(before.inputs[1]).size != 1:
+        return None
+    return before
+
+
+def executed(flow: Flow, roundings: Iterable[Rounding], values: Array) -> Array:
+    """`values`, float64, after these roundings."""
+    for rounding in roundings:
+        node = rounding.quantize
+        scale = float(flow.value(node.inputs[1]).reshape(()))
+        given = flow.value(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] else np.zeros((), np.uint8)
+        point, limits = int(given.reshape(-1)[0]), np.iinfo(given.dtype)
+        with np.errstate(over="ignore"):
+            codes = np.clip(np.rint(values / rounding.factor / scale) + point, limits.min, limits.max)
+        values = (codes - point) * scale * rounding.factor
+    return values
+
+
+def operand_roundings(flow: Flow, matrix: Value, output: Value, end: Value) -> tuple[tuple[Rounding, ...], ...]:
+    """(before the bias, after it): roundings between a projection's product `matrix` and the operand at the anchor.
+
+    `output` is the projection's result, bias included. Where two branches meet (a rotation written out), only what
+    comes after is found.
+    """
+    after, last = _walk(flow, end, output)
+    if last != output:
+        return (), after
+    node = flow.producer(output)
+    addends = [v for v in node.inputs if flow.data_dependent(v)] if node is not None and node.op == "Add" else []
+    before, _ = _walk(flow, addends[0], matrix) if len(addends) == 1 else ((), output)
+    return before, after
+
+
+def _walk(flow: Flow, value: Value, start: Value) -> tuple[tuple[Rounding, ...], Value]:
+    """Roundings from `start` down to `value`, and where the way up ended."""
+    found: list[Rounding] = []
+    factor = 1.0
+    while value != start and (node := flow.producer(value)) is not None:
+        quantize = quantizer_of(flow, node)
+        if quantize is not None:
+            found.append(Rounding(quantize, factor, 0))
+            value = quantize.inputs[0]
+        elif node.op in PASS_THROUGH or (node.op in LAYOUT and len(data_operands(node)) == 1):
+            value = node.inputs[0]
+        elif (scaled := _scaled(flow, node)) is not None:
+            value, number = scaled
+            factor *= number
+        else:
+            break
+    return tuple(reversed(found)), value
+
+
+def _scaled(flow: Flow, node: Node) -> tuple[Value, float] | None:
+    """(operand, number) of a product with or a quotient by one constant number."""
+    if node.op not in {"Mul", "Div"}:
+        return None
+    data = [v for v in node.inputs[:2] if flow.data_dependent(v)]
+    other = [v for v in node.inputs[:2] if not flow.data_dependent(v)]
+    if len(data) != 1 or (node.op == "Div" and node.inputs[0] != data[0]) or flow.value(other[0]).size != 1:
+        return None
+    number = float(flow.value(other[0]).reshape(()))
+    return (data[0], number if node.op == "Mul" else 1.0 / number) if number else None

@@ -1,0 +1,189 @@
+"""Products of activations with quantised weights, seen as one product with the float matrix that the weights stand for.
+
+Covered are dynamic quantisation (DynamicQuantizeLinear, MatMulInteger, Cast, Mul), what onnxruntime fuses it to
+(DynamicQuantizeMatMul, MatMulIntegerToFloat), and weights of a few bits in blocks (MatMulNBits).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from passes.dataflow import Array
+from rewriter.capture.onnx_constants import constant_tensor
+
+Form = Literal["integer", "dynamic", "integer_to_float", "blocks"]
+
+
+@dataclass(frozen=True, eq=False)
+class QuantisedProduct:
+    """One product ``x @ W`` whose W [in, out] is stored as integers.
+
+    Attributes:
+        node: gives the float product; with a bias of its own if `bias` is there.
+        core: reads the stored integers.
+        hidden: nodes between `x` and `node` that only serve this or like products.
+        x: float activations.
+        codes, scale, zero_point: the stored tensors.
+        bits, block: of weights in blocks along their inputs; 8 and 0 elsewhere.
+    """
+
+    form: Form
+    node: ir.Node
+    core: ir.Node
+    hidden: tuple[ir.Node, ...]
+    x: ir.Value
+    codes: ir.Value
+    scale: ir.Value
+    zero_point: ir.Value | None
+    bias: ir.Value | None
+    bits: int = 8
+    block: int = 0
+
+    @property
+    def name(self) -> str:
+        """What the float matrix is called; two products that share the stored integers share it."""
+        return f"{self.codes.name} (dequantised)"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        if self.form == "blocks":
+            return self.core.attributes["K"].as_int(), self.core.attributes["N"].as_int()
+        rows, columns = _tensor(self.codes).shape
+        return int(rows), int(columns)  # type: ignore[arg-type]
+
+    @property
+    def matrix(self) -> Array:
+        """[in, out], float32; made anew each time, so that a large model's matrices are not all held at once."""
+        scale = _numbers(self.scale)
+        if self.form == "blocks":
+            return unpacked_matrix(self.packed, scale, self.points, self.bits, self.block, *self.shape)
+        codes = _tensor(self.codes).numpy().astype(np.float32)
+        points = 0.0 if self.zero_point is None else _numbers(self.zero_point).reshape(-1)
+        return np.asarray((codes - points) * scale.reshape(-1), dtype=np.float32)
+
+    @property
+    def packed(self) -> Array:
+        return _tensor(self.codes).numpy()
+
+    @property
+    def points(self) -> Array | None:
+        """Zero points as stored."""
+        return None if self.zero_point is None else _tensor(self.zero_point).numpy()
+
+
+def unpacked_matrix(
+    packed: Array, scale: Array, points: Array | None, bits: int, block: int, rows: int, columns: int
+) -> Array:
+    """[in, out] of weights packed as [out, blocks, bytes], lowest bits first; zero points lie packed over blocks."""
+    blocks = -(-rows // block)
+    codes = unpack(packed.reshape(columns, -1), bits)[:, : blocks * block].reshape(columns, blocks, block)
+    middle = np.full((columns, blocks), 1 << (bits - 1), np.float32)
+    offsets = middle if points is None else unpack(points.reshape(columns, -1), bits)[:, :blocks]
+    values = (codes.astype(np.float32) - offsets[..., None]) * scale.reshape(columns, blocks, 1)
+    return np.asarray(values.reshape(columns, -1)[:, :rows].T, dtype=np.float32)
+
+
+def unpack(packed: Array, bits: int) -> Array:
+    """[n, bytes] uint8 to [n, bytes * 8 / bits], lowest bits first."""
+    parts = [(packed >> shift) & ((1 << bits) - 1) for shift in range(0, 8, bits)]
+    return np.stack(parts, axis=-1).reshape(packed.shape[0], -1)
+
+
+def quantised_product(node: ir.Node) -> QuantisedProduct | None:
+    """The product whose float result `node` gives; None if it is none, or one that is not covered."""
+    if node.domain in {"", "ai.onnx"} and node.op_type == "Mul":
+        return _integer(node)
+    if node.domain != "com.microsoft":
+        return None
+    if node.op_type == "DynamicQuantizeMatMul":
+        x, codes, scale, point, bias = (_input(node, i) for i in range(5))
+        return _checked("dynamic", node, node, (), x, codes, scale, point, bias)
+    if node.op_type == "MatMulIntegerToFloat":
+        quantizer = _quantizer(_input(node, 0), _input(node, 2), _input(node, 4))
+        codes, scale, point, bias = (_input(node, i) for i in (1, 3, 5, 6))
+        if quantizer is None:
+            return None
+        return _checked("integer_to_float", node, node, (quantizer,), quantizer.inputs[0], codes, scale, point, bias)
+    return _blocks(node) if node.op_type == "MatMulNBits" else None
+
+
+def _integer(node: ir.Node) -> QuantisedProduct | None:
+    """Mul(Cast(MatMulInteger(x, w, x point, w point)), Mul(x scale, w scale)), in either order."""
+    for position in (0, 1):
+        cast, scales = (
+            v.producer() if v is not None else None for v in (node.inputs[position], node.inputs[1 - position])
+        )
+        core = cast.inputs[0].producer() if cast is not None and cast.op_type == "Cast" and cast.inputs[0] else None
+        if core is None or scales is None or core.op_type != "MatMulInteger" or scales.op_type != "Mul":
+            continue
+        for first in (0, 1):
+            quantizer = _quantizer(_input(core, 0), scales.inputs[first], _input(core, 2))
+            if quantizer is not None:
+                hidden = (quantizer, core, cast, scales)
+                return _checked(
+                    "integer", node, core, tuple(n for n in hidden if n is not None), quantizer.inputs[0],
+                    _input(core, 1), scales.inputs[1 - first], _input(core, 3), None,
+                )  # fmt: skip
+    return None
+
+
+def _quantizer(codes: ir.Value | None, scale: ir.Value | None, point: ir.Value | None) -> ir.Node | None:
+    """The DynamicQuantizeLinear that gives all three."""
+    node = codes.producer() if codes is not None else None
+    if node is None or node.op_type != "DynamicQuantizeLinear":
+        return None
+    return node if list(node.outputs) == [codes, scale, point] else None
+
+
+def _blocks(node: ir.Node) -> QuantisedProduct | None:
+    x, codes, scale, point, order, bias = (_input(node, i) for i in range(6))
+    bits, block = node.attributes["bits"].as_int(), node.attributes["block_size"].as_int()
+    plain = point is None or (constant_tensor(point) is not None and _tensor(point).dtype == ir.DataType.UINT8)
+    if order is not None or not plain or bits not in (2, 4, 8) or "weight_prepacked" in node.attributes:
+        return None
+    return _checked("blocks", node, node, (), x, codes, scale, point, bias, bits, block)
+
+
+def _checked(
+    form: Form,
+    node: ir.Node,
+    core: ir.Node,
+    hidden: tuple[ir.Node, ...],
+    x: ir.Value | None,
+    codes: ir.Value | None,
+    scale: ir.Value | None,
+    point: ir.Value | None,
+    bias: ir.Value | None,
+    bits: int = 8,
+    block: int = 0,
+) -> QuantisedProduct | None:
+    """The product if its weight is stored as a matrix of integers."""
+    if x is None or codes is None or scale is None:
+        return None
+    stored = [constant_tensor(v) for v in (codes, scale, *([point] if point is not None else []))]
+    if any(t is None for t in stored):
+        return None
+    kind = _tensor(codes).dtype
+    if kind == ir.DataType.UINT8 and form != "blocks" and point is None:
+        return None
+    if kind not in {ir.DataType.INT8, ir.DataType.UINT8} or (form != "blocks" and len(_tensor(codes).shape) != 2):
+        return None
+    return QuantisedProduct(form, node, core, hidden, x, codes, scale, point, bias, bits, block)
+
+
+def _input(node: ir.Node, position: int) -> ir.Value | None:
+    return node.inputs[position] if len(node.inputs) > position else None
+
+
+def _tensor(value: ir.Value) -> ir.TensorProtocol:
+    tensor = constant_tensor(value)
+    assert tensor is not None
+    return tensor
+
+
+def _numbers(value: ir.Value) -> Array:
+    return _tensor(value).numpy().astype(np.float32)
