@@ -1,9 +1,10 @@
 """Generated kernels beside torch's and onnxruntime's own operators, and beside what the machine can do at most.
 
-    python -m benchmarks.kernels [--quick] [--threads N] [--json F] [--markdown F]
+    python -m benchmarks.kernels [--quick] [--threads N | --cpu-time] [--json F] [--markdown F]
 
-Everything is timed by turns in one run. Rows "… of the machine's" compare with the read bandwidth or multiply-add rate
-that is measured just before and just after; all others compare times.
+Everything is timed by turns in one run; --cpu-time takes processor time of one thread, which the machine's other work
+disturbs less. Rows "share of the machine's ..." compare with the read bandwidth or the multiply-add rate measured just
+before and just after; all others compare times.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ for _name, _value in (("OMP_WAIT_POLICY", "passive"), ("GOMP_SPINCOUNT", "0")):
 
 import argparse  # noqa: E402
 import sys  # noqa: E402
+import time  # noqa: E402
 from collections.abc import Mapping, Sequence  # noqa: E402
 from dataclasses import dataclass, replace  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -26,7 +28,7 @@ from torch import Tensor  # noqa: E402
 
 from benchmarks import attention_peers, peaks  # noqa: E402
 from benchmarks.machine import machine  # noqa: E402
-from benchmarks.rows import Row, Times, interleaved, markdown_table, put_section, timed, write_json  # noqa: E402
+from benchmarks.rows import Clock, Row, Times, interleaved, markdown_table, put_section, timed, write_json  # noqa: E402
 from codegen.device import DType, host  # noqa: E402
 from codegen.launch.host import load  # noqa: E402
 from codegen.launch.torch_op import launch  # noqa: E402
@@ -100,7 +102,7 @@ def goal_against_peers(case: Case) -> float | None:
     return {8: 1.6, 1: 4.0}.get(case.kv_heads)
 
 
-def run_case(case: Case, runs: int, threads: int) -> list[Row]:
+def run_case(case: Case, runs: int, threads: int, clock: Clock) -> list[Row]:
     """Rows of one case: beside each peer, beside the best of them, and beside the machine's limits."""
     q, k, v = _operands(case)
     choice = select(case.spec, host(), DType(case.dtype))
@@ -114,12 +116,12 @@ def run_case(case: Case, runs: int, threads: int) -> list[Row]:
     peers = make(q, k, v, threads)
     error = _error(case, ours(), q, k, v)
     others = {name: _difference(attention_peers.as_heads(call(), q), ours()) for name, call in peers.items()}
-    before = peaks.measure(2)
-    slow = {name: timed(call, 1)[0].minimum for name, call in peers.items()}
-    often = [name for name in peers if slow[name] < 20 * timed(ours, 1)[0].minimum]
-    times = dict(zip(["ours", *often], interleaved(runs, ours, *(peers[n] for n in often)), strict=True))
-    times |= {name: timed(peers[name], 2)[0] for name in peers if name not in often}
-    after = peaks.measure(2)
+    before = peaks.measure(2, clock)
+    slow = {name: timed(call, 1, clock)[0].minimum for name, call in peers.items()}
+    often = [name for name in peers if slow[name] < 20 * timed(ours, 1, clock)[0].minimum]
+    times = dict(zip(["ours", *often], interleaved(runs, ours, *(peers[n] for n in often), clock=clock), strict=True))
+    times |= {name: timed(peers[name], 2, clock)[0] for name in peers if name not in often}
+    after = peaks.measure(2, clock)
     return _rows(case, times, error, others, before, after)
 
 
@@ -201,13 +203,14 @@ def _difference(theirs: Tensor, ours: Tensor) -> float:
     return float((theirs.float() - ours.float()).abs().max() / ours.float().abs().max())
 
 
-def report(rows: Sequence[Row], threads: int) -> str:
+def report(rows: Sequence[Row], threads: int, *, cpu_time: bool) -> str:
     """The section of docs/benchmarks.md."""
     about = machine()
+    measured = "processor time of one thread" if cpu_time else f"wall time on {threads} threads"
     text = (
-        f"`python -m benchmarks.kernels` on {about['processor']}, {host().arch}, {threads} threads, torch "
-        f"{torch.__version__}. Milliseconds are minima over runs by turns; the load of the machine before the run was "
-        f"{about['load_before'][0]}, so read ratios, not times.\n\n"
+        f"`python -m benchmarks.kernels{' --cpu-time' * cpu_time}` on {about['processor']}, {host().arch}, torch "
+        f"{torch.__version__}. Milliseconds are minima of {measured}, over runs by turns; the load of the machine was "
+        f"{about['load_before'][0]} at the end, so read ratios, not times.\n\n"
     )
     timed_rows = [r for r in rows if r.name == "time"]
     best = [r for r in timed_rows if r.more["best_peer"]]
@@ -240,7 +243,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="cases whose name holds this")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
+    parser.add_argument("--cpu-time", action="store_true", help="of one thread, for machines that others keep busy")
     options = parser.parse_args(arguments)
+    if options.cpu_time:
+        options.threads = 1
+    clock = time.process_time if options.cpu_time else time.perf_counter
     if not host().arch:
         print("this processor has none of the instruction sets that there are kernels for", file=sys.stderr)
         return 2
@@ -250,14 +257,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with torch.no_grad():
         for case in cases(quick=options.quick):
             if options.only in str(case):
-                found = run_case(case, runs, options.threads)
+                found = run_case(case, runs, options.threads, clock)
                 rows += found
                 for row in found:
                     print(_line(row), flush=True)
     if options.json:
-        write_json(options.json, rows, threads=options.threads, isa=host().arch)
+        write_json(options.json, rows, threads=options.threads, isa=host().arch, cpu_time=options.cpu_time)
     if options.markdown:
-        put_section(options.markdown, "Kernels", report(rows, options.threads))
+        put_section(options.markdown, "Kernels", report(rows, options.threads, cpu_time=options.cpu_time))
     return 0
 
 

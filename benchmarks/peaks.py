@@ -5,13 +5,14 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.rows import timed
+from benchmarks.rows import Clock, timed
 from codegen import cache
 from codegen.device import Isa, host
 from codegen.launch.host import thread_pool
@@ -60,12 +61,13 @@ def _array() -> torch.Tensor:
     return torch.ones(1 << 27)
 
 
-def measure(runs: int = 5) -> Peaks:
+def measure(runs: int = 5, clock: Clock = time.perf_counter) -> Peaks:
     """The best of `runs` measurements of each."""
-    return Peaks(read_bandwidth(runs), _arithmetic("multiply_add", runs), _arithmetic("multiply_add_pairs", runs))
+    rates = [_arithmetic(name, runs, clock) for name in ("multiply_add", "multiply_add_pairs")]
+    return Peaks(read_bandwidth(runs, clock), *rates)
 
 
-def read_bandwidth(runs: int) -> float:
+def read_bandwidth(runs: int, clock: Clock) -> float:
     """Bytes per second."""
     data = _array()
     reading = _Reading(data.data_ptr(), data.numel(), CHUNK, 0, 0.0)
@@ -74,14 +76,14 @@ def read_bandwidth(runs: int) -> float:
         reading.next = 0
         _call("read_memory", ctypes.byref(reading))
 
-    return data.nbytes / timed(read, runs)[0].minimum
+    return data.nbytes / timed(read, runs, clock)[0].minimum
 
 
-def _arithmetic(name: str, runs: int) -> float:
+def _arithmetic(name: str, runs: int, clock: Clock) -> float:
     count = _library()[f"{name}_flops"]
     count.restype = ctypes.c_int64
     work = _Arithmetic(ROUNDS, 0.0)
-    times, _ = timed(lambda: _call(name, ctypes.byref(work)), runs)
+    times, _ = timed(lambda: _call(name, ctypes.byref(work)), runs, clock)
     return float(count() * ROUNDS * torch.get_num_threads() / times.minimum)
 
 

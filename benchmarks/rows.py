@@ -57,20 +57,23 @@ class Times:
         return statistics.median(self.seconds)
 
 
-def timed(work: Callable[[], Any], runs: int) -> tuple[Times, Any]:
+Clock = Callable[[], float]
+
+
+def timed(work: Callable[[], Any], runs: int, clock: Clock = time.perf_counter) -> tuple[Times, Any]:
     """Times of `runs` runs, and the last result."""
     seconds = []
     result: Any = None
     for _ in range(runs):
-        start = time.perf_counter()
+        start = clock()
         result = work()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(clock() - start)
     return Times(tuple(seconds)), result
 
 
-def interleaved(runs: int, *works: Callable[[], Any]) -> list[Times]:
+def interleaved(runs: int, *works: Callable[[], Any], clock: Clock = time.perf_counter) -> list[Times]:
     """Times of several things, run by turns, so that a busy moment hits all of them."""
-    rounds = [[timed(work, 1)[0].minimum for work in works] for _ in range(runs)]
+    rounds = [[timed(work, 1, clock)[0].minimum for work in works] for _ in range(runs)]
     return [Times(column) for column in zip(*rounds, strict=True)]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import coverage, rows
+from benchmarks import coverage, kernels, rows
 from benchmarks.attentions import DOORS, Outcome
 from benchmarks.peers import PeerResult, model_type
 
@@ -80,3 +80,37 @@ def test_times_and_tables() -> None:
     assert rows.markdown_table(["x", "y"], [[1, None], [True, 0.12345]]) == (
         "| x | y |\n| --- | --- |\n| 1 |  |\n| yes | 0.123 |"
     )
+
+
+def test_the_grid_of_kernels_holds_every_goal() -> None:
+    everything, quick = kernels.cases(quick=False), kernels.cases(quick=True)
+    assert 0 < len(quick) < len(everything) and all(c.dim == 64 for c in quick)
+    decode = {
+        (c.kv_heads, c.dim, c.dtype) for c in everything if c.kind == "decode" and (c.batch, c.keys) == (16, 4096)
+    }
+    assert decode == {(kv, d, t) for kv in (32, 8, 1) for d in (64, 128) for t in ("float32", "bfloat16")}
+    goals = {(c.kind, c.kv_heads, c.dtype): kernels.goal_against_peers(c) for c in everything}
+    assert goals["decode", 8, "float32"] == 1.6 and goals["decode", 1, "float32"] == 4.0
+    assert goals["decode", 8, "bfloat16"] == 4.0 and goals["prefill", 12, "float32"] == 1.8
+
+
+@pytest.mark.slow
+def test_kernels_beside_their_peers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not kernels.host().arch:
+        pytest.skip("no instruction set that there are kernels for")
+    small = [kernels.Case("decode", 1, 8, 2, 64, 512, "float32"), kernels.Case("prefill", 1, 4, 4, 64, 256, "float32")]
+    monkeypatch.setattr(kernels, "cases", lambda quick: small)
+    monkeypatch.setattr(kernels.peaks, "ROUNDS", 10_000)
+    target, page = tmp_path / "kernels.json", tmp_path / "benchmarks.md"
+    threads = kernels.torch.get_num_threads()
+    try:
+        assert kernels.main(["--cpu-time", "--runs", "1", "--json", str(target), "--markdown", str(page)]) == 0
+    finally:
+        kernels.torch.set_num_threads(threads)
+    written = json.loads(target.read_text())
+    assert set(written["machine"]) >= MACHINE and all(set(row) >= ROW for row in written["rows"])
+    peers = {row["peer_name"] for row in written["rows"] if row["name"] == "time"}
+    assert {"torch sdpa", "onnxruntime Attention", "onnxruntime com.microsoft.GroupQueryAttention"} <= peers
+    assert all(row["peer_differs_by"] < 1e-4 for row in written["rows"] if row["name"] == "time")
+    assert {row["name"] for row in written["rows"]} >= {"time", "error", "share of the machine's read bandwidth"}
+    assert "## Kernels" in page.read_text()
