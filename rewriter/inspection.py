@@ -148,7 +148,8 @@ def _layout(site: AttentionSite) -> str:
     """Which projections feed the site and how heads lie in them."""
     nodes = {site.q.projection.node, site.k.projection.node, site.v.projection.node}
     fused = {1: "fused qkv", 2: "two projections share q, k, v", 3: "separate q, k, v"}[len(nodes)]
-    return f"{fused}, keys {' '.join(site.k.seam_axes)}"
+    keys = f"keys {' '.join(site.k.seam_axes)}" if site.k.seam else "keys repeated before they are rotated"
+    return f"{fused}, {keys}"
 
 
 def _refusal_row(refusal: Refusal) -> dict[str, Any]:

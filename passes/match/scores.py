@@ -35,12 +35,22 @@ class OperandView:
         value: its name.
         token_axis, feature_axis: which axes are tokens and features.
         heads: set if the feature axis holds this many heads side by side (fused operators with 3-D inputs).
+        fold: how many heads the token axis holds one after the other, for each one on the axis before it.
     """
 
     value: Value
     token_axis: int
     feature_axis: int
     heads: int | None = None
+    fold: int = 1
+
+    def arranged(self, array: Array) -> Array:
+        """[lead..., tokens, features] of the recorded value, folded heads joined to those before them."""
+        array = np.moveaxis(array, (self.token_axis, self.feature_axis), (-2, -1))
+        if self.fold == 1:
+            return array
+        *lead, heads, rows, features = array.shape
+        return array.reshape(*lead, heads * self.fold, rows // self.fold, features)
 
 
 @dataclass(frozen=True)
@@ -340,7 +350,7 @@ def _context(flow: Flow, value: Value) -> _Mix | str | None:
     while True:
         if value in flow.outputs:
             return "the attention weights are an output of the model"
-        readers = flow.readers(value)
+        readers = flow.live_readers(value)
         tests = [n for n in readers if n.op == "IsNaN"]
         rest = [n for n in readers if n not in tests]
         if len(rest) != 1:

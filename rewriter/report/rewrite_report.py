@@ -20,6 +20,7 @@ class SiteRow:
         exact: True if the step equals the original up to rounding.
         error: relative error of the site's output after the step; None if it was not measured.
         floor: the same error with the site's output zeroed, so that `error` means something; None if not measured.
+        note: what the step does not save, and why; "" where it saves all that its target does.
     """
 
     name: str
@@ -28,6 +29,7 @@ class SiteRow:
     exact: bool
     error: float | None = None
     floor: float | None = None
+    note: str = ""
 
     @property
     def step(self) -> str:
@@ -46,6 +48,7 @@ class SiteRow:
             "exact": self.exact,
             "error": self.error,
             "floor": self.floor,
+            "note": self.note,
         }
 
 
@@ -118,6 +121,7 @@ class RewriteReport:
         if self.sites:
             header = ("site", "from", "to", "step", "error", "floor")
             lines += _columns([header, *(_site_cells(row) for row in self.sites)])
+            lines += [f"{printable(row.name)} {printable(row.note)}" for row in self.sites if row.note]
         lines += [f"refused {printable(row.name)}: {printable(row.reason)}" for row in self.refused]
         lines += _columns(
             [
