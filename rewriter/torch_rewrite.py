@@ -21,8 +21,9 @@ from rewriter.decision import Decision, Stopwatch, decide, report, rows
 from rewriter.errors import NothingToRewrite, UnsupportedModel, VerificationFailed
 from rewriter.install.call_record import CallRecord, record_calls
 from rewriter.install.huggingface import apply_knob, knob_applies
+from rewriter.install.kept import Kept
 from rewriter.install.mixer import MixerParameters
-from rewriter.install.repeated_heads import Kept, keep_forwards
+from rewriter.install.repeated_heads import keep_forwards
 from rewriter.install.torch_module import install
 from rewriter.report.rewrite_report import RewriteReport, SiteRow
 from rewriter.verify.torch_pair import run, verify_torch

@@ -21,6 +21,7 @@ from passes.weights.repetition import Part, repetition
 from rewriter.errors import UnsupportedModel, first_line
 from rewriter.install.call_record import CallRecord, evaluating, record_calls, snapshot
 from rewriter.install.huggingface import guard_saving
+from rewriter.install.kept import Kept
 from rewriter.install.repeated_projection import (
     RepeatedProjection,
     replace_projection,
@@ -36,28 +37,6 @@ from rewriter.install.tensors import owned_parameter
 HINT = "rewrite its exported program instead: pass torch.export.export(model, ...)"
 
 Run = Callable[[], list[Any]]
-
-
-@dataclass(frozen=True)
-class Kept:
-    """What a site that keeps its forward does not save.
-
-    Attributes:
-        projection: its keys and values are still projected to all heads.
-        cache: a cache still holds all heads.
-        why: the reason for keeping the forward.
-    """
-
-    projection: bool
-    cache: bool
-    why: str
-
-    @property
-    def note(self) -> str:
-        """One sentence for the report."""
-        cache = "a cache holds all heads" if self.cache else "a cache holds each once"
-        work = "; they are still projected to all heads" if self.projection else ""
-        return f"keeps its own forward, which repeats the shared heads; {cache}{work} ({self.why})"
 
 
 def keep_forwards(
