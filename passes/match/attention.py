@@ -10,8 +10,9 @@ import numpy as np
 
 from passes.dataflow import LAYOUT, Flow, Node, Value
 from passes.match.folded import unfolded
+from passes.match.learned_query import with_learned_queries
 from passes.match.operands import Traced, trace_operand
-from passes.match.scores import NotUnderstood, ScorePath, Unrelated, anchors, score_path, total_bias
+from passes.match.scores import FreeQuery, NotUnderstood, ScorePath, Unrelated, anchors, score_path, total_bias
 from passes.provenance import PASS_THROUGH, Tracer, projection_at, rounded
 from passes.replay import TOLERANCES, replay
 from passes.site import AttentionSite, NotAttention, Projection, Refusal
@@ -48,7 +49,7 @@ def find_attention(flow: Flow) -> Matches:
     for anchor in anchors(flow):
         name, layer = names.of(anchor)
         try:
-            site, proof = match_anchor(tracer, anchor, name, layer)
+            site, proof = _match(tracer, anchor, name, layer)
         except Unrelated as reason:
             unrelated.append(NotAttention(name, str(reason), anchor.index))
         except NotUnderstood as reason:
@@ -61,6 +62,16 @@ def find_attention(flow: Flow) -> Matches:
             sites.append(site)
             evidence[site.name] = proof
     return Matches(tuple(sites), tuple(refusals), tuple(unrelated), evidence)
+
+
+def _match(tracer: Tracer, anchor: Node, name: str, layer: int) -> tuple[AttentionSite, Evidence]:
+    try:
+        return match_anchor(tracer, anchor, name, layer)
+    except FreeQuery as error:
+        flow = with_learned_queries(tracer.flow, error.query)
+        if flow is None:
+            raise error.otherwise from error
+        return match_anchor(Tracer(flow), anchor, name, layer)
 
 
 def match_anchor(tracer: Tracer, anchor: Node, name: str, layer: int) -> tuple[AttentionSite, Evidence]:

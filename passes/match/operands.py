@@ -196,8 +196,13 @@ def _head_axis(tracer: Tracer, value: Value, lookup: _Lookup) -> int | None:
 def _main_source(tracer: Tracer, ids: list[Array]) -> Source:
     found = {s.value: s for array in ids for s in tracer.source_of(array)}
     learned = [s for s in found.values() if s.kind != "input"]
-    if len(learned) != 1:
-        raise NotUnderstood(f"the operand mixes {len(learned)} projections")
+    if len(learned) > 1:
+        raise NotUnderstood(
+            f"each head is put together from {len(learned)} projections (as in latent attention, whose cache holds "
+            "no heads to share); merging heads would have to change all of them"
+        )
+    if not learned:
+        raise NotUnderstood("the operand comes from no projection")
     if (ids[0] == 0).any():
         raise NotUnderstood("tokens are padded and attended in blocks, which is not read" if ids[0].ndim > 4 else
                             "the operand is padded with zeros")  # fmt: skip

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from passes.dataflow import CONTRACTIONS, Array, Flow, Node, Value
-from passes.provenance import PASS_THROUGH
+from passes.dataflow import CONTRACTIONS, LAYOUT, Array, Flow, Node, Value
+from passes.provenance import PASS_THROUGH, projection_at
 from passes.site import Modifier
 
 FUSED_ANCHORS = frozenset({"Attention", "GroupedQueryAttention"})
@@ -25,6 +25,18 @@ class NotUnderstood(Exception):
 
 class Unrelated(Exception):
     """A softmax that is no attention; the message says what it is instead."""
+
+
+class FreeQuery(NotUnderstood):
+    """A query that no fed data reaches.
+
+    Attributes:
+        query: the operand; a projected parameter, or what `otherwise` says.
+    """
+
+    def __init__(self, query: Value, otherwise: Exception) -> None:
+        super().__init__(str(otherwise))
+        self.query, self.otherwise = query, otherwise
 
 
 @dataclass(frozen=True)
@@ -98,7 +110,10 @@ def _fused(flow: Flow, anchor: Node) -> ScorePath:
     mask = anchor.inputs[3] if len(anchor.inputs) > 3 else ""
     if len(anchor.inputs) > 4 and any(anchor.inputs[4:]):
         raise NotUnderstood("the attention operator keeps its own key/value cache (past_key, past_value inputs)")
-    if any(not flow.data_dependent(x) for x in (q, k, v)):
+    deep = [flow.data_dependent(x) for x in (q, k, v)]
+    if deep == [False, True, True]:
+        raise FreeQuery(q, NotUnderstood("its queries come neither from the input nor from a projected parameter"))
+    if not all(deep):
         raise NotUnderstood("an operand of the attention operator passes no learned projection")
     modifiers: list[Modifier] = []
     if anchor.attrs.get("is_causal"):
@@ -136,6 +151,8 @@ def _written_out(flow: Flow, softmax: Node) -> ScorePath:
     try:
         back = _Backward(flow).run(softmax.inputs[0])
     except NotUnderstood as error:
+        if isinstance(error, FreeQuery) and not isinstance(mixes, _Mix):
+            raise error.otherwise from error
         if not isinstance(mixes, _Mix) and not _reaches_contraction(flow, softmax):
             raise Unrelated(f"its result weighs no value tokens ({mixes or 'it reaches no contraction'})") from error
         raise
@@ -173,13 +190,23 @@ class _Backward:
             node = self.flow.producer(value)
             if node is None or not self.flow.data_dependent(value):
                 raise Unrelated("its input does not depend on hidden states")
+            router = Unrelated("it normalises a learned projection (a router or a classifier)")
+            if (free := self._free_operand(node)) is not None:
+                raise FreeQuery(free, router)
             if self.flow.projection_operands(node) is not None:
-                raise Unrelated("it normalises a learned projection (a router or a classifier)")
+                raise router
             if self._is_contraction(node):
                 self.contraction = node
                 return self
             value = self._step(node)
             self.nodes.append(node.index)
+
+    def _free_operand(self, node: Node) -> Value | None:
+        """The one of a contraction's operands that no fed data reaches, if the other is made of hidden states."""
+        if node.op not in CONTRACTIONS or len(node.inputs) < 2:
+            return None
+        free = [v for v in node.inputs[:2] if not self.flow.is_fed(v)]
+        return free[0] if len(free) == 1 else None
 
     def _is_contraction(self, node: Node) -> bool:
         if node.op == "Baddbmm":
@@ -204,7 +231,23 @@ class _Backward:
             return self._clamped(node)
         if node.op == "Concat":
             return self._sinks(node)
+        if self._relays_projection(node):
+            raise Unrelated(
+                "it normalises a learned projection (a router, a classifier or the kernel of a convolution)"
+            )
         raise NotUnderstood(f"operator {node.op} between score and softmax is not understood")
+
+    def _relays_projection(self, node: Node) -> bool:
+        """Whether nothing but layout lies between a projection and this layout operator."""
+        while node.op in LAYOUT | PASS_THROUGH:
+            value = node.inputs[0]
+            if projection_at(self.flow, value) is not None:
+                return True
+            above = self.flow.producer(value)
+            if above is None:
+                return False
+            node = above
+        return False
 
     def _arithmetic(self, node: Node) -> Value:
         if (shifted := self._row_shift(node)) is not None:
