@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from rewriter.install.call_record import is_cache
@@ -27,6 +28,7 @@ class SharedHeads:
     def __init__(self, kv_heads: int, heads: int | None = None) -> None:
         self.kv_heads, self.heads = kv_heads, heads
 
+    @torch.compiler.disable
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return tuple(map(self._seen, args)), {name: self._seen(value) for name, value in kwargs.items()}
 
@@ -72,6 +74,8 @@ class CacheView:
         return [_LayerView(layer, self._shared) for layer in self.whole.layers]
 
     def __getattr__(self, name: str) -> Any:
+        if name in ("whole", "_shared"):  # asked before they are set, by what takes objects apart
+            raise AttributeError(name)
         value = getattr(self.whole, name)
         return CacheView(value, self._shared) if is_cache(value) else value
 
@@ -89,6 +93,8 @@ class _LayerView:
         self._layer, self._shared = layer, shared
 
     def __getattr__(self, name: str) -> Any:
+        if name in ("_layer", "_shared"):
+            raise AttributeError(name)
         value = getattr(self._layer, name)
         return self._shared.read(value) if name in ("keys", "values") and isinstance(value, Tensor) else value
 
