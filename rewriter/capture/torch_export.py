@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule
 from torch.fx import Node as FxNode
 
 from passes.dataflow import Array, Flow, Node, Value, Weight
@@ -67,6 +67,8 @@ def capture(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
         # on failure the exporter prints the graph it has so far
         with torch.no_grad(), _unchanged(module), contextlib.redirect_stderr(io.StringIO()):
             program = torch.export.export(module, args, dict(kwargs), strict=False)
+            if writes_through_views(program.graph):
+                program = program.run_decompositions({})  # no operator is decomposed, but none works in place any more
     except Exception as error:  # torch.export raises many unrelated types
         traced = _traced(module, args, kwargs)
         if traced is not None:
@@ -84,6 +86,18 @@ def capture(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
             f"the exported program does not run on the inputs it was exported with: {first_line(error)}",
             hint="call the model once before, so that what its forward caches exists",
         ) from error
+
+
+def writes_through_views(graph: Graph) -> bool:
+    """Whether an operator changes part of another's result: values cannot be recorded one by one then."""
+    for fx in graph.nodes:
+        schema = getattr(fx.target, "_schema", None)
+        written = fx.args[0] if schema is not None and schema.is_mutable and fx.args else None
+        if isinstance(written, FxNode) and (above := getattr(written.target, "_schema", None)) is not None:
+            returned = above.returns[0].alias_info if above.returns else None
+            if returned is not None and not returned.is_write:
+                return True
+    return False
 
 
 def _traced(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TorchCapture | None:

@@ -28,7 +28,7 @@ class SharedHeads:
     def __init__(self, kv_heads: int, heads: int | None = None) -> None:
         self.kv_heads, self.heads = kv_heads, heads
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return tuple(map(self._seen, args)), {name: self._seen(value) for name, value in kwargs.items()}
 
