@@ -191,7 +191,8 @@ class Flow:
             if self.is_constant(node.inputs[w]) and self.is_fed(node.inputs[x]):
                 shape = self.shape(node.inputs[w])
                 # an outer product (positions times inverse frequencies) contracts an axis of size 1
-                if len(shape) >= 2 and min(shape[-2:]) > 1:
+                axes = shape[:2] if node.op == "Conv" else shape[-2:]
+                if len(shape) >= 2 and min(axes) > 1:
                     return x, w
         return None
 

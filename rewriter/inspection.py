@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from passes.match.attention import Matches
 from passes.site import AttentionSite, NotAttention, Refusal
 from passes.targets.catalogue import CATALOGUE
 from passes.targets.grouped_query import GroupedQuery
-from rewriter.errors import UsageError
+from rewriter.errors import NotExportable, UsageError
 from rewriter.model_kinds import is_onnx, is_torch
 
 
@@ -55,8 +56,9 @@ def inspect(model: Any, *, example_inputs: Any = None) -> Inspection:
         model: as for `optimize`: a torch module or exported program, an ONNX model, or a path.
         example_inputs: a dict of keyword tensors or a tuple; Hugging Face models have defaults. ONNX needs none.
 
-    Never raises for lack of sites. Raises UnsupportedModel if the model cannot be captured, UsageError for a
-    missing file, InvalidModelFile for a broken one.
+    Never raises for lack of sites. In a torch module that cannot be captured, whatever looks like attention is refused
+    with the exporter's reason. Raises UnsupportedModel if nothing does, UsageError for a missing file, InvalidModelFile
+    for a broken one.
     """
     if isinstance(model, (str, Path)):
         path = Path(model)
@@ -101,8 +103,27 @@ def _inspect_torch(model: Any, example_inputs: Any, name: str) -> Inspection:
         return _inspection(name, "torch", None, None, find_attention(view(model, args, kwargs).flow))
     from rewriter.torch_rewrite import match_torch
 
-    _, matches, _ = match_torch(model, example_inputs)
+    try:
+        _, matches, _ = match_torch(model, example_inputs)
+    except NotExportable as error:
+        refusals = tuple(_unexportable(model, str(error)))
+        if not refusals:
+            raise
+        return Inspection(name, "torch", None, None, (), refusals, ())
     return _inspection(name, "torch", None, None, matches)
+
+
+def _unexportable(model: Any, reason: str) -> Iterator[Refusal]:
+    """Modules of a model that cannot be seen through which project at least queries, keys and values."""
+    import torch
+
+    number = 0
+    for path, module in model.named_modules():
+        projections = [c for c in module.children() if isinstance(c, torch.nn.Linear)]
+        packed = getattr(module, "in_proj_weight", None) is not None
+        if "attention" in type(module).__name__.lower() and (len(projections) >= 3 or packed):
+            yield Refusal(path, number, reason, -1, path)
+            number += 1
 
 
 def _inspection(name: str, kind: str, opset: int | None, producer: str | None, matches: Matches) -> Inspection:

@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.fx import Graph, GraphModule
+from torch.fx import GraphModule
 from torch.fx import Node as FxNode
 
 from passes.dataflow import Array, Flow, Node, Value, Weight
 from rewriter.capture.aten_names import Literal, canonical
-from rewriter.capture.torch_trace import trace
-from rewriter.errors import UnsupportedModel, first_line
+from rewriter.capture.torch_trace import trace, writes_through_views
+from rewriter.errors import NotExportable, UnsupportedModel, first_line
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def capture(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
         traced = _traced(module, args, kwargs)
         if traced is not None:
             return traced
-        raise UnsupportedModel(
+        raise NotExportable(
             f"torch.export could not capture the model: {first_line(error)}",
             hint="pass example_inputs that the model accepts, or make its forward exportable",
         ) from error
@@ -86,18 +86,6 @@ def capture(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
             f"the exported program does not run on the inputs it was exported with: {first_line(error)}",
             hint="call the model once before, so that what its forward caches exists",
         ) from error
-
-
-def writes_through_views(graph: Graph) -> bool:
-    """Whether an operator changes part of another's result: values cannot be recorded one by one then."""
-    for fx in graph.nodes:
-        schema = getattr(fx.target, "_schema", None)
-        written = fx.args[0] if schema is not None and schema.is_mutable and fx.args else None
-        if isinstance(written, FxNode) and (above := getattr(written.target, "_schema", None)) is not None:
-            returned = above.returns[0].alias_info if above.returns else None
-            if returned is not None and not returned.is_write:
-                return True
-    return False
 
 
 def _traced(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TorchCapture | None:

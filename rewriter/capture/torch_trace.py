@@ -6,13 +6,13 @@ did with these inputs; whether it does the same with others is for the doors out
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, traceback
+from torch.fx import Graph, GraphModule, Node, traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
@@ -22,7 +22,7 @@ def trace(
 ) -> tuple[GraphModule, dict[str, Any]]:
     """(flat graph, what each of its placeholders holds); weights are attributes by their state-dict keys.
 
-    Raises whatever the module or the tracer raises.
+    Raises ValueError where parts of tensors are overwritten untraceably, and whatever the module or the tracer raises.
     """
     leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
     positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
@@ -36,9 +36,31 @@ def trace(
 
     tensors = [leaves[i] for i in positions]
     with torch.no_grad(), traceback.preserve_node_meta(), _noting_modules(module):
-        graph = make_fx(run, tracing_mode="real", pre_dispatch=True, _error_on_data_dependent_ops=False)(*tensors)
+        graph = _made(run, tensors)
+        if writes_through_views(graph.graph):
+            graph = _made(torch.func.functionalize(run, remove="mutations"), tensors)
+    if writes_through_views(graph.graph):
+        raise ValueError("what the module writes into slices cannot be followed")
     holders = [n.name for n in graph.graph.nodes if n.op == "placeholder"]
     return _with_keys(graph, module), dict(zip(holders, tensors, strict=True))
+
+
+def _made(run: Callable[..., Any], tensors: list[Tensor]) -> GraphModule:
+    made = make_fx(run, tracing_mode="real", pre_dispatch=True, _error_on_data_dependent_ops=False)(*tensors)
+    assert isinstance(made, GraphModule)
+    return made
+
+
+def writes_through_views(graph: Graph) -> bool:
+    """Whether an operator changes part of another's result: values cannot be recorded one by one then."""
+    for fx in graph.nodes:
+        schema = getattr(fx.target, "_schema", None)
+        written = fx.args[0] if schema is not None and schema.is_mutable and fx.args else None
+        if isinstance(written, Node) and (above := getattr(written.target, "_schema", None)) is not None:
+            returned = above.returns[0].alias_info if above.returns else None
+            if returned is not None and not returned.is_write:
+                return True
+    return False
 
 
 @contextmanager

@@ -237,6 +237,41 @@ def test_what_is_written_into_slices_is_followed() -> None:
     assert site.q.rotary is None and site.replay_error < REPLAY_LIMIT
 
 
+class SelfAttentionThatBranches(WritesInPlace):
+    """Branches on data and writes into slices: neither exported nor traced."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if bool((x > 1e9).any()) else super().forward(2.0 * x)
+
+
+def test_a_module_that_cannot_be_seen_through_is_refused_with_the_exporters_reason() -> None:
+    module = nn.Sequential(nn.Linear(WIDTH, WIDTH), SelfAttentionThatBranches()).eval()
+    seen = rewriter.inspect(module, example_inputs=(features(),))
+    assert [(r.name, "data-dependent" in r.reason) for r in seen.refusals] == [("1", True)]
+    with pytest.raises(rewriter.UnsupportedModel, match="data-dependent"):
+        rewriter.optimize(module, "gqa2", example_inputs=(features(),))
+    assert rewriter.inspect(nn.Sequential(WritesInPlace()), example_inputs=(features(),)).refusals == ()
+
+
+class Convolved(nn.Module):
+    """Projections by convolutions of width 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Conv1d(WIDTH, WIDTH, 1) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (p(x.mT).view(len(x), HEADS, DIM, -1) for p in (self.q, self.k, self.v))
+        return ((q.mT @ k * DIM**-0.5).softmax(-1) @ v.mT).transpose(1, 2).flatten(2)
+
+
+def test_projections_by_convolution_are_refused_for_that_and_not_overlooked() -> None:
+    found = matches(Convolved(), features())
+    assert found.not_attention == () and [r.reason for r in found.refusals] == [
+        "query: the projection is a convolution"
+    ]
+
+
 def test_masks_of_the_lowest_number_match_without_a_warning() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
