@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from passes.dataflow import Flow
@@ -20,15 +20,26 @@ class Cost:
 
 
 def costs(
-    flow: Flow, matches: Matches, replacements: Sequence[Replacement], bytes_per_number: int
+    flow: Flow,
+    matches: Matches,
+    replacements: Sequence[Replacement],
+    bytes_per_number: int,
+    *,
+    whole_caches: Collection[str] = (),
+    whole_projections: Collection[str] = (),
 ) -> tuple[Cost, Cost]:
-    """(before, after). Flops count learned projections and both contractions of every site."""
+    """(before, after). Flops count learned projections and both contractions of every site.
+
+    `whole_caches` and `whole_projections` name rewritten sites that still cache, and project to, all heads.
+    """
     heads = {r.site.name: r.spec.kv_heads for r in replacements}
+    cached = {name: count for name, count in heads.items() if name not in whole_caches}
+    computed = {name: count for name, count in heads.items() if name not in whole_projections}
     sites = matches.sites
     base = _projection_flops(flow) + sum(_contraction_flops(flow, matches, s) for s in sites)
-    saved = sum(_saved_flops(flow, s, heads[s.name]) for s in sites if s.name in heads)
+    saved = sum(_saved_flops(flow, s, heads[s.name]) for s in sites if s.name in computed)
     before = sum(_kv_numbers(s, s.kv_heads) for s in sites) * bytes_per_number
-    after = sum(_kv_numbers(s, heads.get(s.name, s.kv_heads)) for s in sites) * bytes_per_number
+    after = sum(_kv_numbers(s, cached.get(s.name, s.kv_heads)) for s in sites) * bytes_per_number
     return Cost(before, base), Cost(after, base - saved)
 
 

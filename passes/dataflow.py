@@ -129,6 +129,15 @@ class Flow:
         """Nodes that read the elements of `value`, not only its shape."""
         return [n for n in self.consumers(value) if n.op not in SHAPE_READERS]
 
+    def live_readers(self, value: Value) -> list[Node]:
+        """Those of `readers` that an output of the program depends on; all of them if it depends on none."""
+        readers = self.readers(value)
+        return [n for n in readers if n.index in self._live] or readers
+
+    @cached_property
+    def _live(self) -> frozenset[int]:
+        return frozenset(n.index for n in self.ancestors(*self.outputs))
+
     def value(self, name: Value) -> Array:
         return self.read(name)
 
@@ -188,7 +197,8 @@ class Flow:
             if self.is_constant(node.inputs[w]) and self.is_fed(node.inputs[x]):
                 shape = self.shape(node.inputs[w])
                 # an outer product (positions times inverse frequencies) contracts an axis of size 1
-                if len(shape) >= 2 and min(shape[-2:]) > 1:
+                axes = shape[:2] if node.op == "Conv" else shape[-2:]
+                if len(shape) >= 2 and min(axes) > 1:
                     return x, w
         return None
 

@@ -132,7 +132,7 @@ def recorded(flow: Flow, view: OperandView, tokens: Tokens) -> Array:
     array = np.asarray(flow.value(view.value), dtype=np.float64)
     if view.heads:
         return array.reshape(*array.shape[:-1], view.heads, -1).transpose(0, 2, 1, 3)
-    array = np.moveaxis(array, (view.token_axis, view.feature_axis), (-2, -1))
+    array = view.arranged(array)
     lead, heads = tokens.axes[:-2], len(tokens.columns)
     tail = array.shape[-2:]
     if lead == ("b", "h"):
@@ -157,7 +157,10 @@ def softmax(scores: Array) -> Array:
 
 def _as_computed(scores: Array, dtype: str) -> Array:
     """Round to the program's range: rows that are masked everywhere rely on how float32 absorbs small numbers."""
-    return scores.astype(np.float32).astype(np.float64) if dtype != "float64" else scores
+    if dtype == "float64":
+        return scores
+    with np.errstate(over="ignore"):  # a mask of the lowest number on a negative score is minus infinity there too
+        return scores.astype(np.float32).astype(np.float64)
 
 
 def _from_top(scores: Array) -> Array:

@@ -66,10 +66,11 @@ class Operand:
         projection: where its elements come from.
         columns: [heads, dim] column of the projection that feeds (head, feature), the rotation's own term;
             for k and v one row per *distinct* head.
-        seam: the last value on the way to the anchor that holds exactly the distinct heads.
+        seam: the last value on the way to the anchor that holds exactly the distinct heads; "" where heads are repeated
+            before they are rotated or normalised, so that only values above that hold each once.
         seam_axes: what each axis of the seam is, major part first where one axis holds two: ("b", "h", "s", "d")
             or ("bh", "s", "d").
-        path: indices of the nodes from the projection's output to the seam, in order.
+        path: indices of the nodes from the projection's output to the seam (without one, to the anchor), in order.
         stem: the last value that is a pure re-layout of the projection and holds exactly the distinct heads; whatever
             lies between stem and seam (norm, rotation, cache) treats heads alike and works on fewer of them.
         stem_axes: as `seam_axes`.

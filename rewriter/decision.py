@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -151,9 +151,18 @@ def report(
     bytes_per_number: int,
     seconds: Mapping[str, float],
     fidelity: Any = None,
+    whole_caches: Collection[str] = (),
+    whole_projections: Collection[str] = (),
 ) -> RewriteReport:
-    """Put the report together; `parameters` is the model's count before."""
-    before, after = costs(flow, matches, decision.replacements, bytes_per_number)
+    """Put the report together; `parameters` is the model's count before. For the last two see `costs`."""
+    before, after = costs(
+        flow,
+        matches,
+        decision.replacements,
+        bytes_per_number,
+        whole_caches=whole_caches,
+        whole_projections=whole_projections,
+    )
     return RewriteReport(
         target=decision.target,
         sites=site_rows,

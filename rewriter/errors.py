@@ -32,6 +32,10 @@ class UnsupportedModel(RewriteError):
     """The model is of a kind that rewriter does not take (quantised by a library, not exportable, ...)."""
 
 
+class NotExportable(UnsupportedModel):
+    """torch.export does not take the model, and one run of it cannot be traced either."""
+
+
 class NothingToRewrite(RewriteError):
     """No site could be rewritten; the refusals say why."""
 

@@ -15,6 +15,8 @@ from rewriter.capture.example_inputs import Call, as_call
 from rewriter.decision import Decision, Stopwatch, decide, report, rows
 from rewriter.errors import NothingToRewrite, VerificationFailed
 from rewriter.install.fx_graph import GraphRewrite, rewrite_exported_program, rewrite_graph_module
+from rewriter.install.kept import Kept
+from rewriter.report.rewrite_report import SiteRow
 from rewriter.verify.torch_pair import run, verify_torch
 
 Graph = torch.fx.GraphModule | torch.export.ExportedProgram
@@ -51,16 +53,22 @@ def rewrite_graph(model: Graph, target: Any, *, layers: str | None, example_inpu
         done.flow,
         done.matches,
         decision,
-        rows(done.flow, done.matches, done.replacements),
+        tuple(_row(row, done.kept) for row in rows(done.flow, done.matches, done.replacements)),
         parameters=sum(t.numel() for t in model.state_dict().values())
         if isinstance(model, torch.fx.GraphModule)
         else sum(t.numel() for t in model.state_dict.values()),
         bytes_per_number=torch.finfo(getattr(torch, done.flow.dtype)).bits // 8,
         seconds=watch.seconds,
         fidelity=fidelity,
+        whole_caches={name for name, kept in done.kept.items() if kept.cache},
+        whole_projections={name for name, kept in done.kept.items() if kept.projection},
     )
     graph: Graph = done.model
     return graph
+
+
+def _row(row: SiteRow, kept: Mapping[str, Kept]) -> SiteRow:
+    return replace(row, note=kept[row.name].note) if row.name in kept else row
 
 
 def _call(model: Graph, example_inputs: Any) -> Call:

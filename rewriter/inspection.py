@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from passes.picture import Picture, refusal_picture, site_picture
 from passes.site import AttentionSite, NotAttention, Refusal
 from passes.targets.catalogue import CATALOGUE
 from passes.targets.grouped_query import GroupedQuery
-from rewriter.errors import UsageError
+from rewriter.errors import NotExportable, UsageError
 from rewriter.model_kinds import is_onnx, is_torch
 
 
@@ -72,8 +73,9 @@ def inspect(model: Any, *, example_inputs: Any = None) -> Inspection:
         model: as for `optimize`: a torch module or exported program, an ONNX model, or a path.
         example_inputs: a dict of keyword tensors or a tuple; Hugging Face models have defaults. ONNX needs none.
 
-    Never raises for lack of sites. Raises UnsupportedModel if the model cannot be captured, UsageError for a
-    missing file, InvalidModelFile for a broken one.
+    Never raises for lack of sites. In a torch module that cannot be captured, whatever looks like attention is refused
+    with the exporter's reason. Raises UnsupportedModel if nothing does, UsageError for a missing file, InvalidModelFile
+    for a broken one.
     """
     if isinstance(model, (str, Path)):
         path = Path(model)
@@ -119,8 +121,27 @@ def _inspect_torch(model: Any, example_inputs: Any, name: str) -> Inspection:
         return _inspection(name, "torch", None, None, flow, find_attention(flow))
     from rewriter.torch_rewrite import match_torch
 
-    captured, matches, _ = match_torch(model, example_inputs)
+    try:
+        captured, matches, _ = match_torch(model, example_inputs)
+    except NotExportable as error:
+        refusals = tuple(_unexportable(model, str(error)))
+        if not refusals:
+            raise
+        return Inspection(name, "torch", None, None, (), refusals, ())
     return _inspection(name, "torch", None, None, captured.flow, matches)
+
+
+def _unexportable(model: Any, reason: str) -> Iterator[Refusal]:
+    """Modules of a model that cannot be seen through which project at least queries, keys and values."""
+    import torch
+
+    number = 0
+    for path, module in model.named_modules():
+        projections = [c for c in module.children() if isinstance(c, torch.nn.Linear)]
+        packed = getattr(module, "in_proj_weight", None) is not None
+        if "attention" in type(module).__name__.lower() and (len(projections) >= 3 or packed):
+            yield Refusal(path, number, reason, -1, path)
+            number += 1
 
 
 def _inspection(
@@ -172,7 +193,8 @@ def _layout(site: AttentionSite) -> str:
     """Which projections feed the site and how heads lie in them."""
     nodes = {site.q.projection.node, site.k.projection.node, site.v.projection.node}
     fused = {1: "fused qkv", 2: "two projections share q, k, v", 3: "separate q, k, v"}[len(nodes)]
-    return f"{fused}, keys {' '.join(site.k.seam_axes)}"
+    keys = f"keys {' '.join(site.k.seam_axes)}" if site.k.seam else "keys repeated before they are rotated"
+    return f"{fused}, {keys}"
 
 
 def _refusal_row(refusal: Refusal) -> dict[str, Any]:

@@ -60,7 +60,14 @@ def match_capture(captured: OnnxCapture) -> Matches:
     if matches.sites and (other := captured.other) is not None:
         matches = confirm(matches, find_attention(other.flow))
     hidden = tuple(Refusal(name, len(captured.nodes), _in_body(op), -1) for name, op in hidden_anchors(captured.model))
-    return replace(matches, refusals=(*matches.refusals, *hidden))
+    early = tuple(s for s in matches.sites if not (s.k.seam and s.v.seam))
+    refused = tuple(
+        Refusal(s.name, s.layer, "its heads are repeated before they are rotated, which is not rewritten in a file",
+                s.anchor, s.owner, s.heads, s.head_dim)
+        for s in early
+    )  # fmt: skip
+    sites = tuple(s for s in matches.sites if s not in early)
+    return replace(matches, sites=sites, refusals=(*matches.refusals, *refused, *hidden))
 
 
 def _in_body(operator: str) -> str:

@@ -21,9 +21,11 @@ from rewriter.decision import Decision, Stopwatch, decide, report, rows
 from rewriter.errors import NothingToRewrite, UnsupportedModel, VerificationFailed
 from rewriter.install.call_record import CallRecord, record_calls
 from rewriter.install.huggingface import apply_knob, knob_applies
+from rewriter.install.kept import Kept
 from rewriter.install.mixer import MixerParameters
+from rewriter.install.repeated_heads import keep_forwards
 from rewriter.install.torch_module import install
-from rewriter.report.rewrite_report import RewriteReport
+from rewriter.report.rewrite_report import RewriteReport, SiteRow
 from rewriter.verify.torch_pair import run, verify_torch
 
 
@@ -62,7 +64,7 @@ def rewrite_torch(
     parameters = sum(p.numel() for p in model.parameters())
     original = run(module, args, kwargs) if verify else None
     with watch.stage("install"):
-        decision = _install(module, captured.flow, decision, args, kwargs)
+        decision, kept = _install(module, captured.flow, decision, args, kwargs)
     fidelity = None
     if verify:
         with watch.stage("verify"):
@@ -76,13 +78,19 @@ def rewrite_torch(
         captured.flow,
         matches,
         decision,
-        tuple(site_rows[r.site.name] for r in decision.replacements),
+        tuple(_row(site_rows[r.site.name], kept) for r in decision.replacements),
         parameters=parameters,
         bytes_per_number=torch.finfo(getattr(torch, captured.flow.dtype)).bits // 8,
         seconds=watch.seconds,
         fidelity=fidelity,
+        whole_caches={name for name, k in kept.items() if k.cache},
+        whole_projections={name for name, k in kept.items() if k.projection},
     )
     return module, summary
+
+
+def _row(row: SiteRow, kept: Mapping[str, Kept]) -> SiteRow:
+    return replace(row, note=kept[row.name].note) if row.name in kept else row
 
 
 def _captured(module: torch.nn.Module, example_inputs: Any) -> tuple[TorchCapture, Call]:
@@ -100,25 +108,30 @@ class _Owned:
 
 def _install(
     module: torch.nn.Module, flow: Flow, decision: Decision, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> Decision:
-    """Install what can be installed; sites whose module cannot be replaced become refusals."""
+) -> tuple[Decision, dict[str, Kept]]:
+    """Install at every site: in a module of its own where that is proved, else in the one that is there.
+
+    What neither way can do becomes a refusal. Also returned: what sites that keep their module do not save.
+    """
     owned = _by_owner(flow, decision.replacements)
     records = record_calls(module, [o.path for o in owned], args, kwargs)
-    done: list[Replacement] = []
-    refused = list(decision.refused)
+    left: dict[str, _Owned] = {}
+    reasons: dict[str, str] = {}
     for group in owned:
         try:
             _install_one(module, flow, group, records.get(group.path))
-            done.extend(group.replacements)
         except UnsupportedModel as error:
-            refused += [(r.site.name, str(error)) for r in group.replacements]
+            left[group.path] = group
+            reasons.update({r.site.name: str(error) for r in group.replacements})
+    kept, failed = keep_forwards(module, flow, {p: g.replacements for p, g in left.items()}, reasons, args, kwargs)
+    done = [r for r in decision.replacements if r.site.name not in failed]
+    refused = (*decision.refused, *failed.items())
     if not done:
         raise NothingToRewrite(
             "; ".join(f"{n}: {r}" for n, r in refused[:3]),
             hint="a module that cannot be replaced can be rewritten as a graph: pass torch.export.export(model, ...)",
         )
-    done.sort(key=lambda r: r.site.anchor)
-    return replace(decision, replacements=tuple(done), refused=tuple(refused))
+    return replace(decision, replacements=tuple(done), refused=refused), kept
 
 
 def _by_owner(flow: Flow, replacements: Sequence[Replacement]) -> list[_Owned]:
@@ -155,6 +168,8 @@ def _install_one(module: torch.nn.Module, flow: Flow, group: _Owned, record: Cal
         )
     if record is None:
         raise UnsupportedModel(f"{group.path} was not called by the model's forward")
+    if not record.alike:
+        raise UnsupportedModel(f"{group.path} is called with different kinds of arguments in one forward")
     site = first.site
     before = _original_parameters(module, flow, site)
     after = _new_parameters(before, first)
@@ -216,8 +231,9 @@ def _rows(module: torch.nn.Module, flow: Flow, operand: Operand, value: str, mat
     """The projection's own parameter where all of it is this operand's, else the rows that are."""
     weight = flow.weights.get(value)
     tensor = _parameter(module, weight.name) if weight is not None else None
-    if tensor is None:
-        raise UnsupportedModel(f"the weight {value} is computed, not stored, so it cannot be replaced in the module")
+    if tensor is None:  # computed from stored ones, as a slice of a packed matrix is
+        like = next(module.parameters())
+        tensor = torch.from_numpy(np.ascontiguousarray(flow.value(value))).to(dtype=like.dtype, device=like.device)
     if matrix and not operand.projection.out_first:
         tensor = tensor.detach().t()
     elif _key(flow, operand) is not None:

@@ -9,8 +9,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from passes.dataflow import LAYOUT, Flow, Node, Value
+from passes.match.folded import unfolded
+from passes.match.learned_query import with_learned_queries
 from passes.match.operands import Traced, trace_operand
-from passes.match.scores import NotUnderstood, ScorePath, Unrelated, anchors, score_path, total_bias
+from passes.match.scores import FreeQuery, NotUnderstood, ScorePath, Unrelated, anchors, score_path, total_bias
 from passes.provenance import PASS_THROUGH, Tracer, projection_at, rounded
 from passes.replay import TOLERANCES, replay
 from passes.site import AttentionSite, NotAttention, Projection, Refusal
@@ -47,7 +49,7 @@ def find_attention(flow: Flow) -> Matches:
     for anchor in anchors(flow):
         name, layer = names.of(anchor)
         try:
-            site, proof = match_anchor(tracer, anchor, name, layer)
+            site, proof = _match(tracer, anchor, name, layer)
         except Unrelated as reason:
             unrelated.append(NotAttention(name, str(reason), anchor.index))
         except NotUnderstood as reason:
@@ -62,11 +64,20 @@ def find_attention(flow: Flow) -> Matches:
     return Matches(tuple(sites), tuple(refusals), tuple(unrelated), evidence)
 
 
+def _match(tracer: Tracer, anchor: Node, name: str, layer: int) -> tuple[AttentionSite, Evidence]:
+    try:
+        return match_anchor(tracer, anchor, name, layer)
+    except FreeQuery as error:
+        flow = with_learned_queries(tracer.flow, error.query)
+        if flow is None:
+            raise error.otherwise from error
+        return match_anchor(Tracer(flow), anchor, name, layer)
+
+
 def match_anchor(tracer: Tracer, anchor: Node, name: str, layer: int) -> tuple[AttentionSite, Evidence]:
     """One anchor. Raises NotUnderstood or Unrelated."""
     flow = tracer.flow
-    path = score_path(flow, anchor)
-    q = _named(tracer, path.q, "query", shared=False)
+    path, q = _query(tracer, score_path(flow, anchor))
     k = _named(tracer, path.k, "key", shared=True)
     v = _named(tracer, path.v, "value", shared=True)
     heads = q.operand.heads
@@ -107,6 +118,16 @@ def match_anchor(tracer: Tracer, anchor: Node, name: str, layer: int) -> tuple[A
         owner=_owner(flow, q, anchor),
     )
     return _checked(site, v), Evidence(path, q, k, v)
+
+
+def _query(tracer: Tracer, path: ScorePath) -> tuple[ScorePath, Traced]:
+    try:
+        return path, _named(tracer, path.q, "query", shared=False)
+    except NotUnderstood:
+        found = unfolded(tracer, path)
+        if found is None:
+            raise
+        return found
 
 
 def _named(tracer: Tracer, view: object, role: str, *, shared: bool) -> Traced:
@@ -175,7 +196,7 @@ def _owner(flow: Flow, q: Traced, anchor: Node) -> str:
 def _output_projection(flow: Flow, value: Value) -> tuple[Value | None, Projection | None]:
     """Follow the output through layout to the projection that reads it."""
     while True:
-        readers = flow.readers(value)
+        readers = flow.live_readers(value)
         if len(readers) != 1:
             return None, None
         node = readers[0]

@@ -67,7 +67,8 @@ def trace_operand(tracer: Tracer, view: OperandView, *, shared_heads: bool) -> T
     projection, to_rows, to_columns, norm = _projection(tracer, source)
     flat = ids[0][..., new, :] - source.base
     lead = _lead_roles(to_rows[flat], to_columns[flat])
-    canonical = _Canonical(ids, coefficients, source, form.bias, new, lead)
+    bias = None if form.bias is None else view.arranged(np.broadcast_to(form.bias, form.shape))
+    canonical = _Canonical(ids, coefficients, source, bias, new, lead)
     rows, columns = canonical.positions(to_rows, to_columns)
     own_columns, partner, own, other = canonical.rotation(columns)
     group, distinct = _distinct_heads(own_columns, shared_heads)
@@ -79,7 +80,7 @@ def trace_operand(tracer: Tracer, view: OperandView, *, shared_heads: bool) -> T
     head_columns = own_columns[distinct]
     lookup = _Lookup(source, to_rows, to_columns, rows, head_columns)
     seam, axes, factor = _seam(tracer, view.value, lookup)
-    path = _path(flow, projection.output, seam)
+    path = _path(flow, projection.output, seam or view.value)
     stem, stem_axes, stem_features = _stem(tracer, projection, path, lookup)
     operand = Operand(
         projection=projection,
@@ -97,7 +98,7 @@ def trace_operand(tracer: Tracer, view: OperandView, *, shared_heads: bool) -> T
         past=past,
         past_head_axis=_past_head_axis(tracer, ids[0], new, past, canonical),
         presents=_presents(tracer, path, lookup),
-        reshapes=_reshapes(tracer, _path(flow, stem, seam), lookup),
+        reshapes=_reshapes(tracer, _path(flow, stem, seam), lookup) if seam else (),
     )
     return Traced(operand, tokens, group, factor)
 
@@ -121,15 +122,11 @@ def _split_features(form: Form, heads: int) -> Form:
 
 def _active_terms(form: Form, view: OperandView) -> tuple[list[Array], list[Array]]:
     """Terms with any nonzero coefficient, axes moved to (lead..., token, feature)."""
-
-    def move(array: Array) -> Array:
-        return np.moveaxis(array, (view.token_axis, view.feature_axis), (-2, -1))
-
     active = [t for t, c in enumerate(form.coefficients) if (c * (form.ids[t] > 0)).any()]
     if not active or len(active) > 2:
         raise NotUnderstood(f"the operand sums {len(active)} elements of its projection, not one or a rotated pair")
     active.sort(key=lambda t: int((form.ids[t] == 0).sum()))
-    return [move(form.ids[t]) for t in active], [move(form.coefficients[t]) for t in active]
+    return [view.arranged(form.ids[t]) for t in active], [view.arranged(form.coefficients[t]) for t in active]
 
 
 def _gain(own: Array, other: Array | None, factor: float) -> float:
@@ -200,8 +197,13 @@ def _head_axis(tracer: Tracer, value: Value, lookup: _Lookup) -> int | None:
 def _main_source(tracer: Tracer, ids: list[Array]) -> Source:
     found = {s.value: s for array in ids for s in tracer.source_of(array)}
     learned = [s for s in found.values() if s.kind != "input"]
-    if len(learned) != 1:
-        raise NotUnderstood(f"the operand mixes {len(learned)} projections")
+    if len(learned) > 1:
+        raise NotUnderstood(
+            f"each head is put together from {len(learned)} projections (as in latent attention, whose cache holds "
+            "no heads to share); merging heads would have to change all of them"
+        )
+    if not learned:
+        raise NotUnderstood("the operand comes from no projection")
     if (ids[0] == 0).any():
         raise NotUnderstood("tokens are padded and attended in blocks, which is not read" if ids[0].ndim > 4 else
                             "the operand is padded with zeros")  # fmt: skip
@@ -241,7 +243,7 @@ class _Canonical:
         self.axes: Axes = (*names, "s", "d")
         self.ids = [self.arrange(i[..., new, :]) for i in ids]
         self.coefficients = [self.arrange(c[..., new, :]) for c in coefficients]
-        self.offset = None if bias is None else self.arrange(np.broadcast_to(bias, ids[0].shape)[..., new, :])
+        self.offset = None if bias is None else self.arrange(bias[..., new, :])
 
     def arrange(self, array: Array) -> Array:
         flat = array.reshape(-1, *array.shape[-2:])
@@ -532,7 +534,7 @@ def _name_axes(code: Array, fields: dict[str, int]) -> Axes:
 
 def _seam(tracer: Tracer, value: Value, lookup: _Lookup) -> tuple[Value, Axes, float]:
     """Walk up from the anchor over layout and scalar factors: the last value with axes b, h, s, d if there is one,
-    else the first with one axis for each, else the last."""
+    else the first with one axis for each, else the last. ("", (), 1) if heads are repeated before they are changed."""
     flow = tracer.flow
     best: tuple[Value, Axes, float] | None = None
     factor = 1.0
@@ -552,9 +554,7 @@ def _seam(tracer: Tracer, value: Value, lookup: _Lookup) -> tuple[Value, Axes, f
             factor *= number
         else:
             break
-    if best is None:
-        raise NotUnderstood("no value on the way to the attention holds exactly the distinct heads")
-    return best
+    return ("", (), 1.0) if best is None else best
 
 
 def _scalar(flow: Flow, node: Node) -> tuple[Value, float] | None:

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from passes.dataflow import CONTRACTIONS, Array, Flow, Node, Value
+from passes.dataflow import CONTRACTIONS, LAYOUT, Array, Flow, Node, Value
 from passes.match.roundings import Rounding, quantizer_of
-from passes.provenance import PASS_THROUGH, cache_root
+from passes.provenance import PASS_THROUGH, cache_root, projection_at
 from passes.site import Modifier
 
 FUSED_ANCHORS = frozenset({"Attention", "GroupedQueryAttention"})
@@ -32,6 +32,18 @@ class Unrelated(Exception):
     """A softmax that is no attention; the message says what it is instead."""
 
 
+class FreeQuery(NotUnderstood):
+    """A query that no fed data reaches.
+
+    Attributes:
+        query: the operand; a projected parameter, or what `otherwise` says.
+    """
+
+    def __init__(self, query: Value, otherwise: Exception) -> None:
+        super().__init__(str(otherwise))
+        self.query, self.otherwise = query, otherwise
+
+
 @dataclass(frozen=True)
 class OperandView:
     """An operand where the anchor reads it.
@@ -40,12 +52,22 @@ class OperandView:
         value: its name.
         token_axis, feature_axis: which axes are tokens and features.
         heads: set if the feature axis holds this many heads side by side (fused operators with 3-D inputs).
+        fold: how many heads the token axis holds one after the other, for each one on the axis before it.
     """
 
     value: Value
     token_axis: int
     feature_axis: int
     heads: int | None = None
+    fold: int = 1
+
+    def arranged(self, array: Array) -> Array:
+        """[lead..., tokens, features] of the recorded value, folded heads joined to those before them."""
+        array = np.moveaxis(array, (self.token_axis, self.feature_axis), (-2, -1))
+        if self.fold == 1:
+            return array
+        *lead, heads, rows, features = array.shape
+        return array.reshape(*lead, heads * self.fold, rows // self.fold, features)
 
 
 @dataclass(frozen=True)
@@ -102,7 +124,10 @@ def _fused(flow: Flow, anchor: Node) -> ScorePath:
         raise NotUnderstood("the attention operator keeps its own key/value cache (past_key, past_value inputs)")
     for operand in (k, v):
         _require_projected(flow, operand)
-    if any(not flow.data_dependent(x) for x in (q, k, v)):
+    deep = [flow.data_dependent(x) for x in (q, k, v)]
+    if deep == [False, True, True]:
+        raise FreeQuery(q, NotUnderstood("its queries come neither from the input nor from a projected parameter"))
+    if not all(deep):
         raise NotUnderstood("an operand of the attention operator passes no learned projection")
     modifiers: list[Modifier] = []
     if anchor.attrs.get("is_causal"):
@@ -152,6 +177,8 @@ def _written_out(flow: Flow, softmax: Node) -> ScorePath:
     try:
         back = _Backward(flow).run(softmax.inputs[0])
     except NotUnderstood as error:
+        if isinstance(error, FreeQuery) and not isinstance(mixes, _Mix):
+            raise error.otherwise from error
         if not isinstance(mixes, _Mix) and not _reaches_contraction(flow, softmax):
             raise Unrelated(f"its result weighs no value tokens ({mixes or 'it reaches no contraction'})") from error
         raise
@@ -191,13 +218,23 @@ class _Backward:
             node = self.flow.producer(value)
             if node is None or not self.flow.data_dependent(value):
                 raise Unrelated("its input does not depend on hidden states")
+            router = Unrelated("it normalises a learned projection (a router or a classifier)")
+            if (free := self._free_operand(node)) is not None:
+                raise FreeQuery(free, router)
             if self.flow.projection_operands(node) is not None:
-                raise Unrelated("it normalises a learned projection (a router or a classifier)")
+                raise router
             if self._is_contraction(node):
                 self.contraction = node
                 return self
             value = self._step(node)
             self.nodes.append(node.index)
+
+    def _free_operand(self, node: Node) -> Value | None:
+        """The one of a contraction's operands that no fed data reaches, if the other is made of hidden states."""
+        if node.op not in CONTRACTIONS or len(node.inputs) < 2:
+            return None
+        free = [v for v in node.inputs[:2] if not self.flow.is_fed(v)]
+        return free[0] if len(free) == 1 else None
 
     def _is_contraction(self, node: Node) -> bool:
         if node.op == "Baddbmm":
@@ -228,7 +265,23 @@ class _Backward:
             return self._clamped(node)
         if node.op == "Concat":
             return self._sinks(node)
+        if self._relays_projection(node):
+            raise Unrelated(
+                "it normalises a learned projection (a router, a classifier or the kernel of a convolution)"
+            )
         raise NotUnderstood(f"operator {node.op} between score and softmax is not understood")
+
+    def _relays_projection(self, node: Node) -> bool:
+        """Whether nothing but layout lies between a projection and this layout operator."""
+        while node.op in LAYOUT | PASS_THROUGH:
+            value = node.inputs[0]
+            if projection_at(self.flow, value) is not None:
+                return True
+            above = self.flow.producer(value)
+            if above is None:
+                return False
+            node = above
+        return False
 
     def _arithmetic(self, node: Node) -> Value:
         if (shifted := self._row_shift(node)) is not None:
@@ -384,7 +437,7 @@ def _context(flow: Flow, value: Value) -> _Mix | str | None:
     while True:
         if value in flow.outputs:
             return "the attention weights are an output of the model"
-        readers = flow.readers(value)
+        readers = flow.live_readers(value)
         tests = [n for n in readers if n.op == "IsNaN"]
         rest = [n for n in readers if n not in tests]
         if len(rest) != 1:

@@ -71,7 +71,12 @@ _NAMES: Mapping[str, str] = {
 }
 
 
-_SHAPE_ONLY = frozenset({"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"})
+_SHAPE_ONLY = frozenset(
+    {
+        *("zeros_like", "ones_like", "full_like", "empty_like"),
+        *("new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided"),
+    }
+)
 """Operators that read no element of their arguments."""
 
 
@@ -123,6 +128,10 @@ def canonical(fx: FxNode, env: Mapping[str, Any]) -> CanonicalOp:
         operands = operands[:1]
     elif raw in _SHAPE_ONLY:
         operands = ()
+    elif raw == "copy":  # the second argument in the first one's shape and dtype
+        held = [env[a.name] for a in fx.args[:2] if isinstance(a, FxNode)]
+        operands = operands[-1:]
+        name = "Cast" if len(held) == 2 and held[0].shape == held[1].shape else "Expand"
     if raw.endswith("_") and raw not in _NAMES and base == "copy":
         name = "aten.copy_"
     return CanonicalOp(name, attrs, operands)

@@ -6,6 +6,7 @@ The exported graph is for analysis only; what a person gets back is their own mo
 from __future__ import annotations
 
 import contextlib
+import io
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,8 @@ from torch.fx import Node as FxNode
 
 from passes.dataflow import Array, Flow, Node, Value, Weight
 from rewriter.capture.aten_names import Literal, canonical
-from rewriter.errors import UnsupportedModel, first_line
+from rewriter.capture.torch_trace import trace, writes_through_views
+from rewriter.errors import NotExportable, UnsupportedModel, first_line
 
 
 @dataclass(frozen=True)
@@ -26,11 +28,11 @@ class TorchCapture:
     """An exported program and its view.
 
     Attributes:
-        program: what torch.export gave.
+        program: what torch.export gave; None where it refused, and one run was traced instead.
         flow: the view; `Weight.name` is the state-dict key.
     """
 
-    program: torch.export.ExportedProgram
+    program: torch.export.ExportedProgram | None
     flow: Flow
 
 
@@ -56,15 +58,22 @@ class GraphView:
 def capture(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TorchCapture:
     """Export `module` for these example inputs and record every value.
 
-    Raises UnsupportedModel with the exporter's reason when torch.export fails.
+    Where torch.export refuses (control flow that depends on data), one run is traced. Raises UnsupportedModel with the
+    exporter's reason if that fails too.
     """
     was_training = module.training
     module.eval()
     try:
-        with torch.no_grad(), _unchanged(module):
+        # on failure the exporter prints the graph it has so far
+        with torch.no_grad(), _unchanged(module), contextlib.redirect_stderr(io.StringIO()):
             program = torch.export.export(module, args, dict(kwargs), strict=False)
+            if writes_through_views(program.graph):
+                program = program.run_decompositions({})  # no operator is decomposed, but none works in place any more
     except Exception as error:  # torch.export raises many unrelated types
-        raise UnsupportedModel(
+        traced = _traced(module, args, kwargs)
+        if traced is not None:
+            return traced
+        raise NotExportable(
             f"torch.export could not capture the model: {first_line(error)}",
             hint="pass example_inputs that the model accepts, or make its forward exportable",
         ) from error
@@ -77,6 +86,16 @@ def capture(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
             f"the exported program does not run on the inputs it was exported with: {first_line(error)}",
             hint="call the model once before, so that what its forward caches exists",
         ) from error
+
+
+def _traced(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TorchCapture | None:
+    """One run instead of an export; None if it cannot be traced either. The module is in eval mode."""
+    try:
+        with _unchanged(module):
+            graph, bound = trace(module, args, kwargs)
+        return TorchCapture(None, view_graph_module(graph, bound).flow)
+    except Exception:  # the exporter's reason, which comes first, is the one to tell
+        return None
 
 
 @contextlib.contextmanager

@@ -25,6 +25,7 @@ class CallRecord:
         arguments: the same arguments by name; what was left at its default is absent.
         signature: of the module's own forward, decorators unwrapped, without self.
         calls: how often the module was called; more than once if a model shares it between layers.
+        alike: all calls gave the same arguments, by kind: names, types, dtypes and numbers of dimensions.
     """
 
     args: tuple[Any, ...]
@@ -33,6 +34,7 @@ class CallRecord:
     arguments: Mapping[str, Any]
     signature: inspect.Signature
     calls: int = 1
+    alike: bool = True
 
 
 def record_calls(
@@ -128,12 +130,16 @@ class _Recorder:
     before: tuple[tuple[Any, ...], dict[str, Any]] | None = None
     output: Any = None
     calls: int = 0
+    kind: Any = None
+    alike: bool = True
     versions: list[tuple[Tensor, int]] = field(default_factory=list)
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.calls += 1
         if self.calls == 1:
             self.before = self._keep(args), self._keep(kwargs)
+            self.kind = _kind((args, kwargs))
+        self.alike &= _kind((args, kwargs)) == self.kind
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if self.calls == 1 and self.output is None:
@@ -161,9 +167,18 @@ class _Recorder:
             return None
         args, kwargs = self.before
         signature = forward_signature(self.module)
-        return CallRecord(
-            args, kwargs, self.output, named_arguments(signature, args, kwargs, self.owner), signature, self.calls
-        )
+        arguments = named_arguments(signature, args, kwargs, self.owner)
+        return CallRecord(args, kwargs, self.output, arguments, signature, self.calls, self.alike)
+
+
+def _kind(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.dtype, value.dim()
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_kind, value))
+    if isinstance(value, dict):
+        return {name: _kind(v) for name, v in value.items()}
+    return type(value)
 
 
 def _run(

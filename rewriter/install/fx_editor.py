@@ -118,6 +118,8 @@ class Editor:
         if site.q.projection.node in (site.k.projection.node, site.v.projection.node):
             weight, bias = operand_weight(self.flow, site.q), operand_bias(self.flow, site.q)
             plans.append(self._plan_operand(site, "q", site.q, site.heads, weight, bias))
+        if not (site.k.seam and site.v.seam):
+            raise UnsupportedModel("its heads are repeated before they are rotated", hint=HINT)
         for axes in (site.q.seam_axes, site.k.seam_axes, site.v.seam_axes):
             require_known(axes, splittable=True)
         require_known(site.output_axes, splittable=False)
@@ -266,6 +268,28 @@ class Editor:
             )
         return self._parameters[key].node
 
+    def parameter(self, site: str, old: Value, rows: Array, *, whole: bool) -> FxNode:
+        """A node for `rows`, which take the place of all columns of the matrix or bias `old`."""
+        key = (old, b"", np.ascontiguousarray(rows).tobytes())
+        if key not in self._parameters:
+            recorded = self.view.tensors[old]
+            tensor = torch.from_numpy(np.array(rows)).to(dtype=recorded.dtype, device=recorded.device)
+            part = "weight" if rows.ndim == 2 else "bias"
+            node = self.store.read(re.sub(r"\W+", "_", f"{site}_kv_{part}"))
+            self.emitter.stand_for(node, tensor)
+            stored = self._stored(old, recorded.numel())
+            self._parameters[key] = _NewParameter(node, tensor, "kv", part, site, stored, whole)
+        return self._parameters[key].node
+
+    def constant(self, site: str, tensor: Tensor) -> FxNode:
+        """A node for a table of numbers that is no parameter."""
+        key = ("", b"", tensor.cpu().numpy().tobytes())
+        if key not in self._parameters:
+            node = self.store.read(re.sub(r"\W+", "_", f"{site}_kv_index"))
+            self.emitter.stand_for(node, tensor)
+            self._parameters[key] = _NewParameter(node, tensor, "kv", "index", site, (), False)
+        return self._parameters[key].node
+
     def _stored(self, value: Value, size: int) -> tuple[str, ...]:
         reads = [value, *(v for n in self.flow.ancestors(value) for v in n.inputs)]
         found = dict.fromkeys(w.name for v in reads if (w := self.flow.weights.get(v)) is not None and w.name)
@@ -273,10 +297,10 @@ class Editor:
 
     # ------------------------------------------------------------ clean-up
 
-    def finish(self, plans: Iterable[SitePlan]) -> None:
+    def finish(self, sites: Iterable[AttentionSite]) -> None:
         """Remove what is unread now, and give the new parameters keys."""
-        for plan in plans:
-            self._sweep(plan.replacement.site)
+        for site in sites:
+            self._sweep(site)
         gone = self.store.dropped()
         kept_keys = [p.sources[0] for p in self._parameters.values() if self._may_keep(p, gone)]
         keyed: list[tuple[_NewParameter, str, bool]] = []
@@ -287,7 +311,9 @@ class Editor:
         for key in gone:
             self.store.remove(key)
         for new, wanted, trainable in keyed:
-            self.store.put(new.node, self._free(wanted), nn.Parameter(new.tensor, requires_grad=trainable))
+            learned = new.tensor.is_floating_point()
+            tensor = nn.Parameter(new.tensor, requires_grad=trainable) if learned else new.tensor
+            self.store.put(new.node, self._free(wanted), tensor)
 
     @staticmethod
     def _may_keep(new: _NewParameter, gone: set[str]) -> bool:

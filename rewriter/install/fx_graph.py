@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -26,7 +26,9 @@ from rewriter.capture.torch_export import view_graph_module, view_program
 from rewriter.errors import UnsupportedModel, UsageError, first_line
 from rewriter.install.fx_check import require_equal
 from rewriter.install.fx_editor import Editor, SitePlan
+from rewriter.install.fx_repeat import RepeatPlan, apply_repeats, plan_repeats
 from rewriter.install.fx_store import ModuleStore, ProgramStore
+from rewriter.install.kept import Kept
 
 Decide = Callable[[Flow, Matches], Sequence[Replacement]]
 """Called with what was found; returns what to install (nothing, to leave the graph alone)."""
@@ -43,6 +45,7 @@ class GraphRewrite(Generic[Kind]):
         flow, matches: what was captured and found.
         replacements: what was installed.
         refused: (site name, reason) for replacements that this door could not install.
+        kept: sites that keep the attention they had, on repeated heads.
     """
 
     model: Kind
@@ -50,6 +53,7 @@ class GraphRewrite(Generic[Kind]):
     matches: Matches
     replacements: tuple[Replacement, ...]
     refused: tuple[tuple[str, str], ...] = ()
+    kept: Mapping[str, Kept] = field(default_factory=dict)
 
 
 def rewrite_exported_program(
@@ -76,14 +80,14 @@ def rewrite_exported_program(
     matches = find_attention(view.flow)
     store = ProgramStore(program)
     done = _edit(Editor(view, store), decide(view.flow, matches))
-    if not done.plans:
+    if not done.replacements:
         return GraphRewrite(program, view.flow, matches, (), done.refused)
     result = store.finish()
     parameters = {**result.state_dict, **result.constants}
     keys = {s.arg.name: s.target for s in result.graph_signature.input_specs if s.target is not None}
     bound = {n: parameters[keys[n]] if n in keys else view.bound[n] for n in _placeholders(result.graph_module)}
     require_equal(view, result.graph_module, bound, done.replacements, done.attended)
-    return GraphRewrite(result, view.flow, matches, done.replacements, done.refused)
+    return GraphRewrite(result, view.flow, matches, done.replacements, done.refused, done.kept)
 
 
 def rewrite_graph_module(
@@ -104,11 +108,11 @@ def rewrite_graph_module(
     matches = find_attention(view.flow)
     store = ModuleStore(flat)
     done = _edit(Editor(view, store), decide(view.flow, matches))
-    if not done.plans:
+    if not done.replacements:
         return GraphRewrite(module, view.flow, matches, (), done.refused)
     result = store.finish()
     require_equal(view, result, view.bound, done.replacements, done.attended)
-    return GraphRewrite(result, view.flow, matches, done.replacements, done.refused)
+    return GraphRewrite(result, view.flow, matches, done.replacements, done.refused, done.kept)
 
 
 def is_flat(module: GraphModule) -> bool:
@@ -132,46 +136,72 @@ def _is_flat_node(node: FxNode) -> bool:
 
 @dataclass(frozen=True)
 class _Edited:
-    plans: tuple[SitePlan, ...]
+    replacements: tuple[Replacement, ...]
     refused: tuple[tuple[str, str], ...]
+    kept: Mapping[str, Kept]
     attended: Mapping[str, str]
-
-    @property
-    def replacements(self) -> tuple[Replacement, ...]:
-        return tuple(p.replacement for p in self.plans)
 
 
 def _edit(editor: Editor, replacements: Sequence[Replacement]) -> _Edited:
-    plans, refused = _plan(editor, replacements)
-    if replacements and not plans:
+    plans, repeats, refused = _plan(editor, replacements)
+    planned = {p.replacement.site.name for p in plans} | {p.replacement.site.name for p in repeats}
+    if replacements and not planned:
         raise UnsupportedModel("; ".join(f"{name}: {reason}" for name, reason in list(refused.items())[:3]))
     for plan in plans:
         editor.apply(plan)
-    if plans:
-        editor.finish(plans)
+    apply_repeats(editor, repeats)
+    done = tuple(r for r in replacements if r.site.name in planned)
+    if done:
+        editor.finish([r.site for r in done])
     attended = {name: node.name for name, node in editor.attended.items()}
-    return _Edited(tuple(plans), tuple(refused.items()), attended)
+    kept = {p.replacement.site.name: Kept(False, True, p.why) for p in repeats}
+    return _Edited(done, tuple(refused.items()), kept, attended)
 
 
-def _plan(editor: Editor, replacements: Sequence[Replacement]) -> tuple[list[SitePlan], dict[str, str]]:
-    """Plans, and reasons by site; sites that share a weight are edited together or not at all."""
+def _plan(
+    editor: Editor, replacements: Sequence[Replacement]
+) -> tuple[list[SitePlan], list[RepeatPlan], dict[str, str]]:
+    """Sites to be written anew, sites to be repeated, and reasons by site for the rest.
+
+    Sites that share a weight are edited together and in the same way, or not at all.
+    """
     plans: list[SitePlan] = []
-    refused: dict[str, str] = {}
+    failed: dict[str, str] = {}
     for replacement in replacements:
         try:
             plans.append(editor.plan(replacement))
         except UnsupportedModel as error:
-            refused[replacement.site.name] = str(error)
+            failed[replacement.site.name] = str(error)
+    failed = _spread_over_shared(replacements, failed, "it shares its weights with {}, which cannot be written anew")
+    repeats: list[RepeatPlan] = []
+    refused: dict[str, str] = {}
+    for replacement in replacements:
+        name = replacement.site.name
+        if name in failed:
+            try:
+                repeats.append(plan_repeats(editor, replacement, failed[name]))
+            except UnsupportedModel as error:
+                refused[name] = f"{failed[name]}; {error}"
+    refused = _spread_over_shared(replacements, refused, "it shares its weights with {}, which cannot be rewritten")
+    plans = [p for p in plans if p.replacement.site.name not in failed]
+    return plans, [p for p in repeats if p.replacement.site.name not in refused], refused
+
+
+def _spread_over_shared(
+    replacements: Sequence[Replacement], reasons: Mapping[str, str], because: str
+) -> dict[str, str]:
+    """`reasons` by site, and one for each further site that shares a weight with such a site."""
+    found = dict(reasons)
     while True:
-        shared = {w: r.site.name for r in replacements if r.site.name in refused for w in _weights(r)}
-        left = [p for p in plans if not _weights(p.replacement) & set(shared)]
-        if len(left) == len(plans):
-            return plans, refused
-        for plan in plans:
-            if plan not in left:
-                other = next(shared[w] for w in _weights(plan.replacement) if w in shared)
-                refused[plan.replacement.site.name] = f"it shares its weights with {other}, which cannot be rewritten"
-        plans = left
+        shared = {w: r.site.name for r in replacements if r.site.name in found for w in _weights(r)}
+        more = {
+            r.site.name: because.format(next(shared[w] for w in _weights(r) if w in shared))
+            for r in replacements
+            if r.site.name not in found and _weights(r) & set(shared)
+        }
+        if not more:
+            return found
+        found |= more
 
 
 def _weights(replacement: Replacement) -> set[str]:

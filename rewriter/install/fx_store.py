@@ -38,7 +38,8 @@ class Store(Protocol):
     def dropped(self) -> set[str]:
         """Keys of weights that nothing reads any more."""
 
-    def put(self, node: FxNode, key: str, parameter: nn.Parameter) -> None: ...
+    def put(self, node: FxNode, key: str, tensor: Tensor) -> None:
+        """Store a parameter, or a buffer if it is none, under `key`."""
 
     def remove(self, key: str) -> None: ...
 
@@ -74,7 +75,7 @@ class ModuleStore:
         named = {**dict(self.module.named_parameters(remove_duplicate=False)), **dict(self.module.named_buffers())}
         return gone | {key for key, t in named.items() if key not in read and any(t is old for old in lost)}
 
-    def put(self, node: FxNode, key: str, parameter: nn.Parameter) -> None:
+    def put(self, node: FxNode, key: str, tensor: Tensor) -> None:
         node.target = key
         path, _, leaf = key.rpartition(".")
         owner: nn.Module = self.module
@@ -85,7 +86,10 @@ class ModuleStore:
                 owner.add_module(step, child)
             owner = child
         owner.__dict__.pop(leaf, None)
-        owner.register_parameter(leaf, parameter)
+        if isinstance(tensor, nn.Parameter):
+            owner.register_parameter(leaf, tensor)
+        else:
+            owner.register_buffer(leaf, tensor)
 
     def remove(self, key: str) -> None:
         path, _, leaf = key.rpartition(".")
@@ -143,10 +147,10 @@ class ProgramStore:
         kept = {self._keys[n.name] for n in self.graph.nodes if n.op == "placeholder" and n.name in self._keys}
         return (self._erased | aliases) - kept
 
-    def put(self, node: FxNode, key: str, parameter: nn.Parameter) -> None:
+    def put(self, node: FxNode, key: str, tensor: Tensor) -> None:
         node.target = node.name
         self._new[node.name] = key
-        self.state[key] = parameter
+        self.state[key] = tensor
 
     def remove(self, key: str) -> None:
         self.state.pop(key, None)
@@ -174,7 +178,10 @@ class ProgramStore:
 
     def _input_spec(self, node: FxNode, specs: Mapping[str, InputSpec]) -> InputSpec:
         if node.name in self._new:
-            return InputSpec(InputKind.PARAMETER, TensorArgument(name=node.name), self._new[node.name])
+            key, argument = self._new[node.name], TensorArgument(name=node.name)
+            if isinstance(self.state[key], nn.Parameter):
+                return InputSpec(InputKind.PARAMETER, argument, key)
+            return InputSpec(InputKind.BUFFER, argument, key, persistent=True)
         return specs[node.name]
 
     def _constants(self, inputs: list[InputSpec]) -> dict[str, Any]:

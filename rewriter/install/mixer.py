@@ -156,7 +156,7 @@ class RewrittenMixer(nn.Module):
         return (x if norm is None else norm(x)).transpose(1, 2)
 
     def _rotated(self, x: Tensor, call: Call) -> Tensor:
-        tables = _tables(call)
+        tables = _tables(call, self.protocol.rotary_order)
         return x if tables is None else _rotate(x, *tables, self.protocol.rotary, self.protocol.rotary_tables)
 
     def _keys_and_values(self, call: Call, context: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -206,7 +206,7 @@ class RewrittenMixer(nn.Module):
         return causal, mask
 
     def _causal(self, call: Call) -> bool:
-        asked = call.get("is_causal")
+        asked = call.get("is_causal") if self.protocol.heeds_is_causal else None
         return self.protocol.causal != "never" if asked is None else bool(asked)
 
     def _checked(self, mask: Tensor, true_keeps: bool) -> Tensor:
@@ -414,13 +414,13 @@ def _is_cross(call: Call) -> bool:
     return context is not None and context is not call["hidden"]
 
 
-def _tables(call: Call) -> tuple[Tensor, Tensor] | None:
-    """cos and sin as the caller gives them: a pair, two arguments, or one complex tensor."""
+def _tables(call: Call, order: str) -> tuple[Tensor, Tensor] | None:
+    """cos and sin as the caller gives them: a pair (in this order), two arguments, or one complex tensor."""
     rotary = call.get("rotary")
     if isinstance(rotary, Tensor) and rotary.is_complex():
         return rotary.real, rotary.imag
     if rotary is not None:
-        cos, sin = rotary
+        cos, sin = rotary if order == "cos first" else reversed(rotary)
         return cos, sin
     if call.get("cos") is not None:
         return call["cos"], call["sin"]

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from rewriter.errors import InvalidModelFile, UsageError
-from rewriter.install import huggingface
+from rewriter.install import huggingface, repeated_projection
 from rewriter.install.mixer import rebuild
+from rewriter.install.shared_cache import share, sharers
 from rewriter.install.torch_module import mixers, place
 
 FORMAT = 1
@@ -87,6 +88,7 @@ def load(path: str | os.PathLike[str], *, module: nn.Module | None = None) -> nn
     built = _build(manifest, folder) if module is None else module
     try:
         _rewrite(built, manifest["owners"])
+        _share(built, manifest.get("caches", {}))
         _fill(built, folder / Path(str(manifest["weights"])).name, manifest["tied"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InvalidModelFile(f"{folder / MANIFEST} does not fit the model: {error}") from error
@@ -113,7 +115,8 @@ def copy_side_files(source: Path, target: Path) -> None:
 
 
 def _write(model: nn.Module, folder: Path, state_dict: Mapping[str, Tensor] | None, kwargs: Mapping[str, Any]) -> None:
-    if huggingface.is_pretrained(model) and not mixers(model) and huggingface.config_tells_all(model):
+    plain = not mixers(model) and not repeated_projection.repeated(model)
+    if huggingface.is_pretrained(model) and plain and huggingface.config_tells_all(model):
         model_class: Any = type(model)
         model_class.save_pretrained(model, folder, state_dict=state_dict, **kwargs)
         (folder / MANIFEST).unlink(missing_ok=True)
@@ -135,11 +138,15 @@ def _manifest(model: nn.Module, weights: str, tied: Mapping[str, str]) -> dict[s
     owners: dict[str, Any] = {path: {"kind": "mixer", **m.describe()} for path, m in mixers(model).items()}
     for path, module in huggingface.turned(model).items():
         owners[path] = huggingface.describe(module)
+    for path, module in repeated_projection.repeated(model).items():
+        owners[path] = repeated_projection.describe(module)
+    caches = {path: [hooks.kv_heads, hooks.heads] for path, hooks in sharers(model).items()}
     return {
         "format": FORMAT,
         "rewriter": _version("rewriter"),
         "architecture": _architecture(model),
         "owners": owners,
+        "caches": caches,
         "weights": weights,
         "tied": dict(tied),
     }
@@ -273,9 +280,17 @@ def _rewrite(model: nn.Module, owners: Mapping[str, Any]) -> None:
         if description["kind"] == "knob":
             huggingface.rebuild(original, description)
             huggingface.guard_saving(model, path)
+        elif description["kind"] in ("repeated", "spread"):
+            repeated_projection.rebuild(model, path, description)
+            huggingface.guard_saving(model, path)
         else:
             details = {name: value for name, value in description.items() if name != "kind"}
             place(model, path, rebuild(details, original))
+
+
+def _share(model: nn.Module, caches: Mapping[str, Any]) -> None:
+    for owner, (kv_heads, heads) in caches.items():
+        share(model.get_submodule(owner), int(kv_heads), None if heads is None else int(heads))
 
 
 def _fill(model: nn.Module, file: Path, tied: Mapping[str, str]) -> None:

@@ -20,7 +20,21 @@ from rewriter.install.call_record import CallRecord, is_cache, positional_order
 Scalar = bool | int | float | str | None
 
 NAMES: dict[str, tuple[str, ...]] = {
-    "hidden": ("hidden_states", "x", "query", "hidden", "inputs", "input", "src", "tgt", "embeddings", "q", "queries"),
+    "hidden": (
+        "hidden_states",
+        "x",
+        "query",
+        "query_tensor",
+        "from_tensor",
+        "hidden",
+        "inputs",
+        "input",
+        "src",
+        "tgt",
+        "embeddings",
+        "q",
+        "queries",
+    ),
     "context": (
         "encoder_hidden_states",
         "key_value_states",
@@ -30,11 +44,13 @@ NAMES: dict[str, tuple[str, ...]] = {
         "encoder_outputs",
         "enc_output",
         "key",
+        "key_tensor",
+        "to_tensor",
         "kv",
         "k",
         "keys",
     ),
-    "value": ("value", "v", "values"),
+    "value": ("value", "value_tensor", "v", "values"),
     "mask": ("attention_mask", "attn_mask", "mask", "src_mask", "causal_mask"),
     "cross_mask": ("encoder_attention_mask", "context_mask", "memory_mask", "cross_attention_mask"),
     "key_padding": ("key_padding_mask", "src_key_padding_mask", "padding_mask", "padding"),
@@ -76,9 +92,11 @@ class Protocol:
         batch_first: hidden states are [B, S, E]; else [S, B, E].
         mask_true_keeps, padding_true_keeps: which truth value of a mask leaves a key visible.
         causal: when a query does not see later keys: "never", "unmasked" (a mask, if given, holds the order), "always".
+        heeds_is_causal: an argument that says whether the order is causal counts; False if the original ignores it.
         flat_mask: what the rows of a two-dimensional mask are: "batch" (it hides keys) or "queries".
         masks_refused: dtype kinds ("bool", "float", "int") of masks that the original was seen to read differently.
         rotary: pairing of the features that position embeddings rotate, "half" or "interleaved".
+        rotary_order: a pair of position embeddings is "cos first" or "sin first".
         rotary_tables: "full" has one cos/sin per feature, "pairs" one per pair of features, "first" one per feature
             of which only the first half counts.
         input_norm, output_norm: paths, from the original, of norms over the hidden states before the projections
@@ -98,9 +116,11 @@ class Protocol:
     mask_true_keeps: bool = True
     padding_true_keeps: bool = False
     causal: str = "never"
+    heeds_is_causal: bool = True
     flat_mask: str = "batch"
     masks_refused: tuple[str, ...] = ()
     rotary: str = "half"
+    rotary_order: str = "cos first"
     rotary_tables: str = "full"
     input_norm: str | None = None
     output_norm: str | None = None

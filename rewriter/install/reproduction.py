@@ -164,6 +164,8 @@ class _Trial:
         if self._given("rotary") is not None or self._given("cos") is not None:
             choices["rotary"] = ("half", "interleaved")
             choices["rotary_tables"] = ("full", "pairs", "first")
+            if isinstance(self._given("rotary"), (tuple, list)):
+                choices["rotary_order"] = ("cos first", "sin first")
         return choices
 
     def _wrappings(self) -> list[dict[str, Any]]:
@@ -197,7 +199,8 @@ class _Trial:
         if not given or settled:  # the attribute tells kernels what a missing mask means; which kernel may change
             return
         arguments = {**self.record.arguments, **dict.fromkeys(given)}
-        orders = [{"causal": order} for order in ("unmasked", "never", "always")]
+        orders: list[dict[str, Any]] = [{"causal": order} for order in ("unmasked", "never", "always")]
+        orders += [{**order, "heeds_is_causal": False} for order in orders]
         theirs, failure = _silent(lambda: self.original(**self._snapshots(arguments)))
         if failure is None and not self._first(orders, arguments, theirs):
             self._require(arguments, "without its mask")
@@ -224,6 +227,9 @@ class _Trial:
             plain, failure = _silent(lambda: self.original(**self._snapshots({**arguments, name: mask.float()})))
             if failure is None and disagreement(plain, theirs) is None:
                 return
+        recorded = self.record.arguments.get(name)
+        if isinstance(recorded, Tensor) and mask_kind(recorded) == kind:
+            raise self._refusal(f"its {kind} mask hides keys in a way that is not understood")
         refused = {*self.mixer.protocol.masks_refused, kind}
         self.mixer.protocol = replace(self.mixer.protocol, masks_refused=tuple(sorted(refused)))
 

@@ -101,8 +101,10 @@ def mixers(model: nn.Module) -> dict[str, RewrittenMixer]:
 
 def _needs_position(original: nn.Module, protocol: Protocol, record: CallRecord) -> bool:
     """True if the original computes its own score bias and has a method for it."""
-    if "bias" not in protocol.returns or not callable(getattr(original, "compute_bias", None)):
+    if not callable(getattr(original, "compute_bias", None)):
         return False
+    if "bias" not in protocol.returns:  # it keeps the bias to itself, and computes one if it has a table
+        return any(isinstance(child, nn.Embedding) for child in original.children())
     name = protocol.name("bias")
     return record.arguments.get(name or "") is None and bool(record.output[protocol.returns.index("bias")].any())
 

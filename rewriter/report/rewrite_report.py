@@ -22,6 +22,7 @@ class SiteRow:
         floor: the same error with the site's output zeroed, so that `error` means something; None if not measured.
         requantised: largest error that storing new weights as integers made, as a part of the largest weight; 0 where
             weights are stored as floats, None outside .onnx files.
+        note: what the step does not save, and why; "" where it saves all that its target does.
     """
 
     name: str
@@ -31,6 +32,7 @@ class SiteRow:
     error: float | None = None
     floor: float | None = None
     requantised: float | None = None
+    note: str = ""
 
     @property
     def step(self) -> str:
@@ -50,6 +52,7 @@ class SiteRow:
             "error": self.error,
             "floor": self.floor,
             "requantised": self.requantised,
+            "note": self.note,
         }
 
 
@@ -123,6 +126,7 @@ class RewriteReport:
             header = ("site", "from", "to", "step", "error", "floor")
             lines += _columns([header, *(_site_cells(row) for row in self.sites)])
             lines += requantised_line([row.requantised for row in self.sites])
+            lines += [f"{printable(row.name)} {printable(row.note)}" for row in self.sites if row.note]
         lines += [f"refused {printable(row.name)}: {printable(row.reason)}" for row in self.refused]
         lines += _columns(
             [

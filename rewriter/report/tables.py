@@ -81,6 +81,7 @@ def rewrite(done: Row) -> RenderableType:
     rows = ((s["name"], s["from"], s["to"], s["step"], number(s["error"]), number(s["floor"])) for s in done["sites"])
     parts: list[RenderableType] = [Text(printable(f"target {done['target']}")), table(headers, rows)]
     parts += [Text(line) for line in requantised_line([s.get("requantised") for s in done["sites"]])]
+    parts += [Text(printable(f"{s['name']} {s['note']}")) for s in done["sites"] if s.get("note")]
     costs = ("parameters", "kv_bytes_per_token", "flops")
     parts.append(table(("", "before", "after", "ratio"), (_cost_cells(name, done.get(name)) for name in costs)))
     parts.append(fidelity(done.get("fidelity")))

@@ -186,6 +186,7 @@ def test_rewrite_json(model: Path, tmp_path: Path, fake: Fake, capsys: Capture) 
     assert found["sites"][0] == {
         "name": "layer.0", "step": "lossy", "from": "mha4", "to": "gqa2", "exact": False, "error": 0.25, "floor": 1.5,
         "requantised": None,
+        "note": "",
     }  # fmt: skip
     assert found["kv_bytes_per_token"] == {"before": 64, "after": 32}
     assert found["fidelity"] == {"max_abs": 0.5, "cosine": 0.9, "kl": 0.01}

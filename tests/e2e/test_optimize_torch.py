@@ -223,23 +223,18 @@ def test_the_result_exports_and_compiles(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama-eager", "nanogpt-softmax", "gpt2-sdpa", "bert-eager", "mha-batch-first"])
-def test_a_rewritten_module_can_be_rewritten_again_or_says_why_not(name: str) -> None:
+def test_a_rewritten_module_can_be_rewritten_again(name: str) -> None:
+    """Also where query heads are folded into rows, as rewritten modules do."""
     case = ZOO[name]
     inputs = case.inputs(2, 7, 0)
     once = rewriter.optimize(case.build(), "gqa2", example_inputs=inputs)
     rows = rewriter.inspect(once, example_inputs=inputs).to_dict()["sites"]
-    assert len(rows) == 2
-    try:
-        twice = rewriter.optimize(once, "mqa", example_inputs=inputs)
-    except NothingToRewrite as refused:
-        assert name not in {"llama-eager", "nanogpt-softmax"}, refused
-        assert "none of 2 attentions can be rewritten" in str(refused)
-        assert all(row["status"] == "refused" and row["reason"] for row in rows)
-        return
     assert [(row["status"], row["heads"], row["kv_heads"]) for row in rows] == [("rewritable", 4, 2)] * 2
+    twice = rewriter.optimize(once, "mqa", example_inputs=inputs)
     assert [(r.before, r.after) for r in twice.rewrite_report.sites] == [("gqa2", "mqa")] * 2
     direct = rewriter.optimize(case.build(), "mqa", example_inputs=inputs)
     assert distance(case.run(twice, inputs), case.run(direct, inputs)) <= EXACT
+    assert distance(case.run(twice, inputs), case.run(once, inputs)) > LOSSY / 10
 
 
 # ------------------------------------------------------------------ in place, on disk

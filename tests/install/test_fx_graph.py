@@ -306,24 +306,55 @@ def _in_a_region(k: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("module", "reason"),
+    ("between", "result", "reason"),
     [
-        (Attention(_as_another), "takes its sizes from another tensor"),
-        (Attention(_in_a_region), "inside a wrapped region"),
-        (Attention(lambda k: F.rms_norm(k, (DIM,)), "leak"), "also read at"),
+        (_as_another, "out", "takes its sizes from another tensor"),
+        (_in_a_region, "out", "inside a wrapped region"),
+        (lambda k: F.rms_norm(k, (DIM,)), "leak", "also read at"),
     ],
     ids=["view_as", "autocast", "read elsewhere"],
 )
-def test_what_cannot_be_edited_is_refused_with_the_reason(module: nn.Module, reason: str) -> None:
-    with pytest.raises(UnsupportedModel, match=reason):
-        rewrite_exported_program(attention_program(module, features()), to_heads(2))
+def test_what_cannot_be_written_anew_keeps_its_attention_on_repeated_heads(
+    between: Callable[[Tensor], Tensor], result: str, reason: str
+) -> None:
+    module = Attention(between, result)
+    _check_repeated(module, reason)
 
 
-def test_a_cache_input_is_refused() -> None:
+def test_a_cache_input_keeps_its_shape_and_its_attention() -> None:
     past = torch.randn(2, HEADS, 3, DIM, generator=torch.Generator().manual_seed(0))
-    program = attention_program(Attention(), features(), past)
-    with pytest.raises(UnsupportedModel, match="cache past is an input of the graph"):
-        rewrite_exported_program(program, to_heads(2))
+    _check_repeated(Attention(), "cache past is an input of the graph", past)
+
+
+def _check_repeated(module: nn.Module, reason: str, *more: Tensor) -> None:
+    program = attention_program(module, features(), *more)
+    done = rewrite_exported_program(program, to_heads(2))
+    assert not done.refused and len(done.replacements) == 1
+    (kept,) = done.kept.values()
+    assert reason in kept.why and kept.cache and not kept.projection
+    new = done.model.module()
+    old_size, new_size = (sum(p.numel() for p in p_.parameters()) for p_ in (program.module(), new))
+    assert old_size - new_size == 2 * 2 * DIM * (WIDTH + 1)  # two heads fewer of keys and of values, with biases
+    torch.testing.assert_close(new(features(), *more), module(features(), *more), atol=1e-5, rtol=0)
+    if not more:  # the length of keys is not tied to that of queries
+        torch.testing.assert_close(new(features(3, 7)), module(features(3, 7)), atol=1e-5, rtol=0)
+    reloaded = torch.export.export(new, (features(), *more), strict=False)
+    torch.testing.assert_close(reloaded.module()(features(), *more), new(features(), *more), atol=1e-6, rtol=0)
+    with torch.no_grad():
+        module.k_proj.weight[-DIM:] += 1.0  # type: ignore[union-attr, operator, index]
+        module.v_proj.weight[-DIM:] += 1.0  # type: ignore[union-attr, operator, index]
+    lossy = rewrite_exported_program(attention_program(module, features(), *more), to_heads(2)).model.module()
+    assert float((lossy(features(), *more) - module(features(), *more)).detach().abs().max()) > 1e-3
+
+
+def test_a_graph_module_repeats_heads_too() -> None:
+    module = Attention(_as_another)
+    graph = attention_program(module, features()).module()
+    done = rewrite_graph_module(graph, (features(),), {}, to_heads(2))
+    assert len(done.kept) == 1
+    torch.testing.assert_close(done.model(features(3, 7)), module(features(3, 7)), atol=1e-5, rtol=0)
+    assert sum(p.numel() for p in done.model.parameters()) < sum(p.numel() for p in graph.parameters())
+    assert [n for n, _ in done.model.named_buffers() if "index" in n]
 
 
 def test_keys_read_elsewhere_before_they_change_are_left_alone() -> None:

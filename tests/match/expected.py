@@ -8,7 +8,10 @@ from tests.zoo.case import ZooCase
 REPLAY_LIMIT = 1e-5
 """float32 rounding through a projection, a rotation and a softmax; a wrong description errs by more than 0.05."""
 
-ROTARY = {"llama": "half", "qwen3": "half", "mistral": "half", "gemma2": "half", "phi3": "half", "gpt-neox": "partial"}
+ROTARY = {
+    **dict.fromkeys(("llama", "qwen3", "mistral", "gemma2", "phi3", "falcon"), "half"),
+    "gpt-neox": "partial",
+}
 QK_NORM = ("qwen3",)
 WIDE_HEADS = {"qwen3": 16}
 

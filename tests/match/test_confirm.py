@@ -13,6 +13,7 @@ from passes.match.attention import Matches
 from passes.match.confirm import confirm
 from passes.site import AttentionSite, Refusal, Rotary
 from tests.match.doors import through_torch
+from tests.match.expected import REPLAY_LIMIT
 from tests.zoo.models import ZOO
 
 
@@ -28,6 +29,17 @@ def test_two_sizes_of_one_program_confirm_each_other() -> None:
     assert confirmed.refusals == ()
     for site, a, b in zip(confirmed.sites, first.sites, second.sites, strict=True):
         assert site.replay_error == max(a.replay_error, b.replay_error)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [c.name for c in ZOO.values() if c.sites > c.refused and "refuse" not in c.tags])
+def test_every_site_replays_and_reads_the_same_at_two_sizes_of_a_module(name: str) -> None:
+    case = ZOO[name]
+    first, second = (through_torch(case, *size).matches for size in ((2, 7), (3, 10)))
+    confirmed = confirm(first, second)
+    assert [s.name for s in confirmed.sites] == [s.name for s in first.sites] != []
+    assert confirmed.refusals == first.refusals
+    assert all(site.replay_error < REPLAY_LIMIT for site in confirmed.sites)
 
 
 def _operand(role: str, **changes: Any) -> Callable[[AttentionSite], AttentionSite]:

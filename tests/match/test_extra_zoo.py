@@ -36,28 +36,29 @@ CAPPED = ("gemma2",)
 ROUTERS = {"gpt-oss-eager": 2}
 """Softmaxes that choose experts."""
 
-MODULE_REFUSES = {
-    "clip-text-eager": "could not be reproduced with its own weights",
-    "gptj-eager": "could not be reproduced with its own weights",
-    "codegen-eager": "could not be reproduced with its own weights",
+KEEPS = "keeps its own attention"
+MODULE_KEEPS = {
     "gpt-neo-eager": "could not be reproduced with its own weights",
-    "torch-decoder": "is computed, not stored",
+    "falcon-sdpa": "could not be reproduced with its own weights",
+    "falcon-eager": "could not be reproduced with its own weights",
     "complex-rotary": "of no known role",
     "x-rotary": "of no known role",
     "x-rotary-sdpa": "of no known role",
     "x-alibi": "of no known role",
 }
-"""Sites that are understood, in modules that cannot be replaced: why. Their exported program is rewritten instead."""
+"""Sites in modules that cannot be replaced, and why: their own forward goes on, with repeated heads."""
 
-GRAPH_REFUSES = {
+GRAPH_KEEPS = {
     "complex-rotary": "changes how heads lie",
     "x-rotary": "inside a wrapped region",
     "x-rotary-sdpa": "inside a wrapped region",
+    "falcon-sdpa": "repeated before they are rotated",
+    "falcon-eager": "repeated before they are rotated",
 }
-"""Those whose exported program cannot be rewritten either."""
+"""Those whose exported program keeps its attention as well."""
 
-NOT_UNDERSTOOD = {"falcon-sdpa": "no value on the way", "falcon-eager": "no value on the way"}
-"""Attention that ought to be a site and is refused: key heads are repeated before they are rotated."""
+NOT_IN_FILES = {"falcon": "repeated before they are rotated"}
+"""Families that are refused in files only."""
 
 
 def _jobs(*, rewritable: bool = False) -> list[object]:
@@ -67,8 +68,7 @@ def _jobs(*, rewritable: bool = False) -> list[object]:
     jobs = [(case, "torch") for case in every]
     jobs += [(case, door) for case in families.values() for door in DOORS[1:]]
     if rewritable:
-        jobs = [(c, d) for c, d in jobs if c.refused < c.sites and c.name not in NOT_UNDERSTOOD]
-        jobs = [(c, d) for c, d in jobs if d != "torch" or c.name not in MODULE_REFUSES]
+        jobs = [(c, d) for c, d in jobs if c.refused < c.sites and (d == "torch" or not _trait(c, NOT_IN_FILES))]
     return [pytest.param(case, door, id=f"{case.name}-{door}") for case, door in jobs]
 
 
@@ -82,8 +82,8 @@ def test_every_attention_is_a_site_or_refused_for_its_reason(
     case: ZooCase, door: str, zoo_onnx: Callable[..., Path]
 ) -> None:
     matches = _matches(case, door, zoo_onnx)
-    if case.name in NOT_UNDERSTOOD:
-        assert [r.reason for r in matches.refusals if NOT_UNDERSTOOD[case.name] not in r.reason] == []
+    if door != "torch" and (reason := _trait(case, NOT_IN_FILES)) is not None:
+        assert [r.reason for r in matches.refusals if reason not in r.reason] == []
         assert len(matches.refusals) == case.sites
         return
     assert [r.reason for r in matches.refusals if case.refusal not in r.reason] == []
@@ -125,23 +125,20 @@ def test_a_tied_twin_is_rewritten_without_loss_and_a_perturbed_one_is_not(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MODULE_REFUSES)
-def test_a_module_that_cannot_be_replaced_is_rewritten_as_a_graph(name: str) -> None:
-    case = WIDE[name]
-    try:
-        new = rewriter.optimize(tied(case), _target(case), example_inputs=case.inputs(*RECORDED))
-    except rewriter.NothingToRewrite as error:
-        reasons = [str(error)]
-    else:
-        reasons = [refused.reason for refused in new.rewrite_report.refused]
-    assert reasons, "its modules are rewritable now: take it off the list"
-    assert all(MODULE_REFUSES[name] in reason for reason in reasons)
-    if name in GRAPH_REFUSES:
-        with pytest.raises(rewriter.UnsupportedModel, match=GRAPH_REFUSES[name]):
-            _graph_error(case, perturbed=False)
-        return
+@pytest.mark.parametrize("name", sorted({*MODULE_KEEPS, *GRAPH_KEEPS}))
+def test_a_site_that_keeps_its_attention_says_why_in_the_module_and_in_the_graph(name: str) -> None:
+    case = WIDE.get(name) or EXTRA[name]
+    new = rewriter.optimize(tied(case), _target(case), example_inputs=case.inputs(*RECORDED))
+    _check_notes(new.rewrite_report, MODULE_KEEPS.get(name))
     assert _graph_error(case, perturbed=False) < EXACT
     assert _graph_error(case, perturbed=True) > MOVED
+
+
+def _check_notes(report: RewriteReport, why: str | None) -> None:
+    """Some site keeps its attention for this reason and all others are rewritten whole; none does if `why` is None."""
+    notes = [row.note for row in report.sites if row.note]
+    assert bool(notes) is (why is not None), "the table of what is kept is wrong"
+    assert all(note.startswith(KEEPS) and why is not None and why in note for note in notes)
 
 
 def _torch_error(case: ZooCase, *, perturbed: bool) -> float:
@@ -150,6 +147,7 @@ def _torch_error(case: ZooCase, *, perturbed: bool) -> float:
     expected = [case.run(module, inputs) for inputs in sizes]
     new = rewriter.optimize(module, _target(case), example_inputs=sizes[0])
     _check_report(case, new.rewrite_report, exact=not perturbed)
+    _check_notes(new.rewrite_report, MODULE_KEEPS.get(case.name))
     return max(distance(case.run(new, i), e) for i, e in zip(sizes, expected, strict=True))
 
 
@@ -162,6 +160,7 @@ def _graph_error(case: ZooCase, *, perturbed: bool) -> float:
     program = torch.export.export(module, (), {**inputs, **constants}, strict=False)
     new = rewriter.optimize(program, _target(case))
     _check_report(case, new.rewrite_report, exact=not perturbed)
+    _check_notes(new.rewrite_report, GRAPH_KEEPS.get(case.name))
     return distance(case.run(new.module(), {**inputs, **constants}), expected)
 
 
@@ -195,5 +194,5 @@ def _twin(case: ZooCase, path: Path, folder: Path, *, perturbed: bool) -> Path:
 
 def test_tables_name_families_that_exist() -> None:
     names = [*EXTRA, *WIDE]
-    for key in (*ROTARY, *QK_NORM, *SINKS, *CAPPED, *ROUTERS, *MODULE_REFUSES, *GRAPH_REFUSES):
+    for key in (*ROTARY, *QK_NORM, *SINKS, *CAPPED, *ROUTERS, *MODULE_KEEPS, *GRAPH_KEEPS, *NOT_IN_FILES):
         assert any(name.startswith(key) for name in names), key

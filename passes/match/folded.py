@@ -1,0 +1,90 @@
+"""Queries that share a key head, folded into the rows of one longer query: read as the heads that they are.
+
+Programs that never repeat keys write q [B, H, S, D] as [B, KV, G * S, D], and scores, masks and output alike. All of it
+is described as if nothing were folded: the query by heads, masks and output by the values before and after the fold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+
+from passes.dataflow import LAYOUT, Flow, Value
+from passes.match.operands import Traced, trace_operand
+from passes.match.scores import NotUnderstood, OperandView, ScorePath
+from passes.provenance import PASS_THROUGH, Tracer
+from passes.site import Modifier
+
+STEPS = 6
+"""Layout operators between a folded value and the same one unfolded; more than any program needs."""
+
+Shape = tuple[int, int, int, int]
+
+
+def unfolded(tracer: Tracer, path: ScorePath) -> tuple[ScorePath, Traced] | None:
+    """The path and its query, read as unfolded; None if the query is not folded.
+
+    Raises NotUnderstood if it is, and its masks or its output are not.
+    """
+    flow = tracer.flow
+    rows = flow.shape(path.q.value)[path.q.token_axis]
+    for group in range(2, rows + 1):
+        if path.q.heads or rows % group:
+            continue
+        view = replace(path.q, fold=group)
+        try:
+            query = trace_operand(tracer, view, shared_heads=False)
+        except NotUnderstood:
+            continue
+        batch, tokens = query.tokens.rows.shape
+        keys = flow.shape(path.k.value)[path.k.token_axis]
+        shape = (batch, query.operand.heads, tokens, keys)
+        modifiers = tuple(_modifier(flow, m, group, shape) for m in path.modifiers)
+        output = _after(flow, path.output_view, group)
+        return replace(path, q=view, modifiers=modifiers, output_view=output), query
+    return None
+
+
+def _after(flow: Flow, view: OperandView, group: int) -> OperandView:
+    """The output, where its rows are heads again."""
+    wanted = replace(view, fold=group).arranged(flow.value(view.value))
+    value = view.value
+    for _ in range(STEPS):
+        readers = flow.live_readers(value)
+        if len(readers) != 1 or readers[0].op not in LAYOUT | PASS_THROUGH:
+            break
+        value = readers[0].outputs[0]
+        if flow.shape(value) == wanted.shape and np.array_equal(flow.value(value), wanted, equal_nan=True):
+            return OperandView(value, -2, -1)
+    raise NotUnderstood("query heads are folded into rows, and the output is not unfolded")
+
+
+def _modifier(flow: Flow, modifier: Modifier, group: int, shape: Shape) -> Modifier:
+    """A mask or bias by the value that it was before it was folded; one for all rows needs no unfolding."""
+    batch, heads, tokens, keys = shape
+    if modifier.value is None or flow.shape(modifier.value)[-2:-1] in ((), (1,)):
+        return modifier
+    width = flow.shape(modifier.value)[-1] if modifier.kind == "sinks" else keys
+    folded = (batch, heads // group, group * tokens, width)
+    seen = np.broadcast_to(flow.value(modifier.value), folded)
+    for value in _above(flow, modifier.value):
+        array = flow.value(value)
+        try:
+            plain = np.broadcast_to(array, (batch, heads, tokens, width))
+        except ValueError:
+            continue
+        if array.ndim <= 4 and np.array_equal(plain.reshape(folded), seen, equal_nan=True):
+            return replace(modifier, value=value)
+    raise NotUnderstood("a mask is folded over query heads in a way that is not read")
+
+
+def _above(flow: Flow, value: Value) -> Iterator[Value]:
+    """What a value was before layout operators, nearest first."""
+    for _ in range(STEPS):
+        node = flow.producer(value)
+        if node is None or node.op not in LAYOUT | PASS_THROUGH:
+            return
+        value = node.inputs[0]
+        yield value

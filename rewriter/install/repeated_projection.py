@@ -1,0 +1,146 @@
+"""Projections with fewer heads behind the old layout, for attentions whose own forward is kept.
+
+Where a module projects by ``x @ W.T + b`` and nothing else, `RepeatedProjection` takes its place: each distinct column
+is computed once. Elsewhere the stored parameter shrinks and is spread out each time it is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils import parametrize
+
+from rewriter.install.huggingface import move_dispatch_hook
+
+HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_pre_hooks_with_kwargs",
+)
+
+
+class RepeatedProjection(nn.Module):
+    """``output[..., c] = (x @ weight.T + bias)[..., index[c]]``.
+
+    Attributes:
+        weight: [columns, in]; bias [columns] or None.
+        index: [out_features], the column that each output feature repeats.
+    """
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, index: Tensor) -> None:
+        super().__init__()
+        self.weight, self.bias = weight, bias
+        self.register_buffer("index", index)
+        self.index: Tensor
+        self.in_features, self.out_features = weight.shape[1], len(index)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.linear(input, self.weight, self.bias).index_select(-1, self.index)
+
+    def extra_repr(self) -> str:
+        columns = self.weight.shape[0]
+        return f"in_features={self.in_features}, out_features={self.out_features}, columns={columns}"
+
+
+class Spread(nn.Module):
+    """A parametrization: slices of the stored tensor, laid out (and repeated) along one axis."""
+
+    def __init__(self, index: Tensor, axis: int) -> None:
+        super().__init__()
+        self.axis = axis
+        self.register_buffer("index", index)
+        self.index: Tensor
+
+    def forward(self, stored: Tensor) -> Tensor:
+        return stored.index_select(self.axis, self.index)
+
+    def right_inverse(self, spread: Tensor) -> Tensor:
+        """One of the slices that are equal, for each that is stored."""
+        count = int(self.index.max()) + 1
+        last = torch.zeros(count, dtype=self.index.dtype, device=self.index.device)
+        last[self.index] = torch.arange(len(self.index), device=self.index.device)
+        return spread.index_select(self.axis, last)
+
+
+def replace_projection(model: nn.Module, path: str, new: RepeatedProjection) -> None:
+    """Put `new` wherever the module at `path` stands, with its hooks and mode."""
+    old = model.get_submodule(path)
+    new.train(old.training)
+    for name in HOOKS:
+        getattr(new, name).update(getattr(old, name))
+    move_dispatch_hook(old, new)
+    swap(model, old, new)
+
+
+def swap(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Every place of `old` in the model is `new`'s."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is old:
+                setattr(parent, name, new)
+
+
+def spread_parameter(module: nn.Module, name: str, index: Tensor, axis: int) -> None:
+    """Store only one of each group of slices of ``module.name`` that `index` says are equal (and that must be)."""
+    trainable = getattr(module, name).requires_grad
+    parametrize.register_parametrization(module, name, Spread(index, axis), unsafe=True)
+    parametrizations: Any = module.parametrizations
+    parametrizations[name].original.requires_grad_(trainable)
+
+
+def unspread_parameter(module: nn.Module, name: str) -> None:
+    """Undo `spread_parameter`; the parameter holds the spread tensor."""
+    parametrize.remove_parametrizations(module, name)
+
+
+def spreads(module: nn.Module) -> dict[str, Spread]:
+    """The spread parameters of one module by name."""
+    found: dict[str, Spread] = {}
+    if parametrize.is_parametrized(module):
+        for name, steps in module.parametrizations.items():  # type: ignore[union-attr, operator]
+            last = steps[-1]
+            if isinstance(last, Spread):
+                found[name] = last
+    return found
+
+
+def describe(module: nn.Module) -> dict[str, Any]:
+    """What `rebuild` needs, as JSON; index tables are stored with the weights."""
+    if isinstance(module, RepeatedProjection):
+        shape = [*module.weight.shape, module.bias is not None, len(module.index)]
+        return {"kind": "repeated", "shape": shape}
+    names = {name: [step.axis, len(step.index), int(step.index.max()) + 1] for name, step in spreads(module).items()}
+    return {"kind": "spread", "parameters": names}
+
+
+def rebuild(model: nn.Module, path: str, description: Mapping[str, Any]) -> None:
+    """Edit a freshly built module as described, with empty weights and tables, to be filled.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError: if the description is broken or fits another module.
+    """
+    module = model.get_submodule(path)
+    if description["kind"] == "repeated":
+        rows, columns, bias, features = (int(n) for n in description["shape"])
+        like = next(module.parameters())
+
+        def empty(*shape: int) -> nn.Parameter:
+            return nn.Parameter(like.new_empty(*shape), requires_grad=like.requires_grad)
+
+        index = torch.zeros(features, dtype=torch.int64, device=like.device)
+        new = RepeatedProjection(empty(rows, columns), empty(rows) if bias else None, index)
+        replace_projection(model, path, new)
+        return
+    for name, (axis, features, count) in description["parameters"].items():
+        index = torch.arange(int(features), device=getattr(module, name).device) % int(count)
+        spread_parameter(module, name, index, int(axis))
+
+
+def repeated(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules with repeated projections or spread parameters, by dotted path, each once."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, RepeatedProjection) or spreads(m)}

@@ -1,0 +1,285 @@
+"""Queries of unusual kinds: folded into rows, learned, and softmaxes that only look as if they weighed tokens."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import rewriter
+from passes.match.attention import Matches, find_attention
+from rewriter.capture.torch_export import capture
+from tests.match.doors import through_torch
+from tests.match.expected import REPLAY_LIMIT
+from tests.targets.lossless_twin import distance
+from tests.zoo.models import ZOO
+
+HEADS, SHARED, DIM, WIDTH = 4, 2, 8, 32
+
+
+def matches(module: nn.Module, *inputs: Tensor) -> Matches:
+    return find_attention(capture(module.eval(), inputs, {}).flow)
+
+
+def features(batch: int = 2, length: int = 6) -> Tensor:
+    return torch.randn(batch, length, WIDTH, generator=torch.Generator().manual_seed(3))
+
+
+# ------------------------------------------------------------------ folded
+
+
+class Folded(nn.Module):
+    """Grouped attention that writes the heads of a group as rows of one longer query."""
+
+    def __init__(self, fused: bool, mask: str, unfold: str = "right", shared: int = SHARED) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.shared = shared
+        self.q, self.o = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.k, self.v = nn.Linear(WIDTH, shared * DIM), nn.Linear(WIDTH, shared * DIM)
+        self.fused, self.mask, self.unfold = fused, mask, unfold
+
+    def _bias(self, length: int) -> Tensor | None:
+        hidden = torch.ones(length, length, dtype=torch.bool).triu(1)
+        order = torch.zeros(length, length).masked_fill(hidden, -1e9)
+        per_head = order[None] - torch.arange(HEADS)[:, None, None] * 0.1 * torch.arange(length)
+        wide = {"none": None, "order": order[None].expand(HEADS, -1, -1), "by head": per_head}[self.mask]
+        return None if wide is None else wide.reshape(1, self.shared, -1, length)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        q = self.q(x).view(batch, length, HEADS, DIM).transpose(1, 2)
+        q = q.reshape(batch, self.shared, HEADS // self.shared * length, DIM)
+        k, v = (p(x).view(batch, length, self.shared, DIM).transpose(1, 2) for p in (self.k, self.v))
+        bias = self._bias(length)
+        if self.fused:
+            rows = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        else:
+            scores = q @ k.mT * DIM**-0.5
+            rows = (scores if bias is None else scores + bias).softmax(-1) @ v
+        y = rows.reshape(batch, HEADS, length, DIM)
+        y = rows.reshape(batch, length, HEADS, DIM).transpose(1, 2) if self.unfold == "wrong" else y
+        out: Tensor = self.o(y.transpose(1, 2).flatten(2))
+        return out
+
+
+@pytest.mark.parametrize("mask", ["none", "order", "by head"])
+@pytest.mark.parametrize("fused", [False, True], ids=["written out", "fused"])
+@pytest.mark.parametrize("shared", [1, 2])
+def test_folded_queries_are_read_as_heads(fused: bool, mask: str, shared: int) -> None:
+    module = Folded(fused, mask, shared=shared)
+    (site,) = matches(module, features()).sites
+    assert (site.heads, site.kv_heads, site.head_dim) == (HEADS, shared, DIM)
+    assert site.group == tuple(h * shared // HEADS for h in range(HEADS))
+    assert site.replay_error < REPLAY_LIMIT
+    assert site.causal is (mask != "none")
+    assert site.q.seam_axes == site.output_axes == ("b", "h", "s", "d")
+    assert np.array_equal(site.q.columns, np.arange(WIDTH).reshape(HEADS, DIM))
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["written out", "fused"])
+def test_rows_that_are_not_unfolded_by_head_are_refused(fused: bool) -> None:
+    (refusal,) = matches(Folded(fused, "none", unfold="wrong"), features()).refusals
+    assert "not unfolded" in refusal.reason
+
+
+@pytest.mark.parametrize("mask", ["none", "by head"])
+@pytest.mark.parametrize("fused", [False, True], ids=["written out", "fused"])
+def test_a_graph_with_folded_queries_is_rewritten(fused: bool, mask: str) -> None:
+    module = Folded(fused, mask).eval()
+    with torch.no_grad():
+        for projection in (module.k, module.v):
+            for parameter in projection.parameters():
+                parameter[DIM:] = parameter[:DIM]
+    program = torch.export.export(module, (features(),), strict=False)
+    new = rewriter.optimize(program, "mqa")
+    assert new.rewrite_report.sites[0].exact and not new.rewrite_report.sites[0].note
+    with torch.no_grad():
+        assert distance(new.module()(features()), module(features())) < 1e-5
+        module.v.weight[-1] += 1.0
+        other = rewriter.optimize(torch.export.export(module, (features(),), strict=False), "mqa")
+        assert distance(other.module()(features()), module(features())) > 1e-3
+
+
+# ------------------------------------------------------------------ learned
+
+
+class Pool(nn.Module):
+    """Attention of a few learned queries over the tokens."""
+
+    def __init__(self, fused: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.queries, self.norm, self.fused = nn.Parameter(torch.randn(3, WIDTH)), nn.LayerNorm(WIDTH), fused
+        self.wq, self.wk, self.wv, self.wo = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        given = self.norm(self.queries)[None].expand(len(x), -1, -1)
+        q, k, v = (
+            p(t).view(len(x), -1, HEADS, DIM).transpose(1, 2) for p, t in ((self.wq, given), (self.wk, x), (self.wv, x))
+        )
+        weights = (q @ k.mT * DIM**-0.5).softmax(-1)
+        y = F.scaled_dot_product_attention(q, k, v) if self.fused else weights @ v
+        out: Tensor = self.wo(y.transpose(1, 2).flatten(2))
+        return out
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["written out", "fused"])
+def test_learned_queries_make_a_site(fused: bool) -> None:
+    module = nn.Sequential(nn.Linear(WIDTH, WIDTH), Pool(fused)).eval()
+    pool = module[1]
+    with torch.no_grad():
+        for projection in (pool.wk, pool.wv):  # type: ignore[union-attr]
+            for parameter in projection.parameters():  # type: ignore[union-attr]
+                by_group = parameter.view(2, 2, DIM, -1)
+                by_group[:, 1] = by_group[:, 0]
+    (site,) = matches(module, features()).sites
+    assert (site.heads, site.kv_heads, site.cross) == (HEADS, HEADS, True)
+    assert site.replay_error < REPLAY_LIMIT
+    assert _distances(module) < 1e-5
+    with torch.no_grad():
+        pool.wv.weight[-1] += 1.0  # type: ignore[union-attr, operator, index]
+    assert _distances(module, exact=False) > 1e-3
+
+
+def _distances(module: nn.Module, *, exact: bool = True) -> float:
+    """The worse of module and graph, rewritten, from the original."""
+    program = torch.export.export(module, (features(),), strict=False)
+    new = rewriter.optimize(module, "gqa2", example_inputs=(features(),)), rewriter.optimize(program, "gqa2")
+    assert all(n.rewrite_report.sites[0].exact is exact for n in new)
+    with torch.no_grad():
+        results = new[0](features(3, 9)), new[1].module()(features())
+        return max(distance(results[0], module(features(3, 9))), distance(results[1], module(features())))
+
+
+def test_queries_that_nothing_is_learned_for_are_refused() -> None:
+    class Fixed(Pool):
+        def forward(self, x: Tensor) -> Tensor:
+            q = torch.ones(len(x), HEADS, 3, DIM)
+            k, v = (p(x).view(len(x), -1, HEADS, DIM).transpose(1, 2) for p in (self.wk, self.wv))
+            return F.scaled_dot_product_attention(q, k, v)
+
+    (refusal,) = matches(Fixed(True), features()).refusals
+    assert "neither from the input nor from a projected parameter" in refusal.reason
+
+
+class LowRankRouter(nn.Module):
+    """Experts weighed by a softmax over two matrices in a row: no attention, though one of them is learned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.down, self.up = nn.Parameter(torch.randn(WIDTH, 3)), nn.Parameter(torch.randn(3, 2))
+        self.experts = nn.ModuleList([nn.Linear(WIDTH, WIDTH) for _ in range(2)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = (x @ (self.down @ self.up)).softmax(-1)
+        return (torch.stack([e(x) for e in self.experts], -1) @ weights.unsqueeze(-1)).squeeze(-1)
+
+
+class DynamicKernel(nn.Module):
+    """A convolution whose kernel is a softmax over a projection, laid out in columns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.kernel, self.out = nn.Linear(WIDTH, HEADS * 3), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        kernel = self.kernel(x).reshape(-1, 3, 1).softmax(1)
+        windows = F.pad(self.out(x), (0, 0, 1, 1)).unfold(1, 3, 1).reshape(-1, WIDTH // HEADS, 3)
+        return (windows @ kernel).reshape(batch, length, WIDTH)
+
+
+@pytest.mark.parametrize("module", [LowRankRouter(), DynamicKernel()], ids=["low-rank router", "dynamic kernel"])
+def test_a_softmax_over_a_projection_is_no_attention(module: nn.Module) -> None:
+    found = matches(module, features())
+    assert found.sites == ()
+    assert [n.reason for n in found.not_attention if "learned projection" in n.reason]
+
+
+# ------------------------------------------------------------------ reasons, and silence
+
+
+def test_latent_attention_says_why_its_heads_cannot_be_merged() -> None:
+    found = through_torch(ZOO["deepseek-v3-sdpa"]).matches
+    assert found.refusals and all("put together from 2 projections" in r.reason for r in found.refusals)
+
+
+class WritesInPlace(nn.Module):
+    """Keys turned and put together by writing into slices of an empty tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (p(x).view(*x.shape[:2], HEADS, DIM).transpose(1, 2) for p in (self.q, self.k, self.v))
+        angle = torch.arange(x.shape[1]).float()[:, None]
+        first, second = k.chunk(2, dim=-1)
+        keys = k.new_empty(k.shape)
+        keys[..., : DIM // 2] = first * angle.cos() - second * angle.sin()
+        keys[..., DIM // 2 :] = second * angle.cos() + first * angle.sin()
+        y = F.scaled_dot_product_attention(q, keys, v)
+        out: Tensor = self.o(y.transpose(1, 2).flatten(2))
+        return out
+
+
+def test_what_is_written_into_slices_is_followed() -> None:
+    (site,) = matches(WritesInPlace(), features()).sites
+    assert site.k.rotary is not None and site.k.rotary.partner == (4, 5, 6, 7, 0, 1, 2, 3)
+    assert site.q.rotary is None and site.replay_error < REPLAY_LIMIT
+
+
+class SelfAttentionThatBranches(WritesInPlace):
+    """Branches on data and writes into slices: neither exported nor traced."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if bool((x > 1e9).any()) else super().forward(2.0 * x)
+
+
+def test_a_module_that_cannot_be_seen_through_is_refused_with_the_exporters_reason() -> None:
+    module = nn.Sequential(nn.Linear(WIDTH, WIDTH), SelfAttentionThatBranches()).eval()
+    seen = rewriter.inspect(module, example_inputs=(features(),))
+    assert [(r.name, "data-dependent" in r.reason) for r in seen.refusals] == [("1", True)]
+    with pytest.raises(rewriter.UnsupportedModel, match="data-dependent"):
+        rewriter.optimize(module, "gqa2", example_inputs=(features(),))
+    assert rewriter.inspect(nn.Sequential(WritesInPlace()), example_inputs=(features(),)).refusals == ()
+
+
+class Convolved(nn.Module):
+    """Projections by convolutions of width 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Conv1d(WIDTH, WIDTH, 1) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (p(x.mT).view(len(x), HEADS, DIM, -1) for p in (self.q, self.k, self.v))
+        return ((q.mT @ k * DIM**-0.5).softmax(-1) @ v.mT).transpose(1, 2).flatten(2)
+
+
+def test_projections_by_convolution_are_refused_for_that_and_not_overlooked() -> None:
+    found = matches(Convolved(), features())
+    assert found.not_attention == () and [r.reason for r in found.refusals] == [
+        "query: the projection is a convolution"
+    ]
+
+
+def test_masks_of_the_lowest_number_match_without_a_warning() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        assert len(through_torch(ZOO["gpt-neo-eager"]).matches.sites) == 2
+
+
+def test_keys_may_be_repeated_before_they_are_rotated() -> None:
+    for site in through_torch(ZOO["falcon-sdpa"]).matches.sites:
+        assert (site.heads, site.kv_heads, site.group) == (4, 2, (0, 0, 1, 1))
+        assert site.k.seam == "" and site.k.seam_axes == () and site.v.seam
+        assert site.k.stem and site.k.rotary is not None and site.replay_error < REPLAY_LIMIT
