@@ -109,17 +109,18 @@ INLINE float largest_of(vf x) {
   return x[0];
 }
 
-// 2^x for x <= 0: a polynomial of degree 4 on [-1/2, 1/2]; 0 below 2^-126, NaN for NaN.
+// 2^x for x <= 0: a polynomial of degree 5 on [-1/2, 1/2]; 0 below 2^-126, NaN for NaN.
 INLINE vf exp2_of(vf x) {
   const vf lowest = splat(-126.0f), magic = splat(12582912.0f);
   vf y = x < lowest ? lowest : x;
   vf whole = (y + magic) - magic;
   vf part = y - whole;
-  vf power = splat(0.009570101434f);
-  power = power * part + splat(0.05591786028f);
-  power = power * part + splat(0.2402474484f);
-  power = power * part + splat(0.6931218147f);
-  power = power * part + splat(0.9999992614f);
+  vf power = splat(0.001327647152f);
+  power = power * part + splat(0.009675541331f);
+  power = power * part + splat(0.05550713275f);
+  power = power * part + splat(0.2402211972f);
+  power = power * part + splat(0.6931469671f);
+  power = power * part + splat(1.000000072f);
   vi shift = __builtin_convertvector(whole, vi) << 23;
   vf found = (vf)((vi)power + shift);
   return x < lowest ? vf{} : found;
@@ -398,8 +399,9 @@ INLINE void begin(const Launch &launch, Tile &tile, int64_t batch, int64_t head,
   }
 }
 
-INLINE void write_row(T *out, const float *sum, float total) {
-  // a row without a visible key has no weights at all
+INLINE void write_row(T *out, const float *sum, float total, int64_t keys) {
+  // a row that sees none of the keys has no weights; where there are no keys, the sum over them is zero
+  (void)keys;
   const vf share = splat(total == 0.0f ? 0.0f : 1.0f / total);
   for (int e = 0; e < E_PADDED; e += W) {
     const vf x = load(sum + e) * share;
@@ -431,7 +433,7 @@ INLINE void merge(const Launch &launch, const Tile &tile, const Partial *parts, 
       total += parts[s].total[r] * keep[0];
       for (int e = 0; e < E_PADDED; e += W) store(sum + e, load(sum + e) + load(&parts[s].out[r][e]) * keep);
     }
-    write_row(out_row(launch, tile, batch, head, queries, r), sum, total);
+    write_row(out_row(launch, tile, batch, head, queries, r), sum, total, launch.keys);
   }
 }
 
@@ -465,7 +467,8 @@ INLINE void run_task(Launch &launch, Tile &tile, int64_t task) {
   }
   if (launch.splits == 1) {
     for (int r = 0; r < tile.rows; ++r)
-      write_row(out_row(launch, tile, batch, kv_head * GROUP + head, queries, r), tile.out[r], sum_of(load(tile.total[r])));
+      write_row(out_row(launch, tile, batch, kv_head * GROUP + head, queries, r), tile.out[r], sum_of(load(tile.total[r])),
+                launch.keys);
     return;
   }
   int64_t *arrived = (int64_t *)launch.workspace + group;
