@@ -20,10 +20,9 @@ MAX_DIM = 512
 _STACK = 448 * 1024
 """Bytes that a task's tile may take."""
 
-_EXP2_FINE = (1.000000072, 0.6931469671, 0.2402211972, 0.05550713275, 0.009675541331, 0.001327647152)
-_EXP2_COARSE = (0.9999280736, 0.6932609862, 0.2426111219, 0.05517166493)
-"""Minimax polynomials of 2^x on [-1/2, 1/2]: relative error 7e-8 and 7e-5. The coarse one serves weights that are
-rounded to bfloat16 before they meet the values."""
+_EXP2 = (1.000000072, 0.6931469671, 0.2402211972, 0.05550713275, 0.009675541331, 0.001327647152)
+_EXP2_FOR_BFLOAT16_WEIGHTS = (0.9999280736, 0.6932609862, 0.2426111219, 0.05517166493)
+"""Minimax polynomials of 2^x on [-1/2, 1/2]: relative error 7e-8, and 7e-5 where weights are rounded to bfloat16."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ def source(spec: GroupedQueryAttention, dtype: DType, isa: Isa) -> str:
             "base_two": hooks.in_base_two(spec),
             "score": hooks.lower(hooks.folded_expression(spec), "cpp"),
             "last_key": hooks.last_key(spec, "cpp"),
-            "exponential": _EXP2_COARSE if pairs else _EXP2_FINE,
+            "exponential": _EXP2_FOR_BFLOAT16_WEIGHTS if pairs else _EXP2,
         },
     )
 

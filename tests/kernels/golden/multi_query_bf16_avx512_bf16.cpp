@@ -376,10 +376,10 @@ INLINE void begin(const Launch &launch, Tile &tile, int64_t batch, int64_t head,
   }
 }
 
-INLINE void write_row(const Launch &launch, T *out, const float *sum, float total) {
-  // a row without a visible key has no weights at all; one of no keys is an empty sum
-  const bool zero = total == 0.0f;
-  const vf share = splat(zero ? 0.0f : 1.0f / total);
+INLINE void write_row(T *out, const float *sum, float total, int64_t keys) {
+  // a row that sees none of the keys has no weights; where there are no keys, the sum over them is zero
+  (void)keys;
+  const vf share = splat(total == 0.0f ? 0.0f : 1.0f / total);
   for (int e = 0; e < E_PADDED; e += W) {
     const vf x = load(sum + e) * share;
     if (E - e >= W) narrow(out + e, x);
@@ -410,7 +410,7 @@ INLINE void merge(const Launch &launch, const Tile &tile, const Partial *parts, 
       total += parts[s].total[r] * keep[0];
       for (int e = 0; e < E_PADDED; e += W) store(sum + e, load(sum + e) + load(&parts[s].out[r][e]) * keep);
     }
-    write_row(launch, out_row(launch, tile, batch, head, queries, r), sum, total);
+    write_row(out_row(launch, tile, batch, head, queries, r), sum, total, launch.keys);
   }
 }
 
@@ -444,7 +444,8 @@ INLINE void run_task(Launch &launch, Tile &tile, int64_t task) {
   }
   if (launch.splits == 1) {
     for (int r = 0; r < tile.rows; ++r)
-      write_row(launch, out_row(launch, tile, batch, kv_head * GROUP + head, queries, r), tile.out[r], sum_of(load(tile.total[r])));
+      write_row(out_row(launch, tile, batch, kv_head * GROUP + head, queries, r), tile.out[r], sum_of(load(tile.total[r])),
+                launch.keys);
     return;
   }
   int64_t *arrived = (int64_t *)launch.workspace + group;
