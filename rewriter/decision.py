@@ -13,6 +13,7 @@ from passes.dataflow import Flow
 from passes.match.attention import Matches
 from passes.measure import site_error
 from passes.plan import Plan, PlanError, make_plan
+from passes.site import AttentionSite
 from passes.targets.catalogue import CATALOGUE, Target, find
 from passes.targets.replacement import Replacement
 from rewriter.errors import NothingToRewrite, UnknownTarget, UsageError
@@ -94,8 +95,17 @@ def decide(flow: Flow, matches: Matches, target: Any, layers: str | None) -> Dec
     if not useful.steps:
         reasons = "; ".join(f"{n}: {r}" for n, r in refused[:3])
         raise NothingToRewrite(f"none of the selected sites can be rewritten to {name}: {reasons}")
-    replacements = tuple(step.target.transform(flow, step.site) for step in useful.steps)
+    replacements = tuple(
+        step.target.transform(flow, step.site, matches.evidence[step.site.name], sharing(step.site, matches.sites))
+        for step in useful.steps
+    )
     return Decision(name, replacements, (*_selected_refusals(matches), *refused))
+
+
+def sharing(site: AttentionSite, sites: Sequence[AttentionSite]) -> list[AttentionSite]:
+    """The sites that use this one's key or value projection, itself among them."""
+    mine = {site.k.projection.weight, site.v.projection.weight}
+    return [s for s in sites if mine & {s.k.projection.weight, s.v.projection.weight}]
 
 
 def _drop_idle(plan: Plan) -> tuple[Plan, tuple[tuple[str, str], ...]]:
@@ -133,7 +143,7 @@ def rows(flow: Flow, matches: Matches, replacements: Sequence[Replacement]) -> t
     for r in replacements:
         measured = site_error(flow, matches.evidence[r.site.name], r)
         error, floor = measured if measured is not None else (None, None)
-        found.append(SiteRow(r.site.name, r.before, r.after, r.exact, error, floor))
+        found.append(SiteRow(r.site.name, r.before, r.after, r.exact, error, floor, r.merge, r.notes))
     return tuple(found)
 
 

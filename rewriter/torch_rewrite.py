@@ -156,11 +156,15 @@ def _install_one(module: torch.nn.Module, flow: Flow, group: _Owned, record: Cal
     if record is None:
         raise UnsupportedModel(f"{group.path} was not called by the model's forward")
     site = first.site
+    output = _output_writes(module, flow, first)
     before = _original_parameters(module, flow, site)
     after = _new_parameters(before, first)
-    k_key, v_key = (_key(flow, o) for o in (site.k, site.v))
-    if k_key and v_key and knob_applies(module, group.path, k_key, v_key):
-        apply_knob(module, group.path, k_key, v_key, first.spec.kv_heads, after, record)
+    q_key, k_key, v_key = (_key(flow, o) for o in (site.q, site.k, site.v))
+    turned = "q_weight" in first.tensors
+    if k_key and v_key and (q_key or not turned) and knob_applies(module, group.path, k_key, v_key):
+        query = q_key if turned else None
+        apply_knob(module, group.path, k_key, v_key, first.spec.kv_heads, after, record, q_weight_key=query)
+        _write(output)
         return
     if first.spec.sinks:
         raise UnsupportedModel("its attention sinks can only be kept where the model's own config sets the head count")
@@ -180,6 +184,35 @@ def _install_one(module: torch.nn.Module, flow: Flow, group: _Owned, record: Cal
         q_norm=_submodule(flow, site, group.path, "q"),
         k_norm=_submodule(flow, site, group.path, "k"),
     )
+    _write(output)
+
+
+def _output_writes(
+    module: torch.nn.Module, flow: Flow, replacement: Replacement
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(parameter, its new content) of an output projection that changes; it keeps its shape and stays where it is.
+
+    Raises UnsupportedModel if it is no stored parameter.
+    """
+    out = replacement.site.out
+    writes = []
+    for part, value in () if out is None else (("weight", out.weight), ("bias", out.bias)):
+        array = replacement.tensors.get(f"out_{part}")
+        if array is None or value is None or out is None:
+            continue
+        weight = flow.weights.get(value)
+        parameter = None if weight is None else _parameter(module, weight.name)
+        if parameter is None:
+            raise UnsupportedModel(f"the output projection's {part} is computed, not stored, so it cannot be replaced")
+        new = _like(array if part == "bias" or out.out_first else array.T, parameter)
+        writes.append((parameter, new.view_as(parameter)))
+    return writes
+
+
+def _write(writes: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    with torch.no_grad():
+        for parameter, content in writes:
+            parameter.copy_(content)
 
 
 def _key(flow: Flow, operand: Operand) -> str | None:
@@ -236,14 +269,13 @@ def _parameter(module: torch.nn.Module, key: str) -> torch.Tensor | None:
 
 
 def _new_parameters(before: MixerParameters, replacement: Replacement) -> MixerParameters:
-    """Query parameters as they were; key and value parameters new, in the old dtype and on the old device."""
-    return replace(
-        before,
-        k_weight=_like(replacement.tensors["k_weight"], before.k_weight),
-        k_bias=None if before.k_bias is None else _like(replacement.tensors["k_bias"], before.k_bias),
-        v_weight=_like(replacement.tensors["v_weight"], before.v_weight),
-        v_bias=None if before.v_bias is None else _like(replacement.tensors["v_bias"], before.v_bias),
-    )
+    """Parameters that the replacement changes new, in the old dtype and on the old device; the others as they were."""
+    changed: dict[str, Any] = {}
+    for name in ("q_weight", "q_bias", "k_weight", "k_bias", "v_weight", "v_bias"):
+        old = getattr(before, name)
+        if old is not None and name in replacement.tensors:
+            changed[name] = _like(replacement.tensors[name], old)
+    return replace(before, **changed)
 
 
 def _like(array: Array, old: torch.Tensor) -> torch.Tensor:

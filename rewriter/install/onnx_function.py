@@ -21,7 +21,7 @@ from passes.site import AttentionSite, Modifier, Operand
 from passes.targets.replacement import Replacement
 from passes.weights.projection import operand_bias, operand_weight
 from rewriter.capture.onnx_file import OnnxCapture
-from rewriter.install.onnx_obstacles import fused_shape, shares_projection, unflattened_input
+from rewriter.install.onnx_obstacles import feeds_queries, fused_shape, unflattened_input
 from rewriter.install.onnx_weights import emit_like
 from rewriter.onnx_nodes import NodeWriter
 
@@ -96,12 +96,15 @@ class _Editor:
         for role, operand in (("k", site.k), ("v", site.v)):
             weight, bias = replacement.tensors[f"{role}_weight"], replacement.tensors.get(f"{role}_bias")
             error = max(error, self._reproject(site, role, operand, replacement.spec.kv_heads, weight, bias))
-        if shares_projection(replacement):
-            flow = self.capture.flow
-            weight, bias = operand_weight(flow, site.q), operand_bias(flow, site.q)
+        if feeds_queries(replacement):
+            flow, tensors = self.capture.flow, replacement.tensors
+            weight = tensors["q_weight"] if "q_weight" in tensors else operand_weight(flow, site.q)
+            bias = tensors.get("q_bias") if "q_weight" in tensors else operand_bias(flow, site.q)
             error = max(error, self._reproject(site, "q", site.q, site.heads, weight, bias))
         self._attend(replacement)
-        removed = self._sweep(self._old_nodes(site))
+        lost, requantised = self._project_output(replacement)
+        error = max(error, requantised)
+        removed = [*lost, *self._sweep(self._old_nodes(site))]
         removed += self._sweep(self._release_shapes(site))
         exact = replacement.exact and error < 1e-6 and self.capture.flow.dtype != "int8"
         return Installed(site.name, tuple(n for n in removed if n in self._stored), error, exact)
@@ -389,6 +392,48 @@ class _Editor:
         node.outputs[0].name = self.write.unique(f"{replacement.site.name}.attended")
         nodes.append(node)
         return node.outputs[0]
+
+    def _project_output(self, replacement: Replacement) -> tuple[list[str], float]:
+        """Give the output projection its new weight and bias; returns removed initializers, requantisation error."""
+        site, out = replacement.site, replacement.site.out
+        removed: list[str] = []
+        worst = 0.0
+        for part, name in () if out is None else (("weight", out.weight), ("bias", out.bias)):
+            array = replacement.tensors.get(f"out_{part}")
+            if array is None or name is None or out is None:
+                continue
+            old = self.value(name)
+            shaped = array.reshape(self.capture.flow.shape(name)) if part == "bias" else array
+            emitted = emit_like(
+                old,
+                shaped if part == "bias" or out.out_first else array.T,
+                f"{site.name}.out.{part}",
+                self.write.unique,
+            )
+            new = emitted.value if emitted.nodes else self._share(emitted.value)
+            reader = self.capture.nodes[out.node]
+            last = self.value(out.output).producer()
+            self.graph.insert_before(reader, emitted.nodes)
+            for node in (reader, last):
+                for position, value in enumerate(node.inputs if node is not None else ()):
+                    if value is old and node is not None:
+                        node.replace_input_with(position, new)
+            for value in emitted.initializers:
+                if value.name and value.name not in self.graph.initializers and value.uses():
+                    self.graph.register_initializer(value)
+            removed += self._unread(old)
+            worst = max(worst, emitted.error)
+        return removed, worst
+
+    def _unread(self, value: ir.Value) -> list[str]:
+        """Remove a weight that nothing reads any more, with what made it; returns names of removed initializers."""
+        producer = value.producer()
+        if producer is not None:
+            return self._sweep([producer])
+        if value.name and value.name in self.graph.initializers and not value.uses():
+            del self.graph.initializers[value.name]
+            return [value.name]
+        return []
 
     # ------------------------------------------------------------ pieces
 

@@ -20,6 +20,8 @@ class SiteRow:
         exact: True if the step equals the original up to rounding.
         error: relative error of the site's output after the step; None if it was not measured.
         floor: the same error with the site's output zeroed, so that `error` means something; None if not measured.
+        merge: how heads became one: "mean", "aligned" or "joint".
+        notes: what was done otherwise than `merge` says, and why.
     """
 
     name: str
@@ -28,6 +30,8 @@ class SiteRow:
     exact: bool
     error: float | None = None
     floor: float | None = None
+    merge: str = "mean"
+    notes: tuple[str, ...] = ()
 
     @property
     def step(self) -> str:
@@ -46,6 +50,8 @@ class SiteRow:
             "exact": self.exact,
             "error": self.error,
             "floor": self.floor,
+            "merge": self.merge,
+            "notes": list(self.notes),
         }
 
 

@@ -35,9 +35,12 @@ def tied(case: ZooCase, *, perturbed: bool = False) -> nn.Module:
     return module
 
 
-def twin_file(case: ZooCase, path: Path, out: Path, *, perturbed: bool = False) -> Path:
-    """Write the twin of the export at `path` to `out`; fails unless every changed parameter was found in the file."""
-    old, new = case.build(), tied(case, perturbed=perturbed)
+def twin_file(
+    case: ZooCase, path: Path, out: Path, *, perturbed: bool = False, module: nn.Module | None = None
+) -> Path:
+    """Write the twin of the export at `path` (or `module`) to `out`; fails unless every changed parameter was found in
+    the file."""
+    old, new = case.build(), tied(case, perturbed=perturbed) if module is None else module
     changed = {
         name: (before.detach().numpy(), after.detach().numpy())
         for (name, before), after in zip(old.named_parameters(), new.parameters(), strict=True)
