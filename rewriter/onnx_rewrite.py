@@ -10,11 +10,14 @@ import onnx_ir as ir
 import rewriter
 from passes.match.attention import Matches, find_attention
 from passes.match.confirm import confirm
+from passes.protocols import Probe
 from passes.site import Refusal
+from rewriter.calibration.batches import batches
+from rewriter.calibration.onnx_trial import onnx_probe
 from rewriter.capture.onnx_file import OnnxCapture, capture, hidden_anchors
 from rewriter.capture.onnx_load import from_proto
 from rewriter.capture.unfuse import fused_nodes, unfuse
-from rewriter.decision import Decision, Stopwatch, decide, report, rows
+from rewriter.decision import Decision, Stopwatch, decide, is_causal, report, rows
 from rewriter.errors import NothingToRewrite, VerificationFailed
 from rewriter.install.onnx_function import install
 from rewriter.install.onnx_obstacles import obstacle
@@ -67,9 +70,17 @@ def _installable(captured: OnnxCapture, decision: Decision) -> Decision:
 
 
 def rewrite_onnx(
-    model: ir.Model, original: ir.Model, target: Any, *, layers: str | None, verify: bool
+    model: ir.Model,
+    original: ir.Model,
+    target: Any,
+    *,
+    layers: str | None,
+    verify: bool,
+    calibration: Any = None,
+    tokenizer: Any = None,
 ) -> RewriteReport:
     """Rewrite `model` in place; `original` is the same model, untouched, to verify against.
+    `calibration` is as in `optimize`.
 
     Raises UnsupportedModel, NothingToRewrite, UsageError, VerificationFailed.
     """
@@ -81,7 +92,13 @@ def rewrite_onnx(
     with watch.stage("match"):
         matches = match_capture(captured)
     with watch.stage("transform"):
-        decision = _installable(captured, decide(captured.flow, matches, target, layers))
+
+        def probe(found: Matches) -> Probe:
+            given = batches(calibration, causal=is_causal(found), tokenizer=tokenizer)
+            return onnx_probe(captured, given)
+
+        chosen = decide(captured.flow, matches, target, layers, None if calibration is None else probe)
+        decision = _installable(captured, chosen)
         site_rows = rows(captured.flow, matches, decision.replacements)
     summary = report(
         captured.flow,

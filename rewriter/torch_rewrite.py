@@ -12,13 +12,16 @@ import torch
 
 from passes.dataflow import Array, Flow
 from passes.match.attention import Matches, find_attention
+from passes.protocols import Probe
 from passes.site import AttentionSite, Operand
 from passes.targets.grouped_query import specification
 from passes.targets.replacement import Replacement
+from rewriter.calibration.batches import batches
+from rewriter.calibration.torch_probe import module_probe
 from rewriter.capture.example_inputs import Call, prepare
 from rewriter.capture.torch_export import TorchCapture, capture
-from rewriter.decision import Decision, Stopwatch, decide, report, rows
-from rewriter.errors import NothingToRewrite, UnsupportedModel, VerificationFailed
+from rewriter.decision import Decision, Stopwatch, decide, is_causal, report, rows
+from rewriter.errors import NothingToRewrite, UnsupportedModel, UsageError, VerificationFailed
 from rewriter.install.call_record import CallRecord, record_calls
 from rewriter.install.huggingface import apply_knob, knob_applies
 from rewriter.install.mixer import MixerParameters
@@ -43,9 +46,17 @@ def require_plain(module: torch.nn.Module) -> None:
 
 
 def rewrite_torch(
-    model: torch.nn.Module, target: Any, *, layers: str | None, example_inputs: Any, inplace: bool, verify: bool
+    model: torch.nn.Module,
+    target: Any,
+    *,
+    layers: str | None,
+    example_inputs: Any,
+    inplace: bool,
+    verify: bool,
+    calibration: Any = None,
+    tokenizer: Any = None,
 ) -> tuple[torch.nn.Module, RewriteReport]:
-    """(rewritten model, report). The original is left alone unless `inplace`.
+    """(rewritten model, report). The original is left alone unless `inplace`; `calibration` is as in `optimize`.
 
     Raises UnsupportedModel, NothingToRewrite, UsageError, VerificationFailed.
     """
@@ -53,11 +64,17 @@ def rewrite_torch(
     watch = Stopwatch()
     module = model if inplace else copy.deepcopy(model)
     with watch.stage("capture"):
+        example_inputs = example_inputs if calibration is None else _examples(module, example_inputs, calibration)
         captured, (args, kwargs) = _captured(module, example_inputs)
     with watch.stage("match"):
         matches = find_attention(captured.flow)
     with watch.stage("transform"):
-        decision = decide(captured.flow, matches, target, layers)
+
+        def probe(found: Matches) -> Probe:
+            given = batches(calibration, causal=is_causal(found), tokenizer=tokenizer)
+            return module_probe(module, (args, kwargs), captured.program, given)
+
+        decision = decide(captured.flow, matches, target, layers, None if calibration is None else probe)
         site_rows = {r.name: r for r in rows(captured.flow, matches, decision.replacements)}
     parameters = sum(p.numel() for p in model.parameters())
     original = run(module, args, kwargs) if verify else None
@@ -88,6 +105,19 @@ def rewrite_torch(
 def _captured(module: torch.nn.Module, example_inputs: Any) -> tuple[TorchCapture, Call]:
     args, kwargs = prepare(module, example_inputs)
     return capture(module, args, kwargs), (args, kwargs)
+
+
+def _examples(module: torch.nn.Module, example_inputs: Any, calibration: Any) -> Any:
+    """What to capture on: the given inputs, else the model's defaults, else the first calibration batch."""
+    if example_inputs is not None:
+        return example_inputs
+    try:
+        prepare(module)
+    except UsageError:
+        first = batches(calibration, causal=True)[0]
+        call = {k: torch.as_tensor(v) for k, v in first.kwargs.items()}
+        return call or tuple(torch.as_tensor(a) for a in first.args)
+    return None
 
 
 @dataclass(frozen=True)

@@ -117,11 +117,13 @@ def merge_site(
     target: GroupedQuery,
     freedom: Freedom,
     moments: Sequence[Moments] | None = None,
+    *,
+    method: Method | None = None,
 ) -> Merged:
-    """One site's heads merged as the target says, by statistics of each group if there are any."""
+    """One site's heads merged as the target (or `method`) says, by statistics of each group if there are any."""
     groups = contiguous(site.kv_heads, target.kv_heads)
-    method = target.method(moments is not None)
-    return merge_heads(site_weights(flow, site), site.group, groups, method, freedom, moments)
+    chosen = method or target.method(moments is not None)
+    return merge_heads(site_weights(flow, site), site.group, groups, chosen, freedom, moments)
 
 
 def as_tensors(flow: Flow, site: AttentionSite, merged: Merged) -> dict[str, Array]:
@@ -129,13 +131,13 @@ def as_tensors(flow: Flow, site: AttentionSite, merged: Merged) -> dict[str, Arr
     tensors: dict[str, Array] = {}
     weights = merged.weights
     for role, operand, heads in (("q", site.q, weights.q), ("k", site.k, weights.k), ("v", site.v, weights.v)):
-        if role == "q" and "keys" in merged.notes and merged.in_place:
+        if role == "q" and merged.lost_keys is None and merged.in_place:
             continue
         rows = heads.reshape(-1, heads.shape[-1])
         tensors[f"{role}_weight"] = rows[:, :-1].astype(flow.value(operand.projection.weight).dtype, order="C")
         if operand.projection.bias is not None:
             tensors[f"{role}_bias"] = rows[:, -1].astype(flow.value(operand.projection.bias).dtype)
-    if weights.out is None or site.out is None or ("values" in merged.notes and merged.in_place):
+    if weights.out is None or site.out is None or (not merged.moves_output and merged.in_place):
         return tensors
     columns = weights.out.transpose(1, 0, 2).reshape(weights.out.shape[1], -1)
     tensors["out_weight"] = columns.astype(flow.value(site.out.weight).dtype, order="C")

@@ -53,6 +53,7 @@ class Merged:
         order: the old query head at each new place.
         lost_keys, lost_values: worst over groups of what a merge of this form could not keep; None where averaged.
         notes: operands that were averaged, and why.
+        refitted: the output projection has been refitted since.
     """
 
     weights: SiteWeights
@@ -60,11 +61,17 @@ class Merged:
     lost_keys: float | None
     lost_values: float | None
     notes: Mapping[str, str] = field(default_factory=dict)
+    refitted: bool = False
 
     @property
     def in_place(self) -> bool:
         """Whether every query head stands where it stood."""
         return self.order == tuple(range(len(self.order)))
+
+    @property
+    def moves_output(self) -> bool:
+        """Whether the output projection changes."""
+        return self.refitted or self.lost_values is not None
 
     @property
     def exact(self) -> bool:

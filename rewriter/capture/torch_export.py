@@ -58,18 +58,7 @@ def capture(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
 
     Raises UnsupportedModel with the exporter's reason when torch.export fails.
     """
-    was_training = module.training
-    module.eval()
-    try:
-        with torch.no_grad(), _unchanged(module):
-            program = torch.export.export(module, args, dict(kwargs), strict=False)
-    except Exception as error:  # torch.export raises many unrelated types
-        raise UnsupportedModel(
-            f"torch.export could not capture the model: {first_line(error)}",
-            hint="pass example_inputs that the model accepts, or make its forward exportable",
-        ) from error
-    finally:
-        module.train(was_training)
+    program = exported(module, args, kwargs)
     try:
         return view(program, args, kwargs)
     except RuntimeError as error:  # e.g. a buffer that the forward makes on its first call
@@ -77,6 +66,22 @@ def capture(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
             f"the exported program does not run on the inputs it was exported with: {first_line(error)}",
             hint="call the model once before, so that what its forward caches exists",
         ) from error
+
+
+def exported(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.export.ExportedProgram:
+    """What torch.export makes of the module in eval mode; raises UnsupportedModel with its reason if it fails."""
+    was_training = module.training
+    module.eval()
+    try:
+        with torch.no_grad(), _unchanged(module):
+            return torch.export.export(module, args, dict(kwargs), strict=False)
+    except Exception as error:  # torch.export raises many unrelated types
+        raise UnsupportedModel(
+            f"torch.export could not capture the model: {first_line(error)}",
+            hint="pass example_inputs that the model accepts, or make its forward exportable",
+        ) from error
+    finally:
+        module.train(was_training)
 
 
 @contextlib.contextmanager
@@ -102,13 +107,21 @@ def view(program: torch.export.ExportedProgram, args: tuple[Any, ...], kwargs: M
 
 def view_program(program: torch.export.ExportedProgram, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> GraphView:
     """As `view`, with what a rewrite of the graph itself needs."""
+    stored = {s.arg.name: s.target for s in program.graph_signature.input_specs if s.target is not None}
+    bound = placeholders(program, args, kwargs)
+    kinds = [str(t.dtype).removeprefix("torch.") for t in program.state_dict.values() if t.is_floating_point()]
+    return _view(program.graph_module, bound, stored, kinds)
+
+
+def placeholders(
+    program: torch.export.ExportedProgram, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What each placeholder of a program holds in a call, by node name: weights and inputs."""
     held = {**program.state_dict, **program.constants}
     stored = {s.arg.name: s.target for s in program.graph_signature.input_specs if s.target is not None}
     flat = iter(torch.utils._pytree.arg_tree_leaves(*args, **kwargs))
     names = [fx.name for fx in program.graph.nodes if fx.op == "placeholder"]
-    bound = {name: held[stored[name]] if name in stored else next(flat) for name in names}
-    kinds = [str(t.dtype).removeprefix("torch.") for t in program.state_dict.values() if t.is_floating_point()]
-    return _view(program.graph_module, bound, stored, kinds)
+    return {name: held[stored[name]] if name in stored else next(flat) for name in names}
 
 
 def view_graph_module(module: GraphModule, bound: Mapping[str, Any]) -> GraphView:

@@ -122,8 +122,9 @@ class RewriteReport:
     def _body(self) -> list[str]:
         lines: list[str] = []
         if self.sites:
-            header = ("site", "from", "to", "step", "error", "floor")
+            header = ("site", "from", "to", "merge", "step", "error", "floor")
             lines += _columns([header, *(_site_cells(row) for row in self.sites)])
+            lines += [printable(f"{row.name}: {note}") for row in self.sites for note in row.notes]
         lines += [f"refused {printable(row.name)}: {printable(row.reason)}" for row in self.refused]
         lines += _columns(
             [
@@ -150,7 +151,7 @@ def number(value: float | None) -> str:
 
 
 def _site_cells(row: SiteRow) -> tuple[str, ...]:
-    return printable(row.name), row.before, row.after, row.step, number(row.error), number(row.floor)
+    return printable(row.name), row.before, row.after, row.merge, row.step, number(row.error), number(row.floor)
 
 
 def _change_cells(change: Change) -> tuple[str, str, str]:

@@ -35,7 +35,7 @@ def random_group(seed: int, *, members: int = 3, readers: int = 2) -> Group:
 
 
 def twin(seed: int, partner: tuple[int, ...] | None, *, wrong: float = 0.0) -> Group:
-    """All key/value heads are turned copies of one; `wrong` turns the last one's keys and values further, not undone."""
+    """All key/value heads are turned copies of one; `wrong` is noise on the last one's."""
     group, g = random_group(seed), np.random.default_rng(seed + 1)
     q, k, v = group.q.copy(), group.k.copy(), group.v.copy()
     assert group.out is not None
