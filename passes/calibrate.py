@@ -84,6 +84,9 @@ def _step(pair: _Pair, step: Step, pooled: dict[tuple[Value, Value], Merged], st
     weights, freedom = site_weights(pair.flow, site), pair.freedom(site)
     if site.out is None or weights.out is None:  # nowhere to put what changes: the closed form without statistics
         return target.merged(pair.flow, site, merge_site(pair.flow, site, target, freedom, method=method), method)
+    plain = merge_site(pair.flow, site, target, freedom, method=method)
+    if plain.exact:  # turned copies of each other need no statistics, and lose nothing
+        return target.merged(pair.flow, site, plain, method)
     key = (site.k.projection.weight, site.v.projection.weight)
     shared = len(pair.sharing(site)) > 1
     if shared and key not in pooled:
@@ -95,8 +98,7 @@ def _step(pair: _Pair, step: Step, pooled: dict[tuple[Value, Value], Merged], st
     else:
         freedom = replace(freedom, slow=_slow(site, looked))
         merged = merge_site(pair.flow, site, target, freedom, _moments(step, weights, looked), method=method)
-        if not merged.exact:
-            merged = _refitted(site, merged, looked, reference)
+        merged = _refitted(site, merged, looked, reference)
     for run, look, before in zip(pair.students, looked, reference, strict=True):
         run.put(site.out.output, _output(site, merged.weights, look, before))
     return target.merged(pair.flow, site, merged, method)

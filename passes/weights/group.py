@@ -144,7 +144,7 @@ def root(moment: Array) -> Array:
     return np.asarray((vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T)
 
 
-def inverse_root(moment: Array, cut: float = 1e-12) -> Array:
+def inverse_root(moment: Array, cut: float = 1e-10) -> Array:
     """Symmetric inverse square root; directions below `cut` of the largest eigenvalue are left out."""
     values, vectors = np.linalg.eigh(moment)
     kept = values > cut * max(float(values[-1]), 1e-300)

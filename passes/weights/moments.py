@@ -26,11 +26,12 @@ class MomentSums:
             weights: [B, Q, S, T], the attention's rows after softmax.
             shown: [B, T], keys that any query sees; asking: [B, S], queries that count.
         """
+        keys = np.asarray(keys, dtype=np.float64)
         counted = keys[shown]
         mean = (keys * shown[..., None]).sum(axis=1) / np.maximum(shown.sum(axis=1), 1)[:, None]
         apart = (keys - mean[:, None])[shown]
-        asked = queries.transpose(1, 0, 2, 3)[:, asking]
-        attended = (weights @ values[:, None]).transpose(1, 0, 2, 3)[:, asking]
+        asked = np.asarray(queries.transpose(1, 0, 2, 3)[:, asking], dtype=np.float64)
+        attended = np.asarray((weights @ values[:, None]).transpose(1, 0, 2, 3)[:, asking], dtype=np.float64)
         self._add("queries", asked.transpose(0, 2, 1) @ asked)
         self._add("keys", counted.T @ counted)
         self._add("spread", apart.T @ apart)

@@ -21,8 +21,8 @@ class NormalEquations:
 
     def add(self, features: Array, targets: Array) -> None:
         """[rows, F] and [rows, E]."""
-        x, y = np.asarray(features), np.asarray(targets)
-        gram, cross = (np.asarray(x.T @ t, dtype=np.float64) for t in (x, y))
+        x, y = (np.asarray(a, dtype=np.float64) for a in (features, targets))
+        gram, cross = x.T @ x, x.T @ y
         self.gram, self.cross = (gram, cross) if not self.gram.size else (self.gram + gram, self.cross + cross)
 
     def solve(self, known: Array, *, ridge: float = RIDGE, constant: bool = False) -> Array:

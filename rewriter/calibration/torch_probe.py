@@ -34,7 +34,7 @@ def module_probe(
     runs = []
     for batch in batches:
         args, kwargs = completed(batch, like, device)
-        shapes = tuple(tuple(t.shape) for t in torch.utils._pytree.tree_leaves((args, kwargs)) if torch.is_tensor(t))
+        shapes = _shapes(args, kwargs)
         if shapes not in known:
             if len(known) == SHAPES:
                 raise UsageError(
@@ -60,20 +60,33 @@ def program_probe(
     if isinstance(model, torch.fx.GraphModule):
         raise UsageError("a graph module cannot be calibrated", hint="pass torch.export.export(model, ...) instead")
     straight = straighten(model.graph_module)
-    guards: Any = getattr(model.module(), "_guards_fn", None)
+    module = model.module()
+    tried: set[Any] = set()
     runs: list[tuple[Straight, Mapping[Value, Any]]] = []
     for batch in batches:
         args, kwargs = completed(batch, like, torch.device("cpu"))
-        try:
-            if guards is not None:
-                guards(*args, **kwargs)
-        except (AssertionError, RuntimeError) as error:
-            raise UsageError(
-                f"the exported program does not take a calibration batch: {first_line(error)}",
-                hint="export it with dynamic dimensions, or give batches of its sizes",
-            ) from error
+        shapes = _shapes(args, kwargs)
+        if shapes not in tried:
+            _try(module, args, kwargs)
+            tried.add(shapes)
         runs.append((straight, placeholders(model, args, kwargs)))
     return TorchProbe(runs)
+
+
+def _try(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """A program checks its inputs when it is called, and only then."""
+    try:
+        with torch.no_grad():
+            module(*args, **kwargs)
+    except Exception as error:  # guards raise many unrelated types
+        raise UsageError(
+            f"the exported program does not take a calibration batch: {first_line(error)}",
+            hint="export it with dynamic dimensions, or give batches of its sizes",
+        ) from error
+
+
+def _shapes(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(t.shape) for t in torch.utils._pytree.tree_leaves((args, kwargs)) if torch.is_tensor(t))
 
 
 def completed(batch: Batch, like: Call, device: torch.device) -> Call:

@@ -144,7 +144,9 @@ class TorchTrial:
                 call = program.calls[i]
                 args, kwargs = (self._filled(a) for a in (call.args, call.kwargs))
                 args = _without_mutation(call.target, args)
-                result = self._held[call.name] = call.target(*args, **kwargs)
+                result = call.target(*args, **kwargs)
+                if call.name in program.last or i == stop:
+                    self._held[call.name] = result
                 if call.name in wanted:
                     kept[call.name] = _copied(result)
                 for name in call.reads:
