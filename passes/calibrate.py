@@ -140,14 +140,14 @@ def _stacked(heads: Array) -> Array:
     return np.asarray(heads.transpose(0, 2, 1, 3).reshape(heads.shape[0], heads.shape[2], -1))
 
 
-def _slow(site: AttentionSite, looked: Sequence[Activations]) -> frozenset[int]:
-    """Features of pairs that hardly turn over any calibration sequence."""
+def _slow(site: AttentionSite, looked: Sequence[Activations]) -> tuple[int, ...]:
+    """Features of pairs that hardly turn over any calibration sequence, slowest first."""
     if site.k.rotary is None or site.qk_norm:
-        return frozenset()
+        return ()
     turns = np.max([look.largest_turn() for look in looked], axis=0)
     partner = site.k.rotary.partner
     pairs = [(d, partner[d]) for d in range(len(partner)) if d < partner[d]]
-    return frozenset(d for pair, turn in zip(pairs, turns, strict=True) if turn <= SLOW for d in pair)
+    return tuple(d for i in np.argsort(turns, kind="stable") if turns[i] <= SLOW for d in pairs[i])
 
 
 def _refitted(site: AttentionSite, merged: Merged, looked: Sequence[Activations], reference: Sequence[Array]) -> Merged:

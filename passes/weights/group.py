@@ -61,19 +61,21 @@ class Blocks:
 
     Attributes:
         pairs: [F, 2], features that rotate together; one complex number each.
-        free: features that do not rotate (or so slowly that it may be neglected); any matrix may act on them.
+        free: features that do not rotate (or so slowly that it may be neglected); any matrix may act on them. The
+            ones that turn least come first: a merge puts there what matters most.
     """
 
     pairs: Array
     free: Array
 
     @staticmethod
-    def of(dim: int, partner: tuple[int, ...] | None, slow: frozenset[int] = frozenset()) -> Blocks:
-        """Blocks of a head: `partner` as in `Rotary` (None without rotation), `slow` features count as free."""
+    def of(dim: int, partner: tuple[int, ...] | None, slow: tuple[int, ...] = ()) -> Blocks:
+        """Blocks of a head: `partner` as in `Rotary` (None without rotation), `slow` features count as free,
+        slowest first."""
         partners = tuple(range(dim)) if partner is None else partner
-        turned = [d for d in range(dim) if partners[d] != d and not {d, partners[d]} & slow]
+        turned = [d for d in range(dim) if partners[d] != d and not {d, partners[d]} & set(slow)]
         pairs = [(d, partners[d]) for d in turned if d < partners[d]]
-        free = [d for d in range(dim) if d not in set(turned)]
+        free = [*(d for d in range(dim) if partners[d] == d), *slow]
         return Blocks(np.array(pairs, dtype=np.int64).reshape(-1, 2), np.array(free, dtype=np.int64))
 
 

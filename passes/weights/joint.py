@@ -12,6 +12,8 @@ With U its D leading eigenvectors, cut into U_h:
 
     A = Uᵀ J,      B_h = U_hᵀ C_h^-½,
 
+rows by falling energy (where slowly turning features count as still, the weightiest rows then turn least),
+
 because q_hᵀ k_h = (C_h^-½ q_h)ᵀ J_h k and J ≈ U Uᵀ J under C. C is centred the way softmax centres (`Moments.spread`)
 where scores go straight into it.
 

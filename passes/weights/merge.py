@@ -34,14 +34,14 @@ class Freedom:
         partner: as in `Rotary`; None without rotation.
         keys, values: why the operand can only be averaged; None if it can be merged otherwise.
         centred: scores go straight into a softmax.
-        slow: rotating features that are treated as if they did not.
+        slow: rotating features that are treated as if they did not, pair by pair, slowest first.
     """
 
     partner: tuple[int, ...] | None = None
     keys: str | None = None
     values: str | None = None
     centred: bool = True
-    slow: frozenset[int] = frozenset()
+    slow: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def _keys(group: Group, moments: Moments, method: Method, freedom: Freedom) -> K
         identity = np.eye(dim)
         key = np.tile(identity, (1, group.members)) / group.members
         return KeyMerge(key, np.broadcast_to(identity, (len(group.reads), dim, dim)), 1.0)
-    blocks = Blocks.of(dim, freedom.partner, freedom.slow if method == "joint" else frozenset())
+    blocks = Blocks.of(dim, freedom.partner, freedom.slow if method == "joint" else ())
     if method == "aligned":
         return align_keys(group, moments, blocks)
     return join_keys(group, moments, blocks, centred=freedom.centred)

@@ -99,7 +99,7 @@ def _ids(ids: Any) -> list[Batch]:
 
 def _texts(texts: Sequence[str], tokenizer: Any, causal: bool) -> list[Batch]:
     if tokenizer is None:
-        raise UsageError("texts need a tokenizer", hint="pass calibration=(texts, tokenizer), or token ids")
+        raise UsageError("calibration texts need a tokenizer", hint="pass calibration=(texts, tokenizer), or token ids")
     if causal:
         joined: Any = tokenizer("\n".join(texts), return_tensors="np", verbose=False)
         return _ids(np.asarray(joined["input_ids"], dtype=np.int64).reshape(-1))
