@@ -26,9 +26,11 @@ def read_calibration(path: Path) -> Any:
     """
     if not path.is_file():
         raise UsageError(f"no such calibration file: {path}", hint="check the path")
+    from safetensors import SafetensorError
+
     try:
         found = _read(path)
-    except (ValueError, OSError, KeyError, TypeError) as error:
+    except (ValueError, OSError, KeyError, TypeError, SafetensorError) as error:
         raise UsageError(f"the calibration file {path} cannot be read: {error}", hint=f"give {KINDS}") from error
     if not len(found):
         raise UsageError(f"the calibration file {path} is empty", hint=f"give {KINDS}")

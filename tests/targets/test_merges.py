@@ -21,7 +21,7 @@ from tests.zoo.case import ZooCase
 from tests.zoo.models import ZOO
 
 NAMES = (
-    "bert-sdpa", "vit-sdpa", "gpt2-sdpa", "llama-sdpa", "llama-gqa-eager", "gptj-eager", "phi-sdpa", "falcon-sdpa",
+    "bert-sdpa", "vit-sdpa", "gpt2-sdpa", "llama-sdpa", "llama-gqa-eager", "gptj-eager", "phi-sdpa",
     "qwen3-sdpa", "t5-sdpa", "whisper-sdpa", "bart-sdpa", "albert-sdpa",
 )  # fmt: skip
 CASES = [pytest.param(ZOO[n], id=n) for n in NAMES if n in ZOO]
