@@ -248,7 +248,9 @@ class _Editor:
         site, spec = replacement.site, replacement.spec
         k, v = self.seams[site.k.seam], self.seams[site.v.seam]
         q = self.seams.get(site.q.seam, (self.value(site.q.seam), site.q.seam_axes))
-        if self.capture.flow.nodes[site.anchor].op == "Attention" and self._keep_operator(site, spec.kv_heads, k, v):
+        if self.capture.flow.nodes[site.anchor].op == "Attention" and self._keep_operator(
+            site, spec.kv_heads, k, v, self.seams.get(site.q.seam)
+        ):
             return
         output = self.value(site.output)
         after = output.producer()
@@ -275,14 +277,18 @@ class _Editor:
         kv_heads: int,
         k: tuple[ir.Value, tuple[str, ...]],
         v: tuple[ir.Value, tuple[str, ...]],
+        q: tuple[ir.Value, tuple[str, ...]] | None,
     ) -> bool:
-        """A standard Attention operator repeats heads by itself: give it fewer."""
+        """A standard Attention operator repeats heads by itself: give it fewer, and new queries if there are any."""
         anchor = self.capture.nodes[site.anchor]
         flat = len(self.capture.flow.shape(self.capture.flow.nodes[site.anchor].inputs[0])) == 3
         wanted = ("b", "s", "hd") if flat else ("b", "h", "s", "d")
-        if k[1] != wanted or v[1] != wanted or abs(site.scale - self._operator_scale(site)) > 1e-7:
+        elsewhere = any(fed is not None and fed[1] != wanted for fed in (q, k, v))
+        if elsewhere or abs(site.scale - self._operator_scale(site)) > 1e-7:
             return False
         repeated = [v.producer() for v in anchor.inputs[1:3] if v is not None]
+        if q is not None and site.q.seam == site.q.stem:
+            anchor.replace_input_with(0, q[0])
         anchor.replace_input_with(1, k[0])
         anchor.replace_input_with(2, v[0])
         self.dead += [n for n in repeated if n is not None]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import coverage, rows
+from benchmarks import coverage, fidelity, rows
 from benchmarks.attentions import DOORS, Outcome
 from benchmarks.peers import PeerResult, model_type
 
@@ -80,3 +80,24 @@ def test_times_and_tables() -> None:
     assert rows.markdown_table(["x", "y"], [[1, None], [True, 0.12345]]) == (
         "| x | y |\n| --- | --- |\n| 1 |  |\n| yes | 0.123 |"
     )
+
+
+@pytest.mark.slow
+def test_fidelity_of_one_model(tmp_path: Path) -> None:
+    target = tmp_path / "fidelity.json"
+    code = fidelity.main(
+        ["--quick", "--only", "minilm", "--json", str(target), "--markdown", str(tmp_path / "page.md")]
+    )
+    assert code == 0
+    written = json.loads(target.read_text())
+    assert set(written["machine"]) >= MACHINE
+    found = {r["case"]: r for r in written["rows"]}
+    assert all(set(r) >= ROW for r in found.values())
+    for ratio in ("kv 1/2", "kv MQA"):
+        cosines = [found[f"{ratio}, {m}"]["ours"] for m in ("mean", "aligned", "joint", "joint + refit, 256 sentences")]
+        assert cosines == sorted(cosines), "each merge keeps more than the one before"
+    assert "## Fidelity" in (tmp_path / "page.md").read_text()
+
+
+def test_an_unknown_part_is_a_usage_error() -> None:
+    assert fidelity.main(["--only", "no-such-part"]) == 2

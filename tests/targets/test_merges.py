@@ -21,7 +21,7 @@ from tests.zoo.case import ZooCase
 from tests.zoo.models import ZOO
 
 NAMES = (
-    "bert-sdpa", "vit-sdpa", "gpt2-sdpa", "llama-sdpa", "llama-gqa-eager", "gptj-eager", "phi-sdpa",
+    "bert-sdpa", "vit-sdpa", "gpt2-sdpa", "llama-sdpa", "llama-gqa-eager", "phi-sdpa",
     "qwen3-sdpa", "t5-sdpa", "whisper-sdpa", "bart-sdpa", "albert-sdpa",
 )  # fmt: skip
 CASES = [pytest.param(ZOO[n], id=n) for n in NAMES if n in ZOO]
@@ -69,10 +69,12 @@ def test_controls_averaging_it_or_perturbing_it_is_seen(case: ZooCase) -> None:
 @pytest.mark.parametrize("name", ["bert-sdpa", "llama-sdpa", "gpt2-sdpa", "t5-sdpa"])
 @MERGES
 def test_a_graph_with_turned_heads_is_recovered(name: str, merge: str) -> None:
-    case, fresh = ZOO[name], ZOO[name].inputs(2, 9, 4)
+    case = ZOO[name]
+    cached = {} if name.startswith("bert") else {"use_cache": False}
+    fresh, first = ({**case.inputs(2, 9, seed), **cached} for seed in (4, 0))
     for perturbed in (False, True):
         model = twin(name, perturbed)
-        program = torch.export.export(model, (), case.inputs(2, 9, 0), strict=False)
+        program = torch.export.export(model, (), first, strict=False)
         small = rewriter.optimize(program, target(case, merge))
         with torch.no_grad():
             moved = distance(case.run(model, fresh), case.run(small.module(), fresh))
@@ -81,12 +83,14 @@ def test_a_graph_with_turned_heads_is_recovered(name: str, merge: str) -> None:
 
 
 @pytest.mark.parametrize("exporter", ["torchscript17", "dynamo18", "dynamo23"])
-@pytest.mark.parametrize("name", ["bert-sdpa", "llama-sdpa", "gpt2-sdpa", "t5-sdpa", "whisper-sdpa", "vit-sdpa"])
+@pytest.mark.parametrize(
+    "name", ["bert-sdpa", "llama-sdpa", "gptj-eager", "gpt2-sdpa", "t5-sdpa", "whisper-sdpa", "vit-sdpa"]
+)
 def test_a_file_with_turned_heads_is_recovered(
     name: str, exporter: str, zoo_onnx: Callable[..., Path], tmp_path: Path
 ) -> None:
     case = ZOO[name]
-    source, inputs = zoo_onnx(case, exporter), case.inputs(2, 9, 3)
+    source, inputs = zoo_onnx(case, exporter), case.inputs(2, 7, 3)
     path = twin_file(case, source, tmp_path / "turned.onnx", module=twin(name))
     before = run_file(path, inputs)
     for merge in ("mean", "aligned", "joint"):
