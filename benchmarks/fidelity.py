@@ -169,7 +169,7 @@ def twin_rows(quick: bool) -> Iterator[Row]:
             moved = float((small(ids).logits - before).abs().max())
         exact = merge.name != "mean"
         yield Row(
-            "smollm2 turned twin max |Δlogit|", f"9 -> 3, {merge.name}", moved, floor, "attention zeroed", "logit",
+            "smollm2 turned twin, largest change", f"9 -> 3, {merge.name}", moved, floor, "attention zeroed", "logit",
             floor / max(moved, 1e-12), LOGIT_GOAL if exact else None, moved <= LOGIT_GOAL if exact else None,
             {"exact": all(s.exact for s in small.rewrite_report.sites)},
         )  # fmt: skip
