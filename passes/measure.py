@@ -15,13 +15,18 @@ from passes.targets.replacement import Replacement
 def site_error(flow: Flow, evidence: Evidence, replacement: Replacement) -> tuple[float, float] | None:
     """(error, floor): relative root-mean-square error of the attention output, and of an output of zeros.
 
-    None where a q/k norm with its own weights makes the keys' step not computable outside the program.
+    Where the output projection changes too it is taken behind that. None where a q/k norm with its own weights makes
+    the keys' step not computable outside the program.
     """
     if evidence.k.operand.norm is not None or evidence.v.operand.norm is not None:
         return None
-    query = rebuild(flow, evidence.q)
-    keys = _with_cache(flow, evidence.path.k, evidence.k, _pooled(flow, evidence.k, replacement, "k"))
-    values = _with_cache(flow, evidence.path.v, evidence.v, _pooled(flow, evidence.v, replacement, "v"))
+    turned = "q_weight" in replacement.tensors
+    heads = replacement.spec.heads
+    query = _projected(flow, evidence.q, replacement, "q", heads) if turned else rebuild(flow, evidence.q)
+    keys, values = (
+        _with_cache(flow, view, traced, _projected(flow, traced, replacement, role, replacement.spec.kv_heads))
+        for role, view, traced in (("k", evidence.path.k, evidence.k), ("v", evidence.path.v, evidence.v))
+    )
     reference = recorded(flow, evidence.path.output_view, evidence.q.tokens)
     index = np.arange(query.shape[1]) // replacement.spec.group
     scores = np.einsum("bhsd,bhtd->bhst", query, keys[:, index]) * evidence.path.scale
@@ -29,8 +34,26 @@ def site_error(flow: Flow, evidence: Evidence, replacement: Replacement) -> tupl
         scores = apply_modifier(flow, modifier, scores)
     output = np.einsum("bhst,bhtd->bhsd", softmax(scores)[..., : values.shape[2]], values[:, index])
     alive = (scores > -1e4).any(-1)
+    if "out_weight" in replacement.tensors:
+        output, reference = _behind(flow, replacement, output, reference)
+        alive = alive.all(axis=1)
     size = float(np.linalg.norm(reference[alive]))
     return float(np.linalg.norm((output - reference)[alive])) / max(size, 1e-30), 1.0
+
+
+def _behind(flow: Flow, replacement: Replacement, new: Array, old: Array) -> tuple[Array, Array]:
+    """[B, S, E] each: what the new and the old output projection make of [B, H, S, Dv]."""
+    out = replacement.site.out
+    assert out is not None
+    before = np.asarray(flow.value(out.weight), dtype=np.float64)
+    before = before if out.out_first else before.T
+    after = np.asarray(replacement.tensors["out_weight"], dtype=np.float64)
+    results = [
+        x.transpose(0, 2, 1, 3).reshape(x.shape[0], x.shape[2], -1) @ w.T for x, w in ((new, after), (old, before))
+    ]
+    if out.bias is not None and "out_bias" in replacement.tensors:
+        results[0] = results[0] + (replacement.tensors["out_bias"] - np.asarray(flow.value(out.bias)).reshape(-1))
+    return results[0], results[1]
 
 
 def _with_cache(flow: Flow, view: OperandView, traced: Traced, pooled: Array) -> Array:
@@ -44,12 +67,12 @@ def _with_cache(flow: Flow, view: OperandView, traced: Traced, pooled: Array) ->
     return np.concatenate([merged, pooled], axis=2)
 
 
-def _pooled(flow: Flow, traced: Traced, replacement: Replacement, role: str) -> Array:
-    """[B, N, T, D]: keys or values made with the new weights, rotated like the old ones."""
+def _projected(flow: Flow, traced: Traced, replacement: Replacement, role: str, heads: int) -> Array:
+    """[B, heads, T, D]: queries, keys or values made with the new weights, rotated like the old ones."""
     weight = np.asarray(replacement.tensors[f"{role}_weight"], dtype=np.float64)
     x = np.asarray(flow.value(traced.operand.projection.input), dtype=np.float64)
     projected = x.reshape(-1, x.shape[-1]) @ weight.T
     if (bias := replacement.tensors.get(f"{role}_bias")) is not None:
         projected = projected + np.asarray(bias, dtype=np.float64)
-    columns = np.arange(len(weight)).reshape(replacement.spec.kv_heads, -1)
+    columns = np.arange(len(weight)).reshape(heads, -1)
     return rotated(projected, columns, traced)

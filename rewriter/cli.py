@@ -13,7 +13,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -42,6 +42,14 @@ class ExternalData(StrEnum):
     AUTO = "auto"
     ALWAYS = "always"
     NEVER = "never"
+
+
+class Merge(StrEnum):
+    """How the key/value heads of a group become one."""
+
+    MEAN = "mean"
+    ALIGNED = "aligned"
+    JOINT = "joint"
 
 
 class Kernels(StrEnum):
@@ -153,7 +161,11 @@ def rewrite(
         str | None, typer.Option("--layers", help='Which sites: "all", "0-7", "-4:", "encoder", a regex on names.')
     ] = None,
     calibration: Annotated[
-        Path | None, typer.Option("--calibration", help="Texts (.txt), token ids (.npy) or inputs (.npz).")
+        Path | None,
+        typer.Option("--calibration", help="Texts (.txt, .jsonl), token ids (.npy) or inputs (.npz, .safetensors)."),
+    ] = None,
+    merge: Annotated[
+        Merge | None, typer.Option("--merge", help="How heads become one; joint with --calibration, else mean.")
     ] = None,
     kernels: Annotated[Kernels, typer.Option("--kernels", help="Generated kernels to use.")] = Kernels.AUTO,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Check the result before writing it.")] = True,
@@ -178,7 +190,7 @@ def rewrite(
 
         done = rewriter.optimize(
             str(model),
-            target,
+            _target(target, merge),
             layers=layers,
             calibration=_calibration(calibration),
             kernels=kernels.value,
@@ -325,24 +337,21 @@ def _require_output(model: Path, output: Path, *, folder: bool = False) -> None:
 
 
 def _calibration(path: Path | None) -> Any:
-    """What a calibration file holds: a list of texts, an array of token ids, or a mapping of inputs by name."""
     if path is None:
         return None
-    if not path.is_file():
-        raise UsageError(f"no such calibration file: {path}", hint="check the path")
-    import numpy as np
+    from rewriter.calibration.files import read_calibration
 
-    try:
-        if path.suffix == ".npy":
-            return np.load(path, allow_pickle=False)
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as arrays:
-                return dict(arrays)
-        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (ValueError, OSError) as error:
-        raise UsageError(
-            f"the calibration file {path} cannot be read: {error}", hint="give a .txt, .npy or .npz file"
-        ) from error
+    return read_calibration(path)
+
+
+def _target(name: str, merge: Merge | None) -> Any:
+    """The target of this name with the asked merge; names that are unknown are left for `optimize` to refuse."""
+    if merge is None:
+        return name
+    from passes.targets.catalogue import find
+
+    found = find(name)
+    return name if found is None else replace(found, merge=merge.value)
 
 
 def _shapes(given: Sequence[str]) -> dict[str, tuple[int, ...]]:

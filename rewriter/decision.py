@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from passes.calibrate import calibrated
 from passes.cost import costs, parameters_removed
 from passes.dataflow import Flow
 from passes.match.attention import Matches
 from passes.measure import site_error
 from passes.plan import Plan, PlanError, make_plan
+from passes.protocols import Probe
+from passes.site import AttentionSite
 from passes.targets.catalogue import CATALOGUE, Target, find
 from passes.targets.replacement import Replacement
 from rewriter.errors import NothingToRewrite, UnknownTarget, UsageError
@@ -70,20 +73,17 @@ def _resolve(target: Any) -> Target:
 KERNELS = ("auto", "off", "cpp", "triton")
 
 
-def require_supported(calibration: Any, kernels: str) -> None:
+def require_supported(kernels: str) -> None:
     """Options that this version does not have are refused instead of ignored."""
-    if calibration is not None:
-        raise UsageError(
-            "this version merges heads by their mean, which takes no calibration",
-            hint="leave calibration out",
-        )
     if kernels not in KERNELS:
         choices = " or ".join(f'"{name}"' for name in KERNELS)
         raise UsageError(f"kernels={kernels!r} is not available in this version", hint=f"use {choices}")
 
 
-def decide(flow: Flow, matches: Matches, target: Any, layers: str | None) -> Decision:
-    """Plan and transform weights.
+def decide(
+    flow: Flow, matches: Matches, target: Any, layers: str | None, probe: Callable[[Matches], Probe] | None = None
+) -> Decision:
+    """Plan and transform weights; with a probe, by statistics of calibration batches.
 
     Raises UnknownTarget, UsageError (selector or head count that does not fit) and NothingToRewrite.
     """
@@ -98,8 +98,26 @@ def decide(flow: Flow, matches: Matches, target: Any, layers: str | None) -> Dec
     if not useful.steps:
         reasons = "; ".join(f"{n}: {r}" for n, r in refused[:3])
         raise NothingToRewrite(f"none of the selected sites can be rewritten to {name}: {reasons}")
-    replacements = tuple(step.target.transform(flow, step.site) for step in useful.steps)
+    if probe is not None:
+        return Decision(
+            name, calibrated(flow, matches, useful.steps, probe(matches)), (*_selected_refusals(matches), *refused)
+        )
+    replacements = tuple(
+        step.target.transform(flow, step.site, matches.evidence[step.site.name], sharing(step.site, matches.sites))
+        for step in useful.steps
+    )
     return Decision(name, replacements, (*_selected_refusals(matches), *refused))
+
+
+def sharing(site: AttentionSite, sites: Sequence[AttentionSite]) -> list[AttentionSite]:
+    """The sites that use this one's key or value projection, itself among them."""
+    mine = {site.k.projection.weight, site.v.projection.weight}
+    return [s for s in sites if mine & {s.k.projection.weight, s.v.projection.weight}]
+
+
+def is_causal(matches: Matches) -> bool:
+    """Whether some attention hides later tokens: texts for such a model are joined."""
+    return any(s.causal and not s.cross for s in matches.sites)
 
 
 def _drop_idle(plan: Plan) -> tuple[Plan, tuple[tuple[str, str], ...]]:
@@ -137,7 +155,7 @@ def rows(flow: Flow, matches: Matches, replacements: Sequence[Replacement]) -> t
     for r in replacements:
         measured = site_error(flow, matches.evidence[r.site.name], r)
         error, floor = measured if measured is not None else (None, None)
-        found.append(SiteRow(r.site.name, r.before, r.after, r.exact, error, floor))
+        found.append(SiteRow(r.site.name, r.before, r.after, r.exact, error, floor, merge=r.merge, notes=r.notes))
     return tuple(found)
 
 

@@ -10,9 +10,12 @@ import torch
 
 from passes.dataflow import Flow
 from passes.match.attention import Matches
+from passes.protocols import Probe
 from passes.targets.replacement import Replacement
+from rewriter.calibration.batches import batches
+from rewriter.calibration.torch_probe import program_probe
 from rewriter.capture.example_inputs import Call, as_call
-from rewriter.decision import Decision, Stopwatch, decide, report, rows
+from rewriter.decision import Decision, Stopwatch, decide, is_causal, report, rows
 from rewriter.errors import NothingToRewrite, VerificationFailed
 from rewriter.install.fx_graph import GraphRewrite, rewrite_exported_program, rewrite_graph_module
 from rewriter.install.kept import Kept
@@ -22,7 +25,16 @@ from rewriter.verify.torch_pair import run, verify_torch
 Graph = torch.fx.GraphModule | torch.export.ExportedProgram
 
 
-def rewrite_graph(model: Graph, target: Any, *, layers: str | None, example_inputs: Any, verify: bool) -> Graph:
+def rewrite_graph(
+    model: Graph,
+    target: Any,
+    *,
+    layers: str | None,
+    example_inputs: Any,
+    verify: bool,
+    calibration: Any = None,
+    tokenizer: Any = None,
+) -> Graph:
     """A graph of the same kind, called the same way, with ``rewrite_report`` attached; the input stays as it was.
 
     Raises UsageError where a GraphModule comes without example inputs; else as `optimize`.
@@ -31,8 +43,12 @@ def rewrite_graph(model: Graph, target: Any, *, layers: str | None, example_inpu
     args, kwargs = _call(model, example_inputs)
     decisions: list[Decision] = []
 
+    def probe(found: Matches) -> Probe:
+        given = batches(calibration, causal=is_causal(found), tokenizer=tokenizer)
+        return program_probe(model, (args, dict(kwargs)), given)
+
     def choose(flow: Flow, matches: Matches) -> Sequence[Replacement]:
-        decisions.append(decide(flow, matches, target, layers))
+        decisions.append(decide(flow, matches, target, layers, None if calibration is None else probe))
         return decisions[0].replacements
 
     with watch.stage("install"):
@@ -68,7 +84,7 @@ def rewrite_graph(model: Graph, target: Any, *, layers: str | None, example_inpu
 
 
 def _row(row: SiteRow, kept: Mapping[str, Kept]) -> SiteRow:
-    return replace(row, note=kept[row.name].note) if row.name in kept else row
+    return replace(row, notes=(*row.notes, kept[row.name].note)) if row.name in kept else row
 
 
 def _call(model: Graph, example_inputs: Any) -> Call:

@@ -10,12 +10,15 @@ import onnx_ir as ir
 import rewriter
 from passes.match.attention import Matches, find_attention
 from passes.match.confirm import confirm
+from passes.protocols import Probe
 from passes.site import Refusal
+from rewriter.calibration.batches import batches
+from rewriter.calibration.onnx_trial import onnx_probe
 from rewriter.capture.faithful import without_unfaithful
 from rewriter.capture.onnx_file import OnnxCapture, capture, hidden_anchors
 from rewriter.capture.onnx_load import from_proto
 from rewriter.capture.unfuse import WrittenOut, fused_nodes, unfuse
-from rewriter.decision import Decision, Stopwatch, decide, report, rows
+from rewriter.decision import Decision, Stopwatch, decide, is_causal, report, rows
 from rewriter.errors import NothingToRewrite, VerificationFailed
 from rewriter.install.onnx_function import install
 from rewriter.install.onnx_obstacles import obstacle
@@ -91,9 +94,17 @@ def _installable(captured: OnnxCapture, decision: Decision) -> Decision:
 
 
 def rewrite_onnx(
-    model: ir.Model, original: ir.Model, target: Any, *, layers: str | None, verify: bool
+    model: ir.Model,
+    original: ir.Model,
+    target: Any,
+    *,
+    layers: str | None,
+    verify: bool,
+    calibration: Any = None,
+    tokenizer: Any = None,
 ) -> RewriteReport:
     """Rewrite `model` in place; `original` is the same model, untouched, to verify against.
+    `calibration` is as in `optimize`.
 
     Raises UnsupportedModel, NothingToRewrite, UsageError, VerificationFailed.
     """
@@ -105,7 +116,13 @@ def rewrite_onnx(
     with watch.stage("match"):
         matches = _without_left(captured, match_capture(captured))
     with watch.stage("transform"):
-        decision = _installable(captured, decide(captured.flow, matches, target, layers))
+
+        def probe(found: Matches) -> Probe:
+            given = batches(calibration, causal=is_causal(found), tokenizer=tokenizer)
+            return onnx_probe(captured, given)
+
+        chosen = decide(captured.flow, matches, target, layers, None if calibration is None else probe)
+        decision = _installable(captured, chosen)
         known = {name for name, _ in decision.refused}
         decision = replace(decision, refused=(*decision.refused, *(r for r in refused if r[0] not in known)))
         site_rows = rows(captured.flow, matches, decision.replacements)

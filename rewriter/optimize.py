@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rewriter.calibration.tokenizer import tokenizer_beside
 from rewriter.decision import assignment, require_supported
 from rewriter.errors import UsageError
 from rewriter.model_kinds import is_onnx, is_torch
@@ -59,7 +60,11 @@ def optimize(
             an onnx_ir.Model, or a path to an .onnx file or a Hugging Face directory.
         target: a name ("mqa", "gqa4"), a target object, or a mapping from layer selectors to either.
         layers: which sites: "all", "0-7", "-4:", "encoder", "decoder", "cross", or a regular expression on names.
-        calibration: not used by mean merging; giving it is an error in this version.
+        calibration: what to take statistics of: token ids (an integer array, [N] or [B, T]), a pair (texts, tokenizer)
+            or texts alone where the model's folder holds a tokenizer, a DataLoader, or a list of batches (dicts, tuples
+            or tensors). Heads are then merged jointly unless the target says otherwise, and each site's output
+            projection is refitted; without it the mean is the default. Sequences should be as long as those the model
+            is used on.
         example_inputs: inputs to capture a torch model with; Hugging Face models have defaults.
         kernels: for attention modules that are replaced in torch models: "auto" (a generated kernel where it is legal
             and measured to be faster than torch's own operators), "off", or "cpp" (always; an error where it is not
@@ -78,15 +83,15 @@ def optimize(
         InvalidModelFile: a broken file.
         VerificationFailed: the result is wrong; nothing is returned.
     """
-    require_supported(calibration, kernels)
+    require_supported(kernels)
     assignment(target, layers)
     if isinstance(model, (str, Path)):
-        return _optimize_path(Path(model), target, layers, example_inputs, kernels, verify)
+        return _optimize_path(Path(model), target, layers, calibration, example_inputs, kernels, verify)
     if is_onnx(model):
         _refuse_by_name(kernels, "an ONNX model")
-        return _optimize_onnx(model, target, layers, verify)
+        return _optimize_onnx(model, target, layers, calibration, verify)
     if is_torch(model):
-        return _optimize_torch(model, target, layers, example_inputs, kernels, inplace, verify)
+        return _optimize_torch(model, target, layers, calibration, example_inputs, kernels, inplace, verify)
     raise UsageError(
         f"cannot optimize a {type(model).__name__}",
         hint="pass a torch module, an exported program, an ONNX model, or a path",
@@ -103,22 +108,27 @@ def _refuse_by_name(kernels: str, kind: str) -> None:
 
 
 def _optimize_path(
-    path: Path, target: Any, layers: str | None, example_inputs: Any, kernels: str, verify: bool
+    path: Path, target: Any, layers: str | None, calibration: Any, example_inputs: Any, kernels: str, verify: bool
 ) -> Rewritten:
     if not path.exists():
         raise UsageError(f"no such file: {path}", hint="check the path")
     if path.is_dir():
-        module = _optimize_torch(load(path), target, layers, example_inputs, kernels, True, verify)
+        tokenizer = tokenizer_beside(path) if calibration is not None else None
+        module = _optimize_torch(
+            load(path), target, layers, calibration, example_inputs, kernels, True, verify, tokenizer
+        )
         return Rewritten(module, module.rewrite_report, path)
     _refuse_by_name(kernels, "an .onnx file")
     from rewriter.capture.onnx_load import load as load_onnx
     from rewriter.onnx_rewrite import rewrite_onnx
 
     model = load_onnx(path)
-    return Rewritten(model, rewrite_onnx(model, load_onnx(path), target, layers=layers, verify=verify))
+    tokenizer = tokenizer_beside(path.parent) if calibration is not None else None
+    options = {"layers": layers, "verify": verify, "calibration": calibration, "tokenizer": tokenizer}
+    return Rewritten(model, rewrite_onnx(model, load_onnx(path), target, **options))
 
 
-def _optimize_onnx(model: Any, target: Any, layers: str | None, verify: bool) -> Any:
+def _optimize_onnx(model: Any, target: Any, layers: str | None, calibration: Any, verify: bool) -> Any:
     import onnx_ir
 
     from rewriter.capture.onnx_load import from_proto, to_proto
@@ -127,13 +137,21 @@ def _optimize_onnx(model: Any, target: Any, layers: str | None, verify: bool) ->
     given_ir = isinstance(model, onnx_ir.Model)
     proto = to_proto(model) if given_ir else model
     edited = from_proto(proto)
-    report = rewrite_onnx(edited, from_proto(proto), target, layers=layers, verify=verify)
+    report = rewrite_onnx(edited, from_proto(proto), target, layers=layers, verify=verify, calibration=calibration)
     edited.meta["rewrite_report"] = report
     return edited if given_ir else to_proto(edited)
 
 
 def _optimize_torch(
-    model: Any, target: Any, layers: str | None, example_inputs: Any, kernels: str, inplace: bool, verify: bool
+    model: Any,
+    target: Any,
+    layers: str | None,
+    calibration: Any,
+    example_inputs: Any,
+    kernels: str,
+    inplace: bool,
+    verify: bool,
+    tokenizer: Any = None,
 ) -> Any:
     import torch
 
@@ -141,11 +159,20 @@ def _optimize_torch(
         from rewriter.graph_rewrite import rewrite_graph
 
         _refuse_by_name(kernels, "an exported graph")
-        return rewrite_graph(model, target, layers=layers, example_inputs=example_inputs, verify=verify)
+        return rewrite_graph(
+            model, target, layers=layers, example_inputs=example_inputs, verify=verify, calibration=calibration
+        )
     from rewriter.torch_rewrite import rewrite_torch
 
     module, report = rewrite_torch(
-        model, target, layers=layers, example_inputs=example_inputs, inplace=inplace, verify=verify
+        model,
+        target,
+        layers=layers,
+        example_inputs=example_inputs,
+        inplace=inplace,
+        verify=verify,
+        calibration=calibration,
+        tokenizer=tokenizer,
     )
     _use_kernels(module, kernels)
     module.rewrite_report = report  # type: ignore[assignment]

@@ -12,13 +12,16 @@ import torch
 
 from passes.dataflow import Array, Flow
 from passes.match.attention import Matches, find_attention
+from passes.protocols import Probe
 from passes.site import AttentionSite, Operand
 from passes.targets.grouped_query import specification
 from passes.targets.replacement import Replacement
+from rewriter.calibration.batches import batches
+from rewriter.calibration.torch_probe import module_probe
 from rewriter.capture.example_inputs import Call, prepare
 from rewriter.capture.torch_export import TorchCapture, capture
-from rewriter.decision import Decision, Stopwatch, decide, report, rows
-from rewriter.errors import NothingToRewrite, UnsupportedModel, VerificationFailed
+from rewriter.decision import Decision, Stopwatch, decide, is_causal, report, rows
+from rewriter.errors import NothingToRewrite, UnsupportedModel, UsageError, VerificationFailed
 from rewriter.install.call_record import CallRecord, record_calls
 from rewriter.install.huggingface import apply_knob, knob_applies
 from rewriter.install.kept import Kept
@@ -45,9 +48,17 @@ def require_plain(module: torch.nn.Module) -> None:
 
 
 def rewrite_torch(
-    model: torch.nn.Module, target: Any, *, layers: str | None, example_inputs: Any, inplace: bool, verify: bool
+    model: torch.nn.Module,
+    target: Any,
+    *,
+    layers: str | None,
+    example_inputs: Any,
+    inplace: bool,
+    verify: bool,
+    calibration: Any = None,
+    tokenizer: Any = None,
 ) -> tuple[torch.nn.Module, RewriteReport]:
-    """(rewritten model, report). The original is left alone unless `inplace`.
+    """(rewritten model, report). The original is left alone unless `inplace`; `calibration` is as in `optimize`.
 
     Raises UnsupportedModel, NothingToRewrite, UsageError, VerificationFailed.
     """
@@ -55,11 +66,22 @@ def rewrite_torch(
     watch = Stopwatch()
     module = model if inplace else copy.deepcopy(model)
     with watch.stage("capture"):
+        example_inputs = example_inputs if calibration is None else _examples(module, example_inputs, calibration)
         captured, (args, kwargs) = _captured(module, example_inputs)
     with watch.stage("match"):
         matches = find_attention(captured.flow)
     with watch.stage("transform"):
-        decision = decide(captured.flow, matches, target, layers)
+
+        def probe(found: Matches) -> Probe:
+            given = batches(calibration, causal=is_causal(found), tokenizer=tokenizer)
+            if captured.program is None:
+                raise UnsupportedModel(
+                    "calibration needs torch.export, which does not take this model",
+                    hint="leave calibration out: heads are then merged by their mean",
+                )
+            return module_probe(module, (args, kwargs), captured.program, given)
+
+        decision = decide(captured.flow, matches, target, layers, None if calibration is None else probe)
         site_rows = {r.name: r for r in rows(captured.flow, matches, decision.replacements)}
     parameters = sum(p.numel() for p in model.parameters())
     original = run(module, args, kwargs) if verify else None
@@ -90,12 +112,25 @@ def rewrite_torch(
 
 
 def _row(row: SiteRow, kept: Mapping[str, Kept]) -> SiteRow:
-    return replace(row, note=kept[row.name].note) if row.name in kept else row
+    return replace(row, notes=(*row.notes, kept[row.name].note)) if row.name in kept else row
 
 
 def _captured(module: torch.nn.Module, example_inputs: Any) -> tuple[TorchCapture, Call]:
     args, kwargs = prepare(module, example_inputs)
     return capture(module, args, kwargs), (args, kwargs)
+
+
+def _examples(module: torch.nn.Module, example_inputs: Any, calibration: Any) -> Any:
+    """What to capture on: the given inputs, else the model's defaults, else the first calibration batch."""
+    if example_inputs is not None:
+        return example_inputs
+    try:
+        prepare(module)
+    except UsageError:
+        first = batches(calibration, causal=True)[0]
+        call = {k: torch.as_tensor(v) for k, v in first.kwargs.items()}
+        return call or tuple(torch.as_tensor(a) for a in first.args)
+    return None
 
 
 @dataclass(frozen=True)
@@ -171,11 +206,15 @@ def _install_one(module: torch.nn.Module, flow: Flow, group: _Owned, record: Cal
     if not record.alike:
         raise UnsupportedModel(f"{group.path} is called with different kinds of arguments in one forward")
     site = first.site
+    output = _output_writes(module, flow, first)
     before = _original_parameters(module, flow, site)
     after = _new_parameters(before, first)
-    k_key, v_key = (_key(flow, o) for o in (site.k, site.v))
-    if k_key and v_key and knob_applies(module, group.path, k_key, v_key):
-        apply_knob(module, group.path, k_key, v_key, first.spec.kv_heads, after, record)
+    q_key, k_key, v_key = (_key(flow, o) for o in (site.q, site.k, site.v))
+    turned = "q_weight" in first.tensors
+    if k_key and v_key and (q_key or not turned) and knob_applies(module, group.path, k_key, v_key):
+        query = q_key if turned else None
+        apply_knob(module, group.path, k_key, v_key, first.spec.kv_heads, after, record, q_weight_key=query)
+        _write(output)
         return
     if first.spec.sinks:
         raise UnsupportedModel("its attention sinks can only be kept where the model's own config sets the head count")
@@ -195,6 +234,35 @@ def _install_one(module: torch.nn.Module, flow: Flow, group: _Owned, record: Cal
         q_norm=_submodule(flow, site, group.path, "q"),
         k_norm=_submodule(flow, site, group.path, "k"),
     )
+    _write(output)
+
+
+def _output_writes(
+    module: torch.nn.Module, flow: Flow, replacement: Replacement
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(parameter, its new content) of an output projection that changes; it keeps its shape and stays where it is.
+
+    Raises UnsupportedModel if it is no stored parameter.
+    """
+    out = replacement.site.out
+    writes = []
+    for part, value in () if out is None else (("weight", out.weight), ("bias", out.bias)):
+        array = replacement.tensors.get(f"out_{part}")
+        if array is None or value is None or out is None:
+            continue
+        weight = flow.weights.get(value)
+        parameter = None if weight is None else _parameter(module, weight.name)
+        if parameter is None:
+            raise UnsupportedModel(f"the output projection's {part} is computed, not stored, so it cannot be replaced")
+        new = _like(array if part == "bias" or out.out_first else array.T, parameter)
+        writes.append((parameter, new.view_as(parameter)))
+    return writes
+
+
+def _write(writes: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    with torch.no_grad():
+        for parameter, content in writes:
+            parameter.copy_(content)
 
 
 def _key(flow: Flow, operand: Operand) -> str | None:
@@ -252,14 +320,13 @@ def _parameter(module: torch.nn.Module, key: str) -> torch.Tensor | None:
 
 
 def _new_parameters(before: MixerParameters, replacement: Replacement) -> MixerParameters:
-    """Query parameters as they were; key and value parameters new, in the old dtype and on the old device."""
-    return replace(
-        before,
-        k_weight=_like(replacement.tensors["k_weight"], before.k_weight),
-        k_bias=None if before.k_bias is None else _like(replacement.tensors["k_bias"], before.k_bias),
-        v_weight=_like(replacement.tensors["v_weight"], before.v_weight),
-        v_bias=None if before.v_bias is None else _like(replacement.tensors["v_bias"], before.v_bias),
-    )
+    """Parameters that the replacement changes new, in the old dtype and on the old device; the others as they were."""
+    changed: dict[str, Any] = {}
+    for name in ("q_weight", "q_bias", "k_weight", "k_bias", "v_weight", "v_bias"):
+        old = getattr(before, name)
+        if old is not None and name in replacement.tensors:
+            changed[name] = _like(replacement.tensors[name], old)
+    return replace(before, **changed)
 
 
 def _like(array: Array, old: torch.Tensor) -> torch.Tensor:

@@ -1,38 +1,51 @@
-"""Multi-query and grouped-query attention (arXiv 1911.02150, 2305.13245): fewer key/value heads, mean-pooled.
+"""Multi-query and grouped-query attention (arXiv 1911.02150, 2305.13245): fewer key/value heads.
 
-The step is exact where the heads of every group are equal, and lossy elsewhere. Pooling before or after a rotary
-embedding is the same thing, since all heads are rotated alike.
+Heads of a group are merged by their mean, by their mean after alignment (2412.20677), or jointly (best low rank). The
+step is exact where the heads of every group are equal (or, merged otherwise than by the mean, turned copies), and
+lossy elsewhere. Pooling before or after a rotary embedding is the same thing, since all heads are rotated alike.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from codegen.spec import GroupedQueryAttention
 from passes.dataflow import Array, Flow
+from passes.match.attention import Evidence
 from passes.site import AttentionSite
+from passes.targets.freedom import freedom_of
 from passes.targets.replacement import Replacement
+from passes.weights.group import Moments
+from passes.weights.merge import METHODS, Freedom, Merged, Method, contiguous, merge_heads
 from passes.weights.pooling import legal_head_counts, mean_pool, ties
-from passes.weights.projection import operand_bias, operand_weight
+from passes.weights.projection import operand_bias, operand_weight, site_weights
 
 
 @dataclass(frozen=True)
 class GroupedQuery:
-    """Pool a site's key/value heads to `kv_heads`.
+    """Merge a site's key/value heads to `kv_heads`.
 
     Attributes:
         kv_heads: 1 is multi-query attention.
-        merge: how heads of a group become one; "mean" averages projection weights and biases.
+        merge: how heads of a group become one. "mean" averages projection weights and biases; "aligned" turns heads
+            towards each other first and turns queries and output projection back; "joint" is the best shared head for
+            scores and outputs, and refits the output projection where there is calibration. None stands for "mean"
+            without calibration and "joint" with it.
     """
 
     kv_heads: int
-    merge: str = "mean"
+    merge: Method | None = None
 
     def __post_init__(self) -> None:
         if self.kv_heads < 1:
             raise ValueError(f"kv_heads must be at least 1, not {self.kv_heads}")
-        if self.merge != "mean":
-            raise ValueError(f"unknown merge {self.merge!r}; this version has 'mean'")
+        if self.merge is not None and self.merge not in METHODS:
+            raise ValueError(f"unknown merge {self.merge!r}; there are {', '.join(METHODS)}")
+
+    def method(self, calibrated: bool) -> Method:
+        """The merge, the default resolved."""
+        return self.merge or ("joint" if calibrated else "mean")
 
     @property
     def name(self) -> str:
@@ -54,8 +67,27 @@ class GroupedQuery:
             return "a softcap follows a mask or bias on the scores"
         return None
 
-    def transform(self, flow: Flow, site: AttentionSite) -> Replacement:
-        """New key and value projections for one site; weights in the dtype they were stored in."""
+    def transform(
+        self,
+        flow: Flow,
+        site: AttentionSite,
+        evidence: Evidence | None = None,
+        sharing: Sequence[AttentionSite] = (),
+    ) -> Replacement:
+        """New projections for one site without calibration; weights in the dtype they were stored in.
+
+        `evidence` is needed by merges other than the mean; raises ValueError without. `sharing` are the sites that use
+        the same weights.
+        """
+        if self.method(False) == "mean" or tied(flow, site, self.kv_heads):
+            return self.pooled(flow, site)
+        if evidence is None:
+            raise ValueError(f"merge {self.merge!r} needs the site's evidence")
+        freedom = freedom_of(flow, site, evidence, sharing)
+        return self.merged(flow, site, merge_site(flow, site, self, freedom), self.method(False))
+
+    def pooled(self, flow: Flow, site: AttentionSite) -> Replacement:
+        """The mean of each group; exact where its heads are equal."""
         tensors: dict[str, Array] = {}
         exact = True
         for role, operand in (("k", site.k), ("v", site.v)):
@@ -64,6 +96,60 @@ class GroupedQuery:
                     exact &= ties(tensor, operand.heads, self.kv_heads)
                     tensors[f"{role}_{part}"] = mean_pool(tensor, operand.heads, self.kv_heads)
         return Replacement(site, specification(site, self.kv_heads), tensors, exact, describe(site), self.name)
+
+    def merged(self, flow: Flow, site: AttentionSite, merged: Merged, method: Method) -> Replacement:
+        """A replacement out of merged weights."""
+        return Replacement(
+            site,
+            specification(site, self.kv_heads),
+            as_tensors(flow, site, merged),
+            merged.exact,
+            describe(site),
+            self.name,
+            merge=method,
+            notes=tuple(f"{operand} are averaged: {reason}" for operand, reason in merged.notes.items()),
+        )
+
+
+def merge_site(
+    flow: Flow,
+    site: AttentionSite,
+    target: GroupedQuery,
+    freedom: Freedom,
+    moments: Sequence[Moments] | None = None,
+    *,
+    method: Method | None = None,
+) -> Merged:
+    """One site's heads merged as the target (or `method`) says, by statistics of each group if there are any."""
+    groups = contiguous(site.kv_heads, target.kv_heads)
+    chosen = method or target.method(moments is not None)
+    return merge_heads(site_weights(flow, site), site.group, groups, chosen, freedom, moments)
+
+
+def as_tensors(flow: Flow, site: AttentionSite, merged: Merged) -> dict[str, Array]:
+    """Parameters by role, in the stored dtype; without those that are absent from the site or stay as they are."""
+    tensors: dict[str, Array] = {}
+    weights = merged.weights
+    for role, operand, heads in (("q", site.q, weights.q), ("k", site.k, weights.k), ("v", site.v, weights.v)):
+        if role == "q" and merged.lost_keys is None and merged.in_place:
+            continue
+        rows = heads.reshape(-1, heads.shape[-1])
+        tensors[f"{role}_weight"] = rows[:, :-1].astype(flow.value(operand.projection.weight).dtype, order="C")
+        if operand.projection.bias is not None:
+            tensors[f"{role}_bias"] = rows[:, -1].astype(flow.value(operand.projection.bias).dtype)
+    if weights.out is None or site.out is None or (not merged.moves_output and merged.in_place):
+        return tensors
+    columns = weights.out.transpose(1, 0, 2).reshape(weights.out.shape[1], -1)
+    tensors["out_weight"] = columns.astype(flow.value(site.out.weight).dtype, order="C")
+    if weights.out_bias is not None and site.out.bias is not None:
+        tensors["out_bias"] = weights.out_bias.astype(flow.value(site.out.bias).dtype)
+    return tensors
+
+
+def tied(flow: Flow, site: AttentionSite, groups: int) -> bool:
+    """Whether the heads of every group are equal bit for bit."""
+    tensors = [(o, t(flow, o)) for o in (site.k, site.v) for t in (operand_weight, operand_bias)]
+    return all(ties(tensor, operand.heads, groups) for operand, tensor in tensors if tensor is not None)
 
 
 def specification(site: AttentionSite, kv_heads: int) -> GroupedQueryAttention:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from passes.dataflow import Array, Flow
-from passes.site import Operand
+from passes.site import AttentionSite, Operand
 
 
 def operand_weight(flow: Flow, operand: Operand) -> Array:
@@ -20,3 +22,62 @@ def operand_bias(flow: Flow, operand: Operand) -> Array | None:
     if operand.projection.bias is None:
         return None
     return np.ascontiguousarray(flow.value(operand.projection.bias).reshape(-1)[operand.columns.reshape(-1)])
+
+
+@dataclass(frozen=True)
+class SiteWeights:
+    """All weights of one attention, float64, head by head, each bias as the last column (zeros where there is none).
+
+    Attributes:
+        q: [H, D, n + 1], k: [N, D, n' + 1], v: [N, Dv, n'' + 1].
+        out: [H, E, Dv], None if no output projection reads the merged heads in order.
+        out_bias: [E], None if the output projection has none.
+    """
+
+    q: Array
+    k: Array
+    v: Array
+    out: Array | None
+    out_bias: Array | None
+
+
+def site_weights(flow: Flow, site: AttentionSite) -> SiteWeights:
+    """Read a site's weights. Raises KeyError if one of them is not stored in the program."""
+    q, k, v = (_homogeneous(flow, o) for o in (site.q, site.k, site.v))
+    if site.out is None or not merges_in_order(flow, site):
+        return SiteWeights(q, k, v, None, None)
+    weight = np.asarray(flow.value(site.out.weight), dtype=np.float64)
+    matrix = weight if site.out.out_first else weight.T
+    bias = None if site.out.bias is None else np.asarray(flow.value(site.out.bias), dtype=np.float64).reshape(-1)
+    return SiteWeights(q, k, v, matrix.reshape(len(matrix), site.heads, -1).transpose(1, 0, 2), bias)
+
+
+def merges_in_order(flow: Flow, site: AttentionSite) -> bool:
+    """Whether the output projection reads the heads' features one head after the other, told from the recording."""
+    if site.merged is None or site.out is None:
+        return False
+    try:
+        output, merged = flow.value(site.output), flow.value(site.merged)
+    except KeyError:
+        return False
+    if merged.shape[-1] != site.heads * site.value_dim:
+        return False
+    if site.output_axes == ("b", "s", "hd"):
+        by_token = output
+    elif site.output_axes == ("bh", "s", "d"):
+        by_token = output.reshape(-1, site.heads, *output.shape[1:]).transpose(0, 2, 1, 3)
+    elif sorted(site.output_axes) == sorted("bhsd"):
+        by_token = output.transpose([site.output_axes.index(a) for a in "bshd"])
+    else:
+        return False
+    rows = merged.reshape(-1, merged.shape[-1])
+    wanted = (by_token, by_token.swapaxes(0, 1))  # tokens may run first
+    return any(np.array_equal(w.reshape(-1, rows.shape[-1]), rows, equal_nan=True) for w in wanted)
+
+
+def _homogeneous(flow: Flow, operand: Operand) -> Array:
+    """[heads, dim, in + 1]."""
+    weight, bias = operand_weight(flow, operand), operand_bias(flow, operand)
+    column = np.zeros(len(weight)) if bias is None else np.asarray(bias, dtype=np.float64)
+    joined = np.concatenate([np.asarray(weight, dtype=np.float64), column[:, None]], axis=1)
+    return joined.reshape(operand.heads, operand.dim, -1)

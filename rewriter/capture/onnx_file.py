@@ -171,7 +171,7 @@ class _Session:
         proto = ir.serde.serialize_model(self.model)
         present = {o.name for o in proto.graph.output}
         proto.graph.output.extend(onnx.ValueInfoProto(name=n) for n in self.extra if n not in present)
-        return open_session(proto, _data_folder(self.model), optimise=False)
+        return open_session(proto, data_folder(self.model), optimise=False)
 
     @cached_property
     def types(self) -> dict[str, str]:
@@ -201,7 +201,8 @@ def open_session(proto: onnx.ModelProto, folder: str | None, *, optimise: bool) 
     return ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-def _data_folder(model: ir.Model) -> str | None:
+def data_folder(model: ir.Model) -> str | None:
+    """Where the model's external data lies; None if it has none."""
     for value in model.graph.initializers.values():
         if isinstance(value.const_value, ir.ExternalTensor):
             return str(value.const_value.base_dir)

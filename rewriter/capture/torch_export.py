@@ -61,24 +61,13 @@ def capture(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
     Where torch.export refuses (control flow that depends on data), one run is traced. Raises UnsupportedModel with the
     exporter's reason if that fails too.
     """
-    was_training = module.training
-    module.eval()
     try:
-        # on failure the exporter prints the graph it has so far
-        with torch.no_grad(), _unchanged(module), contextlib.redirect_stderr(io.StringIO()):
-            program = torch.export.export(module, args, dict(kwargs), strict=False)
-            if writes_through_views(program.graph):
-                program = program.run_decompositions({})  # no operator is decomposed, but none works in place any more
-    except Exception as error:  # torch.export raises many unrelated types
+        program = exported(module, args, kwargs)
+    except NotExportable:
         traced = _traced(module, args, kwargs)
-        if traced is not None:
-            return traced
-        raise NotExportable(
-            f"torch.export could not capture the model: {first_line(error)}",
-            hint="pass example_inputs that the model accepts, or make its forward exportable",
-        ) from error
-    finally:
-        module.train(was_training)
+        if traced is None:
+            raise
+        return traced
     try:
         return view(program, args, kwargs)
     except RuntimeError as error:  # e.g. a buffer that the forward makes on its first call
@@ -89,13 +78,37 @@ def capture(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
 
 
 def _traced(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TorchCapture | None:
-    """One run instead of an export; None if it cannot be traced either. The module is in eval mode."""
+    """One run instead of an export; None if it cannot be traced either."""
+    was_training = module.training
+    module.eval()
     try:
         with _unchanged(module):
             graph, bound = trace(module, args, kwargs)
         return TorchCapture(None, view_graph_module(graph, bound).flow)
     except Exception:  # the exporter's reason, which comes first, is the one to tell
         return None
+    finally:
+        module.train(was_training)
+
+
+def exported(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.export.ExportedProgram:
+    """What torch.export makes of the module in eval mode; raises NotExportable with its reason if it fails."""
+    was_training = module.training
+    module.eval()
+    try:
+        # on failure the exporter prints the graph it has so far
+        with torch.no_grad(), _unchanged(module), contextlib.redirect_stderr(io.StringIO()):
+            program = torch.export.export(module, args, dict(kwargs), strict=False)
+            if writes_through_views(program.graph):
+                program = program.run_decompositions({})  # no operator is decomposed, but none works in place any more
+            return program
+    except Exception as error:  # torch.export raises many unrelated types
+        raise NotExportable(
+            f"torch.export could not capture the model: {first_line(error)}",
+            hint="pass example_inputs that the model accepts, or make its forward exportable",
+        ) from error
+    finally:
+        module.train(was_training)
 
 
 @contextlib.contextmanager
@@ -121,13 +134,21 @@ def view(program: torch.export.ExportedProgram, args: tuple[Any, ...], kwargs: M
 
 def view_program(program: torch.export.ExportedProgram, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> GraphView:
     """As `view`, with what a rewrite of the graph itself needs."""
+    stored = {s.arg.name: s.target for s in program.graph_signature.input_specs if s.target is not None}
+    bound = placeholders(program, args, kwargs)
+    kinds = [str(t.dtype).removeprefix("torch.") for t in program.state_dict.values() if t.is_floating_point()]
+    return _view(program.graph_module, bound, stored, kinds)
+
+
+def placeholders(
+    program: torch.export.ExportedProgram, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What each placeholder of a program holds in a call, by node name: weights and inputs."""
     held = {**program.state_dict, **program.constants}
     stored = {s.arg.name: s.target for s in program.graph_signature.input_specs if s.target is not None}
     flat = iter(torch.utils._pytree.arg_tree_leaves(*args, **kwargs))
     names = [fx.name for fx in program.graph.nodes if fx.op == "placeholder"]
-    bound = {name: held[stored[name]] if name in stored else next(flat) for name in names}
-    kinds = [str(t.dtype).removeprefix("torch.") for t in program.state_dict.values() if t.is_floating_point()]
-    return _view(program.graph_module, bound, stored, kinds)
+    return {name: held[stored[name]] if name in stored else next(flat) for name in names}
 
 
 def view_graph_module(module: GraphModule, bound: Mapping[str, Any]) -> GraphView:

@@ -61,23 +61,40 @@ def require_equal(
 
 
 def _widened(view: GraphView, replacements: Iterable[Replacement]) -> dict[Value, Tensor]:
-    """The original's key and value matrices and biases with the new heads, repeated, in their rows."""
+    """The original's weights with the new ones in their place, key and value heads repeated."""
     changed: dict[Value, Tensor] = {}
     for r in replacements:
-        for role, operand in (("k", r.site.k), ("v", r.site.v)):
-            repeats = operand.heads // r.spec.kv_heads
+        changed |= _new_output(view, r)
+        for role, operand in (("q", r.site.q), ("k", r.site.k), ("v", r.site.v)):
+            heads = r.spec.heads if role == "q" else r.spec.kv_heads
+            repeats = operand.heads // heads
             rows = torch.from_numpy(operand.columns.reshape(-1).astype(np.int64))
             for part, value in (("weight", operand.projection.weight), ("bias", operand.projection.bias)):
                 array = r.tensors.get(f"{role}_{part}")
                 if array is None or value is None:
                     continue
-                by_head = np.repeat(array.reshape(r.spec.kv_heads, operand.dim, *array.shape[1:]), repeats, axis=0)
+                by_head = np.repeat(array.reshape(heads, operand.dim, *array.shape[1:]), repeats, axis=0)
                 tensor = changed.setdefault(value, view.tensors[value].detach().clone())
                 target = tensor.t() if part == "weight" and not operand.projection.out_first else tensor
                 if part == "bias":
                     target = tensor.view(-1)
                 wide = torch.from_numpy(np.ascontiguousarray(by_head.reshape(-1, *array.shape[1:])))
                 target[rows.to(tensor.device)] = wide.to(dtype=tensor.dtype, device=tensor.device)
+    return changed
+
+
+def _new_output(view: GraphView, replacement: Replacement) -> dict[Value, Tensor]:
+    """What the output projection reads after the rewrite, where that changes."""
+    out = replacement.site.out
+    named = () if out is None else (("weight", out.weight), ("bias", out.bias))
+    changed: dict[Value, Tensor] = {}
+    for part, value in named:
+        array = replacement.tensors.get(f"out_{part}")
+        if array is not None and value is not None and out is not None:
+            old = view.tensors[value]
+            turned = array if part == "bias" or out.out_first else array.T
+            new = torch.from_numpy(np.array(turned, order="C"))
+            changed[value] = new.to(dtype=old.dtype, device=old.device).view(old.shape)
     return changed
 
 

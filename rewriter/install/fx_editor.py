@@ -88,6 +88,7 @@ class Editor:
     attended: dict[str, FxNode] = field(default_factory=dict)
     _parameters: dict[tuple[Value, bytes, bytes], _NewParameter] = field(default_factory=dict)
     _stems: dict[tuple[Value, int], Laid] = field(default_factory=dict)
+    _replaced: list[FxNode] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.flow = self.view.flow
@@ -115,7 +116,9 @@ class Editor:
         for role, operand in (("k", site.k), ("v", site.v)):
             weight, bias = tensors[f"{role}_weight"], tensors.get(f"{role}_bias")
             plans.append(self._plan_operand(site, role, operand, spec.kv_heads, weight, bias))
-        if site.q.projection.node in (site.k.projection.node, site.v.projection.node):
+        if "q_weight" in tensors:
+            plans.append(self._plan_operand(site, "q", site.q, site.heads, tensors["q_weight"], tensors.get("q_bias")))
+        elif site.q.projection.node in (site.k.projection.node, site.v.projection.node):
             weight, bias = operand_weight(self.flow, site.q), operand_bias(self.flow, site.q)
             plans.append(self._plan_operand(site, "q", site.q, site.heads, weight, bias))
         if not (site.k.seam and site.v.seam):
@@ -124,7 +127,7 @@ class Editor:
             require_known(axes, splittable=True)
         require_known(site.output_axes, splittable=False)
         masks = [m.value for m in site.modifiers if m.value is not None]
-        for value in (site.q.seam, site.k.seam, site.v.seam, site.output, *masks):
+        for value in (site.q.seam, site.k.seam, site.v.seam, site.output, *masks, *self._output_parts(replacement)):
             self.node(value)
         _require_one_mask(spec)
         return SitePlan(replacement, tuple(plans))
@@ -183,6 +186,42 @@ class Editor:
             if planned.operand.seam == planned.operand.stem:
                 seams[planned.role] = laid
         self._attend(site, plan.replacement.spec, seams)
+        self._project_output(plan.replacement)
+
+    @staticmethod
+    def _output_parts(replacement: Replacement) -> dict[Value, str]:
+        """Values of the output projection that change, with the part that each is."""
+        out = replacement.site.out
+        named = () if out is None else ((out.weight, "weight"), (out.bias, "bias"))
+        return {value: part for value, part in named if value is not None and f"out_{part}" in replacement.tensors}
+
+    def _project_output(self, replacement: Replacement) -> None:
+        """Give the output projection its new weight and bias."""
+        site, out = replacement.site, replacement.site.out
+        for value, part in self._output_parts(replacement).items():
+            assert out is not None
+            array = replacement.tensors[f"out_{part}"]
+            old = self.node(value)
+            new = self._output_parameter(site.name, value, part, array if part == "bias" or out.out_first else array.T)
+            for index in (out.node, getattr(self.flow.producer(out.output), "index", out.node)):
+                reader = self._of(index)
+                if reader is not None:
+                    reader.replace_input_with(old, new)
+            self._replaced.append(old)
+
+    def _output_parameter(self, site: str, value: Value, part: str, array: Array) -> FxNode:
+        """A node for a new output weight; sites that read one old weight read one new weight."""
+        key = (value, b"out", array.tobytes())
+        if key not in self._parameters:
+            recorded = self.view.tensors[value]
+            tensor = torch.from_numpy(np.array(array, order="C")).to(dtype=recorded.dtype, device=recorded.device)
+            tensor = tensor.view(recorded.shape)
+            node = self.store.read(re.sub(r"\W+", "_", f"{site}_out_{part}"))
+            self.emitter.stand_for(node, tensor)
+            sources = self._stored(value, recorded.numel())
+            whole = value in self.flow.weights
+            self._parameters[key] = _NewParameter(node, tensor, "out", part, site, sources, whole)
+        return self._parameters[key].node
 
     def _reproject(self, site: AttentionSite, planned: Reprojection) -> Laid:
         """Feed the path from its stem on with a projection to the new heads."""
@@ -332,7 +371,8 @@ class Editor:
         numbers |= {i for o in (site.q, site.k, site.v) for i in o.path}
         matched = {n for i in numbers if (n := self._of(i)) is not None}
         matched |= {u for n in matched for u in n.users if u.target is operator.getitem}
-        todo = [self.node(site.output), *matched]
+        todo = [self.node(site.output), *matched, *self._replaced]
+        self._replaced = []
         erased: set[FxNode] = set()
         alive = set(self.graph.nodes)
         while todo:

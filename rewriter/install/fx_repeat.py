@@ -44,7 +44,11 @@ class _Reader:
 
 
 def plan_repeats(editor: Editor, replacement: Replacement, why: str) -> RepeatPlan:
-    """Raises UnsupportedModel if a projection lies where the graph cannot be edited."""
+    """Raises UnsupportedModel if a projection lies where the graph cannot be edited, or more than K/V change."""
+    if replacement.turned:
+        raise UnsupportedModel(
+            f"{why}; heads that are repeated can only be merged by their mean", hint='give the site merge="mean"'
+        )
     for reader in _readers(replacement):
         projection = reader.operand.projection
         for value in (projection.input, projection.output):

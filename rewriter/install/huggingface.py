@@ -63,10 +63,13 @@ def apply_knob(
     kv_heads: int,
     after: MixerParameters,
     record: CallRecord,
+    *,
+    q_weight_key: str | None = None,
 ) -> None:
     """Give the attention at `owner` `kv_heads` K/V heads by editing its projections, its group size and the config.
 
-    Of `after` only the K and V parameters are read, and cast to the model's dtype. The config is edited once all
+    Of `after` only the K and V parameters are read, and the Q parameters if `q_weight_key` names a projection to put
+    them in, and cast to the model's dtype. The config is edited once all
     attentions that share it have equally many K/V heads; until then the model is saved through rewrite.json. Before
     anything is changed, a copy of the module is edited and must equal another copy that holds each new head repeated
     for its group.
@@ -79,8 +82,14 @@ def apply_knob(
     module = model.get_submodule(owner)
     names = [key.removeprefix(f"{owner}.").removesuffix(".weight") for key in (k_weight_key, v_weight_key)]
     pairs = dict(zip(names, ((after.k_weight, after.k_bias), (after.v_weight, after.v_bias)), strict=True))
-    _prove(module, owner, pairs, kv_heads, record)
+    if q_weight_key is not None and _projection(module, owner, q_weight_key) is None:
+        raise UnsupportedModel(f"{owner} has no plain query projection", hint=HINT)
+    query = "" if q_weight_key is None else q_weight_key.removeprefix(f"{owner}.").removesuffix(".weight")
+    queries = {query: (after.q_weight, after.q_bias)} if query else {}
+    _prove(module, owner, pairs, kv_heads, record, queries)
     turn_knob(module, pairs, kv_heads)
+    for name, (weight, bias) in queries.items():
+        _set_rows(module.get_submodule(name), weight, bias)
     settle_config(model, module)
     guard_saving(model, owner)
 
@@ -163,8 +172,12 @@ def _prove(
     pairs: Mapping[str, tuple[Tensor, Tensor | None]],
     kv_heads: int,
     record: CallRecord,
+    queries: Mapping[str, tuple[Tensor, Tensor | None]],
 ) -> None:
     edited, twin = copy.deepcopy(module), copy.deepcopy(module)
+    for copied in (edited, twin):
+        for name, (weight, bias) in queries.items():
+            _set_rows(copied.get_submodule(name), weight, bias)
     repeats = heads_of(module) // kv_heads
     turn_knob(edited, pairs, kv_heads)
     for name, (weight, bias) in pairs.items():

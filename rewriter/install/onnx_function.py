@@ -22,7 +22,7 @@ from passes.targets.replacement import Replacement
 from passes.weights.projection import operand_bias, operand_weight
 from rewriter.capture.onnx_file import OnnxCapture
 from rewriter.capture.unfuse import WrittenOut
-from rewriter.install.onnx_obstacles import fused_shape, shares_projection, unflattened_input
+from rewriter.install.onnx_obstacles import feeds_queries, fused_shape, unflattened_input
 from rewriter.install.onnx_quantised import emit_product
 from rewriter.install.onnx_weights import emit_like
 from rewriter.onnx_nodes import NodeWriter
@@ -104,12 +104,15 @@ class _Editor:
         for role, operand in (("k", site.k), ("v", site.v)):
             weight, bias = replacement.tensors[f"{role}_weight"], replacement.tensors.get(f"{role}_bias")
             error = max(error, self._reproject(site, role, operand, replacement.spec.kv_heads, weight, bias))
-        if shares_projection(replacement):
-            flow = self.capture.flow
-            weight, bias = operand_weight(flow, site.q), operand_bias(flow, site.q)
+        if feeds_queries(replacement):
+            flow, tensors = self.capture.flow, replacement.tensors
+            weight = tensors["q_weight"] if "q_weight" in tensors else operand_weight(flow, site.q)
+            bias = tensors.get("q_bias") if "q_weight" in tensors else operand_bias(flow, site.q)
             error = max(error, self._reproject(site, "q", site.q, site.heads, weight, bias))
         self._attend(replacement)
-        removed = self._sweep(self._old_nodes(site))
+        lost, requantised = self._project_output(replacement)
+        error = max(error, requantised)
+        removed = [*lost, *self._sweep(self._old_nodes(site))]
         removed += self._sweep(self._release_shapes(site))
         exact = replacement.exact and error < 1e-6 and not self._rounded
         return Installed(site.name, tuple(n for n in removed if n in self._stored), error, exact)
@@ -273,7 +276,9 @@ class _Editor:
             return
         k, v = self.seams[site.k.seam], self.seams[site.v.seam]
         q = self.seams.get(site.q.seam, (self.value(site.q.seam), site.q.seam_axes))
-        if self.capture.flow.nodes[site.anchor].op == "Attention" and self._keep_operator(site, spec.kv_heads, k, v):
+        if self.capture.flow.nodes[site.anchor].op == "Attention" and self._keep_operator(
+            site, spec.kv_heads, k, v, self.seams.get(site.q.seam)
+        ):
             return
         output = self.value(site.output)
         after = output.producer()
@@ -301,14 +306,18 @@ class _Editor:
         kv_heads: int,
         k: tuple[ir.Value, tuple[str, ...]],
         v: tuple[ir.Value, tuple[str, ...]],
+        q: tuple[ir.Value, tuple[str, ...]] | None,
     ) -> bool:
-        """A standard Attention operator repeats heads by itself: give it fewer."""
+        """A standard Attention operator repeats heads by itself: give it fewer, and new queries if there are any."""
         anchor = self.capture.nodes[site.anchor]
         flat = len(self.capture.flow.shape(self.capture.flow.nodes[site.anchor].inputs[0])) == 3
         wanted = ("b", "s", "hd") if flat else ("b", "h", "s", "d")
-        if k[1] != wanted or v[1] != wanted or abs(site.scale - self._operator_scale(site)) > 1e-7:
+        elsewhere = any(fed is not None and fed[1] != wanted for fed in (q, k, v))
+        if elsewhere or abs(site.scale - self._operator_scale(site)) > 1e-7:
             return False
         repeated = [v.producer() for v in anchor.inputs[1:3] if v is not None]
+        if q is not None and site.q.seam == site.q.stem:
+            anchor.replace_input_with(0, q[0])
         anchor.replace_input_with(1, k[0])
         anchor.replace_input_with(2, v[0])
         self.dead += [n for n in repeated if n is not None]
@@ -467,6 +476,48 @@ class _Editor:
         node.outputs[0].name = self.write.unique(f"{replacement.site.name}.attended")
         nodes.append(node)
         return node.outputs[0]
+
+    def _project_output(self, replacement: Replacement) -> tuple[list[str], float]:
+        """Give the output projection its new weight and bias; returns removed initializers, requantisation error."""
+        site, out = replacement.site, replacement.site.out
+        removed: list[str] = []
+        worst = 0.0
+        for part, name in () if out is None else (("weight", out.weight), ("bias", out.bias)):
+            array = replacement.tensors.get(f"out_{part}")
+            if array is None or name is None or out is None:
+                continue
+            old = self.value(name)
+            shaped = array.reshape(self.capture.flow.shape(name)) if part == "bias" else array
+            emitted = emit_like(
+                old,
+                shaped if part == "bias" or out.out_first else array.T,
+                f"{site.name}.out.{part}",
+                self.write.unique,
+            )
+            new = emitted.value if emitted.nodes else self._share(emitted.value)
+            reader = self.capture.nodes[out.node]
+            last = self.value(out.output).producer()
+            self.graph.insert_before(reader, emitted.nodes)
+            for node in (reader, last):
+                for position, value in enumerate(node.inputs if node is not None else ()):
+                    if value is old and node is not None:
+                        node.replace_input_with(position, new)
+            for value in emitted.initializers:
+                if value.name and value.name not in self.graph.initializers and value.uses():
+                    self.graph.register_initializer(value)
+            removed += self._unread(old)
+            worst = max(worst, emitted.error)
+        return removed, worst
+
+    def _unread(self, value: ir.Value) -> list[str]:
+        """Remove a weight that nothing reads any more, with what made it; returns names of removed initializers."""
+        producer = value.producer()
+        if producer is not None:
+            return self._sweep([producer])
+        if value.name and value.name in self.graph.initializers and not value.uses():
+            del self.graph.initializers[value.name]
+            return [value.name]
+        return []
 
     # ------------------------------------------------------------ pieces
 

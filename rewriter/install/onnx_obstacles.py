@@ -14,7 +14,7 @@ def obstacle(capture: OnnxCapture, replacement: Replacement) -> str | None:
     """Why this site cannot be installed, None if it can."""
     site = replacement.site
     for role, operand in (("key", site.k), ("value", site.v), ("query", site.q)):
-        if role == "query" and not shares_projection(replacement):
+        if role == "query" and not feeds_queries(replacement):
             continue
         if unflattened_input(capture, operand) is None:
             return f"the {role} projection reads flattened tokens, and where batch and tokens were apart is not found"
@@ -31,6 +31,11 @@ def obstacle(capture: OnnxCapture, replacement: Replacement) -> str | None:
     if any(m.kind == "sinks" and len(capture.flow.shape(m.value or "")) != 4 for m in site.modifiers):
         return "its attention sinks are not laid out by batch, head and query"
     return None
+
+
+def feeds_queries(replacement: Replacement) -> bool:
+    """Whether queries get a projection anew: their weights change, or the projection they come from goes away."""
+    return "q_weight" in replacement.tensors or shares_projection(replacement)
 
 
 def shares_projection(replacement: Replacement) -> bool:

@@ -36,6 +36,8 @@ from rewriter.install.tensors import owned_parameter
 
 HINT = "rewrite its exported program instead: pass torch.export.export(model, ...)"
 
+TURNED = 'a forward that is kept takes heads merged by their mean alone: give this site a target with merge="mean"'
+
 Run = Callable[[], list[Any]]
 
 
@@ -52,10 +54,11 @@ def keep_forwards(
     `why`, by site name: what keeps their modules from being replaced. Returns what was done, and why the rest was
     not, both by site name. Sites that share a projection are edited together; what is refused is left as it was.
     """
+    refused = {r.site.name: f"{why[r.site.name]}; {TURNED}" for rs in groups.values() for r in rs if r.turned}
+    groups = {owner: rs for owner, rs in groups.items() if not any(r.turned for r in rs)}
     if not groups:
-        return {}, {}
+        return {}, refused
     saves: dict[str, bool] = {}
-    refused: dict[str, str] = {}
     records = record_calls(model, dict.fromkeys(p for owner in groups for p in _outwards(owner)), args, kwargs)
     for members in _sharing(groups):
         replacements = [r for owner in members for r in groups[owner]]

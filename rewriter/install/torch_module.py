@@ -163,9 +163,10 @@ def _layer_index(original: nn.Module) -> int | None:
 def _check_grouping(
     proof: RewrittenMixer, mixer: RewrittenMixer, after: MixerParameters, record: CallRecord, owner: str
 ) -> None:
-    """The new mixer must equal the old form with each new head repeated for its group."""
+    """The new mixer must equal the old form with the new queries and each new head repeated for its group."""
     heads = mixer.spec.kv_heads
     repeats = proof.spec.kv_heads // heads
+    proof.q_proj = mixer.q_proj
 
     def wide(tensor: Tensor | None) -> nn.Parameter | None:
         if tensor is None:

@@ -22,7 +22,8 @@ class SiteRow:
         floor: the same error with the site's output zeroed, so that `error` means something; None if not measured.
         requantised: largest error that storing new weights as integers made, as a part of the largest weight; 0 where
             weights are stored as floats, None outside .onnx files.
-        note: what the step does not save, and why; "" where it saves all that its target does.
+        merge: how heads became one: "mean", "aligned" or "joint".
+        notes: what was done otherwise than `merge` says, or is not saved, and why.
     """
 
     name: str
@@ -32,7 +33,8 @@ class SiteRow:
     error: float | None = None
     floor: float | None = None
     requantised: float | None = None
-    note: str = ""
+    merge: str = "mean"
+    notes: tuple[str, ...] = ()
 
     @property
     def step(self) -> str:
@@ -52,7 +54,8 @@ class SiteRow:
             "error": self.error,
             "floor": self.floor,
             "requantised": self.requantised,
-            "note": self.note,
+            "merge": self.merge,
+            "notes": list(self.notes),
         }
 
 
@@ -123,10 +126,10 @@ class RewriteReport:
     def _body(self) -> list[str]:
         lines: list[str] = []
         if self.sites:
-            header = ("site", "from", "to", "step", "error", "floor")
+            header = ("site", "from", "to", "merge", "step", "error", "floor")
             lines += _columns([header, *(_site_cells(row) for row in self.sites)])
             lines += requantised_line([row.requantised for row in self.sites])
-            lines += [f"{printable(row.name)} {printable(row.note)}" for row in self.sites if row.note]
+            lines += [printable(f"{row.name}: {note}") for row in self.sites for note in row.notes]
         lines += [f"refused {printable(row.name)}: {printable(row.reason)}" for row in self.refused]
         lines += _columns(
             [
@@ -159,7 +162,7 @@ def number(value: float | None) -> str:
 
 
 def _site_cells(row: SiteRow) -> tuple[str, ...]:
-    return printable(row.name), row.before, row.after, row.step, number(row.error), number(row.floor)
+    return printable(row.name), row.before, row.after, row.merge, row.step, number(row.error), number(row.floor)
 
 
 def _change_cells(change: Change) -> tuple[str, str, str]:

@@ -77,11 +77,14 @@ def _site_cells(site: Row) -> tuple[object, ...]:
 
 def rewrite(done: Row) -> RenderableType:
     """What changed, what it cost and how far outputs moved."""
-    headers = ("site", "from", "to", "step", "error", "floor")
-    rows = ((s["name"], s["from"], s["to"], s["step"], number(s["error"]), number(s["floor"])) for s in done["sites"])
+    headers = ("site", "from", "to", "merge", "step", "error", "floor")
+    rows = (
+        (s["name"], s["from"], s["to"], s["merge"], s["step"], number(s["error"]), number(s["floor"]))
+        for s in done["sites"]
+    )
     parts: list[RenderableType] = [Text(printable(f"target {done['target']}")), table(headers, rows)]
     parts += [Text(line) for line in requantised_line([s.get("requantised") for s in done["sites"]])]
-    parts += [Text(printable(f"{s['name']} {s['note']}")) for s in done["sites"] if s.get("note")]
+    parts += [Text(printable(f"{s['name']}: {note}")) for s in done["sites"] for note in s["notes"]]
     costs = ("parameters", "kv_bytes_per_token", "flops")
     parts.append(table(("", "before", "after", "ratio"), (_cost_cells(name, done.get(name)) for name in costs)))
     parts.append(fidelity(done.get("fidelity")))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import coverage, kernels, rows
+from benchmarks import coverage, fidelity, kernels, rows
 from benchmarks.attentions import DOORS, Outcome
 from benchmarks.peers import PeerResult, model_type
 
@@ -114,3 +114,24 @@ def test_kernels_beside_their_peers(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert all(row["peer_differs_by"] < 1e-4 for row in written["rows"] if row["name"] == "time")
     assert {row["name"] for row in written["rows"]} >= {"time", "error", "share of the machine's read bandwidth"}
     assert "## Kernels" in page.read_text()
+
+
+@pytest.mark.slow
+def test_fidelity_of_one_model(tmp_path: Path) -> None:
+    target = tmp_path / "fidelity.json"
+    code = fidelity.main(
+        ["--quick", "--only", "minilm", "--json", str(target), "--markdown", str(tmp_path / "page.md")]
+    )
+    assert code == 0
+    written = json.loads(target.read_text())
+    assert set(written["machine"]) >= MACHINE
+    found = {r["case"]: r for r in written["rows"]}
+    assert all(set(r) >= ROW for r in found.values())
+    for ratio in ("kv 1/2", "kv MQA"):
+        cosines = [found[f"{ratio}, {m}"]["ours"] for m in ("mean", "aligned", "joint", "joint + refit, 256 sentences")]
+        assert cosines == sorted(cosines), "each merge keeps more than the one before"
+    assert "## Fidelity" in (tmp_path / "page.md").read_text()
+
+
+def test_an_unknown_part_is_a_usage_error() -> None:
+    assert fidelity.main(["--only", "no-such-part"]) == 2

@@ -185,8 +185,7 @@ def test_rewrite_json(model: Path, tmp_path: Path, fake: Fake, capsys: Capture) 
     assert (found["target"], found["input"], found["output"]) == ("gqa2", str(model), str(out))
     assert found["sites"][0] == {
         "name": "layer.0", "step": "lossy", "from": "mha4", "to": "gqa2", "exact": False, "error": 0.25, "floor": 1.5,
-        "requantised": None,
-        "note": "",
+        "requantised": None, "merge": "mean", "notes": [],
     }  # fmt: skip
     assert found["kv_bytes_per_token"] == {"before": 64, "after": 32}
     assert found["fidelity"] == {"max_abs": 0.5, "cosine": 0.9, "kl": 0.01}
@@ -199,8 +198,8 @@ def test_rewrite_table(model: Path, tmp_path: Path, fake: Fake, capsys: Capture)
     fake("optimize", Rewritten(fidelity=Fidelity(0.5, 0.9)))
     assert run(["rewrite", str(model), str(tmp_path / "o.onnx"), "-t", "gqa2"]) == 0
     out = capsys.readouterr().out
-    assert any(line.split() == ["layer.0", "mha4", "gqa2", "lossy", "0.25", "1.5"] for line in out.splitlines())
-    assert any(line.split() == ["layer.1", "mha4", "gqa2", "exact", "-", "-"] for line in out.splitlines())
+    assert any(line.split() == ["layer.0", "mha4", "gqa2", "mean", "lossy", "0.25", "1.5"] for line in out.splitlines())
+    assert any(line.split() == ["layer.1", "mha4", "gqa2", "mean", "exact", "-", "-"] for line in out.splitlines())
     assert "cosine 0.9" in out and "0.500" in out
 
 
@@ -218,12 +217,25 @@ def test_rewrite_options_reach_the_library(model: Path, tmp_path: Path, fake: Fa
         assert run([*common, "--calibration", str(file), *extra]) == 0
     given = [kwargs["calibration"] for _, kwargs in calls]
     assert given[0] == ["one", "two"] and given[1].tolist() == [[0, 1, 2], [3, 4, 5]]
-    assert given[2]["input_ids"].shape == (2, 3)
+    assert given[2][0]["input_ids"].shape == (2, 3)
     assert calls[0][1]["verify"] is False and calls[0][1]["kernels"] == "off"
     assert done.saved[0][1] == {"external_data": "never"}
     assert run([*common, "--calibration", str(tmp_path / "none.txt")]) == 2
     (tmp_path / "bad.npy").write_text("no array")
     assert run([*common, "--calibration", str(tmp_path / "bad.npy")]) == 2
+
+
+def test_a_merge_becomes_part_of_the_target(model: Path, tmp_path: Path, fake: Fake, capsys: Capture) -> None:
+    from passes.targets import GroupedQuery
+
+    calls = fake("optimize", Rewritten())
+    common = ["rewrite", str(model), str(tmp_path / "o.onnx"), "-t", "gqa2"]
+    for merge in ("mean", "aligned", "joint"):
+        assert run([*common, "--merge", merge]) == 0
+    assert [target for (_, target), _ in calls] == [GroupedQuery(2, m) for m in ("mean", "aligned", "joint")]
+    assert run([*common, "--merge", "guess"]) == 2
+    assert run(["rewrite", str(model), str(tmp_path / "o.onnx"), "-t", "none", "--merge", "joint"]) == 0
+    assert calls[-1][0][1] == "none", "unknown names are left for the library to refuse"
 
 
 def test_a_directory_is_saved_as_one(tmp_path: Path, fake: Fake) -> None:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import rewriter
-from rewriter.errors import UnsupportedModel
+from passes.targets import GroupedQuery
+from rewriter.errors import NothingToRewrite, UnsupportedModel
 from rewriter.install.repeated_projection import RepeatedProjection, repeated
 from rewriter.install.shared_cache import CacheView, SharedHeads, sharers
 from tests.targets.lossless_twin import distance, legal_pool, tied
@@ -83,14 +84,16 @@ def test_a_tied_twin_is_rewritten_without_loss_and_a_perturbed_one_is_not(name: 
     report = new.rewrite_report
     assert report.refused == () and len(report.sites) == case.sites
     assert all(row.exact for row in report.sites)
-    assert any(row.note.startswith(KEEPS) for row in report.sites) and KEEPS in str(report)
+    assert any(note.startswith(KEEPS) for row in report.sites for note in row.notes) and KEEPS in str(report)
     for size in (FIRST, SECOND, (1, 5, 2)):
         assert distance(case.run(new, case.inputs(*size)), case.run(module, case.inputs(*size))) < EXACT
     assert report.parameters.before == sum(p.numel() for p in module.parameters())
     assert report.parameters.after == sum(p.numel() for p in new.parameters()) < report.parameters.before
     assert (report.flops.after < report.flops.before) is (name in SAVES_WORK)
     assert all(
-        ("still projected to all heads" in row.note) is (name == "ibert-eager") for row in report.sites if row.note
+        ("still projected to all heads" in note) is (name == "ibert-eager")
+        for row in report.sites
+        for note in row.notes
     )
     assert {k: t.shape for k, t in module.state_dict().items()} == {k: t.shape for k, t in before.items()}
     assert all(torch.equal(t, before[k]) for k, t in module.state_dict().items()), "the original was changed"
@@ -219,7 +222,7 @@ def test_encoder_decoders_generate_with_shared_self_and_cross_attention(name: st
     case = ZOO[name]
     module, new = optimized(case)
     report = new.rewrite_report
-    assert len(report.sites) == case.sites and all((KEEPS in row.note) is kept for row in report.sites)
+    assert len(report.sites) == case.sites and all((KEEPS in " ".join(row.notes)) is kept for row in report.sites)
     assert torch.equal(generated(new, case, **WAYS[way]), generated(module, case, **WAYS[way]))
     assert (heads_cached(module, case), heads_cached(new, case)) == ({HEADS}, {HEADS // 2})
     worse = tied(case)
@@ -327,8 +330,9 @@ def test_projections_may_be_stored_in_any_way(how: str, alone: bool) -> None:
     x = torch.randn(2, 6, WIDTH, generator=torch.Generator().manual_seed(1))
     new = rewriter.optimize(holder, "gqa2", example_inputs=(x, angles(6)))
     (row,) = new.rewrite_report.sites
-    assert row.exact and row.note.startswith(KEEPS)
-    assert ("still projected" not in row.note) is STORED[how]
+    (note,) = row.notes
+    assert row.exact and note.startswith(KEEPS)
+    assert ("still projected" not in note) is STORED[how]
     assert new.rewrite_report.parameters.after == sum(p.numel() for p in new.parameters())
     longer = torch.randn(3, 9, WIDTH, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
@@ -406,3 +410,13 @@ def test_a_forward_that_torch_export_refuses_is_traced_instead() -> None:
             given = (torch.randn(3, length, WIDTH), torch.randn(3, 6, WIDTH))
             assert distance(new(*given, mask(length)), module(*given, mask(length))) < EXACT
             assert distance(new(*given, mask(length)), new(*given)) > MOVED
+
+
+def test_a_kept_forward_takes_no_merge_that_turns_queries() -> None:
+    """Keys and values alone would be wrong without the queries and the output that go with them."""
+    module = Stored(next(iter(STORED))).eval()
+    x = (torch.randn(2, 6, WIDTH, generator=torch.Generator().manual_seed(1)), angles(6))
+    with pytest.raises(NothingToRewrite, match='merge="mean"'):
+        rewriter.optimize(Holder(module), GroupedQuery(2, merge="joint"), example_inputs=x)
+    done = rewriter.optimize(Holder(module), GroupedQuery(2), example_inputs=x)
+    assert [row.merge for row in done.rewrite_report.sites] == ["mean"]

@@ -136,7 +136,7 @@ def test_a_site_that_keeps_its_attention_says_why_in_the_module_and_in_the_graph
 
 def _check_notes(report: RewriteReport, why: str | None) -> None:
     """Some site keeps its attention for this reason and all others are rewritten whole; none does if `why` is None."""
-    notes = [row.note for row in report.sites if row.note]
+    notes = [note for row in report.sites for note in row.notes]
     assert bool(notes) is (why is not None), "the table of what is kept is wrong"
     assert all(note.startswith(KEEPS) and why is not None and why in note for note in notes)
 

@@ -97,7 +97,7 @@ def test_a_graph_with_folded_queries_is_rewritten(fused: bool, mask: str) -> Non
                 parameter[DIM:] = parameter[:DIM]
     program = torch.export.export(module, (features(),), strict=False)
     new = rewriter.optimize(program, "mqa")
-    assert new.rewrite_report.sites[0].exact and not new.rewrite_report.sites[0].note
+    assert new.rewrite_report.sites[0].exact and not new.rewrite_report.sites[0].notes
     with torch.no_grad():
         assert distance(new.module()(features()), module(features())) < 1e-5
         module.v.weight[-1] += 1.0

@@ -36,12 +36,21 @@ def tied(case: ZooCase, *, perturbed: bool = False) -> nn.Module:
     return module
 
 
-def twin_file(case: ZooCase, path: Path, out: Path, *, perturbed: bool = False, absent: str | None = None) -> Path:
-    """Write the twin of the export at `path` to `out`; fails unless every changed parameter was found in the file.
+def twin_file(
+    case: ZooCase,
+    path: Path,
+    out: Path,
+    *,
+    perturbed: bool = False,
+    absent: str | None = None,
+    module: nn.Module | None = None,
+) -> Path:
+    """Write the twin of the export at `path` (or `module`) to `out`; fails unless every changed parameter was found in
+    the file.
 
     Where the file holds only a part of the model, parameters whose names match `absent` must not be in it.
     """
-    old, new = case.build(), tied(case, perturbed=perturbed)
+    old, new = case.build(), tied(case, perturbed=perturbed) if module is None else module
     changed = {
         name: (before.detach().numpy(), after.detach().numpy())
         for (name, before), after in zip(old.named_parameters(), new.parameters(), strict=True)

@@ -1,0 +1,249 @@
+"""How near a rewritten model stays to its original: merge x ratio x calibration size, beside the zero floor.
+
+``python -m benchmarks.fidelity [--quick] [--json F] [--markdown F] [--only minilm,smollm2,twin]``
+
+MiniLM: mean cosine of sentence embeddings with the original's, on lines of a play that calibration has not seen.
+SmolLM2: perplexity relative to the original's on held-out text, and the largest change of a logit for its twin whose
+heads are turned copies of each other. The floor is the same model with every selected attention's output zeroed.
+Calibration and held-out text are different plays; no gradient step is taken anywhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import rewriter
+from benchmarks.machine import machine
+from benchmarks.rows import Row, markdown_table, put_section, write_json
+from passes.targets import GroupedQuery
+from rewriter.demo.perplexity import perplexity
+from rewriter.demo.weights import minilm, play, smollm2, smollm2_twin
+
+CALIBRATION, HELD_OUT = ("lear", "macbeth", "othello"), "hamlet"
+WINDOW = 512
+LOGIT_GOAL = 1e-3
+
+
+@dataclass(frozen=True)
+class Merge:
+    """One way to merge: its name in the table, the target's merge, and how much calibration it gets."""
+
+    name: str
+    method: str | None
+    calibration: int
+
+    @property
+    def case(self) -> str:
+        return f"{self.name}, {self.calibration} calibration tokens" if self.calibration else self.name
+
+
+WEIGHT_ONLY = (Merge("mean", "mean", 0), Merge("aligned", "aligned", 0), Merge("joint", "joint", 0))
+
+
+# ------------------------------------------------------------ MiniLM
+
+
+def sentences(plays: Sequence[str], count: int, seed: int) -> list[str]:
+    """Lines of 30 to 80 characters, drawn without replacement."""
+    lines = [s for name in plays for line in play(name).splitlines() if 30 < len(s := line.strip()) < 80]
+    order = torch.randperm(len(lines), generator=torch.Generator().manual_seed(seed))[:count]
+    return [lines[i] for i in order]
+
+
+def minilm_rows(quick: bool) -> Iterator[Row]:
+    model, tokenizer = minilm()
+    batch = dict(tokenizer(sentences([HELD_OUT], 64 if quick else 256, 1), padding=True, return_tensors="pt"))
+    wished = _embedded(model, batch)
+    sizes = (256,) if quick else (128, 512, 2048)
+    for heads, ratio, goal in ((6, "1/2", 0.95), (3, "1/4", None), (1, "MQA", 0.82)):
+        if quick and heads == 3:
+            continue
+        floor = _cosine(wished, _embedded(_zeroed(model, "attention.output.dense"), batch))
+        merges = [*WEIGHT_ONLY, *(Merge("mean + refit", "mean", n) for n in sizes[-1:])]
+        merges += [Merge("joint + refit", "joint", n) for n in sizes]
+        for merge in merges:
+            texts = (sentences(CALIBRATION, merge.calibration, 0), tokenizer) if merge.calibration else None
+            start = time.perf_counter()
+            small = rewriter.optimize(model, _target(heads, merge), calibration=texts, verify=False)
+            seconds = time.perf_counter() - start
+            found = _cosine(wished, _embedded(small, batch))
+            best = goal if merge.name == "joint + refit" and merge.calibration == sizes[-1] else None
+            name = f"{merge.name}, {merge.calibration} sentences" if merge.calibration else merge.name
+            yield Row(
+                "minilm cosine", f"kv {ratio}, {name}", found, floor, "attention zeroed", "cosine", found / floor,
+                best, None if best is None else found >= best, {"seconds": round(seconds, 1)},
+            )  # fmt: skip
+
+
+def _embedded(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Mean over real tokens, normalised: how the model is used."""
+    with torch.no_grad():
+        states: Tensor = model(**batch).last_hidden_state
+    mask = batch["attention_mask"][..., None]
+    return nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
+
+
+def _cosine(a: Tensor, b: Tensor) -> float:
+    return float((a * b).sum(-1).mean())
+
+
+def _target(heads: int, merge: Merge) -> GroupedQuery:
+    return GroupedQuery(heads, merge.method)  # type: ignore[arg-type]
+
+
+def _zeroed(model: nn.Module, suffix: str, layers: Callable[[str], bool] = lambda name: True) -> nn.Module:
+    """A copy whose output projections (by the end of their names) give nothing."""
+    copied = copy.deepcopy(model)
+    for name, module in copied.named_modules():
+        if name.endswith(suffix) and layers(name):
+            for parameter in module.parameters():
+                nn.init.zeros_(parameter)
+    return copied
+
+
+# ------------------------------------------------------------ SmolLM2
+
+
+def smollm2_rows(quick: bool) -> Iterator[Row]:
+    model, tokenizer = smollm2()
+    held = _ids(tokenizer, HELD_OUT, 2 if quick else 8)
+    base = perplexity(model, held)
+    count = 8 if quick else 16
+    calibration = torch.cat([_ids(tokenizer, name, -(-count // 3)) for name in CALIBRATION])[: count * WINDOW]
+    jobs = (
+        [("last 8 layers", "-8:", 1.15)] if quick else [("last 8 layers", "-8:", 1.15), ("all 30 layers", "all", 3.0)]
+    )
+    merges = [WEIGHT_ONLY[0], Merge("joint + refit", "joint", len(calibration))]
+    merges = merges if quick else [*WEIGHT_ONLY, Merge("mean + refit", "mean", len(calibration)), merges[1]]
+    for case, layers, goal in jobs:
+        first = 0 if layers == "all" else 22
+        zeroed = _zeroed(model, "o_proj", lambda name, first=first: int(name.split(".")[2]) >= first)
+        floor = perplexity(zeroed, held) / base
+        del zeroed
+        for merge in merges:
+            start = time.perf_counter()
+            small = rewriter.optimize(
+                model, _target(1, merge), layers=layers, verify=False,
+                calibration=calibration if merge.calibration else None,
+            )  # fmt: skip
+            seconds = time.perf_counter() - start
+            found = perplexity(small, held) / base
+            wanted = goal if merge.name == "joint + refit" else None
+            yield Row(
+                "smollm2 mqa perplexity / base", f"{case}, {merge.case}", found, floor, "attention zeroed", "ratio",
+                floor / found, wanted, None if wanted is None else found <= wanted,
+                {"base": base, "seconds": round(seconds, 1)},
+            )  # fmt: skip
+
+
+def _ids(tokenizer: Any, name: str, windows: int) -> Tensor:
+    ids: Tensor = tokenizer(play(name), return_tensors="pt", verbose=False).input_ids[0]
+    return ids[: windows * WINDOW]
+
+
+# ------------------------------------------------------------ the turned twin
+
+
+def twin_rows(quick: bool) -> Iterator[Row]:
+    """SmolLM2 with 9 key/value heads, copies of 3, each turned by rotations of its own, undone in q and o."""
+    model, tokenizer = smollm2()
+    twin = turned_twin(model)
+    del model
+    ids = _ids(tokenizer, HELD_OUT, 1)[: 128 if quick else WINDOW][None]
+    with torch.no_grad():
+        before = twin(ids).logits
+        floor = float((twin(ids).logits - _zeroed(twin, "o_proj")(ids).logits).abs().max())
+    for merge in WEIGHT_ONLY:
+        small = rewriter.optimize(twin, _target(3, merge), verify=False)
+        with torch.no_grad():
+            moved = float((small(ids).logits - before).abs().max())
+        exact = merge.name != "mean"
+        yield Row(
+            "smollm2 turned twin, largest change", f"9 -> 3, {merge.name}", moved, floor, "attention zeroed", "logit",
+            floor / max(moved, 1e-12), LOGIT_GOAL if exact else None, moved <= LOGIT_GOAL if exact else None,
+            {"exact": all(s.exact for s in small.rewrite_report.sites)},
+        )  # fmt: skip
+
+
+def turned_twin(model: Any, seed: int = 0) -> Any:
+    """The multi-head twin with heads turned at random: each rotary frequency of a key by an angle, values by any
+    orthogonal matrix. What it computes stays the same up to float32."""
+    twin: Any = smollm2_twin(model)
+    generator = torch.Generator().manual_seed(seed)
+    heads = int(twin.config.num_attention_heads)
+    for layer in twin.model.layers:
+        attention = layer.self_attn
+        dim = attention.head_dim
+        with torch.no_grad():
+            q, k, v = (p.weight.view(heads, dim, -1) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
+            o = attention.o_proj.weight.view(-1, heads, dim)
+            for h in range(heads):
+                angles = torch.rand(dim // 2, generator=generator, dtype=torch.float64) * 6.28
+                cos, sin = torch.diag(angles.cos()), torch.diag(angles.sin())
+                turn = torch.cat([torch.cat([cos, -sin], 1), torch.cat([sin, cos], 1)])
+                free = torch.linalg.qr(torch.randn(dim, dim, generator=generator, dtype=torch.float64))[0]
+                q[h], k[h], v[h] = ((t @ w[h].double()).float() for t, w in ((turn, q), (turn, k), (free, v)))
+                o[:, h] = (o[:, h].double() @ free.T).float()
+    return twin
+
+
+# ------------------------------------------------------------ command line
+
+
+PARTS: dict[str, Callable[[bool], Iterator[Row]]] = {"minilm": minilm_rows, "twin": twin_rows, "smollm2": smollm2_rows}
+
+
+def document(rows: Sequence[Row], quick: bool) -> str:
+    where = machine()
+    lines = [[r.name, r.case, r.ours, r.peer, r.goal, r.ok, r.more.get("seconds")] for r in rows]
+    header = ["what", "case", "measured", "attention zeroed", "goal", "met", "s"]
+    size = "--quick: small samples" if quick else "all cases"
+    note = (
+        f"{where['processor']}, {where['cores']} cores, {where['torch_threads']} torch threads, load "
+        f"{where['load_before'][0]}; {size}. Calibrated on {', '.join(CALIBRATION)}, measured on {HELD_OUT}; no "
+        "gradient step."
+    )
+    return f"{note}\n\n{markdown_table(header, lines)}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parse(arguments)
+    chosen = [name for name in PARTS if not options.only or name in options.only.split(",")]
+    if not chosen:
+        print("no such part", file=sys.stderr)
+        return 2
+    rows: list[Row] = []
+    for name in chosen:
+        for row in PARTS[name](options.quick):
+            rows.append(row)
+            print(f"{row.name} | {row.case} | {row.ours:.4g}", file=sys.stderr, flush=True)
+    text = document(rows, options.quick)
+    print(text)
+    if options.markdown:
+        put_section(options.markdown, "Fidelity", text)
+    if options.json:
+        write_json(options.json, rows)
+    return 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.fidelity", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="fewer cases and smaller samples; under 5 minutes")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--markdown", type=Path, help="the file whose section Fidelity is replaced")
+    parser.add_argument("--only", default="", help=f"only these parts, by comma: {', '.join(PARTS)}")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,190 @@
+"""Merging with calibration: layer after layer, on what the layers before it have become.
+
+Two runs of every batch go forward together. The teacher is the original; the student has every site so far replaced.
+At a site the statistics are taken of the student's activations, heads are merged, and the output projection is refitted
+by least squares: what the merged heads now give against what the teacher's attention gave. The student then goes on
+from there. So errors do not add up unseen, and nothing but one layer's activations is held at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from passes.activations import Activations, activations, wanted
+from passes.dataflow import Array, Flow, Value
+from passes.match.attention import Matches
+from passes.plan import Step
+from passes.protocols import Probe, Trial
+from passes.site import AttentionSite
+from passes.targets.freedom import freedom_of
+from passes.targets.grouped_query import merge_site, tied
+from passes.targets.replacement import Replacement
+from passes.weights.group import Moments
+from passes.weights.merge import Freedom, Merged, contiguous, readers
+from passes.weights.moments import MomentSums
+from passes.weights.projection import SiteWeights, site_weights
+from passes.weights.refit import NormalEquations
+
+SLOW = 1.0
+"""Radians over a calibration sequence up to which a rotating pair is merged as if it stood still."""
+
+
+def calibrated(
+    flow: Flow, matches: Matches, steps: Sequence[Step], probe: Probe, tell: Callable[[str], None] | None = None
+) -> tuple[Replacement, ...]:
+    """A replacement for each step, in order; `tell` is called with each site's name.
+
+    Raises KeyError if a site's values cannot be followed through the program.
+    """
+    pair = _Pair(flow, matches, probe)
+    done: dict[str, Replacement] = {}
+    pooled: dict[tuple[Value, Value], Merged] = {}
+    for step in sorted(steps, key=lambda s: s.site.anchor):
+        if tell is not None:
+            tell(step.site.name)
+        done[step.site.name] = _step(pair, step, pooled, steps)
+    return tuple(done[step.site.name] for step in steps)
+
+
+class _Pair:
+    """Teacher and student runs of all batches, side by side."""
+
+    def __init__(self, flow: Flow, matches: Matches, probe: Probe) -> None:
+        self.flow, self.matches, self.probe = flow, matches, probe
+        self.teachers: Sequence[Trial] = probe.trials()
+        self.students: Sequence[Trial] = probe.trials()
+
+    def sharing(self, site: AttentionSite) -> list[AttentionSite]:
+        mine = {site.k.projection.weight, site.v.projection.weight}
+        return [s for s in self.matches.sites if mine & {s.k.projection.weight, s.v.projection.weight}]
+
+    def freedom(self, site: AttentionSite) -> Freedom:
+        return freedom_of(self.flow, site, self.matches.evidence[site.name], self.sharing(site))
+
+    def see(
+        self, site: AttentionSite, weights: SiteWeights, runs: Sequence[Trial]
+    ) -> tuple[list[Activations], list[Array]]:
+        """(activations, what the output projection gave) of each batch; the runs then stand behind the site."""
+        assert site.out is not None
+        evidence = self.matches.evidence[site.name]
+        names = (wanted(site, evidence) - set(self.flow.weights)) | {site.out.output}
+        seen = [run.advance(site.out.output, names) for run in runs]
+        looked = [activations(self.flow, site, evidence, weights, values) for values in seen]
+        return looked, [values[site.out.output] for values in seen]
+
+
+def _step(pair: _Pair, step: Step, pooled: dict[tuple[Value, Value], Merged], steps: Sequence[Step]) -> Replacement:
+    site, target = step.site, step.target
+    if tied(pair.flow, site, target.kv_heads):
+        return target.pooled(pair.flow, site)
+    method = target.method(True)
+    weights, freedom = site_weights(pair.flow, site), pair.freedom(site)
+    if site.out is None or weights.out is None:  # nowhere to put what changes: the closed form without statistics
+        return target.merged(pair.flow, site, merge_site(pair.flow, site, target, freedom, method=method), method)
+    plain = merge_site(pair.flow, site, target, freedom, method=method)
+    if plain.exact:  # turned copies of each other need no statistics, and lose nothing
+        return target.merged(pair.flow, site, plain, method)
+    key = (site.k.projection.weight, site.v.projection.weight)
+    shared = len(pair.sharing(site)) > 1
+    if shared and key not in pooled:
+        pooled[key] = _pooled(pair, step, freedom, weights, [s for s in steps if s.site in pair.sharing(site)])
+    reference = [t.advance(site.out.output, {site.out.output})[site.out.output] for t in pair.teachers]
+    looked, _ = pair.see(site, weights, pair.students)
+    if shared:
+        merged = pooled[key]
+    else:
+        freedom = replace(freedom, slow=_slow(site, looked))
+        merged = merge_site(pair.flow, site, target, freedom, _moments(step, weights, looked), method=method)
+        merged = _refitted(site, merged, looked, reference)
+    for run, look, before in zip(pair.students, looked, reference, strict=True):
+        run.put(site.out.output, _output(site, merged.weights, look, before))
+    return target.merged(pair.flow, site, merged, method)
+
+
+def _pooled(pair: _Pair, step: Step, freedom: Freedom, weights: SiteWeights, unit: Sequence[Step]) -> Merged:
+    """Sites that share weights are merged once, by the teacher's statistics at all of them."""
+    runs = pair.probe.trials()
+    seen: list[Activations] = []
+    for other in sorted((s.site for s in unit), key=lambda s: s.anchor):
+        seen += pair.see(other, weights, runs)[0]
+    moments = _moments(step, weights, seen)
+    method = step.target.method(True)
+    freedom = replace(freedom, slow=_slow(step.site, seen))
+    return merge_site(pair.flow, step.site, step.target, freedom, moments, method=method)
+
+
+def _moments(step: Step, weights: SiteWeights, looked: Sequence[Activations]) -> list[Moments]:
+    site = step.site
+    groups = contiguous(site.kv_heads, step.target.kv_heads)
+    reading = readers(groups, site.group)
+    sums = [MomentSums() for _ in groups]
+    for look in looked:
+        q, k, v = look.queries(weights), look.keys(weights), look.values(weights)
+        for members, heads, total in zip(groups, reading, sums, strict=True):
+            total.add(
+                q[:, heads],
+                _stacked(k[:, list(members)]),
+                _stacked(v[:, list(members)]),
+                look.weights[:, heads],
+                look.shown,
+                look.asking,
+            )
+    return [total.moments() for total in sums]
+
+
+def _stacked(heads: Array) -> Array:
+    """[B, m, T, D] -> [B, T, m D]."""
+    return np.asarray(heads.transpose(0, 2, 1, 3).reshape(heads.shape[0], heads.shape[2], -1))
+
+
+def _slow(site: AttentionSite, looked: Sequence[Activations]) -> tuple[int, ...]:
+    """Features of pairs that hardly turn over any calibration sequence, slowest first."""
+    if site.k.rotary is None or site.qk_norm:
+        return ()
+    turns = np.max([look.largest_turn() for look in looked], axis=0)
+    partner = site.k.rotary.partner
+    pairs = [(d, partner[d]) for d in range(len(partner)) if d < partner[d]]
+    return tuple(d for i in np.argsort(turns, kind="stable") if turns[i] <= SLOW for d in pairs[i])
+
+
+def _refitted(site: AttentionSite, merged: Merged, looked: Sequence[Activations], reference: Sequence[Array]) -> Merged:
+    """The output projection that answers the merged heads best, near the closed form's."""
+    weights = merged.weights
+    assert weights.out is not None
+    equations = NormalEquations()
+    constant = weights.out_bias is not None
+    for look, wished in zip(looked, reference, strict=True):
+        features = look.merged(weights)[look.asking]
+        if constant:
+            features = np.concatenate([features, np.ones((len(features), 1), features.dtype)], axis=1)
+        equations.add(features, _tokens(site, look, wished)[look.asking])
+    known = weights.out.transpose(1, 0, 2).reshape(weights.out.shape[1], -1)
+    if weights.out_bias is not None:
+        known = np.concatenate([known, weights.out_bias[:, None]], axis=1)
+    solved = equations.solve(known, constant=constant)
+    columns = solved[:, :-1] if constant else solved
+    out = columns.reshape(len(columns), site.heads, -1).transpose(1, 0, 2)
+    bias = solved[:, -1] if constant else None
+    return replace(merged, weights=replace(weights, out=out, out_bias=bias), refitted=True)
+
+
+def _output(site: AttentionSite, weights: SiteWeights, look: Activations, like: Array) -> Array:
+    """What the output projection gives with these weights, laid out as the program has it."""
+    assert weights.out is not None
+    columns = weights.out.transpose(1, 0, 2).reshape(weights.out.shape[1], -1)
+    result = look.merged(weights) @ columns.T.astype(np.float32)
+    if weights.out_bias is not None:
+        result = result + weights.out_bias.astype(np.float32)
+    ordered = result if site.q.batch_first else result.swapaxes(0, 1)
+    return np.asarray(ordered.reshape(like.shape))
+
+
+def _tokens(site: AttentionSite, look: Activations, output: Array) -> Array:
+    """[B, S, E] out of the output projection's result in whatever order its rows are."""
+    batch, tokens = look.asking.shape
+    if site.q.batch_first:
+        return output.reshape(batch, tokens, -1)
+    return np.asarray(output.reshape(tokens, batch, -1).swapaxes(0, 1))

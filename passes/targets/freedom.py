@@ -1,0 +1,82 @@
+"""What may be done to one attention's heads beyond averaging them, read off the site and its evidence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from passes.dataflow import Flow
+from passes.match.attention import Evidence
+from passes.match.operands import Traced
+from passes.site import AttentionSite, Projection
+from passes.weights.merge import Freedom
+
+_EVEN = 2e-2
+"""Spread up to which the factors on a head's features count as equal; half precisions round rotations."""
+
+
+def freedom_of(flow: Flow, site: AttentionSite, evidence: Evidence, sharing: Sequence[AttentionSite] = ()) -> Freedom:
+    """The freedom of one site. `sharing`: all sites that use the same weights, this one among them."""
+    alike = [s for s in sharing if s.name != site.name]
+    return Freedom(
+        partner=None if site.k.rotary is None else site.k.rotary.partner,
+        keys=_keys(flow, site, evidence, alike),
+        values=_values(flow, site, evidence, alike),
+        centred=all(m.kind not in {"softcap", "sinks"} for m in site.modifiers),
+    )
+
+
+def _keys(flow: Flow, site: AttentionSite, evidence: Evidence, alike: Sequence[AttentionSite]) -> str | None:
+    if site.k.norm is not None or site.q.norm is not None:
+        return "a norm stands between projection and score, which turned heads would not pass unchanged"
+    turns = [None if o.rotary is None else o.rotary.partner for o in (site.q, site.k)]
+    if turns[0] != turns[1]:
+        return "queries and keys are rotated differently"
+    for role, traced in (("query", evidence.q), ("key", evidence.k)):
+        if traced.tokens.offset is not None:
+            return f"a bias is added to the {role} heads after their projection"
+        if not _even(traced):
+            return f"the {role} features are scaled apart from each other"
+    if any(s.q.projection.weight != site.q.projection.weight for s in alike):
+        return "other attentions with queries of their own read the same keys"
+    return _shared(flow, site.q.projection, "query", len(alike) + 1)
+
+
+def _values(flow: Flow, site: AttentionSite, evidence: Evidence, alike: Sequence[AttentionSite]) -> str | None:
+    if site.v.norm is not None:
+        return "a norm follows the value projection"
+    if evidence.v.tokens.offset is not None:
+        return "a bias is added to the value heads after their projection"
+    if not _even(evidence.v):
+        return "the value features are scaled apart from each other"
+    if site.out is None:
+        return "no output projection reads the heads alone"
+    if not _plain(flow, site.out):
+        return "the output projection is not a plain matrix product"
+    if any(s.out is None or s.out.weight != site.out.weight for s in alike):
+        return "other attentions with output projections of their own read the same values"
+    return _shared(flow, site.out, "output", len(alike) + 1)
+
+
+def _plain(flow: Flow, projection: Projection) -> bool:
+    """Whether the projection is x @ W + b and nothing else."""
+    node = flow.nodes[projection.node]
+    scaled = any(node.attrs.get(name, 1.0) != 1.0 for name in ("alpha", "beta")) or node.attrs.get("transA", 0)
+    return node.op in {"MatMul", "Gemm", "Linear"} and len(flow.shape(projection.weight)) == 2 and not scaled
+
+
+def _even(traced: Traced) -> bool:
+    """Whether every feature of the heads is scaled by the same factor."""
+    own, other = traced.tokens.own, traced.tokens.other
+    size = np.abs(own) if other is None else np.sqrt(own**2 + other**2)
+    return bool(np.abs(size - size[..., :1]).max(initial=0.0) <= _EVEN * max(float(size.max(initial=0.0)), 1e-30))
+
+
+def _shared(flow: Flow, projection: Projection, role: str, users: int) -> str | None:
+    """Other readers of a weight would see it change."""
+    for value in (projection.weight, projection.bias):
+        weight = flow.weights.get(value) if value is not None else None
+        if weight is not None and weight.readers > users:
+            return f"the {role} projection's weight is read elsewhere too"
+    return None

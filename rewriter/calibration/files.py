@@ -1,0 +1,64 @@
+"""Calibration files of the command line: texts, token ids, or a model's named inputs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from passes.dataflow import Array
+from rewriter.calibration.batches import ROWS
+from rewriter.errors import UsageError
+
+KINDS = ".txt or .jsonl (texts), .npy (token ids), .npz or .safetensors (named inputs)"
+
+
+def read_calibration(path: Path) -> Any:
+    """What `optimize` takes as calibration.
+
+    .txt: one text a line. .jsonl: one JSON value a line, a text or an object with a key "text". .npy: integer ids.
+    .npz and .safetensors: the model's inputs by name; their first axis is cut into batches of 16 rows.
+
+    Raises UsageError for a missing, broken, empty or unknown file.
+    """
+    if not path.is_file():
+        raise UsageError(f"no such calibration file: {path}", hint="check the path")
+    from safetensors import SafetensorError
+
+    try:
+        found = _read(path)
+    except (ValueError, OSError, KeyError, TypeError, SafetensorError) as error:
+        raise UsageError(f"the calibration file {path} cannot be read: {error}", hint=f"give {KINDS}") from error
+    if not len(found):
+        raise UsageError(f"the calibration file {path} is empty", hint=f"give {KINDS}")
+    return found
+
+
+def _read(path: Path) -> Any:
+    if path.suffix == ".npy":
+        return np.load(path, allow_pickle=False)
+    if path.suffix == ".npz":
+        with np.load(path, allow_pickle=False) as arrays:
+            return _cut(dict(arrays))
+    if path.suffix == ".safetensors":
+        from safetensors.numpy import load_file
+
+        return _cut(load_file(path))
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if path.suffix == ".jsonl":
+        values = [json.loads(line) for line in lines]
+        return [str(v["text"]) if isinstance(v, dict) else str(v) for v in values]
+    if path.suffix == ".txt":
+        return lines
+    raise ValueError(f"unknown kind {path.suffix!r}")
+
+
+def _cut(inputs: Mapping[str, Array]) -> list[dict[str, Array]]:
+    """Batches of a few rows; arrays must have equally many."""
+    if len({len(a) for a in inputs.values()}) != 1:
+        raise ValueError("the arrays have different numbers of rows")
+    rows = len(next(iter(inputs.values())))
+    return [{k: a[i : i + ROWS] for k, a in inputs.items()} for i in range(0, rows, ROWS)]
