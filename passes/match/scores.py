@@ -231,7 +231,7 @@ class _Backward:
 
     def _free_operand(self, node: Node) -> Value | None:
         """The one of a contraction's operands that no fed data reaches, if the other is made of hidden states."""
-        if node.op not in CONTRACTIONS or len(node.inputs) < 2:
+        if node.op not in CONTRACTIONS or node.op == "QLinearMatMul" or len(node.inputs) < 2:
             return None
         free = [v for v in node.inputs[:2] if not self.flow.is_fed(v)]
         return free[0] if len(free) == 1 else None

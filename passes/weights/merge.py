@@ -54,6 +54,7 @@ class Merged:
         lost_keys, lost_values: worst over groups of what a merge of this form could not keep; None where averaged.
         notes: operands that were averaged, and why.
         refitted: the output projection has been refitted since.
+        sampled: losses are of calibration data; other inputs may lose more.
     """
 
     weights: SiteWeights
@@ -62,6 +63,7 @@ class Merged:
     lost_values: float | None
     notes: Mapping[str, str] = field(default_factory=dict)
     refitted: bool = False
+    sampled: bool = False
 
     @property
     def in_place(self) -> bool:
@@ -75,9 +77,9 @@ class Merged:
 
     @property
     def exact(self) -> bool:
-        """Whether nothing but roundings is lost."""
+        """Whether nothing but roundings is lost, on whatever input."""
         losses = (self.lost_keys, self.lost_values)
-        return all(lost is not None and lost <= EXACT for lost in losses)
+        return not self.sampled and all(lost is not None and lost <= EXACT for lost in losses)
 
 
 def contiguous(kv_heads: int, groups: int) -> tuple[tuple[int, ...], ...]:
@@ -138,7 +140,7 @@ def merge_heads(
     )
     lost_keys = None if "keys" in notes or method == "mean" else max(k.lost for k in keys)
     lost_values = None if "values" in notes or method == "mean" else max(v.lost for v in values)
-    return Merged(merged, tuple(order), lost_keys, lost_values, notes)
+    return Merged(merged, tuple(order), lost_keys, lost_values, notes, sampled=moments is not None)
 
 
 def _notes(weights: SiteWeights, method: Method, freedom: Freedom) -> dict[str, str]:
