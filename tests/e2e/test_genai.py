@@ -7,9 +7,6 @@ its own that borrows everything else.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +15,8 @@ import torch
 
 from rewriter import optimize
 from rewriter.demo.weights import smollm2
+from tests.e2e.borrowed_environment import make, run
 
-ROOT = Path(__file__).resolve().parents[2]
 NEW_TOKENS = 12
 
 GENERATE = """
@@ -41,15 +38,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def genai_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The interpreter of an environment with onnxruntime-genai."""
-    home = tmp_path_factory.mktemp("genai")
-    subprocess.run([sys.executable, "-m", "venv", str(home)], check=True)
-    python = home / "bin" / "python"
-    wanted = ["onnxruntime-genai", "onnxruntime", "--no-deps", "--constraint", str(ROOT / "constraints.txt")]
-    subprocess.run([str(python), "-m", "pip", "install", "--quiet", *wanted], check=True, timeout=600)
-    (folder,) = home.glob("lib/python*/site-packages")
-    (folder / "borrowed.pth").write_text(sysconfig.get_paths()["purelib"])
-    return python
+    return make(tmp_path_factory.mktemp("genai"), ["onnxruntime-genai", "onnxruntime"])
 
 
 def llama(vocabulary: int) -> Any:
@@ -78,17 +67,10 @@ def test_genai_builds_a_rewritten_checkpoint_and_generates_the_same_tokens(genai
     rewritten.save_pretrained(checkpoint)
     tokenizer.save_pretrained(checkpoint)
     builder = ["-m", "onnxruntime_genai.models.builder", "-i", checkpoint, "-o", built, "-p", "fp32", "-e", "cpu"]
-    _run(genai_python, *builder)
+    run(genai_python, *builder)
     assert json.loads((built / "genai_config.json").read_text())["model"]["decoder"]["num_key_value_heads"] == 2
 
     prompt = tokenizer("The sky is blue because")["input_ids"]
-    tokens = json.loads(_run(genai_python, "-c", GENERATE, built, json.dumps(prompt), str(NEW_TOKENS)))
+    tokens = json.loads(run(genai_python, "-c", GENERATE, built, json.dumps(prompt), str(NEW_TOKENS)))
     assert tokens == generated(rewritten, prompt)
     assert tokens != generated(original, prompt), "the control: other weights give other tokens"
-
-
-def _run(python: Path, *arguments: object) -> str:
-    command = [str(python), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout.splitlines()[-1] if done.stdout else ""
