@@ -77,6 +77,11 @@ class Node:
     name: str = ""
 
 
+def read_inputs(node: Node) -> tuple[Value, ...]:
+    """The inputs whose elements a node reads: CastLike takes no more than a type from its second."""
+    return node.inputs[:1] if node.op == "CastLike" else node.inputs
+
+
 @dataclass(frozen=True)
 class Flow:
     """The program as a graph of `Node`s with one recording of its values.
@@ -158,7 +163,7 @@ class Flow:
         """Values reached by an input's elements (not only by its shape)."""
         fed: set[Value] = set(self.inputs)
         for node in self.nodes:
-            if node.op not in SHAPE_READERS and any(v in fed for v in node.inputs):
+            if node.op not in SHAPE_READERS and any(v in fed for v in read_inputs(node)):
                 fed.update(node.outputs)
         return frozenset(fed)
 
@@ -172,7 +177,7 @@ class Flow:
         for node in self.nodes:
             if node.op in SHAPE_READERS:
                 continue
-            if any(v in projected for v in node.inputs) or self.projection_operands(node) is not None:
+            if any(v in projected for v in read_inputs(node)) or self.projection_operands(node) is not None:
                 projected.update(node.outputs)
         return frozenset(projected)
 

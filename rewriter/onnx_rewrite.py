@@ -16,7 +16,7 @@ from rewriter.calibration.batches import batches
 from rewriter.calibration.onnx_trial import onnx_probe
 from rewriter.capture.faithful import without_unfaithful
 from rewriter.capture.onnx_file import OnnxCapture, capture, hidden_anchors
-from rewriter.capture.onnx_load import from_proto
+from rewriter.capture.onnx_load import copy_of
 from rewriter.capture.unfuse import WrittenOut, fused_nodes, unfuse
 from rewriter.decision import Decision, Stopwatch, decide, is_causal, report, rows
 from rewriter.errors import NothingToRewrite, VerificationFailed
@@ -110,7 +110,7 @@ def rewrite_onnx(
     """
     watch = Stopwatch()
     with watch.stage("capture"):
-        spare = from_proto(ir.serde.serialize_model(original)) if fused_nodes(model) else model
+        spare = copy_of(original) if fused_nodes(model) else model
         written_out, refused = _unfuse_rewritable(model, spare, target, layers)
         captured = capture(model, written_out)
     with watch.stage("match"):

@@ -75,6 +75,14 @@ def from_proto(proto: onnx.ModelProto) -> ir.Model:
     return _deserialize(proto, "the model")
 
 
+def copy_of(model: ir.Model) -> ir.Model:
+    """A model of its own that shares the weights, external ones included, with `model`."""
+    copied = ir.from_proto(ir.serde.serialize_model(model))
+    for name, value in model.graph.initializers.items():
+        copied.graph.initializers[name].const_value = value.const_value
+    return copied
+
+
 def to_proto(model: ir.Model) -> onnx.ModelProto:
     """A self-contained `onnx.ModelProto`: external weights are read in.
 
