@@ -16,7 +16,7 @@ import numpy as np
 from passes.activations import Activations, activations, wanted
 from passes.dataflow import Array, Flow, Value
 from passes.match.attention import Matches
-from passes.plan import Step
+from passes.plan import Step, sharing
 from passes.protocols import Probe, Trial
 from passes.site import AttentionSite
 from passes.targets.freedom import freedom_of
@@ -58,22 +58,18 @@ class _Pair:
         self.students: Sequence[Trial] = probe.trials()
 
     def sharing(self, site: AttentionSite) -> list[AttentionSite]:
-        mine = {site.k.projection.weight, site.v.projection.weight}
-        return [s for s in self.matches.sites if mine & {s.k.projection.weight, s.v.projection.weight}]
+        return sharing(site, self.matches.sites)
 
     def freedom(self, site: AttentionSite) -> Freedom:
         return freedom_of(self.flow, site, self.matches.evidence[site.name], self.sharing(site))
 
-    def see(
-        self, site: AttentionSite, weights: SiteWeights, runs: Sequence[Trial]
-    ) -> tuple[list[Activations], list[Array]]:
-        """(activations, what the output projection gave) of each batch; the runs then stand behind the site."""
+    def see(self, site: AttentionSite, weights: SiteWeights, runs: Sequence[Trial]) -> list[Activations]:
+        """The site's activations on each batch; the runs then stand behind it."""
         assert site.out is not None
         evidence = self.matches.evidence[site.name]
         names = (wanted(site, evidence) - set(self.flow.weights)) | {site.out.output}
         seen = [run.advance(site.out.output, names) for run in runs]
-        looked = [activations(self.flow, site, evidence, weights, values) for values in seen]
-        return looked, [values[site.out.output] for values in seen]
+        return [activations(self.flow, site, evidence, weights, values) for values in seen]
 
 
 def _step(pair: _Pair, step: Step, pooled: dict[tuple[Value, Value], Merged], steps: Sequence[Step]) -> Replacement:
@@ -92,7 +88,7 @@ def _step(pair: _Pair, step: Step, pooled: dict[tuple[Value, Value], Merged], st
     if shared and key not in pooled:
         pooled[key] = _pooled(pair, step, freedom, weights, [s for s in steps if s.site in pair.sharing(site)])
     reference = [t.advance(site.out.output, {site.out.output})[site.out.output] for t in pair.teachers]
-    looked, _ = pair.see(site, weights, pair.students)
+    looked = pair.see(site, weights, pair.students)
     if shared:
         merged = pooled[key]
     else:
@@ -109,7 +105,7 @@ def _pooled(pair: _Pair, step: Step, freedom: Freedom, weights: SiteWeights, uni
     runs = pair.probe.trials()
     seen: list[Activations] = []
     for other in sorted((s.site for s in unit), key=lambda s: s.anchor):
-        seen += pair.see(other, weights, runs)[0]
+        seen += pair.see(other, weights, runs)
     moments = _moments(step, weights, seen)
     method = step.target.method(True)
     freedom = replace(freedom, slow=_slow(step.site, seen))

@@ -132,13 +132,13 @@ def _shortened(names: Sequence[str], most: int = 4) -> str:
 
 def _partial_sharing(site: AttentionSite, sites: Sequence[AttentionSite], chosen: Mapping[str, Target]) -> str | None:
     """Sites that share a stored projection are rewritten together or not at all."""
-    for other in sites:
-        if other.name == site.name or chosen.get(other.name) == chosen[site.name]:
-            continue
-        shared = {site.k.projection.weight, site.v.projection.weight} & {
-            other.k.projection.weight,
-            other.v.projection.weight,
-        }
-        if shared:
+    for other in sharing(site, sites):
+        if other.name != site.name and chosen.get(other.name) != chosen[site.name]:
             return f"it shares its weights with {other.name}, which is not rewritten to the same target"
     return None
+
+
+def sharing(site: AttentionSite, sites: Sequence[AttentionSite]) -> list[AttentionSite]:
+    """The sites that use this one's key or value projection, itself among them."""
+    mine = {site.k.projection.weight, site.v.projection.weight}
+    return [s for s in sites if mine & {s.k.projection.weight, s.v.projection.weight}]

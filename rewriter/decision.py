@@ -13,9 +13,8 @@ from passes.cost import costs, parameters_removed
 from passes.dataflow import Flow
 from passes.match.attention import Matches
 from passes.measure import site_error
-from passes.plan import Plan, PlanError, make_plan
+from passes.plan import Plan, PlanError, make_plan, sharing
 from passes.protocols import Probe
-from passes.site import AttentionSite
 from passes.targets.catalogue import CATALOGUE, Target, find
 from passes.targets.replacement import Replacement
 from rewriter.errors import NothingToRewrite, UnknownTarget, UsageError
@@ -107,12 +106,6 @@ def decide(
         for step in useful.steps
     )
     return Decision(name, replacements, (*_selected_refusals(matches), *refused))
-
-
-def sharing(site: AttentionSite, sites: Sequence[AttentionSite]) -> list[AttentionSite]:
-    """The sites that use this one's key or value projection, itself among them."""
-    mine = {site.k.projection.weight, site.v.projection.weight}
-    return [s for s in sites if mine & {s.k.projection.weight, s.v.projection.weight}]
 
 
 def is_causal(matches: Matches) -> bool:

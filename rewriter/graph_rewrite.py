@@ -18,8 +18,7 @@ from rewriter.capture.example_inputs import Call, as_call
 from rewriter.decision import Decision, Stopwatch, decide, is_causal, report, rows
 from rewriter.errors import NothingToRewrite, VerificationFailed
 from rewriter.install.fx_graph import GraphRewrite, rewrite_exported_program, rewrite_graph_module
-from rewriter.install.kept import Kept
-from rewriter.report.rewrite_report import SiteRow
+from rewriter.install.kept import noted
 from rewriter.verify.torch_pair import run, verify_torch
 
 Graph = torch.fx.GraphModule | torch.export.ExportedProgram
@@ -69,7 +68,7 @@ def rewrite_graph(
         done.flow,
         done.matches,
         decision,
-        tuple(_row(row, done.kept) for row in rows(done.flow, done.matches, done.replacements)),
+        tuple(noted(row, done.kept) for row in rows(done.flow, done.matches, done.replacements)),
         parameters=sum(t.numel() for t in model.state_dict().values())
         if isinstance(model, torch.fx.GraphModule)
         else sum(t.numel() for t in model.state_dict.values()),
@@ -81,10 +80,6 @@ def rewrite_graph(
     )
     graph: Graph = done.model
     return graph
-
-
-def _row(row: SiteRow, kept: Mapping[str, Kept]) -> SiteRow:
-    return replace(row, notes=(*row.notes, kept[row.name].note)) if row.name in kept else row
 
 
 def _call(model: Graph, example_inputs: Any) -> Call:

@@ -24,11 +24,11 @@ from rewriter.decision import Decision, Stopwatch, decide, is_causal, report, ro
 from rewriter.errors import NothingToRewrite, UnsupportedModel, UsageError, VerificationFailed
 from rewriter.install.call_record import CallRecord, record_calls
 from rewriter.install.huggingface import apply_knob, knob_applies
-from rewriter.install.kept import Kept
+from rewriter.install.kept import Kept, noted
 from rewriter.install.mixer import MixerParameters
 from rewriter.install.repeated_heads import keep_forwards
 from rewriter.install.torch_module import install
-from rewriter.report.rewrite_report import RewriteReport, SiteRow
+from rewriter.report.rewrite_report import RewriteReport
 from rewriter.verify.torch_pair import run, verify_torch
 
 
@@ -100,7 +100,7 @@ def rewrite_torch(
         captured.flow,
         matches,
         decision,
-        tuple(_row(site_rows[r.site.name], kept) for r in decision.replacements),
+        tuple(noted(site_rows[r.site.name], kept) for r in decision.replacements),
         parameters=parameters,
         bytes_per_number=torch.finfo(getattr(torch, captured.flow.dtype)).bits // 8,
         seconds=watch.seconds,
@@ -109,10 +109,6 @@ def rewrite_torch(
         whole_projections={name for name, k in kept.items() if k.projection},
     )
     return module, summary
-
-
-def _row(row: SiteRow, kept: Mapping[str, Kept]) -> SiteRow:
-    return replace(row, notes=(*row.notes, kept[row.name].note)) if row.name in kept else row
 
 
 def _captured(module: torch.nn.Module, example_inputs: Any) -> tuple[TorchCapture, Call]:

@@ -6,7 +6,6 @@ import ctypes
 import functools
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,11 +89,6 @@ def built(choice: Choice) -> cache.Entry:
         print(f" {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
 
     return cache.load_or_build(name, build)
-
-
-def fill(launch: Launch, name: str, strides: Sequence[int]) -> None:
-    """Set one of the stride arrays."""
-    getattr(launch, f"{name}_stride")[:] = strides
 
 
 @functools.cache

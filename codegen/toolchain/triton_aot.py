@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -152,8 +151,3 @@ def _disassembled(code: bytes) -> tuple[str, str]:
             for option in ("--dump-sass", "--dump-resource-usage")
         ]
     return answers[0], answers[1]
-
-
-def kernels_of(name: str, signatures: Mapping[str, Signature]) -> dict[str, Signature]:
-    """Signatures by the whole name of their kernel."""
-    return {name + suffix: signature for suffix, signature in signatures.items()}

@@ -36,10 +36,6 @@ class Repetition:
     kept: Array
     index: Array
 
-    @property
-    def shrinks(self) -> bool:
-        return int(self.index.max(initial=-1)) + 1 < len(self.index)
-
 
 def repetition(features: int, parts: Sequence[Part]) -> Repetition:
     """Lay out a projection of `features` columns so that the heads of each part are computed once and repeated.

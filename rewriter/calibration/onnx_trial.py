@@ -16,7 +16,7 @@ import onnxruntime as ort
 
 from passes.dataflow import Array, Value
 from rewriter.calibration.batches import Batch, as_numpy
-from rewriter.capture.onnx_file import OnnxCapture, data_folder, open_session
+from rewriter.capture.onnx_file import OnnxCapture, data_folder, open_session, widened
 from rewriter.errors import UsageError
 
 
@@ -97,14 +97,14 @@ class OnnxTrial:
 
     def advance(self, until: Value, wanted: Collection[Value]) -> dict[Value, Array]:
         stop = self._program.index[until]
-        kept = {name: _widened(self._held[name]) for name in wanted if name in self._held}
+        kept = {name: widened(self._held[name]) for name in wanted if name in self._held}
         if stop >= self._next:
             session = self._program.session(self._next, stop, frozenset(wanted))
             names = [o.name for o in session.get_outputs()]
             given = {i.name: self._held[i.name] for i in session.get_inputs()}
             found = dict(zip(names, session.run(names, given), strict=True))
             self._program.note(found)
-            kept.update({name: _widened(a) for name, a in found.items() if name in wanted})
+            kept.update({name: widened(a) for name, a in found.items() if name in wanted})
             self._held.update(found)
             self._next = stop + 1
         last = self._program.last
@@ -118,10 +118,6 @@ class OnnxTrial:
         if value in self._held:
             old = self._held[value]
             self._held[value] = np.ascontiguousarray(array, dtype=old.dtype).reshape(old.shape)
-
-
-def _widened(array: Array) -> Array:
-    return array.astype(np.float32) if array.dtype == np.float16 else array
 
 
 class OnnxProbe:

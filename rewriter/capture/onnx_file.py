@@ -185,8 +185,8 @@ class _Session:
             self._session = self._open()
         names = [o.name for o in self._session.get_outputs()]
         arrays = self._session.run(names, dict(feeds))
-        out = {n: _widened(a) for n, a in zip(names, arrays, strict=True) if isinstance(a, np.ndarray)}
-        return {**out, **{n: _widened(a) for n, a in feeds.items()}}
+        out = {n: widened(a) for n, a in zip(names, arrays, strict=True) if isinstance(a, np.ndarray)}
+        return {**out, **{n: widened(a) for n, a in feeds.items()}}
 
 
 def open_session(proto: onnx.ModelProto, folder: str | None, *, optimise: bool) -> ort.InferenceSession:
@@ -209,7 +209,7 @@ def data_folder(model: ir.Model) -> str | None:
     return None
 
 
-def _widened(array: Array) -> Array:
+def widened(array: Array) -> Array:
     return array.astype(np.float32) if array.dtype == np.float16 else array
 
 
@@ -252,7 +252,7 @@ class _Constants:
             opset_imports=[onnx.helper.make_opsetid(d, v) for d, v in self.model.opset_imports.items()],
             ir_version=self.model.ir_version,
         )
-        return _widened(np.asarray(open_session(proto, None, optimise=False).run(None, {})[0]))
+        return widened(np.asarray(open_session(proto, None, optimise=False).run(None, {})[0]))
 
     def _subgraph(self, node: ir.Node) -> list[ir.Node]:
         found: dict[int, ir.Node] = {}

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from rewriter.report.rewrite_report import SiteRow
 
 
 @dataclass(frozen=True)
@@ -25,3 +28,8 @@ class Kept:
         cache = "a cache holds all heads" if self.cache else "a cache holds each once"
         work = "; they are still projected to all heads" if self.projection else ""
         return f"keeps its own attention, which repeats the shared heads; {cache}{work} ({self.why})"
+
+
+def noted(row: SiteRow, kept: Mapping[str, Kept]) -> SiteRow:
+    """The report's row of a site, with what it does not save if it is among those that were kept."""
+    return replace(row, notes=(*row.notes, kept[row.name].note)) if row.name in kept else row
