@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from codegen.device import Device, DType, Language, host
+from codegen.device import Device, Language, host
 from codegen.errors import KernelError, NotLegal
 from codegen.launch.host import HostKernel, Launch, load, thread_pool
+from codegen.launch.operands import DTYPES, dense, empty_output, require_fitting, wide_bias, wide_sinks
 from codegen.ops.grouped_query_attention import torch_body
 from codegen.registry import Choice, select, why_not
 from codegen.spec import GroupedQueryAttention
@@ -26,8 +27,6 @@ from codegen.tuning.table import Problem, faster
 
 KERNELS = ("auto", "off", "cpp", "triton")
 """What `attention` takes: by the tuning table, never, or always (an error where there is no kernel)."""
-
-_DTYPES = {torch.float32: DType.FLOAT32, torch.float16: DType.FLOAT16, torch.bfloat16: DType.BFLOAT16}
 
 
 def attention(
@@ -62,7 +61,7 @@ def _considers(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, kernels: st
     """Whether a kernel could compute this at all; an explicit request goes on to fail with a reason."""
     if kernels != "auto":
         return True
-    if q.device.type != "cpu" or q.dtype not in _DTYPES or not q.dtype == k.dtype == v.dtype:
+    if q.device.type != "cpu" or q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
         return False
     if torch.compiler.is_exporting() or torch.is_autocast_enabled("cpu"):
         return False  # an exported program must run where this library is not
@@ -72,7 +71,7 @@ def _considers(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, kernels: st
 
 
 def _worth_it(spec: GroupedQueryAttention, q: Tensor, k: Tensor) -> bool:
-    choice = _choice(spec, q.dtype, None)
+    choice = _choice(spec, host(), q.dtype, None)
     if choice is None:
         return False
     problem = Problem(q.shape[0], q.shape[2], k.shape[2], torch.get_num_threads())
@@ -87,8 +86,10 @@ def computed(spec: GroupedQueryAttention) -> GroupedQueryAttention:
 
 
 @functools.lru_cache(maxsize=512)
-def _choice(spec: GroupedQueryAttention, dtype: torch.dtype, language: Language | None) -> Choice | None:
-    return select(computed(spec), host(), _DTYPES[dtype], language) if dtype in _DTYPES else None
+def _choice(
+    spec: GroupedQueryAttention, device: Device, dtype: torch.dtype, language: Language | None
+) -> Choice | None:
+    return select(computed(spec), device, DTYPES[dtype], language) if dtype in DTYPES else None
 
 
 # ---------------------------------------------------------------------- the operator
@@ -111,12 +112,7 @@ def _operator(
     spec = _spec(q, v, bias, sinks, kv_heads, scale, causal, softcap, masked_rows_are_zero)
     if kernels == "auto" and not _worth_it(spec, q, k):
         return _laid_out(torch_body.grouped_query_attention(spec, q, k, v, bias, sinks=sinks))
-    language = None if kernels == "auto" else Language(kernels)
-    if q.dtype not in _DTYPES or not q.dtype == k.dtype == v.dtype:
-        raise NotLegal(f"there is no kernel for operands of {q.dtype}, {k.dtype} and {v.dtype}")
-    choice = _choice(spec, q.dtype, language)
-    if choice is None:
-        raise NotLegal(why_not(spec, host(), _DTYPES[q.dtype], language), hint='use kernels="auto" or "off"')
+    choice = _required(spec, host(), None if kernels == "auto" else Language(kernels), q, k, v)
     try:
         kernel = load(choice)
     except KernelError:
@@ -146,16 +142,22 @@ def _on_graphics_card(
     if kernels == "auto":
         return _laid_out(torch_body.grouped_query_attention(spec, q, k, v, bias, sinks=sinks))
     device, processors = graphics_card(q.device)
-    if q.dtype not in _DTYPES or not q.dtype == k.dtype == v.dtype:
-        raise NotLegal(f"there is no kernel for operands of {q.dtype}, {k.dtype} and {v.dtype}")
-    choice = select(computed(spec), device, _DTYPES[q.dtype], Language(kernels))
-    if choice is None:
-        reason = why_not(spec, device, _DTYPES[q.dtype], Language(kernels))
-        raise NotLegal(reason, hint='use kernels="auto" or "off"')
+    choice = _required(spec, device, Language(kernels), q, k, v)
     from codegen.launch import triton_op
 
-    sinks = None if sinks is None else sinks.to(q.dtype)
     return triton_op.launch(choice.spec, q, k, v, bias, sinks, arch=device.arch, processors=processors)
+
+
+def _required(
+    spec: GroupedQueryAttention, device: Device, language: Language | None, q: Tensor, k: Tensor, v: Tensor
+) -> Choice:
+    """The kernel that must be there; raises NotLegal with the reason if it is not."""
+    if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
+        raise NotLegal(f"there is no kernel for operands of {q.dtype}, {k.dtype} and {v.dtype}")
+    choice = _choice(spec, device, q.dtype, language)
+    if choice is None:
+        raise NotLegal(why_not(spec, device, DTYPES[q.dtype], language), hint='use kernels="auto" or "off"')
+    return choice
 
 
 def graphics_card(device: torch.device) -> tuple[Device, int]:
@@ -168,7 +170,7 @@ def graphics_card(device: torch.device) -> tuple[Device, int]:
 
 @_operator.register_fake
 def _fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
-    return _empty(q, v)
+    return empty_output(q, v)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -217,13 +219,8 @@ def _spec(
     )
 
 
-def _empty(q: Tensor, v: Tensor) -> Tensor:
-    """[B, H, S, E], laid out as [B, S, H, E]: what an output projection reads next, without a copy."""
-    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
-
-
 def _laid_out(output: Tensor) -> Tensor:
-    """A tensor of its own, laid out as `_empty` says."""
+    """A tensor of its own, laid out as `empty_output` says."""
     return output.transpose(1, 2).contiguous().transpose(1, 2)
 
 
@@ -254,10 +251,10 @@ def launch(
 
     Raises ValueError for shapes that contradict the spec.
     """
-    _check(spec, q, k, v)
-    out = _empty(q, v)
+    require_fitting(spec, q, k, v)
+    out = empty_output(q, v)
     block = Launch()
-    held = [_dense(x) for x in (q, k, v)]
+    held = [dense(x) for x in (q, k, v)]
     for name, tensor in zip(("q", "k", "v"), held, strict=True):
         setattr(block, name, tensor.data_ptr())
         getattr(block, f"{name}_stride")[:] = tensor.stride()[:3]
@@ -266,15 +263,12 @@ def launch(
     block.batch, block.queries, block.keys = q.shape[0], q.shape[2], k.shape[2]
     block.threads = torch.get_num_threads()
     if bias is not None:
-        bias = bias.reshape((1,) * (4 - bias.dim()) + tuple(bias.shape))
-        bias = bias if bias.dtype == torch.bool else bias.to(q.dtype)
-        wide = bias.expand(q.shape[0], spec.heads, q.shape[2], k.shape[2])
+        wide = wide_bias(bias, q, k.shape[2])
         block.bias, block.bias_is_boolean = wide.data_ptr(), int(wide.dtype == torch.bool)
         block.bias_stride[:] = wide.stride()
         held.append(wide)
     if sinks is not None:
-        sinks = sinks.to(q.dtype)
-        wide = sinks.expand(q.shape[0], spec.heads, q.shape[2], sinks.shape[-1])
+        wide = wide_sinks(sinks, q)
         block.sinks, block.sink_columns = wide.data_ptr(), wide.shape[3]
         block.sink_stride[:] = wide.stride()
         held.append(wide)
@@ -287,16 +281,3 @@ def launch(
         held.append(workspace)
     kernel.run(ctypes.byref(block), thread_pool())
     return out
-
-
-def _dense(x: Tensor) -> Tensor:
-    """With its last axis dense; heads and tokens may lie anywhere."""
-    return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
-
-
-def _check(spec: GroupedQueryAttention, q: Tensor, k: Tensor, v: Tensor) -> None:
-    b, t = q.shape[0], k.shape[2]
-    if k.shape != (b, spec.kv_heads, t, spec.head_dim) or v.shape != (b, spec.kv_heads, t, spec.value_dim):
-        raise ValueError(
-            f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit {spec.kv_heads} K/V heads"
-        )

@@ -18,11 +18,10 @@ from torch import Tensor
 from codegen import cache
 from codegen.device import DType
 from codegen.errors import NotLegal
+from codegen.launch.operands import DTYPES, dense, empty_output, require_fitting, wide_bias, wide_sinks
 from codegen.ops.grouped_query_attention import triton_kernel
 from codegen.spec import GroupedQueryAttention
 from codegen.toolchain import triton_aot
-
-_DTYPES = {torch.float32: DType.FLOAT32, torch.float16: DType.FLOAT16, torch.bfloat16: DType.BFLOAT16}
 
 _FARTHEST = 2**31 - 1
 """Kernels count elements within a head in 32 bits."""
@@ -63,19 +62,21 @@ def launch(
 
     Raises:
         NotLegal: the spec or the dtype is beyond the kernel, or a tensor is too large for its offsets.
+        ValueError: shapes that contradict the spec.
     """
-    dtype = _DTYPES.get(q.dtype)
+    dtype = DTYPES.get(q.dtype)
     reason = f"there is no kernel in {q.dtype}" if dtype is None else triton_kernel.legal(spec, dtype)
     if dtype is None or reason is not None:
         raise NotLegal(str(reason), hint='use kernels="auto" or "off"')
-    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+    require_fitting(spec, q, k, v)
+    q, k, v = (dense(x) for x in (q, k, v))
     _require_near(q, k, v)
     b, _, s, _ = q.shape
     t = k.shape[2]
-    out = q.new_empty(b, spec.heads, s, spec.value_dim)
+    out = empty_output(q, v)
     if not out.numel() or not t:
         return out.zero_()  # without keys, an empty sum
-    extra = (*_bias(spec, bias, q, t), *_sinks(spec, sinks, q))
+    extra = (*_bias(bias, q, t), *_sinks(sinks, q))
     few = _load(spec, dtype, arch, True)
     splits, share = _splits(spec, few.tiling, b, s, t, processors)
     operands = (q, k, v, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *extra)
@@ -114,19 +115,19 @@ def _splits(
     return max(1, math.ceil(t / share)), share
 
 
-def _bias(spec: GroupedQueryAttention, bias: Tensor | None, q: Tensor, t: int) -> tuple[Any, ...]:
+def _bias(bias: Tensor | None, q: Tensor, t: int) -> tuple[Any, ...]:
     if bias is None:
         return ()
-    wide = bias.expand(q.shape[0], spec.heads, q.shape[2], t)
+    wide = wide_bias(bias, q, t)
     boolean = wide.dtype == torch.bool
     _require_near(wide)
     return wide.view(torch.uint8) if boolean else wide, *wide.stride(), boolean
 
 
-def _sinks(spec: GroupedQueryAttention, sinks: Tensor | None, q: Tensor) -> tuple[Any, ...]:
+def _sinks(sinks: Tensor | None, q: Tensor) -> tuple[Any, ...]:
     if sinks is None:
         return ()
-    wide = sinks.expand(q.shape[0], spec.heads, q.shape[2], sinks.shape[-1])
+    wide = wide_sinks(sinks, q)
     return wide, wide.shape[3], *wide.stride()
 
 

@@ -1,0 +1,44 @@
+"""What launchers of grouped-query attention have in common: dtypes, layouts, and biases and sinks at full size.
+
+Shape legend: B batch, H query heads, KV key/value heads, S queries, T keys, D head_dim, E value_dim.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from codegen.device import DType
+from codegen.spec import GroupedQueryAttention
+
+DTYPES = {torch.float32: DType.FLOAT32, torch.float16: DType.FLOAT16, torch.bfloat16: DType.BFLOAT16}
+
+
+def dense(x: Tensor) -> Tensor:
+    """With its last axis dense; heads and tokens may lie anywhere."""
+    return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
+
+
+def empty_output(q: Tensor, v: Tensor) -> Tensor:
+    """[B, H, S, E], laid out as [B, S, H, E]: what an output projection reads next, without a copy."""
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
+
+
+def wide_bias(bias: Tensor, q: Tensor, keys: int) -> Tensor:
+    """[B, H, S, T], nothing copied; boolean, or of q's dtype."""
+    typed = bias if bias.dtype == torch.bool else bias.to(q.dtype)
+    return typed.expand(*q.shape[:3], keys)
+
+
+def wide_sinks(sinks: Tensor, q: Tensor) -> Tensor:
+    """[B, H, S, n] of q's dtype, nothing copied."""
+    return sinks.to(q.dtype).expand(*q.shape[:3], sinks.shape[-1])
+
+
+def require_fitting(spec: GroupedQueryAttention, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raises ValueError for shapes that contradict the spec."""
+    b, t = q.shape[0], k.shape[2]
+    if k.shape != (b, spec.kv_heads, t, spec.head_dim) or v.shape != (b, spec.kv_heads, t, spec.value_dim):
+        raise ValueError(
+            f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit {spec.kv_heads} K/V heads"
+        )
