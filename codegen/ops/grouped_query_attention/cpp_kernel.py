@@ -9,7 +9,8 @@ from typing import Any
 
 from codegen import hooks
 from codegen.device import DType, Isa
-from codegen.render import identifier, numbers, render
+from codegen.ops.grouped_query_attention.kernel_values import name_of, values_of, why_not
+from codegen.render import render
 from codegen.spec import GroupedQueryAttention
 
 TEMPLATE = "cpp/grouped_query_attention.cpp.j2"
@@ -61,12 +62,7 @@ def tiling(spec: GroupedQueryAttention, dtype: DType, isa: Isa) -> Tiling:
 
 def kernel_name(spec: GroupedQueryAttention, dtype: DType, isa: Isa) -> hooks.Lowered:
     """Readable, unique to the spec, and nothing but letters, digits and underscores."""
-    flags = {"causal": spec.causal, "bias": spec.bias, "softcap": spec.softcap is not None, "sinks": spec.sinks}
-    flags["zero"] = spec.masked_rows_are_zero
-    words = [f"h{spec.heads}", f"kv{spec.kv_heads}", f"d{spec.head_dim}"]
-    words += [f"e{spec.value_dim}"] * (spec.value_dim != spec.head_dim)
-    words += [word for word, present in flags.items() if present]
-    return identifier("gqa", [*words, dtype.short, isa.value], spec)
+    return name_of("gqa", spec, dtype, isa.value)
 
 
 def source(spec: GroupedQueryAttention, dtype: DType, isa: Isa) -> str:
@@ -74,23 +70,17 @@ def source(spec: GroupedQueryAttention, dtype: DType, isa: Isa) -> str:
 
     Raises UnsafeInput if the spec holds anything but numbers and flags.
     """
-    fields = numbers(spec)
     cut = tiling(spec, dtype, isa)
     pairs = dtype is DType.BFLOAT16 and isa is Isa.AVX512_BF16
     in_place = dtype is DType.FLOAT32 and spec.value_dim % cut.lanes == 0
     return render(
         TEMPLATE,
         {
+            **values_of(spec, dtype, "cpp"),
             "name": kernel_name(spec, dtype, isa),
-            "fields": fields,
-            "dtype": dtype,
             "isa": isa,
             "lanes": cut.lanes,
             "strides": _strides(cut.lanes),
-            "kv_heads": spec.kv_heads,
-            "group": spec.group,
-            "head_dim": spec.head_dim,
-            "value_dim": spec.value_dim,
             "rows": cut.rows,
             "key_tile": cut.key_tile,
             "block_rows": cut.block_rows,
@@ -101,14 +91,6 @@ def source(spec: GroupedQueryAttention, dtype: DType, isa: Isa) -> str:
             "split_keys": cut.split_keys,
             "pairs": pairs,
             "v_in_place": in_place,
-            "causal": spec.causal,
-            "bias": spec.bias,
-            "sinks": spec.sinks,
-            "tanh": spec.softcap is not None,
-            "masked_rows_are_zero": spec.masked_rows_are_zero,
-            "base_two": hooks.in_base_two(spec),
-            "score": hooks.lower(hooks.folded_expression(spec), "cpp"),
-            "last_key": hooks.last_key(spec, "cpp"),
             "exponential": _EXP2_FOR_BFLOAT16_WEIGHTS if pairs else _EXP2,
         },
     )
@@ -116,13 +98,7 @@ def source(spec: GroupedQueryAttention, dtype: DType, isa: Isa) -> str:
 
 def legal(spec: Any, dtype: DType) -> str | None:
     """Why there is no such kernel, or None if there is one."""
-    if not isinstance(spec, GroupedQueryAttention):
-        return f"there is no C++ kernel of {type(spec).__name__}"
-    if max(spec.head_dim, spec.value_dim) > MAX_DIM:
-        return f"heads of more than {MAX_DIM} features do not fit the kernel's tile"
-    if spec.softcap is not None and not spec.softcap > 0:
-        return "a softcap must be positive"
-    return None
+    return why_not(spec, "C++", MAX_DIM)
 
 
 def resources(spec: GroupedQueryAttention, dtype: DType, isa: Isa) -> dict[str, int]:

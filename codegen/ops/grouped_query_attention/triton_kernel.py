@@ -8,7 +8,8 @@ from typing import Any
 
 from codegen import hooks
 from codegen.device import DType
-from codegen.render import identifier, numbers, render
+from codegen.ops.grouped_query_attention.kernel_values import name_of, values_of, why_not
+from codegen.render import render
 from codegen.spec import GroupedQueryAttention
 
 TEMPLATE = "triton/grouped_query_attention.py.j2"
@@ -78,12 +79,7 @@ def block(size: int) -> int:
 
 def kernel_name(spec: GroupedQueryAttention, dtype: DType, arch: str, *, few_queries: bool = False) -> hooks.Lowered:
     """Readable, unique to the spec, and nothing but letters, digits and underscores."""
-    flags = {"causal": spec.causal, "bias": spec.bias, "softcap": spec.softcap is not None, "sinks": spec.sinks}
-    flags["zero"] = spec.masked_rows_are_zero
-    words = [f"h{spec.heads}", f"kv{spec.kv_heads}", f"d{spec.head_dim}"]
-    words += [f"e{spec.value_dim}"] * (spec.value_dim != spec.head_dim)
-    words += [word for word, present in flags.items() if present]
-    return identifier("gqa_decode" if few_queries else "gqa", [*words, dtype.short, arch], spec)
+    return name_of("gqa_decode" if few_queries else "gqa", spec, dtype, arch)
 
 
 def source(spec: GroupedQueryAttention, dtype: DType, arch: str, *, few_queries: bool = False) -> str:
@@ -95,13 +91,8 @@ def source(spec: GroupedQueryAttention, dtype: DType, arch: str, *, few_queries:
     return render(
         TEMPLATE,
         {
+            **values_of(spec, dtype, "triton"),
             "name": kernel_name(spec, dtype, arch, few_queries=few_queries),
-            "fields": numbers(spec),
-            "dtype": dtype,
-            "kv_heads": spec.kv_heads,
-            "group": spec.group,
-            "head_dim": spec.head_dim,
-            "value_dim": spec.value_dim,
             "head_block": block(spec.head_dim),
             "value_block": block(spec.value_dim),
             "head_ragged": spec.head_dim != block(spec.head_dim),
@@ -109,14 +100,6 @@ def source(spec: GroupedQueryAttention, dtype: DType, arch: str, *, few_queries:
             "row_tile": cut.row_tile,
             "key_tile": cut.key_tile,
             "precision": _precision(dtype, arch),
-            "causal": spec.causal,
-            "bias": spec.bias,
-            "sinks": spec.sinks,
-            "tanh": spec.softcap is not None,
-            "masked_rows_are_zero": spec.masked_rows_are_zero,
-            "base_two": hooks.in_base_two(spec),
-            "score": hooks.lower(hooks.folded_expression(spec), "triton"),
-            "last_key": hooks.last_key(spec, "triton"),
         },
     )
 
@@ -130,13 +113,7 @@ def _precision(dtype: DType, arch: str) -> Precision:
 
 def legal(spec: Any, dtype: DType) -> str | None:
     """Why there is no such kernel, or None if there is one."""
-    if not isinstance(spec, GroupedQueryAttention):
-        return f"there is no Triton kernel of {type(spec).__name__}"
-    if max(spec.head_dim, spec.value_dim) > MAX_DIM[dtype]:
-        return f"heads of more than {MAX_DIM[dtype]} features do not fit the kernel's tile in {dtype.value}"
-    if spec.softcap is not None and not spec.softcap > 0:
-        return "a softcap must be positive"
-    return None
+    return why_not(spec, "Triton", MAX_DIM[dtype], f" in {dtype.value}")
 
 
 @dataclass(frozen=True)
