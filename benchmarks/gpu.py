@@ -14,7 +14,6 @@ import functools
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,61 +21,26 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
+from benchmarks.kernels import Case, error_beside_double
 from benchmarks.machine import machine
 from benchmarks.rows import Row, markdown_table, put_section, write_json
-from codegen.spec import GroupedQueryAttention
 
 DECODE_GOAL, PREFILL_GOAL = 0.85, 0.6
 CHECKED_QUERIES = 64
+DTYPE = "bfloat16"
 ERROR_LIMIT = 2e-2
 """Of bfloat16 results, relative to the largest: two roundings of the result and one of the weights."""
 
 Call = Callable[[], Tensor]
 
 
-@dataclass(frozen=True)
-class Case:
-    """One problem in bfloat16: "decode" has one query per sequence, "prefill" is causal with as many as keys."""
-
-    kind: str
-    batch: int
-    heads: int
-    kv_heads: int
-    dim: int
-    keys: int
-
-    @property
-    def spec(self) -> GroupedQueryAttention:
-        causal = self.kind == "prefill"
-        return GroupedQueryAttention(self.heads, self.kv_heads, self.dim, self.dim, self.dim**-0.5, causal=causal)
-
-    @property
-    def queries(self) -> int:
-        return self.keys if self.kind == "prefill" else 1
-
-    @property
-    def cache_bytes(self) -> int:
-        return 2 * self.batch * self.kv_heads * self.keys * self.dim * 2
-
-    @property
-    def flops(self) -> float:
-        full = 4.0 * self.batch * self.heads * self.queries * self.keys * self.dim
-        return full / 2 if self.kind == "prefill" else full
-
-    def __str__(self) -> str:
-        return (
-            f"{self.kind}, {self.batch} x {self.keys} keys, {self.heads} heads on {self.kv_heads}, "
-            f"d {self.dim}, bfloat16"
-        )
-
-
 def cases(*, quick: bool) -> list[Case]:
     """Decode steps read at least 1 GB of keys and values (64 MB when quick)."""
     small = 16 if quick else 1
-    decode = [Case("decode", batch // small, 32, kv, 128, 8192) for batch, kv in ((16, 32), (32, 8), (256, 1))]
-    decode.append(Case("decode", 64 // small, 32, 8, 64, 8192))
+    decode = [Case("decode", batch // small, 32, kv, 128, 8192, DTYPE) for batch, kv in ((16, 32), (32, 8), (256, 1))]
+    decode.append(Case("decode", 64 // small, 32, 8, 64, 8192, DTYPE))
     keys = 2048 if quick else 8192
-    return [*decode, *(Case("prefill", 1, 32, kv, d, keys) for kv, d in ((32, 128), (8, 128), (8, 64)))]
+    return [*decode, *(Case("prefill", 1, 32, kv, d, keys, DTYPE) for kv, d in ((32, 128), (8, 128), (8, 64)))]
 
 
 # ---------------------------------------------------------------------- timing
@@ -121,7 +85,7 @@ def limits(clock: Clock) -> tuple[float, float]:
 def run_case(case: Case, clock: Clock, runs: int, bandwidth: float, rate: float) -> list[Row]:
     q, k, v = _operands(case)
     ours = _ours(case, q, k, v)
-    error = _error(case, ours(), q, k, v)
+    error = error_beside_double(case, ours(), q, k, v, queries=CHECKED_QUERIES)
     peers = _usable(_peers(case, q, k, v))
     times = clock.times(runs, ours, *peers.values())
     mine, others = times[0], dict(zip(peers, times[1:], strict=True))
@@ -201,20 +165,6 @@ def _usable(peers: dict[str, Call]) -> dict[str, Call]:
         else:
             kept[name] = call
     return kept
-
-
-def _error(case: Case, found: Tensor, q: Tensor, k: Tensor, v: Tensor) -> float:
-    """Of the last queries of the first sequence, relative to their largest number, beside double precision."""
-    last = slice(case.queries - min(case.queries, CHECKED_QUERIES), case.queries)
-    group = case.heads // case.kv_heads
-    keys, values = (x[:1].repeat_interleave(group, 1).double() for x in (k, v))
-    scores = q[:1, :, last].double() @ keys.transpose(-1, -2) * case.spec.scale
-    if case.kind == "prefill":
-        rows = scores.shape[2]
-        visible = torch.ones(rows, case.keys, dtype=torch.bool, device=q.device).tril(case.keys - rows)
-        scores.masked_fill_(~visible, -torch.inf)
-    right = scores.softmax(-1) @ values
-    return float((found[:1, :, last].double() - right).abs().max() / right.abs().max())
 
 
 # ---------------------------------------------------------------------- report

@@ -114,7 +114,7 @@ def run_case(case: Case, runs: int, threads: int, clock: Clock) -> list[Row]:
 
     make = attention_peers.decode_peers if case.kind == "decode" else attention_peers.prefill_peers
     peers = make(q, k, v, threads)
-    error = _error(case, ours(), q, k, v)
+    error = error_beside_double(case, ours(), q, k, v)
     others = {name: _difference(attention_peers.as_heads(call(), q), ours()) for name, call in peers.items()}
     before = peaks.measure(2, clock)
     slow = {name: timed(call, 1, clock)[0].minimum for name, call in peers.items()}
@@ -186,15 +186,19 @@ def _operands(case: Case) -> tuple[Tensor, Tensor, Tensor]:
     return draw(case.heads, case.queries), draw(case.kv_heads, case.keys), draw(case.kv_heads, case.keys)
 
 
-def _error(case: Case, found: Tensor, q: Tensor, k: Tensor, v: Tensor) -> float:
+def error_beside_double(
+    case: Case, found: Tensor, q: Tensor, k: Tensor, v: Tensor, *, queries: int = CHECKED_QUERIES
+) -> float:
     """Of the last queries of the first sequence, relative to their largest number, beside double precision."""
-    last = slice(case.queries - min(case.queries, CHECKED_QUERIES), case.queries)
+    last = slice(case.queries - min(case.queries, queries), case.queries)
     group = case.heads // case.kv_heads
     wide = [x[:1].repeat_interleave(group, 1).double() for x in (k, v)]
     scores = q[:1, :, last].double() @ wide[0].transpose(-1, -2) * case.spec.scale
     if case.kind == "prefill":
         rows = scores.shape[2]
-        scores.masked_fill_(~torch.ones(rows, case.keys, dtype=torch.bool).tril(case.keys - rows), -torch.inf)
+        scores.masked_fill_(
+            ~torch.ones(rows, case.keys, dtype=torch.bool, device=q.device).tril(case.keys - rows), -torch.inf
+        )
     right = scores.softmax(-1) @ wide[1]
     return float((found[:1, :, last].double() - right).abs().max() / right.abs().max())
 
