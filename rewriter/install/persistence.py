@@ -25,6 +25,7 @@ from rewriter.install import huggingface, repeated_projection
 from rewriter.install.mixer import rebuild
 from rewriter.install.shared_cache import share, sharers
 from rewriter.install.torch_module import mixers, place
+from rewriter.whole_file import write_whole
 
 FORMAT = 1
 MANIFEST = "rewrite.json"
@@ -196,9 +197,7 @@ def _write_weights(state: Mapping[str, Tensor], file: Path) -> dict[str, str]:
 
 
 def _replace_json(file: Path, data: Mapping[str, Any]) -> None:
-    draft = file.with_name(f".{file.name}.draft")
-    draft.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(draft, file)
+    write_whole(json.dumps(data, indent=1, sort_keys=True) + "\n", file)
 
 
 def _free_name(folder: Path) -> str:

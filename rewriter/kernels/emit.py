@@ -19,8 +19,9 @@ from codegen.toolchain import triton_aot
 from codegen.toolchain.cxx import find_compiler
 from rewriter.errors import RewriteError, UnsupportedModel, UsageError
 from rewriter.kernels import triton_files
-from rewriter.kernels.folder import LIBRARY, MANIFEST, copy, digest, put
+from rewriter.kernels.folder import LIBRARY, MANIFEST, copy, digest
 from rewriter.kernels.needed import Need, needs
+from rewriter.whole_file import write_whole
 
 
 def emit(model: Path, output: Path, archs: Sequence[str]) -> dict[str, Any]:
@@ -84,12 +85,12 @@ def _write(choices: Mapping[str, Sequence[Choice]], output: Path, *, ort: bool) 
             copy(built.sources["library"], output / f"{name.removesuffix('.so')}.cpp")
             library = library or {"file": name, "arch": arch, "sha256": digest(binary)}
         for choice in own:
-            source = put(choice.source(), output / f"{choice.name}.cpp")
+            source = write_whole(choice.source(), output / f"{choice.name}.cpp")
             if not ort:
                 binary = copy(host_kernels.built(choice).file(host_kernels.BINARY), output / f"{choice.name}.so")
             kernels.append(_row(arch, choice, source, binary))
     found: dict[str, Any] = {"kernels": kernels, "library": library, **tools}
-    put(json.dumps(found, indent=1) + "\n", output / MANIFEST)
+    write_whole(json.dumps(found, indent=1) + "\n", output / MANIFEST)
     return {**found, "output": str(output), "manifest": str(output / MANIFEST)}
 
 

@@ -1,16 +1,15 @@
-"""The folder that `rewriter kernels` writes: its names, its manifest, whole files, and finding the library again."""
+"""The folder that `rewriter kernels` writes: its names, its manifest, and finding the library in it again."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
+import stat
 from pathlib import Path
 from typing import Any
 
 from rewriter.errors import InvalidModelFile, UsageError
+from rewriter.whole_file import write_whole
 
 MANIFEST = "manifest.json"
 LIBRARY = "rewriter_ops.so"
@@ -53,18 +52,5 @@ def digest(path: Path) -> str:
 
 
 def copy(source: Path, target: Path) -> Path:
-    """Copy a file so that `target` appears whole."""
-    with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as draft:
-        draft.write(source.read_bytes())
-    shutil.copymode(source, draft.name)
-    os.replace(draft.name, target)
-    return target
-
-
-def put(content: str | bytes, target: Path) -> Path:
-    """Write a file so that `target` appears whole."""
-    with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as draft:
-        draft.write(content.encode() if isinstance(content, str) else content)
-    os.chmod(draft.name, 0o644)
-    os.replace(draft.name, target)
-    return target
+    """Copy a file and its mode so that `target` appears whole."""
+    return write_whole(source.read_bytes(), target, mode=stat.S_IMODE(source.stat().st_mode))

@@ -9,7 +9,8 @@ from typing import Any
 from codegen.ops.grouped_query_attention import triton_kernel
 from codegen.registry import Choice
 from codegen.toolchain.triton_aot import compile_kernel
-from rewriter.kernels.folder import digest, put
+from rewriter.kernels.folder import digest
+from rewriter.whole_file import write_whole
 
 
 def write(choice: Choice, output: Path, arch: str) -> list[dict[str, Any]]:
@@ -22,11 +23,11 @@ def write(choice: Choice, output: Path, arch: str) -> list[dict[str, Any]]:
     rows = []
     for few, suffixes in ((False, ("",)), (True, ("_split", "_join"))):
         name = str(triton_kernel.kernel_name(spec, dtype, arch, few_queries=few))
-        source = put(triton_kernel.source(spec, dtype, arch, few_queries=few), output / f"{name}.py")
+        source = write_whole(triton_kernel.source(spec, dtype, arch, few_queries=few), output / f"{name}.py")
         cut = triton_kernel.tiling(spec, dtype, arch, few_queries=few)
         for suffix in suffixes:
             made = compile_kernel(source, name + suffix, signatures[suffix], arch, warps=cut.warps, stages=cut.stages)
-            binary = put(made.code, output / f"{made.name}.{made.suffix}")
+            binary = write_whole(made.code, output / f"{made.name}.{made.suffix}")
             rows.append(
                 {
                     "name": made.name,

@@ -5,8 +5,6 @@ Built as an element tree, so that names from a model are text and never markup.
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from xml.etree import ElementTree as Tree
@@ -15,6 +13,7 @@ from passes.picture import Box, Picture
 from rewriter.errors import UsageError
 from rewriter.report.layered_layout import lay_out
 from rewriter.report.printable import printable
+from rewriter.whole_file import write_whole
 
 SVG = "http://www.w3.org/2000/svg"
 _CHARACTER = 6.7
@@ -60,15 +59,7 @@ def write(path: Path, title: str, pictures: Sequence[Picture], site: str | None)
         missing = "there is no attention to draw" if site is None else f"there is no site {site!r}"
         raise UsageError(missing, hint=f"sites are: {names}" if names else "inspect lists what was found")
     content = svg(chosen[0]) if path.suffix == ".svg" else html(title, chosen)
-    handle, draft = tempfile.mkstemp(dir=path.absolute().parent, prefix=".rewriter-")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(content)
-        Path(draft).chmod(0o644)
-        os.replace(draft, path)
-    except BaseException:
-        Path(draft).unlink(missing_ok=True)
-        raise
+    write_whole(content, path)
 
 
 def require_drawable(path: Path) -> None:

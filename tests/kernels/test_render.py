@@ -6,7 +6,6 @@ import contextlib
 import enum
 import re
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -19,6 +18,7 @@ from codegen.device import DType, Isa
 from codegen.errors import UnsafeInput
 from codegen.ops.grouped_query_attention.cpp_kernel import kernel_name, source
 from codegen.spec import GroupedQueryAttention
+from tests.kernels.golden_source import CHANGES, require_golden
 from tests.kernels.problems import CAUSAL, EVERYTHING, MULTI_QUERY
 
 GOLDEN = {
@@ -31,20 +31,11 @@ HOSTILE = ['1); system("id"); //', "64", "{{ 7 * 7 }}", "h\n#include </etc/passw
 
 
 @pytest.mark.parametrize("name", GOLDEN)
-def test_golden_source(name: str, project_root: Path) -> None:
-    """To accept a change: delete the file and run again; the test then writes it, and fails once."""
-    path = project_root / "tests" / "kernels" / "golden" / f"{name}.cpp"
-    text = source(*GOLDEN[name])
-    if not path.exists():
-        path.write_text(text)
-        pytest.fail(f"{path.name} was missing and has been written")
-    assert text == path.read_text()
+def test_golden_source(name: str) -> None:
+    require_golden(f"{name}.cpp", source(*GOLDEN[name]))
 
 
-@pytest.mark.parametrize("change", [
-    {"heads": 12}, {"heads": 12, "kv_heads": 6}, {"head_dim": 6}, {"value_dim": 9}, {"scale": 0.5}, {"causal": False},
-    {"bias": False}, {"softcap": None}, {"softcap": 4.0}, {"masked_rows_are_zero": False}, {"sinks": False},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize("change", CHANGES, ids=str)
 def test_every_field_changes_the_source_and_the_name(change: dict[str, Any]) -> None:
     other = replace(EVERYTHING, **change)
     before, after = (source(s, DType.FLOAT32, Isa.AVX512) for s in (EVERYTHING, other))

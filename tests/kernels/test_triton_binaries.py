@@ -16,6 +16,7 @@ from codegen.errors import CompilationFailed, UnsafeInput
 from codegen.ops.grouped_query_attention.triton_kernel import kernel_name, signatures, source, tiling
 from codegen.spec import GroupedQueryAttention
 from codegen.toolchain.triton_aot import Binary, compile_kernel
+from tests.kernels.golden_source import CHANGES, require_golden
 from tests.kernels.problems import CAUSAL, EVERYTHING, MULTI_QUERY
 from tests.kernels.test_render import HOSTILE
 
@@ -123,19 +124,10 @@ GOLDEN = {
 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_golden_source(name: str) -> None:
-    """To accept a change: delete the file and run again; the test then writes it, and fails once."""
-    path = ROOT / "tests" / "kernels" / "golden" / f"{name}.py.txt"
-    text = source(*GOLDEN[name])
-    if not path.exists():
-        path.write_text(text)
-        pytest.fail(f"{path.name} was missing and has been written")
-    assert text == path.read_text()
+    require_golden(f"{name}.py.txt", source(*GOLDEN[name]))
 
 
-@pytest.mark.parametrize("change", [
-    {"heads": 12}, {"heads": 12, "kv_heads": 6}, {"head_dim": 6}, {"value_dim": 9}, {"scale": 0.5}, {"causal": False},
-    {"bias": False}, {"softcap": None}, {"softcap": 4.0}, {"masked_rows_are_zero": False}, {"sinks": False},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize("change", CHANGES, ids=str)
 def test_every_field_changes_the_source(change: dict[str, object]) -> None:
     other = replace(EVERYTHING, **change)  # type: ignore[arg-type]
     texts = []

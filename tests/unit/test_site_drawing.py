@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -124,7 +125,7 @@ def test_an_old_drawing_survives_a_failure(
 ) -> None:
     target = tmp_path / "a.svg"
     target.write_text("old")
-    monkeypatch.setattr(site_drawing.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         inspection.save_graph(target)
     assert [p.name for p in tmp_path.iterdir()] == ["a.svg"] and target.read_text() == "old"
