@@ -1,4 +1,4 @@
-"""New nodes and constants for an ONNX graph, every name unique in it."""
+"""New nodes and constants for an ONNX graph, every name unique in it; and what a node reads at a position."""
 
 from __future__ import annotations
 
@@ -48,6 +48,11 @@ class NodeWriter:
         value = ir.Value(name=unique, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
         self.graph.register_initializer(value)
         return value
+
+
+def input_at(node: ir.Node, position: int) -> ir.Value | None:
+    """An input; None where an optional one is left out, be it by an empty name or by a shorter list."""
+    return node.inputs[position] if len(node.inputs) > position else None
 
 
 def _attribute(name: str, value: int | float | list[int]) -> ir.Attr:

@@ -6,7 +6,10 @@ proto that a caller handed in, would come out changed in places that no rewrite 
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
+
+from passes.dataflow import Array
 
 
 def constant_tensor(value: ir.Value) -> ir.TensorProtocol | None:
@@ -20,3 +23,15 @@ def constant_tensor(value: ir.Value) -> ir.TensorProtocol | None:
     if held is not None and not held.is_ref():
         return held.value if held.type == ir.AttributeType.TENSOR else None  # as_tensor() checks a protocol, slowly
     return ir.convenience.get_const_tensor(value)  # numbers: a fresh tensor is made of them
+
+
+def stored_tensor(value: ir.Value) -> ir.TensorProtocol:
+    """`constant_tensor` of a value that is known to be constant."""
+    tensor = constant_tensor(value)
+    assert tensor is not None
+    return tensor
+
+
+def stored_numbers(value: ir.Value) -> Array:
+    """The numbers of a value that is known to be constant, float32."""
+    return stored_tensor(value).numpy().astype(np.float32)

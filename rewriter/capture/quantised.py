@@ -13,7 +13,8 @@ import numpy as np
 import onnx_ir as ir
 
 from passes.dataflow import Array
-from rewriter.capture.onnx_constants import constant_tensor
+from rewriter.capture.onnx_constants import constant_tensor, stored_numbers, stored_tensor
+from rewriter.onnx_nodes import input_at
 
 Form = Literal["integer", "dynamic", "integer_to_float", "blocks"]
 
@@ -52,27 +53,27 @@ class QuantisedProduct:
     def shape(self) -> tuple[int, int]:
         if self.form == "blocks":
             return self.core.attributes["K"].as_int(), self.core.attributes["N"].as_int()
-        rows, columns = _tensor(self.codes).shape
+        rows, columns = stored_tensor(self.codes).shape
         return int(rows), int(columns)  # type: ignore[arg-type]
 
     @property
     def matrix(self) -> Array:
         """[in, out], float32; made anew each time, so that a large model's matrices are not all held at once."""
-        scale = _numbers(self.scale)
+        scale = stored_numbers(self.scale)
         if self.form == "blocks":
             return unpacked_matrix(self.packed, scale, self.points, self.bits, self.block, *self.shape)
-        codes = _tensor(self.codes).numpy().astype(np.float32)
-        points = 0.0 if self.zero_point is None else _numbers(self.zero_point).reshape(-1)
+        codes = stored_tensor(self.codes).numpy().astype(np.float32)
+        points = 0.0 if self.zero_point is None else stored_numbers(self.zero_point).reshape(-1)
         return np.asarray((codes - points) * scale.reshape(-1), dtype=np.float32)
 
     @property
     def packed(self) -> Array:
-        return _tensor(self.codes).numpy()
+        return stored_tensor(self.codes).numpy()
 
     @property
     def points(self) -> Array | None:
         """Zero points as stored."""
-        return None if self.zero_point is None else _tensor(self.zero_point).numpy()
+        return None if self.zero_point is None else stored_tensor(self.zero_point).numpy()
 
 
 def unpacked_matrix(
@@ -100,11 +101,11 @@ def quantised_product(node: ir.Node) -> QuantisedProduct | None:
     if node.domain != "com.microsoft":
         return None
     if node.op_type == "DynamicQuantizeMatMul":
-        x, codes, scale, point, bias = (_input(node, i) for i in range(5))
+        x, codes, scale, point, bias = (input_at(node, i) for i in range(5))
         return _checked("dynamic", node, node, (), x, codes, scale, point, bias)
     if node.op_type == "MatMulIntegerToFloat":
-        quantizer = _quantizer(_input(node, 0), _input(node, 2), _input(node, 4))
-        codes, scale, point, bias = (_input(node, i) for i in (1, 3, 5, 6))
+        quantizer = _quantizer(input_at(node, 0), input_at(node, 2), input_at(node, 4))
+        codes, scale, point, bias = (input_at(node, i) for i in (1, 3, 5, 6))
         if quantizer is None:
             return None
         return _checked("integer_to_float", node, node, (quantizer,), quantizer.inputs[0], codes, scale, point, bias)
@@ -121,12 +122,12 @@ def _integer(node: ir.Node) -> QuantisedProduct | None:
         if core is None or scales is None or core.op_type != "MatMulInteger" or scales.op_type != "Mul":
             continue
         for first in (0, 1):
-            quantizer = _quantizer(_input(core, 0), scales.inputs[first], _input(core, 2))
+            quantizer = _quantizer(input_at(core, 0), scales.inputs[first], input_at(core, 2))
             if quantizer is not None:
                 hidden = (quantizer, core, cast, scales)
                 return _checked(
                     "integer", node, core, tuple(n for n in hidden if n is not None), quantizer.inputs[0],
-                    _input(core, 1), scales.inputs[1 - first], _input(core, 3), None,
+                    input_at(core, 1), scales.inputs[1 - first], input_at(core, 3), None,
                 )  # fmt: skip
     return None
 
@@ -140,9 +141,9 @@ def _quantizer(codes: ir.Value | None, scale: ir.Value | None, point: ir.Value |
 
 
 def _blocks(node: ir.Node) -> QuantisedProduct | None:
-    x, codes, scale, point, order, bias = (_input(node, i) for i in range(6))
+    x, codes, scale, point, order, bias = (input_at(node, i) for i in range(6))
     bits, block = node.attributes["bits"].as_int(), node.attributes["block_size"].as_int()
-    plain = point is None or (constant_tensor(point) is not None and _tensor(point).dtype == ir.DataType.UINT8)
+    plain = point is None or (constant_tensor(point) is not None and stored_tensor(point).dtype == ir.DataType.UINT8)
     if order is not None or not plain or bits not in (2, 4, 8) or "weight_prepacked" in node.attributes:
         return None
     return _checked("blocks", node, node, (), x, codes, scale, point, bias, bits, block)
@@ -167,23 +168,9 @@ def _checked(
     stored = [constant_tensor(v) for v in (codes, scale, *([point] if point is not None else []))]
     if any(t is None for t in stored):
         return None
-    kind = _tensor(codes).dtype
+    kind = stored_tensor(codes).dtype
     if kind == ir.DataType.UINT8 and form != "blocks" and point is None:
         return None
-    if kind not in {ir.DataType.INT8, ir.DataType.UINT8} or (form != "blocks" and len(_tensor(codes).shape) != 2):
+    if kind not in {ir.DataType.INT8, ir.DataType.UINT8} or (form != "blocks" and len(stored_tensor(codes).shape) != 2):
         return None
     return QuantisedProduct(form, node, core, hidden, x, codes, scale, point, bias, bits, block)
-
-
-def _input(node: ir.Node, position: int) -> ir.Value | None:
-    return node.inputs[position] if len(node.inputs) > position else None
-
-
-def _tensor(value: ir.Value) -> ir.TensorProtocol:
-    tensor = constant_tensor(value)
-    assert tensor is not None
-    return tensor
-
-
-def _numbers(value: ir.Value) -> Array:
-    return _tensor(value).numpy().astype(np.float32)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from rewriter.onnx_nodes import NodeWriter
+from rewriter.onnx_nodes import NodeWriter, input_at
 
 DOMAIN = "com.microsoft"
 _GROUP_QUERY_LIMITS = {
@@ -125,37 +125,33 @@ def _is_read(value: ir.Value) -> bool:
     return bool(value.uses()) or value.is_graph_output()
 
 
-def _input(node: ir.Node, position: int) -> ir.Value | None:
-    return node.inputs[position] if len(node.inputs) > position else None
-
-
 def _present(node: ir.Node, position: int) -> bool:
     return len(node.outputs) > position and _is_read(node.outputs[position])
 
 
 def _attention_obstacle(node: ir.Node) -> str | None:
-    if _input(node, 4) is not None or _present(node, 1):
+    if input_at(node, 4) is not None or _present(node, 1):
         return "keys and values share one cache tensor; export with a cache for each"
-    if _input(node, 1) is None:
+    if input_at(node, 1) is None:
         return "it holds no projection"
     if node.attributes.get_int("do_rotary", 0):
         return "it rotates queries and keys itself"
-    return _mask_obstacle(_input(node, 3))
+    return _mask_obstacle(input_at(node, 3))
 
 
 def _multi_head_obstacle(node: ir.Node) -> str | None:
-    if any(_input(node, i) is not None for i in (8, 9)):
+    if any(input_at(node, i) is not None for i in (8, 9)):
         return "its cache is a buffer shared with what it returns, or is reordered for beams"
     if _present(node, 3):
         return "it returns its scores"
-    if _input(node, 3) is not None and (_packed(node) or _operand_rank(node, 1) == 4):
+    if input_at(node, 3) is not None and (_packed(node) or _operand_rank(node, 1) == 4):
         return "it adds a bias to packed or cached operands"
-    return _mask_obstacle(_input(node, 4))
+    return _mask_obstacle(input_at(node, 4))
 
 
 def _packed(node: ir.Node) -> bool:
     """Queries, keys and values, or keys and values, side by side in one input."""
-    return _input(node, 1) is None or _input(node, 2) is None
+    return input_at(node, 1) is None or input_at(node, 2) is None
 
 
 def _mask_obstacle(mask: ir.Value | None) -> str | None:
@@ -166,22 +162,22 @@ def _mask_obstacle(mask: ir.Value | None) -> str | None:
 
 def _group_query_obstacle(node: ir.Node) -> str | None:
     for position, reason in _GROUP_QUERY_LIMITS.items():
-        if _input(node, position) is not None:
+        if input_at(node, position) is not None:
             return reason
     if _present(node, 3):
         return "it returns its scores"
     if node.attributes.get_int("sliding_window_cache", 0):
         return "its cache forgets tokens outside a window"
-    pasts = [_input(node, 3), _input(node, 4)]
+    pasts = [input_at(node, 3), input_at(node, 4)]
     return None if all(v is None or v.is_graph_input() for v in pasts) else "its cache is changed before it is read"
 
 
 def _standard_obstacle(node: ir.Node) -> str | None:
-    if _input(node, 6) is not None:
+    if input_at(node, 6) is not None:
         return "it counts the keys of each sequence"
     if _present(node, 3):
         return "it returns its scores"
-    pasts = [_input(node, 4), _input(node, 5)]
+    pasts = [input_at(node, 4), input_at(node, 5)]
     if not all(v is None or v.is_graph_input() for v in pasts):
         return "its cache is changed before it is read"
     return None if "q_num_heads" in node.attributes or _heads_declared(node) else "no shape says how many heads it has"
@@ -194,7 +190,7 @@ def _heads_declared(node: ir.Node) -> bool:
 
 def _declared_heads(node: ir.Node, position: int) -> int | None:
     """Heads of the queries (0) or the keys (1), from a 4-D shape or the keys' cache."""
-    for value in (_input(node, position), _input(node, 4) if position else None):
+    for value in (input_at(node, position), input_at(node, 4) if position else None):
         if value is not None and value.shape is not None and value.shape.rank() == 4:
             size = value.shape[1]
             if isinstance(size, int):
@@ -231,7 +227,7 @@ def _rank(value: ir.Value) -> int | None:
 
 def _operand_rank(node: ir.Node, position: int) -> int:
     """Rank of an operand of MultiHeadAttention: 3 unless a shape says otherwise."""
-    value = _input(node, position)
+    value = input_at(node, position)
     return 3 if value is None else (_rank(value) or 3)
 
 
@@ -438,7 +434,7 @@ class _Attention(_Writer):
     """com.microsoft Attention holds its own projection: input times [in, q + k + v]."""
 
     def _operands(self) -> list[ir.Value]:
-        x, weight, bias = self.node.inputs[0], self.node.inputs[1], _input(self.node, 2)
+        x, weight, bias = self.node.inputs[0], self.node.inputs[1], input_at(self.node, 2)
         assert x is not None and weight is not None
         whole = self._op("MatMul", [x, weight], "projection")
         if bias is not None:
@@ -450,7 +446,7 @@ class _Attention(_Writer):
         return [self._split(piece, self.heads) for piece in self._slices(whole, sizes, axis=2)]
 
     def _added(self, q: ir.Value, k: ir.Value) -> list[ir.Value]:
-        return self._masks(q, k, _input(self.node, 3), _input(self.node, 5))
+        return self._masks(q, k, input_at(self.node, 3), input_at(self.node, 5))
 
     def _masks(self, q: ir.Value, k: ir.Value, mask: ir.Value | None, bias: ir.Value | None) -> list[ir.Value]:
         found = [] if mask is None else [self._padding(mask, k)]
@@ -463,7 +459,7 @@ class _MultiHead(_Attention):
     """com.microsoft MultiHeadAttention: three operands, or [B, S, H, 3, D], or queries and [B, S, H, 2, D]."""
 
     def _operands(self) -> list[ir.Value]:
-        q, k, v = (_input(self.node, i) for i in range(3))
+        q, k, v = (input_at(self.node, i) for i in range(3))
         assert q is not None
         if k is None:
             return [self._part(q, i) for i in range(3)]
@@ -478,7 +474,7 @@ class _MultiHead(_Attention):
 
     def _with_bias(self, operands: list[ir.Value]) -> list[ir.Value]:
         """One vector [q + k + v] is added to the three inputs."""
-        bias = _input(self.node, 3)
+        bias = input_at(self.node, 3)
         if bias is None:
             return operands
         shapes = [v.shape[-1] if v.shape is not None else None for v in operands]
@@ -488,10 +484,10 @@ class _MultiHead(_Attention):
         return [self._op("Add", [v, b], "operand") for v, b in zip(operands, parts, strict=True)]
 
     def _pasts(self) -> tuple[ir.Value | None, ir.Value | None]:
-        return _input(self.node, 6), _input(self.node, 7)
+        return input_at(self.node, 6), input_at(self.node, 7)
 
     def _added(self, q: ir.Value, k: ir.Value) -> list[ir.Value]:
-        return self._masks(q, k, _input(self.node, 4), _input(self.node, 5))
+        return self._masks(q, k, input_at(self.node, 4), input_at(self.node, 5))
 
 
 class _GroupQuery(_Writer):
@@ -501,7 +497,7 @@ class _GroupQuery(_Writer):
         return self.node.attributes["num_heads"].as_int(), self.node.attributes["kv_num_heads"].as_int()
 
     def _operands(self) -> list[ir.Value]:
-        q, k, v = (_input(self.node, i) for i in range(3))
+        q, k, v = (input_at(self.node, i) for i in range(3))
         assert q is not None
         if k is None or v is None:
             split = self._split(q, self.heads + 2 * self.kv_heads)
@@ -515,9 +511,9 @@ class _GroupQuery(_Writer):
 
     def _angles(self, q: ir.Value) -> list[ir.Value]:
         """Rows [B, 1, S, R / 2] of both caches at each token's position."""
-        positions = _input(self.node, 9)
+        positions = input_at(self.node, 9)
         if positions is None:
-            last, length = _input(self.node, 5), self._size(q, [2])
+            last, length = input_at(self.node, 5), self._size(q, [2])
             assert last is not None
             wide = self._op("Cast", [last], "last", to=int(ir.DataType.INT64))
             row = self._op("Reshape", [wide, self._ints([-1, 1, 1])], "last_row")
@@ -527,7 +523,7 @@ class _GroupQuery(_Writer):
             positions = self._op("Add", [start, steps], "positions")
         else:
             positions = self._op("Reshape", [positions, self._ints([0, 1, -1])], "positions")
-        tables = [_input(self.node, 7), _input(self.node, 8)]
+        tables = [input_at(self.node, 7), input_at(self.node, 8)]
         return [self._op("Gather", [t, positions], "angle", axis=0) for t in tables if t is not None]
 
     def _rotated(self, x: ir.Value, cos: ir.Value, sin: ir.Value) -> ir.Value:
@@ -554,17 +550,17 @@ class _GroupQuery(_Writer):
         return self._op("Mul", [a, b], "product")
 
     def _pasts(self) -> tuple[ir.Value | None, ir.Value | None]:
-        return _input(self.node, 3), _input(self.node, 4)
+        return input_at(self.node, 3), input_at(self.node, 4)
 
     def _added(self, q: ir.Value, k: ir.Value) -> list[ir.Value]:
         found = []
         if self.node.attributes.get_int("causal", 1):
             found.append(self._causal(q, k, self.node.attributes.get_int("local_window_size", -1)))
-        bias = _input(self.node, 10)
+        bias = input_at(self.node, 10)
         return found if bias is None else [*found, bias]
 
     def _sinks(self, scores: ir.Value) -> ir.Value | None:
-        given = _input(self.node, 11)
+        given = input_at(self.node, 11)
         if given is not None:
             column = self._op("Reshape", [given, self._ints([1, self.heads, 1, 1])], "sink")
         elif self.node.attributes.get_int("smooth_softmax", 0):
@@ -596,11 +592,11 @@ class _Standard(_Writer):
         return [self._split(x, n) for x, n in zip(operands, counts, strict=True)] if self._flat else operands
 
     def _pasts(self) -> tuple[ir.Value | None, ir.Value | None]:
-        return _input(self.node, 4), _input(self.node, 5)
+        return input_at(self.node, 4), input_at(self.node, 5)
 
     def _added(self, q: ir.Value, k: ir.Value) -> list[ir.Value]:
         found = []
-        mask = _input(self.node, 3)
+        mask = input_at(self.node, 3)
         if mask is not None and mask.dtype == ir.DataType.BOOL:
             mask = self._op("Where", [mask, self._number(0.0), self._lowest()], "mask")
         if mask is not None:

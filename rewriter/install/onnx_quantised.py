@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from passes.dataflow import Array
-from rewriter.capture.onnx_constants import constant_tensor
+from rewriter.capture.onnx_constants import stored_numbers, stored_tensor
 from rewriter.capture.quantised import QuantisedProduct, unpack, unpacked_matrix
 
 
@@ -48,11 +48,11 @@ def emit_product(
 ) -> EmittedProduct:
     """`x` times `weight` [in, out], through the operators that `old` goes through."""
     made = in_blocks(old, weight) if old.form == "blocks" else as_integers(old, weight)
-    codes = _stored(made.codes, _dtype(old.codes), unique(f"{name}_quantized"))
-    scale = _stored(made.scale, _dtype(old.scale), unique(f"{name}_scale"))
+    codes = _stored(made.codes, stored_tensor(old.codes).dtype, unique(f"{name}_quantized"))
+    scale = _stored(made.scale, stored_tensor(old.scale).dtype, unique(f"{name}_scale"))
     point = None
     if old.zero_point is not None and made.points is not None:
-        point = _stored(made.points, _dtype(old.zero_point), unique(f"{name}_zero_point"))
+        point = _stored(made.points, stored_tensor(old.zero_point).dtype, unique(f"{name}_zero_point"))
     writer = _Writer(name, unique)
     if old.form == "integer":
         quantized, x_scale, x_point = writer.quantize(old, x)
@@ -111,7 +111,7 @@ class _Writer:
 def as_integers(old: QuantisedProduct, weight: Array) -> Codes:
     """`weight` [in, out] in the scheme of `old`: one scale or one per column, with or without zero points."""
     low, high = (0, 255) if old.packed.dtype == np.uint8 else (-128, 127)
-    scales = _numbers(old.scale)
+    scales = stored_numbers(old.scale)
     points = old.points
     found = _held_columns(old, weight)
     single = scales.size == 1
@@ -180,7 +180,7 @@ def in_blocks(old: QuantisedProduct, weight: Array) -> Codes:
     codes = np.clip(np.rint(apart / scale[..., None]) + point[..., None], 0, top).astype(np.uint8)
     _keep_held_blocks(old, weight, codes, scale, point)
     packed = pack(codes.reshape(columns, -1), bits).reshape(columns, blocks, -1)
-    scales = scale.astype(_numbers(old.scale).dtype)
+    scales = scale.astype(stored_numbers(old.scale).dtype)
     points = None if old.points is None else _packed_points(point, bits, old.points.ndim)
     values = unpacked_matrix(packed, scales, points, bits, block, rows, columns)
     shape = (-1,) if old.scale.shape is not None and old.scale.shape.rank() == 1 else scales.shape
@@ -195,7 +195,7 @@ def _keep_held_blocks(old: QuantisedProduct, weight: Array, codes: Array, scale:
     before, blocks = old.shape[1], scale.shape[1]
     held = unpack(old.packed.reshape(before, -1), old.bits)[:, : blocks * old.block].reshape(before, blocks, -1)
     codes[kept] = held[found[kept]]
-    scale[kept] = _numbers(old.scale).reshape(before, blocks)[found[kept]]
+    scale[kept] = stored_numbers(old.scale).reshape(before, blocks)[found[kept]]
     if old.points is not None:
         point[kept] = unpack(old.points.reshape(before, -1), old.bits)[found[kept], :blocks]
 
@@ -226,18 +226,6 @@ def _held_columns(old: QuantisedProduct, weight: Array) -> Array:
 
 def _error(values: Array, weight: Array) -> float:
     return float(np.abs(values - weight).max() / max(float(np.abs(weight).max()), 1e-12))
-
-
-def _numbers(value: ir.Value) -> Array:
-    tensor = constant_tensor(value)
-    assert tensor is not None
-    return tensor.numpy().astype(np.float32)
-
-
-def _dtype(value: ir.Value) -> ir.DataType:
-    tensor = constant_tensor(value)
-    assert tensor is not None
-    return tensor.dtype
 
 
 def _stored(array: Array, dtype: ir.DataType, name: str) -> ir.Value:
