@@ -83,7 +83,7 @@ def limits(clock: Clock) -> tuple[float, float]:
 
 
 def run_case(case: Case, clock: Clock, runs: int, bandwidth: float, rate: float) -> list[Row]:
-    q, k, v = _operands(case)
+    q, k, v = draw_operands(case)
     ours = _ours(case, q, k, v)
     error = error_beside_double(case, ours(), q, k, v, queries=CHECKED_QUERIES)
     peers = _usable(_peers(case, q, k, v))
@@ -112,7 +112,7 @@ def run_case(case: Case, clock: Clock, runs: int, bandwidth: float, rate: float)
     return rows
 
 
-def _operands(case: Case) -> tuple[Tensor, Tensor, Tensor]:
+def draw_operands(case: Case) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator("cuda").manual_seed(0)
 
     def draw(heads: int, tokens: int) -> Tensor:

@@ -1,9 +1,9 @@
 """Writes the tables by which ``kernels="auto"`` decides: how much faster a kernel is than torch's own operators.
 
-    python -m benchmarks.tune_kernels [--isa avx512] [--threads N] [--runs N]
+    python -m benchmarks.tune_kernels [--isa avx512 | --card] [--threads N] [--runs N] [--output DIR]
 
-Every instruction set that this processor has gets its file in codegen/tuning/. The operators it is compared with are
-those that run otherwise: the torch body of the op.
+Every instruction set that this processor has gets its file in codegen/tuning/, or, with --card, the graphics card. The
+operators it is compared with are those that run otherwise: the torch body of the op.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ for _name, _value in (("OMP_WAIT_POLICY", "passive"), ("GOMP_SPINCOUNT", "0")):
 
 import argparse  # noqa: E402
 import contextlib  # noqa: E402
+import itertools  # noqa: E402
 import json  # noqa: E402
 import sys  # noqa: E402
-from collections.abc import Iterator, Sequence  # noqa: E402
+from collections.abc import Callable, Iterator, Sequence  # noqa: E402
 from dataclasses import asdict  # noqa: E402
+from pathlib import Path  # noqa: E402
 from unittest import mock  # noqa: E402
 
 import torch  # noqa: E402
@@ -28,7 +30,7 @@ from benchmarks.rows import interleaved, timed  # noqa: E402
 from codegen.device import Device, DType, Isa, host  # noqa: E402
 from codegen.launch import torch_op  # noqa: E402
 from codegen.spec import GroupedQueryAttention  # noqa: E402
-from codegen.tuning.table import FOLDER, Measured, Problem, regime, work  # noqa: E402
+from codegen.tuning.table import FOLDER, MARGIN, Measured, Problem, regime, work  # noqa: E402
 
 HEADS = 32
 DTYPES = {DType.FLOAT32: torch.float32, DType.FLOAT16: torch.float16, DType.BFLOAT16: torch.bfloat16}
@@ -37,6 +39,7 @@ SECONDS, MOST_RUNS = 0.4, 60
 """Short problems are run more often: a busy machine's minimum takes that long to show."""
 
 Grid = Sequence[tuple[GroupedQueryAttention, Problem]]
+Call = Callable[[], torch.Tensor]
 
 
 def grid(threads: int) -> Grid:
@@ -51,47 +54,80 @@ def grid(threads: int) -> Grid:
     return found
 
 
+def card_grid() -> Grid:
+    """The same with and without a mask, on sizes that a card is bought for."""
+    found = []
+    for dim, kv_heads, bias in itertools.product((64, 128), (32, 8, 1), (False, True)):
+        decode = GroupedQueryAttention(HEADS, kv_heads, dim, dim, dim**-0.5, bias=bias)
+        prefill = GroupedQueryAttention(HEADS, kv_heads, dim, dim, dim**-0.5, causal=not bias, bias=bias)
+        found += [(decode, Problem(b, 1, keys, 0)) for b, keys in ((1, 1024), (8, 4096), (64, 4096))]
+        found += [(prefill, Problem(b, keys, keys, 0)) for b, keys in ((1, 256), (4, 1024), (1, 4096))]
+    return found
+
+
 @contextlib.contextmanager
-def always(isa: Isa) -> Iterator[None]:
-    """Inside, kernels for `isa` win whatever the present tables say."""
+def always(isa: str | None) -> Iterator[None]:
+    """Inside, kernels win whatever the present tables say; on CPUs those for `isa`."""
     with (
         mock.patch.object(torch_op, "faster", lambda *_: True),
-        mock.patch.object(torch_op, "host", lambda: Device("cpu", isa.value)),
+        mock.patch.object(torch_op, "host", lambda: Device("cpu", isa or host().arch)),
     ):
         torch_op._choice.cache_clear()
         yield
     torch_op._choice.cache_clear()
 
 
-def measure(spec: GroupedQueryAttention, problem: Problem, dtype: DType, isa: Isa, runs: int) -> Measured:
-    """Both by turns, best of `runs` or more, through the call that modules make, with all that it costs."""
+def calls(spec: GroupedQueryAttention, problem: Problem, dtype: DType, device: str) -> tuple[Call, Call]:
+    """The kernel and torch's own operators, through the call that modules make, with all that it costs."""
     random = torch.Generator().manual_seed(0)
 
     def draw(heads: int, tokens: int, dim: int) -> torch.Tensor:
-        return torch.randn(problem.batch, heads, tokens, dim, generator=random).to(DTYPES[dtype])
+        return torch.randn(problem.batch, heads, tokens, dim, generator=random).to(device, DTYPES[dtype])
 
     q = draw(spec.heads, problem.queries, spec.head_dim)
     k, v = (draw(spec.kv_heads, problem.keys, dim) for dim in (spec.head_dim, spec.value_dim))
+    mask = draw(1, problem.queries, problem.keys) if spec.bias else None
+    return lambda: torch_op.attention(spec, q, k, v, mask), lambda: torch_op.attention(
+        spec, q, k, v, mask, kernels="off"
+    )
 
-    def ours() -> torch.Tensor:
-        return torch_op.attention(spec, q, k, v)
 
-    def theirs() -> torch.Tensor:
-        return torch_op.attention(spec, q, k, v, kernels="off")
-
+def measure(spec: GroupedQueryAttention, problem: Problem, dtype: DType, isa: Isa, runs: int) -> Measured:
+    """Both by turns, best of `runs` or more."""
+    ours, theirs = calls(spec, problem, dtype, "cpu")
     first = max(timed(call, 1)[0].minimum for call in (ours, theirs))
     mine, other = interleaved(max(runs, min(MOST_RUNS, int(SECONDS / first))), ours, theirs)
-    speedup = round(other.minimum / mine.minimum, 2)
-    return Measured(dtype.value, isa.value, regime(problem), spec.group, spec.head_dim, work(spec, problem), speedup)
+    return measured(spec, problem, dtype, isa.value, other.minimum / mine.minimum)
+
+
+def measure_card(arch: str, runs: int) -> list[Measured]:
+    """As `measure`, by the card's own clock and without what the host takes to launch."""
+    from benchmarks.gpu import Clock
+
+    clock = Clock()
+    found = []
+    for dtype, (spec, problem) in itertools.product((DType.BFLOAT16, DType.FLOAT16, DType.FLOAT32), card_grid()):
+        mine, other = clock.times(runs, *calls(spec, problem, dtype, "cuda"))
+        found.append(measured(spec, problem, dtype, arch, min(other) / min(mine)))
+    return found
+
+
+def measured(spec: GroupedQueryAttention, problem: Problem, dtype: DType, isa: str, ratio: float) -> Measured:
+    size = work(spec, problem)
+    return Measured(dtype.value, isa, regime(problem), spec.group, spec.head_dim, size, round(ratio, 2), bias=spec.bias)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--isa", choices=[isa.value for isa in Isa], action="append")
+    parser.add_argument("--card", action="store_true", help="measure the CUDA card instead of the processor")
+    parser.add_argument("--output", type=Path, default=FOLDER)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--runs", type=int, default=7)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
+    if options.card:
+        return tune_card(options.output, options.runs)
     order = [isa.value for isa in Isa]
     able = order[: order.index(host().arch) + 1] if host().arch else []
     for isa in options.isa or able:
@@ -99,15 +135,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"this processor has no {isa}", file=sys.stderr)
             return 2
         rows = []
-        with torch.no_grad(), always(Isa(isa)):
+        with torch.no_grad(), always(isa):
             for dtype in DTYPES:
                 for spec, problem in grid(options.threads):
                     rows.append(measure(spec, problem, dtype, Isa(isa), options.runs))
         about = {"processor": machine()["processor"], "threads": options.threads, "torch": torch.__version__}
-        document = {"about": about, "measured": [asdict(row) for row in rows]}
-        (FOLDER / f"cpu_{isa}.json").write_text(_compact(document))
-        print(f"{isa}: {len(rows)} problems, faster in {sum(r.speedup > 1.1 for r in rows)}")
+        write_table(options.output / f"cpu_{isa}.json", about, rows)
     return 0
+
+
+def tune_card(output: Path, runs: int) -> int:
+    if not torch.cuda.is_available():
+        print("there is no CUDA device here, so nothing was measured", file=sys.stderr)
+        return 1
+    device = torch.device("cuda", torch.cuda.current_device())
+    arch = torch_op.graphics_card(device)[0].arch
+    with torch.no_grad(), always(None):
+        rows = measure_card(arch, runs)
+    write_table(output / f"{arch}.json", {"card": torch.cuda.get_device_name(), "torch": torch.__version__}, rows)
+    return 0
+
+
+def write_table(path: Path, about: dict[str, object], rows: Sequence[Measured]) -> None:
+    path.write_text(_compact({"about": about, "measured": [asdict(row) for row in rows]}))
+    print(f"{path.name}: {len(rows)} problems, faster in {sum(r.speedup > MARGIN for r in rows)}")
 
 
 def _compact(document: dict[str, object]) -> str:

@@ -126,6 +126,15 @@ def folded_expression(spec: GroupedQueryAttention) -> Expression:
     return found
 
 
+def factored_expression(spec: GroupedQueryAttention) -> tuple[Expression, float]:
+    """(expression, factor): `folded_expression` with its last constant apart, for kernels that multiply it in with the
+    subtraction of the largest score. The factor is 1 where that constant cannot be taken out of a maximum."""
+    found = folded_expression(spec)
+    if in_base_two(spec) and isinstance(found, Times) and isinstance(found.right, Number) and found.right.value > 0:
+        return found.left, found.right.value
+    return found, 1.0
+
+
 def lower(expression: Expression, language: str) -> Lowered:
     """The expression in "cpp" (on vectors), "cuda" (on floats) or "triton" (on blocks)."""
     return Lowered(_text(expression, DIALECTS[language]))

@@ -61,17 +61,19 @@ def _considers(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, kernels: st
     """Whether a kernel could compute this at all; an explicit request goes on to fail with a reason."""
     if kernels != "auto":
         return True
-    if q.device.type != "cpu" or q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
+    if q.device.type not in ("cpu", "cuda") or q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
         return False
-    if torch.compiler.is_exporting() or torch.is_autocast_enabled("cpu"):
+    if torch.compiler.is_exporting() or torch.is_autocast_enabled(q.device.type):
         return False  # an exported program must run where this library is not
+    if q.device.type == "cuda" and torch.compiler.is_compiling():
+        return False  # inductor fuses around torch's own operators, and what it makes was not measured
     tensors = (q, k, v) if bias is None else (q, k, v, bias)
     # training goes through the torch body in any case: a forward kernel would only add a second forward
     return not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
 
 
 def _worth_it(spec: GroupedQueryAttention, q: Tensor, k: Tensor) -> bool:
-    choice = _choice(spec, host(), q.dtype, None)
+    choice = _choice(spec, host() if q.device.type == "cpu" else graphics_card(q.device)[0], q.dtype, None)
     if choice is None:
         return False
     problem = Problem(q.shape[0], q.shape[2], k.shape[2], torch.get_num_threads())
@@ -137,15 +139,20 @@ def _on_graphics_card(
     masked_rows_are_zero: bool,
     kernels: str,
 ) -> Tensor:
-    """Only by name: no card has been measured, so that "auto" stays with torch."""
     spec = _spec(q, v, bias, sinks, kv_heads, scale, causal, softcap, masked_rows_are_zero)
-    if kernels == "auto":
+    if kernels == "auto" and not _worth_it(spec, q, k):
         return _laid_out(torch_body.grouped_query_attention(spec, q, k, v, bias, sinks=sinks))
-    device, processors = graphics_card(q.device)
-    choice = _required(spec, device, Language(kernels), q, k, v)
     from codegen.launch import triton_op
 
-    return triton_op.launch(choice.spec, q, k, v, bias, sinks, arch=device.arch, processors=processors)
+    device, processors = graphics_card(q.device)
+    choice = _required(spec, device, None if kernels == "auto" else Language(kernels), q, k, v)
+    try:
+        return triton_op.launch(choice.spec, q, k, v, bias, sinks, arch=device.arch, processors=processors)
+    except KernelError:
+        if kernels != "auto":
+            raise
+        _warn_once()
+        return _laid_out(torch_body.grouped_query_attention(spec, q, k, v, bias, sinks=sinks))
 
 
 def _required(
@@ -160,6 +167,7 @@ def _required(
     return choice
 
 
+@functools.cache
 def graphics_card(device: torch.device) -> tuple[Device, int]:
     """What a card is, as far as kernels care, and its number of multiprocessors."""
     found = torch.cuda.get_device_properties(device)

@@ -5,6 +5,7 @@ Shape legend: B batch, H query heads, KV key/value heads, S queries, T keys, D h
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from dataclasses import dataclass
@@ -28,13 +29,18 @@ _FARTHEST = 2**31 - 1
 
 
 @dataclass(frozen=True)
-class _Loaded:
-    module: ModuleType
-    name: str
+class _Cut:
+    """Kernels of one way to cut the work; made when first asked for."""
+
+    spec: GroupedQueryAttention
+    dtype: DType
+    arch: str
+    few_queries: bool
     tiling: triton_kernel.Tiling
 
     def kernel(self, suffix: str) -> Any:
-        return getattr(self.module, self.name + suffix)
+        name, module = _load(self)
+        return getattr(module, name + suffix)
 
     @property
     def options(self) -> dict[str, int]:
@@ -51,6 +57,7 @@ def launch(
     *,
     arch: str,
     processors: int,
+    cut: triton_kernel.Tiling | None = None,
 ) -> Tensor:
     """Attention output [B, H, S, E] of q [B, H, S, D], k [B, KV, T, D] and v [B, KV, T, E].
 
@@ -59,6 +66,7 @@ def launch(
         sinks: broadcastable to [B, H, S, n].
         arch: what tile sizes are for, e.g. "sm_90".
         processors: multiprocessors of the card; keys are split until they have work.
+        cut: tile sizes to use instead of `triton_kernel.tiling`'s, for measurements.
 
     Raises:
         NotLegal: the spec or the dtype is beyond the kernel, or a tensor is too large for its offsets.
@@ -76,25 +84,27 @@ def launch(
     out = empty_output(q, v)
     if not out.numel() or not t:
         return out.zero_()  # without keys, an empty sum
-    extra = (*_bias(bias, q, t), *_sinks(sinks, q))
-    few = _load(spec, dtype, arch, True)
+    operands = (*_strided(q, k, v), *_bias(bias, q, t), *_sinks(sinks, q))
+    aligned = _aligned(k) and _aligned(v)
+    few, many = (
+        _Cut(spec, dtype, arch, few, cut or triton_kernel.tiling(spec, dtype, arch, few_queries=few, aligned=aligned))
+        for few in (True, False)
+    )
     splits, share = _splits(spec, few.tiling, b, s, t, processors)
-    operands = (q, k, v, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *extra)
     rows = s * spec.group
-    if splits == 1 and rows > few.tiling.row_tile:
-        many = _load(spec, dtype, arch, False)
-        grid = (math.ceil(rows / many.tiling.row_tile), spec.kv_heads, b)
-        many.kernel("")[grid](*operands, out, *out.stride()[:3], s, t, **many.options)
-        return out
-    _split(spec, few, operands, out, s, t, splits, share)
+    if few.tiling.descriptors or many.tiling.descriptors:
+        _allow_scratch(q.device)
+    with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
+        if splits == 1 and rows > few.tiling.row_tile:
+            grid = (math.ceil(rows / many.tiling.row_tile), spec.kv_heads, b)
+            many.kernel("")[grid](*operands, out, *out.stride()[:3], s, t, **many.options)
+        else:
+            _split(few, operands, out, s, t, splits, share)
     return out
 
 
-def _split(
-    spec: GroupedQueryAttention, few: _Loaded, operands: tuple[Any, ...], out: Tensor, s: int, t: int, splits: int,
-    share: int,
-) -> None:  # fmt: skip
-    b = out.shape[0]
+def _split(few: _Cut, operands: tuple[Any, ...], out: Tensor, s: int, t: int, splits: int, share: int) -> None:
+    b, spec = out.shape[0], few.spec
     lines = few.tiling.row_tile
     tiles = math.ceil(s * spec.group / lines)
     state = torch.empty((b * tiles, spec.kv_heads, splits, lines), dtype=torch.float32, device=out.device)
@@ -113,6 +123,26 @@ def _splits(
     wanted = max(1, 2 * processors // max(1, tiles))
     share = max(1, math.ceil(t / wanted / tiling.key_tile)) * tiling.key_tile
     return max(1, math.ceil(t / share)), share
+
+
+def _strided(*tensors: Tensor) -> tuple[Any, ...]:
+    return (*tensors, *(stride for x in tensors for stride in x.stride()[:3]))
+
+
+def _aligned(x: Tensor) -> bool:
+    """Whether the bulk copy engine can read rows of x: all of them lie at multiples of 16 bytes."""
+    places = (x.data_ptr(), *(stride * x.element_size() for stride in x.stride()[:3]))
+    return x.stride(3) == 1 and all(place % 16 == 0 for place in places)
+
+
+def _allow_scratch(device: torch.device) -> None:
+    """Let kernels take memory on the card, where tensor descriptors lie."""
+    import triton
+
+    def allocate(size: int, alignment: int, stream: int | None) -> Tensor:
+        return torch.empty(size, dtype=torch.int8, device=device)
+
+    triton.set_allocator(allocate)
 
 
 def _bias(bias: Tensor | None, q: Tensor, t: int) -> tuple[Any, ...]:
@@ -139,14 +169,15 @@ def _require_near(*tensors: Tensor) -> None:
 
 
 @functools.lru_cache(maxsize=256)
-def _load(spec: GroupedQueryAttention, dtype: DType, arch: str, few_queries: bool) -> _Loaded:
-    text = triton_kernel.source(spec, dtype, arch, few_queries=few_queries)
-    name = str(triton_kernel.kernel_name(spec, dtype, arch, few_queries=few_queries))
-    address = cache.address(name, {"source": text, "triton": triton_aot.version()})
+def _load(cut: _Cut) -> tuple[str, ModuleType]:
+    """(the kernels' name, the module that holds them)."""
+    options = {"few_queries": cut.few_queries}
+    text = triton_kernel.source(cut.spec, cut.dtype, cut.arch, **options, cut=cut.tiling)
+    name = triton_kernel.kernel_name(cut.spec, cut.dtype, cut.arch, **options, descriptors=cut.tiling.descriptors)
+    address = cache.address(str(name), {"source": text, "triton": triton_aot.version()})
     file = f"{name}.py"
     entry = cache.load_or_build(address, lambda folder: _write(folder / file, text))
-    module = triton_aot.load_source(entry.file(file))
-    return _Loaded(module, name, triton_kernel.tiling(spec, dtype, arch, few_queries=few_queries))
+    return str(name), triton_aot.load_source(entry.file(file))
 
 
 def _write(path: Path, text: str) -> None:

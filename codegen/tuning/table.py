@@ -36,7 +36,10 @@ class Problem:
 
 @dataclass(frozen=True)
 class Measured:
-    """One line of the table: a problem, and how many times as fast as the standard operators the kernel was."""
+    """One line of the table: a problem, and how many times as fast as the standard operators the kernel was.
+
+    `isa` is the instruction set of a CPU or the architecture of a card; `bias` tells whether there was a mask.
+    """
 
     dtype: str
     isa: str
@@ -45,6 +48,7 @@ class Measured:
     head_dim: int
     work: float
     speedup: float
+    bias: bool = False
 
 
 def regime(problem: Problem) -> str:
@@ -80,6 +84,7 @@ def faster(spec: GroupedQueryAttention, dtype: DType, isa: str, problem: Problem
             2 * abs(math.log2(m.group / spec.group))
             + abs(math.log2(m.head_dim / spec.head_dim))
             + 0.5 * abs(math.log2(m.work / size))
+            + 3 * (m.bias != spec.bias)
         )
 
     return min(alike, key=distance).speedup >= MARGIN

@@ -204,6 +204,16 @@ def test_a_problem_is_judged_by_the_measured_one_most_like_it(monkeypatch: pytes
     table.faster.cache_clear()
 
 
+def test_a_masked_problem_is_judged_by_a_masked_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = (_measured(isa="sm_90", speedup=1.0), _measured(isa="sm_90", bias=True, head_dim=128, speedup=3.0))
+    monkeypatch.setattr(table, "measurements", lambda: lines)
+    table.faster.cache_clear()
+    problem, plain = table.Problem(16, 1, 4096, 0), GroupedQueryAttention(32, 8, 64, 64, 0.1)
+    assert table.faster(replace(plain, bias=True), DType.FLOAT32, "sm_90", problem)
+    assert not table.faster(plain, DType.FLOAT32, "sm_90", problem)
+    table.faster.cache_clear()
+
+
 def test_the_table_that_ships_can_be_read() -> None:
     for line in table.measurements():
         assert line.regime in {"decode", "prefill"} and line.speedup > 0 and line.work > 0

@@ -35,12 +35,14 @@ SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942":
 """Bytes of shared memory that one program may take."""
 
 
-def build(folder: Path, spec: GroupedQueryAttention, dtype: DType, arch: str, suffix: str) -> Binary:
+def build(
+    folder: Path, spec: GroupedQueryAttention, dtype: DType, arch: str, suffix: str, *, aligned: bool = False
+) -> Binary:
     few = bool(suffix)
-    name = str(kernel_name(spec, dtype, arch, few_queries=few))
+    cut = tiling(spec, dtype, arch, few_queries=few, aligned=aligned)
+    name = str(kernel_name(spec, dtype, arch, few_queries=few, descriptors=cut.descriptors))
     path = folder / f"{name}.py"
-    path.write_text(source(spec, dtype, arch, few_queries=few))
-    cut = tiling(spec, dtype, arch, few_queries=few)
+    path.write_text(source(spec, dtype, arch, few_queries=few, cut=cut))
     signature = signatures(spec, dtype)[suffix]
     return compile_kernel(path, name + suffix, signature, arch, warps=cut.warps, stages=cut.stages)
 
@@ -56,6 +58,15 @@ def test_binaries_fit_and_spill_nothing(tmp_path: Path, name: str, arch: str, su
     assert found.registers is not None and found.registers <= (512 if arch.startswith("gfx") else 255)
     assert found.shared <= SHARED[arch], found
     assert found.matrix > 0 and found.vector_copies > 0, found
+
+
+def test_descriptors_leave_reading_to_the_copy_engine(tmp_path: Path) -> None:
+    pointers, found = (build(tmp_path, DECODER, DType.BFLOAT16, "sm_90", "", aligned=a) for a in (False, True))
+    assert (found.resources.stack, found.resources.spills) == (0, 0)
+    assert found.resources.registers is not None and found.resources.registers <= 255
+    assert found.resources.shared <= SHARED["sm_90"] and found.resources.matrix > 0
+    assert found.resources.vector_copies < pointers.resources.vector_copies, "one thread copies whole tiles"
+    assert "tma" in found.name and "tma" not in pointers.name
 
 
 @pytest.mark.parametrize("arch", ["sm_90", "gfx942"])

@@ -41,24 +41,32 @@ class Tiling:
     Attributes:
         row_tile, key_tile: rows (queries times group) and keys of a tile; at least 16, what matrix units take.
         warps, stages: warps of a program, tiles in flight.
+        descriptors: whether keys and values are read through tensor descriptors (the bulk copy engine) rather than
+            pointers. Fewer registers go into addresses; rows must lie at multiples of 16 bytes.
     """
 
     row_tile: int
     key_tile: int
     warps: int
     stages: int
+    descriptors: bool = False
 
 
-def tiling(spec: GroupedQueryAttention, dtype: DType, arch: str, *, few_queries: bool) -> Tiling:
-    """Sizes that compile without spills on every arch (checked in the tests); tuned on none of them yet.
+def tiling(spec: GroupedQueryAttention, dtype: DType, arch: str, *, few_queries: bool, aligned: bool = False) -> Tiling:
+    """Sizes that compile without spills on every arch (checked in the tests), and were fastest on an H100
+    (`python -m benchmarks.tune_gpu`); no other card was measured.
 
-    `few_queries`: of a decode step, where rows are one group and keys are split.
+    Args:
+        few_queries: of a decode step, where rows are one group and keys are split.
+        aligned: rows of keys and values lie at multiples of 16 bytes, so that tensor descriptors may be used.
     """
     widest = max(block(spec.head_dim), block(spec.value_dim))
     narrow = dtype is not DType.FLOAT32
     ragged = (spec.head_dim, spec.value_dim) != (block(spec.head_dim), block(spec.value_dim))
     heavy = spec.bias or spec.softcap is not None or ragged  # more live registers per score
     amd = arch.startswith("gfx")
+    if arch == "sm_90" and narrow and not heavy and widest <= 128:
+        return _on_hopper(spec, widest, few_queries, aligned)
     stages = 1 if amd else 2 if not narrow or widest > 128 else 3
     if few_queries:
         keys = 64 if narrow and widest <= 128 else 32
@@ -72,33 +80,51 @@ def tiling(spec: GroupedQueryAttention, dtype: DType, arch: str, *, few_queries:
     return Tiling(64, 32 if amd else 64, 8, stages)
 
 
+def _on_hopper(spec: GroupedQueryAttention, widest: int, few_queries: bool, aligned: bool) -> Tiling:
+    """What an H100 ran fastest: a decode step is bound by reading, and takes many small programs."""
+    if few_queries:
+        return Tiling(min(64, block(spec.group)), 64, 2, 2)
+    if widest <= 64 or not aligned:
+        return Tiling(128, 64, 8, 3)
+    return Tiling(128, 128, 8, 3, descriptors=True)
+
+
 def block(size: int) -> int:
     """The power of two, 16 or more, that holds `size` lanes."""
     return max(16, 1 << (size - 1).bit_length())
 
 
-def kernel_name(spec: GroupedQueryAttention, dtype: DType, arch: str, *, few_queries: bool = False) -> hooks.Lowered:
+def kernel_name(
+    spec: GroupedQueryAttention, dtype: DType, arch: str, *, few_queries: bool = False, descriptors: bool = False
+) -> hooks.Lowered:
     """Readable, unique to the spec, and nothing but letters, digits and underscores."""
-    return name_of("gqa_decode" if few_queries else "gqa", spec, dtype, arch)
+    prefix = "gqa_decode" if few_queries else "gqa"
+    return name_of(f"{prefix}_tma" if descriptors else prefix, spec, dtype, arch)
 
 
-def source(spec: GroupedQueryAttention, dtype: DType, arch: str, *, few_queries: bool = False) -> str:
+def source(
+    spec: GroupedQueryAttention, dtype: DType, arch: str, *, few_queries: bool = False, cut: Tiling | None = None
+) -> str:
     """A Python file with three kernels: whole rows, a split of the keys, and the sum over splits.
 
-    Raises UnsafeInput if the spec holds anything but numbers and flags.
+    `cut` stands in for `tiling`'s choice. Raises UnsafeInput if the spec holds anything but numbers and flags.
     """
-    cut = tiling(spec, dtype, arch, few_queries=few_queries)
+    cut = tiling(spec, dtype, arch, few_queries=few_queries) if cut is None else cut
+    score, factor = hooks.factored_expression(spec)
     return render(
         TEMPLATE,
         {
             **values_of(spec, dtype, "triton"),
-            "name": kernel_name(spec, dtype, arch, few_queries=few_queries),
+            "score": hooks.lower(score, "triton"),
+            "factor": factor,
+            "name": kernel_name(spec, dtype, arch, few_queries=few_queries, descriptors=cut.descriptors),
             "head_block": block(spec.head_dim),
             "value_block": block(spec.value_dim),
             "head_ragged": spec.head_dim != block(spec.head_dim),
             "value_ragged": spec.value_dim != block(spec.value_dim),
             "row_tile": cut.row_tile,
             "key_tile": cut.key_tile,
+            "descriptors": cut.descriptors,
             "precision": _precision(dtype, arch),
         },
     )

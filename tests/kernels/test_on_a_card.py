@@ -1,0 +1,120 @@
+"""Triton attention on a graphics card, where there is one: numbers against the oracle, and the ways into the kernel.
+
+Skipped elsewhere, CI included; test_triton_attention.py and test_triton_binaries.py check what needs no card.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from codegen.device import DType
+from codegen.launch.torch_op import attention, graphics_card
+from codegen.launch.triton_op import launch
+from codegen.ops.grouped_query_attention import torch_body
+from codegen.spec import GroupedQueryAttention
+from tests.kernels.problems import BIASED, CAUSAL, PLAIN, TORCH, K, Operands, operands
+from tests.kernels.test_triton_attention import SPECS, WEIGHTS, distance
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no graphics card")
+
+SHAPES = {"prefill": (2, 200, 200), "decode": (2, 1, 3000), "few": (1, 5, 777), "one": (1, 1, 1), "no keys": (1, 3, 0)}
+
+
+def on_card(spec: GroupedQueryAttention, x: Operands) -> Tensor:
+    device, processors = graphics_card(torch.device("cuda"))
+    q, k, v, bias, sinks = (None if t is None else t.cuda() for t in (x.q, x.k, x.v, x.bias, x.sinks))
+    assert q is not None and k is not None and v is not None
+    return launch(spec, q, k, v, bias, sinks, arch=device.arch, processors=processors).cpu()
+
+
+@pytest.mark.parametrize("dtype", list(DType), ids=lambda d: d.short)
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_it_is_within_rounding_of_the_oracle(
+    spec: GroupedQueryAttention, dtype: DType, shape: tuple[int, int, int]
+) -> None:
+    x = operands(spec, TORCH[dtype], *shape)
+    found = on_card(spec, x)
+    assert distance(spec, x, found) < K
+    nudged = found.clone()
+    nudged[0, -1, -1, -1] += 30 * WEIGHTS[x.q.dtype] * max(1.0, float(x.v.abs().max()) if x.v.numel() else 1.0)
+    assert distance(spec, x, nudged) > K, "the control: a small error in one number is seen"
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("kv_heads", [1, 4, 16])
+@pytest.mark.parametrize("shape", [(1, 1000, 1000), (3, 1, 5000), (1, 130, 4000)], ids=["prefill", "decode", "chunk"])
+def test_sizes_of_real_models(kv_heads: int, dim: int, shape: tuple[int, int, int]) -> None:
+    spec = GroupedQueryAttention(16, kv_heads, dim, dim, dim**-0.5, causal=True)
+    x = operands(spec, torch.bfloat16, *shape)
+    assert distance(spec, x, on_card(spec, x)) < K
+
+
+@pytest.mark.parametrize("bias", ["additive", "per head", "boolean"])
+def test_biases_broadcast_and_booleans_hide(bias: str) -> None:
+    x = operands(BIASED, torch.float16, 2, 90, 400, bias=bias)
+    assert distance(BIASED, x, on_card(BIASED, x)) < K
+
+
+def test_rows_at_odd_places_are_read_right() -> None:
+    """Operands cut out of a larger tensor, so that rows begin at any byte."""
+    x = operands(CAUSAL, torch.bfloat16, 2, 77, 77)
+    wide = [torch.randn(*t.shape[:3], 131).to(torch.bfloat16) for t in (x.q, x.k, x.v)]
+    for w, t in zip(wide, (x.q, x.k, x.v), strict=True):
+        w[..., 3:67] = t
+    device, processors = graphics_card(torch.device("cuda"))
+    odd = [w.cuda()[..., 3:67] for w in wide]
+    assert all(t.data_ptr() % 16 for t in odd)
+    found = launch(CAUSAL, *odd, arch=device.arch, processors=processors).cpu()
+    assert distance(CAUSAL, x, found) < K
+
+
+def test_the_operator_eager_compiled_and_trained() -> None:
+    x = operands(PLAIN, torch.float32, 2, 33, 65)
+    q, k, v = (t.cuda().requires_grad_() for t in (x.q, x.k, x.v))
+    right = torch_body.grouped_query_attention(PLAIN, q, k, v)
+    for call in (attention, torch.compile(attention)):
+        found = call(PLAIN, q, k, v, kernels="triton")
+        assert (found - right).abs().max() < 1e-5
+        (gradient,) = torch.autograd.grad(found.sum(), [k], retain_graph=True)
+        (expected,) = torch.autograd.grad(right.sum(), [k], retain_graph=True)
+        assert (gradient - expected).abs().max() < 1e-4
+    assert (attention(PLAIN, q, k.flip(2), v, kernels="triton") - right).abs().max() > 1e-3, "the control"
+
+
+class Mixer(nn.Module):
+    def __init__(self, width: int = 128, heads: int = 8) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        weights = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)
+        return self.out((weights @ v).transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+def test_a_rewritten_model_runs_on_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    from codegen.launch import triton_op
+    from rewriter import optimize
+
+    calls = []
+
+    def counted(*args: object, **kwargs: object) -> Tensor:
+        calls.append(1)
+        return launch(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(triton_op, "launch", counted)
+    torch.manual_seed(0)
+    net, x = nn.Sequential(Mixer(), Mixer()).cuda().eval(), torch.randn(2, 300, 128, device="cuda")
+    fast, slow = (optimize(net, "gqa2", example_inputs=(x[:, :16],), kernels=k) for k in ("triton", "off"))
+    calls.clear()
+    with torch.no_grad():
+        right = slow(x)
+        assert not calls
+        assert (fast(x) - right).abs().max() < 1e-4 * right.abs().max()
+        assert len(calls) == 2
+        assert (net(x) - right).abs().max() > 1e-2 * right.abs().max(), "the control: the rewriting itself is lossy"
