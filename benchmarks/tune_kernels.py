@@ -1,6 +1,6 @@
 """Writes the tables by which ``kernels="auto"`` decides: how much faster a kernel is than torch's own operators.
 
-    python -m benchmarks.tune_kernels [--isa avx512 | --card] [--threads N] [--runs N] [--output DIR]
+    python -m benchmarks.tune_kernels [--isa avx512 | --card] [--threads N | --cpu-time] [--runs N] [--output DIR]
 
 Every instruction set that this processor has gets its file in codegen/tuning/, or, with --card, the graphics card. The
 operators it is compared with are those that run otherwise: the torch body of the op.
@@ -18,6 +18,7 @@ import contextlib  # noqa: E402
 import itertools  # noqa: E402
 import json  # noqa: E402
 import sys  # noqa: E402
+import time  # noqa: E402
 from collections.abc import Callable, Iterator, Sequence  # noqa: E402
 from dataclasses import asdict  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -26,8 +27,8 @@ from unittest import mock  # noqa: E402
 import torch  # noqa: E402
 
 from benchmarks.machine import machine  # noqa: E402
-from benchmarks.rows import interleaved, timed  # noqa: E402
-from codegen.device import Device, DType, Isa, host  # noqa: E402
+from benchmarks.rows import Clock, interleaved, timed  # noqa: E402
+from codegen.device import Device, DType, Isa, host, measured_as  # noqa: E402
 from codegen.launch import torch_op  # noqa: E402
 from codegen.spec import GroupedQueryAttention  # noqa: E402
 from codegen.tuning.table import FOLDER, MARGIN, Measured, Problem, regime, work  # noqa: E402
@@ -92,19 +93,19 @@ def calls(spec: GroupedQueryAttention, problem: Problem, dtype: DType, device: s
     )
 
 
-def measure(spec: GroupedQueryAttention, problem: Problem, dtype: DType, isa: Isa, runs: int) -> Measured:
+def measure(spec: GroupedQueryAttention, problem: Problem, dtype: DType, isa: str, runs: int, clock: Clock) -> Measured:
     """Both by turns, best of `runs` or more."""
     ours, theirs = calls(spec, problem, dtype, "cpu")
     first = max(timed(call, 1)[0].minimum for call in (ours, theirs))
-    mine, other = interleaved(max(runs, min(MOST_RUNS, int(SECONDS / first))), ours, theirs)
-    return measured(spec, problem, dtype, isa.value, other.minimum / mine.minimum)
+    mine, other = interleaved(max(runs, min(MOST_RUNS, int(SECONDS / first))), ours, theirs, clock=clock)
+    return measured(spec, problem, dtype, isa, other.minimum / mine.minimum)
 
 
 def measure_card(arch: str, runs: int) -> list[Measured]:
     """As `measure`, by the card's own clock and without what the host takes to launch."""
-    from benchmarks.gpu import Clock
+    from benchmarks.gpu import Clock as CardClock
 
-    clock = Clock()
+    clock = CardClock()
     found = []
     for dtype, (spec, problem) in itertools.product((DType.BFLOAT16, DType.FLOAT16, DType.FLOAT32), card_grid()):
         mine, other = clock.times(runs, *calls(spec, problem, dtype, "cuda"))
@@ -120,12 +121,15 @@ def measured(spec: GroupedQueryAttention, problem: Problem, dtype: DType, isa: s
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--isa", choices=[isa.value for isa in Isa], action="append")
+    parser.add_argument("--cpu-time", action="store_true", help="processor time of one thread: for busy machines")
     parser.add_argument("--card", action="store_true", help="measure the CUDA card instead of the processor")
     parser.add_argument("--output", type=Path, default=FOLDER)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--runs", type=int, default=7)
     options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
+    clock = time.process_time if options.cpu_time else time.perf_counter
+    threads = 1 if options.cpu_time else options.threads
+    torch.set_num_threads(threads)
     if options.card:
         return tune_card(options.output, options.runs)
     order = [isa.value for isa in Isa]
@@ -134,13 +138,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isa not in able:
             print(f"this processor has no {isa}", file=sys.stderr)
             return 2
+        name = measured_as(Device("cpu", isa))
         rows = []
         with torch.no_grad(), always(isa):
             for dtype in DTYPES:
-                for spec, problem in grid(options.threads):
-                    rows.append(measure(spec, problem, dtype, Isa(isa), options.runs))
-        about = {"processor": machine()["processor"], "threads": options.threads, "torch": torch.__version__}
-        write_table(options.output / f"cpu_{isa}.json", about, rows)
+                for spec, problem in grid(threads):
+                    rows.append(measure(spec, problem, dtype, name, options.runs, clock))
+        about = {"processor": machine()["processor"], "threads": threads, "torch": torch.__version__}
+        write_table(options.output / f"cpu_{name}.json", about, rows)
     return 0
 
 

@@ -62,6 +62,15 @@ def isa_of(flags: frozenset[str]) -> Isa | None:
     return next((isa for isa in reversed(Isa) if _FLAGS[isa] <= flags), None)
 
 
+def measured_as(device: Device) -> str:
+    """The name under which tuning tables know a device: its arch, and what only the other side makes use of.
+
+    Matrix units of x86 (AMX) speed up torch's bfloat16 products, but no kernel here.
+    """
+    matrix = device.kind == "cpu" and device.arch == Isa.AVX512_BF16.value and "amx_bf16" in _processor_flags()
+    return f"{device.arch}_amx" if matrix else device.arch
+
+
 @functools.cache
 def host() -> Device:
     """This machine's processor."""
@@ -69,6 +78,7 @@ def host() -> Device:
     return Device("cpu", "" if isa is None else isa.value)
 
 
+@functools.cache
 def _processor_flags() -> frozenset[str]:
     info = Path("/proc/cpuinfo")
     if info.exists():

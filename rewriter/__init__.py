@@ -22,7 +22,7 @@ from rewriter.errors import (
 
 if TYPE_CHECKING:
     from rewriter.inspection import Inspection, inspect, targets
-    from rewriter.optimize import Rewritten, load, optimize, save, verify
+    from rewriter.optimize import Rewritten, load, optimize, save, use_kernels, verify
     from rewriter.profile.compare import profile
 
 __version__ = "0.1.0"
@@ -36,6 +36,7 @@ _LAZY = {
     "profile": "rewriter.profile.compare",
     "save": "rewriter.optimize",
     "targets": "rewriter.inspection",
+    "use_kernels": "rewriter.optimize",
     "verify": "rewriter.optimize",
 }
 
@@ -56,6 +57,7 @@ __all__ = [
     "profile",
     "save",
     "targets",
+    "use_kernels",
     "verify",
 ]
 

@@ -66,8 +66,8 @@ def optimize(
             projection is refitted; without it the mean is the default. Sequences should be as long as those the model
             is used on.
         example_inputs: inputs to capture a torch model with; Hugging Face models have defaults.
-        kernels: for attention modules that are replaced in torch models: "auto" (a generated kernel where it is legal
-            and measured to be faster than torch's own operators), "off", or "cpp" (always; an error where it is not
+        kernels: at the rewritten attentions of torch models: "auto" (a generated kernel where it is legal and measured
+            to be faster than torch's own operators), "off", or "cpp" or "triton" (always; an error where it is not
             legal). Graphs and .onnx files hold standard operators; see `rewriter kernels` for the latter.
         inplace: edit the given torch module instead of a copy.
         verify: compare with the original before returning.
@@ -173,23 +173,31 @@ def _optimize_torch(
         verify=verify,
         calibration=calibration,
         tokenizer=tokenizer,
+        kernels=kernels,
     )
-    _use_kernels(module, kernels)
     module.rewrite_report = report  # type: ignore[assignment]
     return module
 
 
-def _use_kernels(module: Any, kernels: str) -> None:
-    from rewriter.install.torch_module import mixers
+def use_kernels(model: Any, kernels: str = "auto", *, example_inputs: Any = None) -> Any:
+    """Let a torch model's attentions call generated kernels, in place, weights untouched; returns the model.
 
-    found = mixers(module)
-    if kernels not in ("auto", "off") and not found:
-        raise UsageError(
-            f"the model goes on with its own attention code, which kernels={kernels!r} cannot reach",
-            hint="only attention modules that had to be replaced call kernels; leave kernels out",
-        )
-    for mixer in found.values():
-        mixer.kernels = kernels
+    Reaches attention modules that `optimize` replaced, and every attention of a Hugging Face model that runs on torch's
+    fused attention ("sdpa"). The model has to give the same outputs as before.
+
+    Args:
+        kernels: "auto" where the tuning table says that they are faster, "cpp" or "triton" always, "off" to undo.
+        example_inputs: a call of the model; Hugging Face models have defaults.
+
+    Raises UsageError if `kernels` names a language and nothing can call it, or there are no example inputs.
+    """
+    from rewriter.capture.example_inputs import prepare
+    from rewriter.install.kernel_choice import choose_kernels
+
+    require_supported(kernels)
+    args, kwargs = prepare(model, example_inputs)
+    choose_kernels(model, kernels, args, kwargs, everywhere=True)
+    return model
 
 
 def verify(after: Any, before: Any, *, example_inputs: Any = None) -> Verification:
@@ -252,4 +260,4 @@ def save(model: Any, path: str | Path) -> None:
     write(model, path)
 
 
-__all__ = ["Rewritten", "load", "optimize", "save", "verify"]
+__all__ = ["Rewritten", "load", "optimize", "save", "use_kernels", "verify"]

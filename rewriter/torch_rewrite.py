@@ -25,6 +25,7 @@ from rewriter.errors import NothingToRewrite, UnsupportedModel, UsageError, Veri
 from rewriter.install.call_record import CallRecord, record_calls
 from rewriter.install.huggingface import apply_knob, knob_applies
 from rewriter.install.kept import Kept, noted
+from rewriter.install.kernel_choice import choose_kernels
 from rewriter.install.mixer import MixerParameters
 from rewriter.install.repeated_heads import keep_forwards
 from rewriter.install.torch_module import install
@@ -57,6 +58,7 @@ def rewrite_torch(
     verify: bool,
     calibration: Any = None,
     tokenizer: Any = None,
+    kernels: str = "auto",
 ) -> tuple[torch.nn.Module, RewriteReport]:
     """(rewritten model, report). The original is left alone unless `inplace`; `calibration` is as in `optimize`.
 
@@ -96,6 +98,7 @@ def rewrite_torch(
             failed = verification.failures[0]
             raise VerificationFailed(f"the rewritten model failed the check {failed.name!r}: {failed.detail}")
         fidelity = verification.fidelity
+    choose_kernels(module, kernels, args, kwargs, everywhere=False)
     summary = report(
         captured.flow,
         matches,

@@ -1,0 +1,36 @@
+"""Which attentions of a torch model call generated kernels: replaced modules, and Hugging Face models' own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from rewriter.errors import UsageError
+from rewriter.install.attention_interface import attach, detach
+from rewriter.install.torch_module import mixers
+
+
+def choose_kernels(
+    model: nn.Module, kernels: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, everywhere: bool
+) -> None:
+    """Tell a model's attentions which kernels to call, in place.
+
+    Args:
+        kernels: "auto", "off", "cpp" or "triton".
+        args, kwargs: a call of the model, by which Hugging Face models prove that they go on answering the same.
+        everywhere: also at attentions of a Hugging Face model that were not rewritten.
+
+    Raises UsageError if kernels are asked for by name and nothing in the model can call them.
+    """
+    found = mixers(model)
+    for mixer in found.values():
+        mixer.kernels = kernels
+    detach(model)
+    attached = kernels != "off" and attach(model, kernels, args, kwargs, everywhere=everywhere)
+    if kernels not in ("auto", "off") and not found and not attached:
+        raise UsageError(
+            f"the model goes on with its own attention code, which kernels={kernels!r} cannot reach",
+            hint="attention modules that were replaced call kernels, and Hugging Face models that run on sdpa",
+        )
