@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import isqrt
+from math import isqrt, prod
 from typing import Any, Literal
 
 import numpy as np
@@ -23,6 +23,8 @@ _MASKED = -1e4
 """What an additive mask holds where it masks; fits float16."""
 _UNKNOWN_BOUND = 8
 _LARGEST_ID = 1000
+MOST_NUMBERS = 2**28
+"""Of one made-up input; real ones are smaller, and what a broken file declares may be anything."""
 _SPECIAL_IDS = 3
 """The lowest ids usually mean padding, start and end; plausible text has none inside."""
 
@@ -77,8 +79,21 @@ def make_feeds(
         mask = "ones"  # it takes a length per sequence and leaves what lies beyond undefined
     for role in roles:
         shape = _concrete_shape(role, sizes, symbols, side)
+        _check_size(role.name, shape)
         feeds[role.name] = _values(role, shape, sizes, mask, rng)
     return feeds
+
+
+def _check_size(name: str, shape: tuple[int, ...]) -> None:
+    if any(size < 0 for size in shape):
+        raise UnsupportedModel(
+            f"input {name!r} declares the negative size {min(shape)}", hint="give open dimensions a name instead"
+        )
+    if prod(shape) > MOST_NUMBERS:
+        raise UnsupportedModel(
+            f"input {name!r} declares {prod(shape):,} numbers, too many to make up",
+            hint="give large dimensions a name instead, so that they are open",
+        )
 
 
 def candidate_sizes(model: ir.Model) -> list[tuple[int, int, int]]:
@@ -269,7 +284,7 @@ def _baked_pairs(model: ir.Model) -> list[tuple[int, int]]:
 
 def _inner_shapes(model: ir.Model) -> Iterator[list[int]]:
     for node in model.graph:
-        if node.op_type in {"Reshape", "Expand"} and node.inputs[1] is not None:
+        if node.op_type in {"Reshape", "Expand"} and len(node.inputs) > 1 and node.inputs[1] is not None:
             target = constant_array(node.inputs[1], 8)
             if target is not None:
                 yield [int(d) for d in target.reshape(-1)]

@@ -171,7 +171,10 @@ class _Session:
         proto = ir.serde.serialize_model(self.model)
         present = {o.name for o in proto.graph.output}
         proto.graph.output.extend(onnx.ValueInfoProto(name=n) for n in self.extra if n not in present)
-        return open_session(proto, data_folder(self.model), optimise=False)
+        try:
+            return open_session(proto, data_folder(self.model), optimise=False)
+        except Exception as error:  # onnxruntime raises unrelated types
+            raise _refused(f"open the model: {first_line(error)}") from error
 
     @cached_property
     def types(self) -> dict[str, str]:
@@ -187,6 +190,10 @@ class _Session:
         arrays = self._session.run(names, dict(feeds))
         out = {n: widened(a) for n, a in zip(names, arrays, strict=True) if isinstance(a, np.ndarray)}
         return {**out, **{n: widened(a) for n, a in feeds.items()}}
+
+
+def _refused(what: str) -> UnsupportedModel:
+    return UnsupportedModel(f"onnxruntime cannot {what}", hint="check that the file runs in onnxruntime")
 
 
 def open_session(proto: onnx.ModelProto, folder: str | None, *, optimise: bool) -> ort.InferenceSession:
@@ -252,7 +259,10 @@ class _Constants:
             opset_imports=[onnx.helper.make_opsetid(d, v) for d, v in self.model.opset_imports.items()],
             ir_version=self.model.ir_version,
         )
-        return widened(np.asarray(open_session(proto, None, optimise=False).run(None, {})[0]))
+        try:
+            return widened(np.asarray(open_session(proto, None, optimise=False).run(None, {})[0]))
+        except Exception as error:
+            raise _refused(f"compute the constant {name[:80]!r}: {first_line(error)}") from error
 
     def _subgraph(self, node: ir.Node) -> list[ir.Node]:
         found: dict[int, ir.Node] = {}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -203,6 +204,10 @@ def _check_structure(proto: onnx.ModelProto, name: str) -> None:
         raise InvalidModelFile(f"the graph in {name} has no outputs", hint=hint)
     if not proto.opset_import:
         raise InvalidModelFile(f"{name} names no operator set", hint=hint)
+    for text in _names(proto):
+        if not isinstance(text, str):  # protobuf hands out bytes where they are no UTF-8
+            raise InvalidModelFile(f"{name} holds a name that is no text: {text!r:.60}", hint=hint)
+    _check_arity(proto, name)
 
 
 def _check_supported(proto: onnx.ModelProto, name: str) -> None:
@@ -232,6 +237,48 @@ def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
                 if attribute.HasField("g"):
                     todo.append(attribute.g)
                 todo.extend(attribute.graphs)
+
+
+def _check_arity(proto: onnx.ModelProto, name: str) -> None:
+    """Nodes of the standard operators have as many inputs as the standard says: later stages count on it."""
+    version = next((x.version for x in proto.opset_import if x.domain in ("", "ai.onnx")), None)
+    for graph in _graphs(proto.graph):
+        for node in graph.node:
+            most = None if version is None or node.domain not in ("", "ai.onnx") else _arity(node.op_type, version)
+            if most is not None and not most[0] <= len(node.input) <= most[1]:
+                raise InvalidModelFile(
+                    f"{name} is malformed: node {node.name[:80]!r} ({node.op_type}) has {len(node.input)} inputs",
+                    hint="check it with onnx.checker",
+                )
+
+
+@functools.cache
+def _arity(op_type: str, version: int) -> tuple[int, int] | None:
+    """(fewest, most) inputs of a standard operator; None if this version of the standard has no such operator."""
+    import onnx
+
+    try:
+        schema = onnx.defs.get_schema(op_type, version, "")
+    except (onnx.defs.SchemaError, TypeError):  # no such operator, or no such version
+        return None
+    return schema.min_input, schema.max_input
+
+
+def _names(proto: onnx.ModelProto) -> Iterator[object]:
+    """Every name that something in the model is known by."""
+    for graph in _graphs(proto.graph):
+        yield from (x.name for x in (*graph.input, *graph.output, *graph.initializer, *graph.value_info))
+        yield from _node_names(graph.node)
+    for function in proto.functions:
+        yield from (function.name, function.domain, *function.input, *function.output)
+        yield from _node_names(function.node)
+    yield from (x.domain for x in proto.opset_import)
+
+
+def _node_names(nodes: Iterable[onnx.NodeProto]) -> Iterator[object]:
+    for node in nodes:
+        yield from (node.name, node.op_type, node.domain, *node.input, *node.output)
+        yield from (attribute.name for attribute in node.attribute)
 
 
 # --- tensors -------------------------------------------------------------------------------------

@@ -1,0 +1,236 @@
+"""Broken .onnx files: every one must end in a typed error or in a result, whatever was done to it.
+
+    python -m benchmarks.fuzz [--first SEED] [--count N] [--json F]
+
+A seed takes one of a few small models and breaks it: in its bytes, or in its structure (nodes removed, doubled or wired
+otherwise, absurd attributes, shapes, types and versions, hostile names, weights that lie elsewhere). It is then
+inspected and rewritten under a limit on memory. Anything but a `RewriteError` is a fault of ours, and is printed with
+its seed: `--first SEED --count 1` repeats it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import functools
+import random
+import resource
+import sys
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+
+import rewriter
+from benchmarks.campaign import export
+from benchmarks.random_attention import Net, draw
+from benchmarks.rows import Row, write_json
+from rewriter.errors import RewriteError
+
+MODELS = (0, 4, 5, 7)
+"""Seeds of the architectures whose exports are broken."""
+
+MEMORY = 8 << 30
+NUMBERS = (-1, 0, 1, 3, 7, 10**12, -(10**12), 2**62)
+OPERATORS = ("Identity", "Softmax", "MatMul", "Reshape", "Transpose", "Unknown", "If", "Loop", "Shape", "Gather",
+             "Attention", "Split", "Concat", "Expand", "Range", "ConstantOfShape", "Einsum")  # fmt: skip
+NAMES = ("", "\x1b[31m", "../../x", "<script>", "{{7*7}}", "x" * 300, "名")
+PLACES = ("/etc/passwd", "../x", "weights.bin", "")
+
+Random = random.Random
+
+
+@functools.cache
+def sound(seed: int) -> bytes:
+    """A sound file's content."""
+    a = draw(seed)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "sound.onnx"
+        export(a, Net(a).eval(), path)
+        return path.read_bytes()
+
+
+def broken(seed: int) -> bytes:
+    """A file that was broken in one to three ways, always the same for a seed."""
+    r = Random(seed)
+    content = sound(r.choice(MODELS))
+    if r.random() < 0.3:
+        return break_bytes(content, r)
+    model = onnx.load_from_string(content)
+    for _ in range(r.choice([1, 1, 1, 2, 3])):
+        r.choice(STRUCTURE)(model, r)
+    return bytes(model.SerializeToString())
+
+
+# ---------------------------------------------------------------------- ways to break a file
+
+
+def break_bytes(content: bytes, r: Random) -> bytes:
+    data = bytearray(content)
+    place = r.randrange(len(data) - 400)
+    match r.choice(["cut off", "flip", "flip", "flip", "take out", "double"]):
+        case "cut off":
+            return bytes(data[: place + 1])
+        case "flip":
+            for _ in range(r.choice([1, 1, 2, 4, 16])):
+                data[r.randrange(len(data))] = r.randrange(256)
+        case "take out":
+            del data[place : place + r.randrange(1, 400)]
+        case "double":
+            data[place:place] = data[place : place + r.randrange(1, 50)]
+    return bytes(data)
+
+
+def _node(model: onnx.ModelProto, r: Random) -> onnx.NodeProto:
+    found: onnx.NodeProto = r.choice(model.graph.node)
+    return found
+
+
+def remove_node(model: onnx.ModelProto, r: Random) -> None:
+    model.graph.node.remove(_node(model, r))
+
+
+def double_node(model: onnx.ModelProto, r: Random) -> None:
+    model.graph.node.append(_node(model, r))
+
+
+def wire_otherwise(model: onnx.ModelProto, r: Random) -> None:
+    """An input or an output becomes some other node's output: cycles and doubled names."""
+    node, other = _node(model, r), _node(model, r).output[0]
+    names = node.input if node.input and r.random() < 0.7 else node.output
+    names[r.randrange(len(names))] = other
+
+
+def take_inputs(model: onnx.ModelProto, r: Random) -> None:
+    node = _node(model, r)
+    if node.input:
+        del node.input[r.randrange(len(node.input)) :]
+
+
+def change_operator(model: onnx.ModelProto, r: Random) -> None:
+    _node(model, r).op_type = r.choice(OPERATORS)
+
+
+def change_domain(model: onnx.ModelProto, r: Random) -> None:
+    _node(model, r).domain = r.choice(["com.microsoft", "unknown", "ai.onnx.ml"])
+
+
+def change_name(model: onnx.ModelProto, r: Random) -> None:
+    _node(model, r).name = r.choice(NAMES)
+
+
+def change_attribute(model: onnx.ModelProto, r: Random) -> None:
+    attributes = [a for node in model.graph.node for a in node.attribute]
+    a = r.choice(attributes)
+    match a.type:
+        case onnx.AttributeProto.INT:
+            a.i = r.choice(NUMBERS)
+        case onnx.AttributeProto.INTS if a.ints:
+            a.ints[r.randrange(len(a.ints))] = r.choice(NUMBERS)
+        case onnx.AttributeProto.FLOAT:
+            a.f = r.choice([float("nan"), float("inf"), 0.0, -1e38])
+        case onnx.AttributeProto.STRING:
+            a.s = r.choice([b"", b"\xff\xfe", b"x" * 300])
+        case onnx.AttributeProto.TENSOR:
+            _break_tensor(a.t, r)
+
+
+def add_attribute(model: onnx.ModelProto, r: Random) -> None:
+    value: Any = r.choice([0, -1, 5, "a", [1, 2]])
+    _node(model, r).attribute.append(onnx.helper.make_attribute("axis", value))
+
+
+def change_weight(model: onnx.ModelProto, r: Random) -> None:
+    _break_tensor(r.choice(model.graph.initializer), r)
+
+
+def _break_tensor(tensor: onnx.TensorProto, r: Random) -> None:
+    match r.randrange(5):
+        case 0 if tensor.dims:
+            tensor.dims[r.randrange(len(tensor.dims))] = r.choice(NUMBERS)
+        case 1:
+            tensor.data_type = r.choice([0, 1, 6, 7, 8, 9, 10, 16, 22, 99])
+        case 2:
+            tensor.raw_data = tensor.raw_data[: len(tensor.raw_data) // 2]
+        case 3:
+            tensor.raw_data = r.randbytes(len(tensor.raw_data))
+        case _:
+            tensor.data_location = onnx.TensorProto.EXTERNAL
+            tensor.external_data.add(key="location", value=r.choice(PLACES))
+
+
+def change_input(model: onnx.ModelProto, r: Random) -> None:
+    kind = r.choice(model.graph.input).type.tensor_type
+    if r.random() < 0.3:
+        kind.elem_type = r.choice([0, 1, 6, 7, 8, 9, 10, 16, 99])
+    elif kind.shape.dim:
+        size = r.choice(kind.shape.dim)
+        size.Clear()
+        size.dim_value = r.choice(NUMBERS)
+
+
+def change_version(model: onnx.ModelProto, r: Random) -> None:
+    model.opset_import[0].version = r.choice([0, 1, 7, 9, 12, 18, 99, -1])
+
+
+STRUCTURE: tuple[Callable[[onnx.ModelProto, Random], None], ...] = (
+    remove_node, double_node, wire_otherwise, take_inputs, change_operator, change_domain, change_name,
+    change_attribute, add_attribute, change_weight, change_input, change_version,
+)  # fmt: skip
+
+
+# ---------------------------------------------------------------------- what comes of it
+
+
+def outcome(seed: int, folder: Path) -> tuple[str, str]:
+    """("result" or the name of a typed error, ""), or ("fault", what was raised and where)."""
+    path, output = folder / f"{seed}.onnx", folder / f"{seed}.out.onnx"
+    path.write_bytes(broken(seed))
+    try:
+        rewriter.inspect(path).to_dict()
+        rewriter.optimize(path, "mqa").save(output)
+    except RewriteError as error:
+        return type(error).__name__, "" if error.hint else "an error without a hint"
+    except Exception as error:
+        ours = [f for f in traceback.extract_tb(error.__traceback__) if "site-packages" not in f.filename]
+        where = f"{Path(ours[-1].filename).name}:{ours[-1].lineno}"
+        return "fault", f"{type(error).__name__} at {where}: {str(error)[:200]}"
+    return "result", ""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--count", type=int, default=1500)
+    parser.add_argument("--quick", action="store_true", help="300 seeds")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args(arguments)
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    for seed in MODELS:
+        sound(seed)
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    count = 300 if options.quick else options.count
+    found: collections.Counter[str] = collections.Counter()
+    with tempfile.TemporaryDirectory() as folder:
+        for seed in range(options.first, options.first + count):
+            kind, text = outcome(seed, Path(folder))
+            found[kind] += 1
+            if text:
+                print(f"seed {seed}: {text}", flush=True)
+    print(", ".join(f"{kind} {times}" for kind, times in found.most_common()))
+    if options.json:
+        case = f"seeds {options.first} to {options.first + count - 1}"
+        faults = found["fault"]
+        row = Row("fuzz", case, faults, 0, "none", "faults", None, 0, not faults, {"outcomes": dict(found)})
+        write_json(options.json, [row])
+    return 1 if found["fault"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,44 @@
+"""Broken .onnx files end in typed errors; `python -m benchmarks.fuzz` tries many more."""
+
+from __future__ import annotations
+
+import collections
+from pathlib import Path
+
+import onnx
+import pytest
+
+from benchmarks import fuzz
+
+SEEDS = range(5000, 5060)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(SEEDS.start, SEEDS.stop, 15), ids=lambda seed: f"seed {seed}")
+def test_broken_files_end_in_typed_errors(first: int, tmp_path: Path) -> None:
+    found = {seed: fuzz.outcome(seed, tmp_path) for seed in range(first, first + 15)}
+    assert not {seed: text for seed, (_, text) in found.items() if text}
+    kinds = collections.Counter(kind for kind, _ in found.values())
+    assert sum(times for kind, times in kinds.items() if kind != "result") >= 3, "the control: files are broken"
+    assert not list(tmp_path.glob("*.tmp*")), "nothing is left half-written"
+
+
+def test_each_way_changes_the_file() -> None:
+    content = fuzz.sound(fuzz.MODELS[0])
+    for way in fuzz.STRUCTURE:
+        texts = set()
+        for seed in range(6):
+            model = onnx.load_from_string(content)
+            way(model, fuzz.Random(seed))
+            texts.add(model.SerializeToString())
+        assert texts - {content}, way.__name__
+    assert fuzz.broken(7) == fuzz.broken(7) != fuzz.broken(8)
+
+
+def test_a_fault_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(path: object) -> None:
+        raise KeyError("gone")
+
+    monkeypatch.setattr(fuzz.rewriter, "inspect", fails)
+    kind, text = fuzz.outcome(0, tmp_path)
+    assert kind == "fault" and "KeyError at test_fuzz.py" in text
