@@ -265,7 +265,9 @@ def _arity(op_type: str, version: int) -> tuple[int, int] | None:
 
 
 def _names(proto: onnx.ModelProto) -> Iterator[object]:
-    """Every name that something in the model is known by."""
+    """Every name that something in the model is known by, and what it says of itself."""
+    yield from (proto.producer_name, proto.producer_version, proto.domain, proto.graph.name)
+    yield from (text for entry in proto.metadata_props for text in (entry.key, entry.value))
     for graph in _graphs(proto.graph):
         yield from (x.name for x in (*graph.input, *graph.output, *graph.initializer, *graph.value_info))
         yield from _node_names(graph.node)

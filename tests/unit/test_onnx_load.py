@@ -137,8 +137,10 @@ def test_names_that_are_no_text(tmp_path: Path) -> None:
     name = proto.graph.node[0].output[0]
     content = proto.SerializeToString()
     assert content.count(name.encode()) >= 1
-    (tmp_path / "b.onnx").write_bytes(content.replace(name.encode(), b"\xff" * len(name)))
-    assert "no text" in refused(tmp_path / "b.onnx")
+    for text in (name, proto.producer_name):
+        assert text
+        (tmp_path / "b.onnx").write_bytes(content.replace(text.encode(), b"\xff" * len(text)))
+        assert "no text" in refused(tmp_path / "b.onnx")
 
 
 def test_parts_that_would_be_lost(tmp_path: Path) -> None:
