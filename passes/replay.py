@@ -101,7 +101,9 @@ def project(flow: Flow, projection: Projection, roundings: Iterable[Rounding] = 
     w = np.asarray(flow.value(projection.weight), dtype=np.float64)
     out = executed(flow, roundings, x.reshape(-1, x.shape[-1]) @ (w.T if projection.out_first else w))
     if projection.bias is not None:
-        out = out + np.asarray(flow.value(projection.bias), dtype=np.float64).reshape(-1)
+        bias = np.asarray(flow.value(projection.bias), dtype=np.float64).reshape(-1)
+        positions = projection.bias_positions(np.arange(projection.features))
+        out = out + np.where(positions < 0, 0.0, bias[positions])
     return np.asarray(out)
 
 

@@ -12,6 +12,9 @@ from passes.dataflow import Array, Value
 class Projection:
     """A learned linear map: ``output[..., c] = input @ W[c] + bias[c]``.
 
+    Where the bias is added behind a split or some other layout, `output` is without it, and `bias_index` says which
+    number of `bias` is added to each column.
+
     Attributes:
         node: index of the contraction in the flow.
         input, output: activations before, and after the bias; the last axis is the feature axis.
@@ -19,6 +22,8 @@ class Projection:
         out_first: True if that matrix is [out, in], False if it is [in, out].
         bias: value name of the bias, None if there is none.
         features: number of output features (all columns, also those of other operands of a fused projection).
+        bias_index: [features] flat position in `bias` for each column, -1 where nothing is added; None if they are
+            alike.
     """
 
     node: int
@@ -28,6 +33,11 @@ class Projection:
     out_first: bool
     bias: Value | None
     features: int
+    bias_index: Array | None = None
+
+    def bias_positions(self, columns: Array) -> Array:
+        """Where in the bias the numbers for these columns stand."""
+        return columns if self.bias_index is None else self.bias_index[columns]
 
 
 @dataclass(frozen=True)

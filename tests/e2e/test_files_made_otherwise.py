@@ -83,6 +83,25 @@ def test_fused_attention_is_written_out_where_it_is_rewritten(twin: Callable[[st
     assert not any(n.domain == "com.microsoft" and n.op_type == "Attention" for n in done.model.graph)
 
 
+def test_fused_attention_that_adds_the_biases_of_a_packed_projection(
+    twin: Callable[[str], Path], perturbed: bool
+) -> None:
+    from onnxruntime.transformers import optimizer
+    from onnxruntime.transformers.fusion_options import FusionOptions
+
+    source = twin("bert-eager")
+    options = FusionOptions("bert")
+    options.use_multi_head_attention = True
+    target = source.with_suffix(".fused.onnx")
+    made = optimizer.optimize_model(
+        str(source), model_type="bert", num_heads=4, hidden_size=32, optimization_options=options
+    )
+    made.save_model_to_file(str(target))
+    operators = [n for n in onnx.load(target).graph.node if n.op_type == "MultiHeadAttention"]
+    assert len(operators) == 2 and all(n.input[3] for n in operators)
+    require(target, perturbed)
+
+
 def test_fused_attention_that_is_not_selected_stays(zoo_onnx: ZooOnnx, tmp_path: Path) -> None:
     path = tmp_path / "bert.onnx"
     twin_file(ZOO["bert-eager"], zoo_onnx(ZOO["bert-eager"], "torchscript17"), path, perturbed=False)

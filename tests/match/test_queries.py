@@ -29,6 +29,38 @@ def features(batch: int = 2, length: int = 6) -> Tensor:
     return torch.randn(batch, length, WIDTH, generator=torch.Generator().manual_seed(3))
 
 
+# ------------------------------------------------------------------ packed and normalised
+
+
+class PackedNorm(nn.Module):
+    """Queries and keys out of a packed projection, normalised by head or over all heads."""
+
+    def __init__(self, by_head: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv, self.o = nn.Linear(WIDTH, 3 * WIDTH, bias=False), nn.Linear(WIDTH, WIDTH)
+        self.q_norm, self.k_norm = (nn.LayerNorm(DIM if by_head else WIDTH) for _ in range(2))
+        self.by_head = by_head
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        if not self.by_head:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (y.unflatten(-1, (HEADS, DIM)) for y in (q, k, v))
+        if self.by_head:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))
+        out: Tensor = self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return out
+
+
+def test_a_norm_over_the_heads_of_a_packed_projection_is_told_from_one_by_head() -> None:
+    (site,) = matches(PackedNorm(True), features()).sites
+    assert site.k.norm is not None and site.k.norm.per_head
+    (refusal,) = matches(PackedNorm(False), features()).refusals
+    assert "its norm spans the features of all heads" in refusal.reason
+
+
 # ------------------------------------------------------------------ folded
 
 
