@@ -36,7 +36,7 @@ CHOOSERS: Mapping[str, tuple[int, ...]] = {
 COMPLEX_VIEWS = frozenset({"ViewAsComplex", "ViewAsReal"})
 """Pairs of features seen as complex numbers and back; the form of a complex value keeps the axis of pairs."""
 
-NormKind = Literal["rms", "layer", "l2"]
+NormKind = Literal["rms", "layer", "l2", "clip"]
 SourceKind = Literal["projection", "biased", "norm", "input"]
 
 
@@ -58,7 +58,7 @@ class Source:
 
     Attributes:
         kind: "biased" is a re-layout of a projection to which a constant is added that depends on its columns only.
-        norm: which norm, where `kind` is "norm".
+        norm: which norm, where `kind` is "norm"; a clamp, which treats every feature alike, counts as one.
         under: what is normalised, or what the constant is added to.
         bias: that constant.
         bias_index: [features] flat position in `bias` for each column of the projection, -1 where it is not reached.
@@ -190,6 +190,8 @@ class Tracer:
             return self._register(value, "projection")
         if node.op in NORMS:
             return self._norm(node, value)
+        if node.op == "Clip" and not any(v and self.flow.data_dependent(v) for v in node.inputs[1:]):
+            return self._register(value, "norm", "clip", node.inputs[0])
         if node.op in PASS_THROUGH or node.op in COMPLEX_VIEWS:
             return self.trace(node.inputs[0])
         if node.op in LAYOUT:

@@ -22,6 +22,10 @@ TOLERANCES = {"float64": 1e-4, "float32": 1e-4, "float16": 2e-2, "bfloat16": 6e-
 activations on the way. A wrong row map is off by about 1."""
 
 
+FAR = 1e3
+"""exp(-1000) is 0 in every floating dtype."""
+
+
 @dataclass(frozen=True)
 class Replay:
     """Relative errors of one replay, worst element over the tensor's largest magnitude."""
@@ -170,8 +174,10 @@ def _from_top(scores: Array) -> Array:
 
 
 def _shown(a: Array, b: Array) -> tuple[Array, Array]:
-    shown = (a > -1e30) & (b > -1e30)
-    return np.where(shown, a, 0.0), np.where(shown, b, 0.0)
+    """Two scores without what both hide: so far below their row's largest, or masked outright, softmax sees nothing."""
+    hidden = [~(s > np.maximum(s.max(-1, keepdims=True) - FAR, -1e4)) for s in (a, b)]
+    both = hidden[0] & hidden[1]
+    return np.where(both, 0.0, a), np.where(both, 0.0, b)
 
 
 def _output_error(mine: Array, seen: Array, scores: Array) -> float:

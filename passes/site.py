@@ -55,14 +55,14 @@ class Rotary:
 
 @dataclass(frozen=True)
 class Norm:
-    """A norm over each head's features (or over all of them) between projection and score.
+    """A norm over each head's features (or over all of them) between projection and score, or a clamp.
 
     Attributes:
-        kind: "rms", "layer" or "l2".
+        kind: "rms", "layer" or "l2"; "clip" keeps each feature within bounds.
         per_head: False if it spans the features of all heads, so that heads are not independent.
     """
 
-    kind: Literal["rms", "layer", "l2"]
+    kind: Literal["rms", "layer", "l2", "clip"]
     per_head: bool
     input: Value
     output: Value
@@ -185,6 +185,11 @@ class AttentionSite:
 
     @property
     def qk_norm(self) -> bool:
+        return any(o.norm is not None and o.norm.kind != "clip" for o in (self.q, self.k))
+
+    @property
+    def bent(self) -> bool:
+        """Whether queries or keys at the score are no linear map of their projections: normalised or clamped."""
         return self.k.norm is not None or self.q.norm is not None
 
 

@@ -76,7 +76,7 @@ def trace_operand(tracer: Tracer, view: OperandView, *, shared_heads: bool) -> T
     own_columns, partner, own, other = canonical.rotation(columns)
     group, distinct = _distinct_heads(own_columns, shared_heads)
     if norm is not None:
-        norm = replace(norm, per_head=source.shape[-1] <= own_columns.shape[1])
+        norm = replace(norm, per_head=norm.kind == "clip" or source.shape[-1] <= own_columns.shape[1])
     if shared_heads and norm is not None and not norm.per_head:
         raise NotUnderstood("its norm spans the features of all heads, so merged heads would be normalised differently")
     canonical.require_equal_heads(distinct if shared_heads else None)
@@ -202,6 +202,11 @@ def _head_axis(tracer: Tracer, value: Value, lookup: _Lookup) -> int | None:
 def _main_source(tracer: Tracer, ids: list[Array]) -> Source:
     found = {s.value: s for array in ids for s in tracer.source_of(array)}
     learned = [s for s in found.values() if s.kind != "input"]
+    if len(learned) > 1 and all(s.kind == "norm" for s in learned):
+        raise NotUnderstood(
+            f"its heads are normalised by {len(learned)} norms, each with weights of its own; merged heads would have "
+            "to share one"
+        )
     if len(learned) > 1:
         raise NotUnderstood(
             f"each head is put together from {len(learned)} projections (as in latent attention, whose cache holds "

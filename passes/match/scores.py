@@ -18,6 +18,9 @@ from passes.site import Modifier
 
 FUSED_ANCHORS = frozenset({"Attention", "GroupedQueryAttention"})
 FOREIGN_ANCHORS = frozenset({"MultiHeadAttention"})
+HIDDEN = 1e4
+"""Scores so far down are masked; no score that counts is so far up either."""
+
 INTEGER_SCORES = (
     "its scores are computed in integers (QLinearMatMul); quantise in the QDQ format instead, "
     "or rewrite the float model and quantise it afterwards"
@@ -261,7 +264,7 @@ class _Backward:
         if node.op == "Tanh":  # c * tanh(s): c is the scale met so far, and s is in units of c
             self.modifiers.append(Modifier("softcap", number=self.scale))
             return node.inputs[0]
-        if node.op == "Max":
+        if node.op in {"Max", "Clip"}:
             return self._clamped(node)
         if node.op == "Concat":
             return self._sinks(node)
@@ -288,6 +291,8 @@ class _Backward:
             return shifted
         score, other = _split_operands(self.flow, node)
         number = self.flow.value(other)
+        if node.op == "Mul" and number.size > 1 and self._zeroes_hidden(score, number):
+            return score
         if node.op in {"Mul", "Div"}:
             if number.size != 1 or self.flow.is_fed(other):
                 raise NotUnderstood("scores are multiplied by a tensor (a head mask or a learned temperature)")
@@ -299,6 +304,15 @@ class _Backward:
             raise NotUnderstood("scores are subtracted from a tensor")
         self.modifiers.append(Modifier("bias", other, -self.scale if node.op == "Sub" else self.scale))
         return score
+
+    def _zeroes_hidden(self, score: Value, factor: Array) -> bool:
+        """Whether scores are multiplied by 1, and by 0 just where what follows hides them anyway."""
+        shape = self.flow.shape(score)
+        if len(shape) != 4 or not np.isin(factor, (0, 1)).all() or any(m.kind == "softcap" for m in self.modifiers):
+            return False
+        masks = tuple(m for m in reversed(self.modifiers) if m.kind != "sinks")
+        hidden = total_bias(self.flow, masks, shape) <= -HIDDEN
+        return bool((np.broadcast_to(factor, shape) == 1)[~hidden].all())
 
     def _row_shift(self, node: Node) -> Value | None:
         """A number per row, whatever it is computed from (often the row's maximum): softmax does not see it."""
@@ -323,11 +337,23 @@ class _Backward:
         return score
 
     def _clamped(self, node: Node) -> Value:
-        """A floor so low that only masked scores reach it changes nothing."""
-        score, other = _split_operands(self.flow, node)
-        if self.flow.is_fed(other) or (self.flow.value(other) > -1e4).any():
-            raise NotUnderstood("scores are clamped")
+        """A floor so low that only masked scores reach it, and a ceiling as high, change nothing."""
+        score = node.inputs[0]
+        bounds = (*node.inputs[1:], "", "")[:2]
+        if node.op == "Max":
+            score, floor = _split_operands(self.flow, node)
+            bounds = (floor, "")
+        if any(v and self.flow.is_fed(v) for v in bounds):
+            raise NotUnderstood("scores are clamped by a tensor")
+        low, high = (self._number(node, side, v) for side, v in zip(("min", "max"), bounds, strict=True))
+        if low > -HIDDEN or high < HIDDEN:
+            raise NotUnderstood(f"scores are clamped between {low:g} and {high:g}")
         return score
+
+    def _number(self, node: Node, side: str, bound: Value) -> float:
+        """A bound of a clamp, be it an input or an attribute; the largest of several floors, the least of ceilings."""
+        pick, none = (np.max, -np.inf) if side == "min" else (np.min, np.inf)
+        return float(pick(self.flow.value(bound))) if bound else float(node.attrs.get(side, none))
 
     def _masked(self, node: Node) -> Value:
         if node.op == "MaskedFill":

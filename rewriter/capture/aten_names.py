@@ -61,6 +61,7 @@ _NAMES: Mapping[str, str] = {
     **dict.fromkeys(("layer_norm", "native_layer_norm"), "LayerNormalization"),
     **dict.fromkeys(("rms_norm", "_fused_rms_norm"), "RMSNormalization"),
     "tanh": "Tanh",
+    "clamp": "Clip",
     "view_as_complex": "ViewAsComplex",
     "view_as_real": "ViewAsReal",
     "max": "Max",
@@ -122,6 +123,9 @@ def canonical(fx: FxNode, env: Mapping[str, Any]) -> CanonicalOp:
         name = "aten.div_round"
     elif name in {"Add", "Sub", "Mul", "Div", "MaskedFill", "Where"} or base in {"maximum", "clamp_min"}:
         operands = tuple(_operand(i, a, env) for i, a in enumerate(fx.args))
+    elif name == "Clip":
+        bounds = {"min": _argument(fx, "min", 1), "max": _argument(fx, "max", 2)}
+        attrs.update({side: float(b) for side, b in bounds.items() if isinstance(b, (int, float))})
     elif name == "Baddbmm":
         attrs.update({"alpha": float(fx.kwargs.get("alpha", 1)), "beta": float(fx.kwargs.get("beta", 1))})  # type: ignore[arg-type]
     elif raw.endswith("_as"):  # only the shape or dtype of the second argument is read
