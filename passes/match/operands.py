@@ -207,6 +207,11 @@ def _main_source(tracer: Tracer, ids: list[Array]) -> Source:
             f"its heads are normalised by {len(learned)} norms, each with weights of its own; merged heads would have "
             "to share one"
         )
+    if len(learned) > 1 and _joined_along_tokens(ids[0], learned):
+        raise NotUnderstood(
+            f"its tokens are joined from {len(learned)} projections (as of two streams, or of global tokens beside "
+            "local ones); each of them would have to change"
+        )
     if len(learned) > 1:
         raise NotUnderstood(
             f"each head is put together from {len(learned)} projections (as in latent attention, whose cache holds "
@@ -216,8 +221,16 @@ def _main_source(tracer: Tracer, ids: list[Array]) -> Source:
         raise NotUnderstood("the operand comes from no projection")
     if (ids[0] == 0).any():
         raise NotUnderstood("tokens are padded and attended in blocks, which is not read" if ids[0].ndim > 4 else
-                            "the operand is padded with zeros")  # fmt: skip
+                            "zeros or learned tokens, which no projection makes, are joined to it")  # fmt: skip
     return learned[0]
+
+
+def _joined_along_tokens(ids: Array, sources: list[Source]) -> bool:
+    """Whether each token has all its features from one source."""
+    number = np.zeros(ids.shape, np.int64)
+    for count, source in enumerate(sources, 1):
+        number[source.holds(ids)] = count
+    return bool((number == number[..., :1]).all())
 
 
 def _cache_split(tracer: Tracer, ids: Array, source: Source) -> tuple[slice, Value | None]:
@@ -444,6 +457,8 @@ def _origin(tracer: Tracer, source: Source) -> _Origin:
         return _Origin(_describe(tracer.flow, source.value), places, source.value)
     assert source.under is not None
     inner = _form(tracer, source.under)
+    if source.kind == "norm" and len(inner.ids) == 2:
+        raise NotUnderstood("what is normalised was rotated before, and only norms in front of a rotation are read")
     below = tracer.source_of(inner.ids[0]) if inner.plain else []
     if len(below) != 1 or below[0].kind not in {"projection", "biased"}:
         raise NotUnderstood("what is normalised is not one plain projection")

@@ -57,10 +57,14 @@ _NAMES: Mapping[str, str] = {
     "einsum": "Einsum",
     **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution"), "Conv"),
     **dict.fromkeys(("softmax", "_softmax", "_safe_softmax"), "Softmax"),
+    **dict.fromkeys(("log_softmax", "_log_softmax"), "LogSoftmax"),
     "scaled_dot_product_attention": "Attention",
     **dict.fromkeys(("layer_norm", "native_layer_norm"), "LayerNormalization"),
     **dict.fromkeys(("rms_norm", "_fused_rms_norm"), "RMSNormalization"),
     "tanh": "Tanh",
+    "exp": "Exp",
+    "sum": "ReduceSum",
+    "logsumexp": "ReduceLogSumExp",
     "clamp": "Clip",
     "view_as_complex": "ViewAsComplex",
     "view_as_real": "ViewAsReal",
@@ -109,7 +113,7 @@ def canonical(fx: FxNode, env: Mapping[str, Any]) -> CanonicalOp:
     if name == "Gemm":
         bias, x, w = fx.args[:3]
         operands = tuple(a for a in (x, w, bias) if isinstance(a, FxNode))
-    elif name in {"Softmax"}:
+    elif name in {"Softmax", "LogSoftmax"}:
         attrs["axis"] = _argument(fx, "dim", 1)
     elif name == "Attention":
         return _attention(fx, env)

@@ -20,6 +20,7 @@ import onnxruntime as ort
 from passes.dataflow import CONTRACTIONS, LAYOUT, Array, Flow, Node, Value, Weight
 from passes.match.scores import anchors
 from passes.provenance import PASS_THROUGH
+from passes.softmaxes import with_softmaxes
 from rewriter.capture.feeds import MaskStyle, candidate_sizes, make_feeds
 from rewriter.capture.onnx_constants import constant_tensor
 from rewriter.capture.onnx_vocabulary import OPERATORS
@@ -101,7 +102,7 @@ def capture(model: ir.Model, written_out: Mapping[str, WrittenOut] | None = None
     values = {v.name: v for v in _values(model) if v.name}
     products = {i: p for i, n in enumerate(nodes) if (p := quantised_product(n)) is not None}
     flow = Flow(
-        _shown(nodes, products),
+        with_softmaxes(_shown(nodes, products)),
         tuple(v.name for v in model.graph.inputs if v.name and v.name not in model.graph.initializers),
         tuple(v.name for v in model.graph.outputs if v.name),
         _weights(model, nodes) | _matrices(products.values()),
