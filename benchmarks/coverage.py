@@ -153,9 +153,10 @@ def times(rows: Sequence[Row]) -> str:
 
 def document(outcomes: Sequence[Outcome], skipped: Sequence[Job], timing: Sequence[Row], *, quick: bool) -> str:
     where = machine()
+    load = where["load_before"][0]
     extent = "; --quick: one case of each family" if quick else ""
     parts = [
-        f"{where['processor']}, {where['cores']} cores, one thread per process, load {where['load_before'][0]}{extent}.",
+        f"{where['processor']}, {where['cores']} cores, one thread per process, load {load}{extent}.",
         "A site counts as verified if a twin whose key/value heads are equal within groups, rewritten to fewer heads, "
         "computes the same to 1e-4. The peers fuse attention into one operator and change no weights; a fusion counts "
         "if the file still runs and computes the same.",
