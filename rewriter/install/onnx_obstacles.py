@@ -8,12 +8,19 @@ from passes.targets.replacement import Replacement
 from rewriter.capture.onnx_file import OnnxCapture, unflattened
 
 _WRITABLE = frozenset({("bh", "s", "d"), ("b", "s", "hd")})
+OLDEST_OPSET = 12
 HEADS_IN_BATCH = frozenset({("bh", "s", "d"), ("bh", "d", "s")})
 
 
 def obstacle(capture: OnnxCapture, replacement: Replacement) -> str | None:
     """Why this site cannot be installed, None if it can."""
     site = replacement.site
+    opset = capture.model.opset_imports.get("", 1)
+    if opset < OLDEST_OPSET:
+        return (
+            f"the file's opset is {opset}, and a function for grouped attention needs {OLDEST_OPSET} or later; "
+            f"convert it first (onnx.version_converter.convert_version(model, {OLDEST_OPSET}))"
+        )
     for role, operand in (("key", site.k), ("value", site.v), ("query", site.q)):
         if role == "query" and not feeds_queries(replacement):
             continue

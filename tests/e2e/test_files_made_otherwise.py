@@ -20,6 +20,7 @@ from rewriter.capture.feeds import make_feeds
 from rewriter.capture.onnx_load import load
 from rewriter.errors import NothingToRewrite
 from tests.targets.lossless_twin import twin_file
+from tests.zoo import exports
 from tests.zoo.models import ZOO
 
 ZooOnnx = Callable[..., Path]
@@ -185,6 +186,22 @@ class _Flattened(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q, k, v = (f(x).view(2, -1, 4, 4).transpose(1, 2) for f in (self.q, self.k, self.v))
         return (torch.softmax(q @ k.transpose(-1, -2) / 2.0, -1) @ v).transpose(1, 2).reshape(-1, 16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("opset", [11, 12, 14])
+def test_old_opsets_are_rewritten_or_refused_with_what_to_do(
+    opset: int, tmp_path: Path, perturbed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exporter = f"torchscript{opset}"
+    monkeypatch.setattr(exports, "EXPORTERS", {exporter: (False, opset)})
+    case, path = ZOO["bert-eager"], tmp_path / "bert.onnx"
+    twin_file(case, exports.export(case, exporter, tmp_path), path, perturbed=perturbed)
+    if opset >= 12:
+        require(path, perturbed)
+        return
+    with pytest.raises(NothingToRewrite, match=r"opset is 11, .* convert it first"):
+        rewriter.optimize(path, "gqa2")
 
 
 def test_lost_token_axes_are_a_refusal_that_says_so(tmp_path: Path) -> None:
