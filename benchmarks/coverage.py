@@ -151,10 +151,12 @@ def times(rows: Sequence[Row]) -> str:
     return markdown_table(header, lines)
 
 
-def document(outcomes: Sequence[Outcome], skipped: Sequence[Job], timing: Sequence[Row]) -> str:
+def document(outcomes: Sequence[Outcome], skipped: Sequence[Job], timing: Sequence[Row], *, quick: bool) -> str:
     where = machine()
+    load = where["load_before"][0]
+    extent = "; --quick: one case of each family" if quick else ""
     parts = [
-        f"{where['processor']}, {where['cores']} cores, one thread per process.",
+        f"{where['processor']}, {where['cores']} cores, one thread per process, load {load}{extent}.",
         "A site counts as verified if a twin whose key/value heads are equal within groups, rewritten to fewer heads, "
         "computes the same to 1e-4. The peers fuse attention into one operator and change no weights; a fusion counts "
         "if the file still runs and computes the same.",
@@ -188,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cache = options.cache or Path(tempfile.gettempdir()) / f"rewriter-zoo-{fingerprint()}"
     outcomes, skipped = run(work, cache, options.workers, tell)
     timing = [] if options.cases or options.doors else matching_time.rows(3)
-    text = document(outcomes, skipped, timing)
+    text = document(outcomes, skipped, timing, quick=options.quick)
     print(text)
     if options.markdown:
         put_section(options.markdown, "Coverage", text)

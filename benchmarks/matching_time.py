@@ -26,7 +26,7 @@ SHARE_OF_EXPORT, SHARE_OF_OPTIMIZER = 0.05, 0.1
 
 
 def rows(runs: int) -> list[Row]:
-    """The two goals of the issue, and matching with its recording for comparison."""
+    """The two goals, and matching with its recording for comparison."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     with quiet():

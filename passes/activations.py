@@ -70,7 +70,7 @@ class Activations:
         values = self.values(weights)
         heads = self.weights.shape[1]
         index = np.arange(heads) // (heads // values.shape[1])
-        attention = self.weights if self.site.qk_norm else self._attention(weights, index)
+        attention = self.weights if self.site.bent else self._attention(weights, index)
         output = attention @ values[:, index]
         return np.asarray(output.transpose(0, 2, 1, 3).reshape(output.shape[0], output.shape[2], -1))
 
@@ -102,8 +102,8 @@ def activations(
     distinct = [site.group.index(n) * k.shape[1] // heads for n in range(site.kv_heads)]
     pairs = _pairs(site.k)
     turns = (
-        _turns(_heads(inputs[0], weights.q), q, pairs, site.qk_norm),
-        _turns(_heads(inputs[1], weights.k), k[:, distinct], pairs, site.qk_norm),
+        _turns(_heads(inputs[0], weights.q), q, pairs, site.bent),
+        _turns(_heads(inputs[1], weights.k), k[:, distinct], pairs, site.bent),
     )
     shown = attention.max(axis=(1, 2)) > 1e-12
     same = inputs[0].shape == inputs[1].shape and not site.cross

@@ -138,7 +138,7 @@ def _stacked(heads: Array) -> Array:
 
 def _slow(site: AttentionSite, looked: Sequence[Activations]) -> tuple[int, ...]:
     """Features of pairs that hardly turn over any calibration sequence, slowest first."""
-    if site.k.rotary is None or site.qk_norm:
+    if site.k.rotary is None or site.bent:
         return ()
     turns = np.max([look.largest_turn() for look in looked], axis=0)
     partner = site.k.rotary.partner

@@ -24,8 +24,7 @@ LAYOUT = frozenset(
     {
         "Reshape", "Transpose", "Slice", "Split", "Squeeze", "Unsqueeze", "Flatten", "Expand", "Tile",
         "Gather", "GatherND", "GatherElements", "Concat", "Pad", "Trilu", "ScatterND", "ScatterElements",
-        "Where", "Identity", "Dropout", "SplitToSequence", "SequenceAt", "Roll", "SliceScatter",
-        "SelectScatter", "DepthToSpace", "SpaceToDepth",
+        "Where", "Identity", "Dropout", "Roll", "SliceScatter", "SelectScatter",
     }
 )  # fmt: skip
 """Operators that only move elements: provenance runs them on index tensors."""

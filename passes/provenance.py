@@ -4,9 +4,10 @@ A value is written as a sparse affine form over sources::
 
     value[e] = sum_t coefficient_t[e] * SOURCE.flat[id_t[e]] + bias[e]
 
-Sources are outputs of learned projections, outputs of norms, and cached tensors fed to the program. Ids start
-at 1 and 0 means "no element", so operators that fill with zeros need no special case. Layout operators run
-unchanged on ids, coefficients and bias; scales, rotations and masks are then read off the numbers.
+Sources are outputs of learned projections, those with a bias that is added further on, outputs of norms, and cached
+tensors fed to the program. Ids start at 1 and 0 means "no element", so operators that fill with zeros need no special
+case. Layout operators run unchanged on ids, coefficients and bias; scales, rotations and masks are then read off the
+numbers.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ CHOOSERS: Mapping[str, tuple[int, ...]] = {
 COMPLEX_VIEWS = frozenset({"ViewAsComplex", "ViewAsReal"})
 """Pairs of features seen as complex numbers and back; the form of a complex value keeps the axis of pairs."""
 
-NormKind = Literal["rms", "layer", "l2"]
+NormKind = Literal["rms", "layer", "l2", "clip"]
+SourceKind = Literal["projection", "biased", "norm", "input"]
 
 
 class Opaque(Exception):
@@ -52,14 +54,24 @@ class Opaque(Exception):
 
 @dataclass(frozen=True)
 class Source:
-    """One tensor whose elements ids point to: ``id - base`` is the flat index into `value`."""
+    """One tensor whose elements ids point to: ``id - base`` is the flat index into `value`.
+
+    Attributes:
+        kind: "biased" is a re-layout of a projection to which a constant is added that depends on its columns only.
+        norm: which norm, where `kind` is "norm"; a clamp, which treats every feature alike, counts as one.
+        under: what is normalised, or what the constant is added to.
+        bias: that constant.
+        bias_index: [features] flat position in `bias` for each column of the projection, -1 where it is not reached.
+    """
 
     value: Value
-    kind: Literal["projection", "norm", "input"]
+    kind: SourceKind
     shape: tuple[int, ...]
     base: int
     norm: NormKind | None = None
-    norm_input: Value | None = None
+    under: Value | None = None
+    bias: Value | None = None
+    bias_index: Array | None = None
 
     @cached_property
     def size(self) -> int:
@@ -80,6 +92,11 @@ class Form:
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.ids[0].shape)
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is elements of sources as they are: a mere re-layout."""
+        return len(self.ids) == 1 and self.bias is None and not (self.coefficients[0] != 1).any()
 
     def scaled(self, factor: Array) -> Form:
         shape = np.broadcast_shapes(self.shape, factor.shape)
@@ -149,14 +166,16 @@ class Tracer:
     def _register(
         self,
         value: Value,
-        kind: Literal["projection", "norm", "input"],
+        kind: SourceKind,
         norm: NormKind | None = None,
-        norm_input: Value | None = None,
+        under: Value | None = None,
+        bias: Value | None = None,
+        bias_index: Array | None = None,
     ) -> Form:
         if value in self._forms:
             return self._forms[value]
         shape = self.flow.shape(value)
-        source = Source(value, kind, shape, self._next_id, norm, norm_input)
+        source = Source(value, kind, shape, self._next_id, norm, under, bias, bias_index)
         self._next_id += source.size
         self.sources.append(source)
         ids = np.arange(source.base, source.base + source.size, dtype=np.int64).reshape(shape)
@@ -171,6 +190,8 @@ class Tracer:
             return self._register(value, "projection")
         if node.op in NORMS:
             return self._norm(node, value)
+        if node.op == "Clip" and not any(v and self.flow.data_dependent(v) for v in node.inputs[1:]):
+            return self._register(value, "norm", "clip", node.inputs[0])
         if node.op in PASS_THROUGH or node.op in COMPLEX_VIEWS:
             return self.trace(node.inputs[0])
         if node.op in LAYOUT:
@@ -271,12 +292,35 @@ class Tracer:
                 raise Opaque("a constant divided by a projection is not affine", node)
             return form.scaled(1.0 / constant)
         sign = -1.0 if node.op == "Sub" else 1.0
+        if node.op == "Add" and (index := self._bias_index(form, b if deep[0] else a)) is not None:
+            under, bias = (a, b) if deep[0] else (b, a)
+            return self._register(value, "biased", under=under, bias=bias, bias_index=index)
         if not deep[0]:  # constant - form
             form = form.scaled(np.array(sign))
             sign = 1.0
         shape = np.broadcast_shapes(form.shape, constant.shape)
         form = form.broadcast(shape)
         return Form(form.ids, form.coefficients, _sum(form.bias, np.broadcast_to(sign * constant, shape)))
+
+    def _bias_index(self, form: Form, other: Value) -> Array | None:
+        """Where in the constant `other` each column of a projection finds what is added to it behind some layout.
+
+        None if `form` is not a mere re-layout of one projection without a bias, or tokens are not treated alike.
+        """
+        if not self.flow.is_constant(other) or not form.plain:
+            return None
+        shape, ids = self.flow.shape(other), form.ids[0]
+        sources = self.source_of(ids)
+        if len(sources) != 1 or sources[0].kind != "projection" or np.broadcast_shapes(shape, form.shape) != form.shape:
+            return None
+        projection = projection_at(self.flow, sources[0].value)
+        if projection is None or projection[1] is not None or (ids == 0).any():
+            return None
+        positions = np.broadcast_to(np.arange(np.prod(shape, dtype=np.int64)).reshape(shape), form.shape)
+        columns = (ids - sources[0].base) % sources[0].shape[-1]
+        index = np.full(sources[0].shape[-1], -1)
+        index[columns] = positions
+        return index if (index[columns] == positions).all() else None
 
     def _two_data_operands(self, node: Node, value: Value) -> Form:
         norm = recognise_norm(self.flow, node)

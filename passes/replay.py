@@ -22,6 +22,10 @@ TOLERANCES = {"float64": 1e-4, "float32": 1e-4, "float16": 2e-2, "bfloat16": 6e-
 activations on the way. A wrong row map is off by about 1."""
 
 
+FAR = 1e3
+"""exp(-1000) is 0 in every floating dtype."""
+
+
 @dataclass(frozen=True)
 class Replay:
     """Relative errors of one replay, worst element over the tensor's largest magnitude."""
@@ -101,7 +105,9 @@ def project(flow: Flow, projection: Projection, roundings: Iterable[Rounding] = 
     w = np.asarray(flow.value(projection.weight), dtype=np.float64)
     out = executed(flow, roundings, x.reshape(-1, x.shape[-1]) @ (w.T if projection.out_first else w))
     if projection.bias is not None:
-        out = out + np.asarray(flow.value(projection.bias), dtype=np.float64).reshape(-1)
+        bias = np.asarray(flow.value(projection.bias), dtype=np.float64).reshape(-1)
+        positions = projection.bias_positions(np.arange(projection.features))
+        out = out + np.where(positions < 0, 0.0, bias[positions])
     return np.asarray(out)
 
 
@@ -168,8 +174,10 @@ def _from_top(scores: Array) -> Array:
 
 
 def _shown(a: Array, b: Array) -> tuple[Array, Array]:
-    shown = (a > -1e30) & (b > -1e30)
-    return np.where(shown, a, 0.0), np.where(shown, b, 0.0)
+    """Two scores without what both hide: so far below their row's largest, or masked outright, softmax sees nothing."""
+    hidden = [~(s > np.maximum(s.max(-1, keepdims=True) - FAR, -1e4)) for s in (a, b)]
+    both = hidden[0] & hidden[1]
+    return np.where(both, 0.0, a), np.where(both, 0.0, b)
 
 
 def _output_error(mine: Array, seen: Array, scores: Array) -> float:

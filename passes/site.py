@@ -12,6 +12,9 @@ from passes.dataflow import Array, Value
 class Projection:
     """A learned linear map: ``output[..., c] = input @ W[c] + bias[c]``.
 
+    Where the bias is added behind a split or some other layout, `output` is without it, and `bias_index` says which
+    number of `bias` is added to each column.
+
     Attributes:
         node: index of the contraction in the flow.
         input, output: activations before, and after the bias; the last axis is the feature axis.
@@ -19,6 +22,8 @@ class Projection:
         out_first: True if that matrix is [out, in], False if it is [in, out].
         bias: value name of the bias, None if there is none.
         features: number of output features (all columns, also those of other operands of a fused projection).
+        bias_index: [features] flat position in `bias` for each column, -1 where nothing is added; None if they are
+            alike.
     """
 
     node: int
@@ -28,6 +33,11 @@ class Projection:
     out_first: bool
     bias: Value | None
     features: int
+    bias_index: Array | None = None
+
+    def bias_positions(self, columns: Array) -> Array:
+        """Where in the bias the numbers for these columns stand."""
+        return columns if self.bias_index is None else self.bias_index[columns]
 
 
 @dataclass(frozen=True)
@@ -45,14 +55,14 @@ class Rotary:
 
 @dataclass(frozen=True)
 class Norm:
-    """A norm over each head's features (or over all of them) between projection and score.
+    """A norm over each head's features (or over all of them) between projection and score, or a clamp.
 
     Attributes:
-        kind: "rms", "layer" or "l2".
+        kind: "rms", "layer" or "l2"; "clip" keeps each feature within bounds.
         per_head: False if it spans the features of all heads, so that heads are not independent.
     """
 
-    kind: Literal["rms", "layer", "l2"]
+    kind: Literal["rms", "layer", "l2", "clip"]
     per_head: bool
     input: Value
     output: Value
@@ -175,6 +185,11 @@ class AttentionSite:
 
     @property
     def qk_norm(self) -> bool:
+        return any(o.norm is not None and o.norm.kind != "clip" for o in (self.q, self.k))
+
+    @property
+    def bent(self) -> bool:
+        """Whether queries or keys at the score are no linear map of their projections: normalised or clamped."""
         return self.k.norm is not None or self.q.norm is not None
 
 

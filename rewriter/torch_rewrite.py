@@ -303,9 +303,11 @@ def _rows(module: torch.nn.Module, flow: Flow, operand: Operand, value: str, mat
         tensor = torch.from_numpy(np.ascontiguousarray(flow.value(value))).to(dtype=like.dtype, device=like.device)
     if matrix and not operand.projection.out_first:
         tensor = tensor.detach().t()
-    elif _key(flow, operand) is not None:
+    elif _key(flow, operand) is not None and (matrix or operand.projection.bias_index is None):
         return tensor
-    index = torch.from_numpy(np.ascontiguousarray(operand.columns.reshape(-1)))
+    columns = operand.columns if matrix else operand.projection.bias_positions(operand.columns)
+    index = torch.from_numpy(np.ascontiguousarray(columns.reshape(-1)))
+    tensor = tensor if matrix else tensor.reshape(-1)
     return tensor.detach()[index.to(tensor.device)].contiguous()
 
 

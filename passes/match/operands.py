@@ -5,7 +5,8 @@ Everything is read off the numbers of the operand's affine form; no layout is ma
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -64,7 +65,9 @@ def trace_operand(tracer: Tracer, view: OperandView, *, shared_heads: bool) -> T
     ids, coefficients = _active_terms(form, view)
     source = _main_source(tracer, ids)
     new, past = _cache_split(tracer, ids[0], source)
-    projection, to_rows, to_columns, norm = _projection(tracer, source)
+    origin = _origin(tracer, source)
+    projection, norm = origin.projection, origin.norm
+    to_rows, to_columns = origin.places[source.value]
     flat = ids[0][..., new, :] - source.base
     lead = _lead_roles(to_rows[flat], to_columns[flat])
     bias = None if form.bias is None else view.arranged(np.broadcast_to(form.bias, form.shape))
@@ -72,13 +75,15 @@ def trace_operand(tracer: Tracer, view: OperandView, *, shared_heads: bool) -> T
     rows, columns = canonical.positions(to_rows, to_columns)
     own_columns, partner, own, other = canonical.rotation(columns)
     group, distinct = _distinct_heads(own_columns, shared_heads)
+    if norm is not None:
+        norm = replace(norm, per_head=norm.kind == "clip" or source.shape[-1] <= own_columns.shape[1])
     if shared_heads and norm is not None and not norm.per_head:
         raise NotUnderstood("its norm spans the features of all heads, so merged heads would be normalised differently")
     canonical.require_equal_heads(distinct if shared_heads else None)
     tokens = Tokens(rows, own_columns, own, other, canonical.offset, new, canonical.axes,
                     (to_rows, to_columns) if norm else None)  # fmt: skip
     head_columns = own_columns[distinct]
-    lookup = _Lookup(source, to_rows, to_columns, rows, head_columns)
+    lookup = _Lookup(source, origin, rows, head_columns)
     seam, axes, factor = _seam(tracer, view.value, lookup)
     path = _path(flow, projection.output, seam or view.value)
     stem, stem_axes, stem_features = _stem(tracer, projection, path, lookup)
@@ -197,6 +202,16 @@ def _head_axis(tracer: Tracer, value: Value, lookup: _Lookup) -> int | None:
 def _main_source(tracer: Tracer, ids: list[Array]) -> Source:
     found = {s.value: s for array in ids for s in tracer.source_of(array)}
     learned = [s for s in found.values() if s.kind != "input"]
+    if len(learned) > 1 and all(s.kind == "norm" for s in learned):
+        raise NotUnderstood(
+            f"its heads are normalised by {len(learned)} norms, each with weights of its own; merged heads would have "
+            "to share one"
+        )
+    if len(learned) > 1 and _joined_along_tokens(ids[0], learned):
+        raise NotUnderstood(
+            f"its tokens are joined from {len(learned)} projections (as of two streams, or of global tokens beside "
+            "local ones); each of them would have to change"
+        )
     if len(learned) > 1:
         raise NotUnderstood(
             f"each head is put together from {len(learned)} projections (as in latent attention, whose cache holds "
@@ -206,8 +221,16 @@ def _main_source(tracer: Tracer, ids: list[Array]) -> Source:
         raise NotUnderstood("the operand comes from no projection")
     if (ids[0] == 0).any():
         raise NotUnderstood("tokens are padded and attended in blocks, which is not read" if ids[0].ndim > 4 else
-                            "the operand is padded with zeros")  # fmt: skip
+                            "zeros or learned tokens, which no projection makes, are joined to it")  # fmt: skip
     return learned[0]
+
+
+def _joined_along_tokens(ids: Array, sources: list[Source]) -> bool:
+    """Whether each token has all its features from one source."""
+    number = np.zeros(ids.shape, np.int64)
+    for count, source in enumerate(sources, 1):
+        number[source.holds(ids)] = count
+    return bool((number == number[..., :1]).all())
 
 
 def _cache_split(tracer: Tracer, ids: Array, source: Source) -> tuple[slice, Value | None]:
@@ -410,28 +433,44 @@ def _distinct_heads(columns: Array, shared: bool) -> tuple[tuple[int, ...], Arra
     return tuple(int(i) for i in index), np.array([int((index == g).argmax()) for g in range(int(index.max()) + 1)])
 
 
-def _projection(tracer: Tracer, source: Source) -> tuple[Projection, Array, Array, Norm | None]:
-    """The projection under a source, and (row, column) in its output for each flat index of the source."""
-    width = source.shape[-1]
-    index = np.arange(source.size)
+@dataclass(frozen=True)
+class _Origin:
+    """What lies under a source.
+
+    Attributes:
+        places: (row, column) in the projection's output for each flat element of the source and of those under it.
+        ground: the source that is the projection, its bias included.
+        norm: a norm between the two, if there is one.
+    """
+
+    projection: Projection
+    places: Mapping[Value, tuple[Array, Array]]
+    ground: Value
+    norm: Norm | None = None
+
+
+def _origin(tracer: Tracer, source: Source) -> _Origin:
+    """The projection under a source, and what is done to it first."""
     if source.kind == "projection":
-        return _describe(tracer.flow, source.value), index // width, index % width, None
-    assert source.norm is not None and source.norm_input is not None
-    inner = _form(tracer, source.norm_input)
-    if len(inner.ids) != 1 or (inner.coefficients[0] != 1).any() or inner.bias is not None:
-        raise NotUnderstood("what is normalised is not a plain projection")
-    below = tracer.source_of(inner.ids[0])
-    if len(below) != 1 or below[0].kind != "projection":
-        raise NotUnderstood("what is normalised is not one projection")
+        index, width = np.arange(source.size), source.shape[-1]
+        places = {source.value: (index // width, index % width)}
+        return _Origin(_describe(tracer.flow, source.value), places, source.value)
+    assert source.under is not None
+    inner = _form(tracer, source.under)
+    if source.kind == "norm" and len(inner.ids) == 2:
+        raise NotUnderstood("what is normalised was rotated before, and only norms in front of a rotation are read")
+    below = tracer.source_of(inner.ids[0]) if inner.plain else []
+    if len(below) != 1 or below[0].kind not in {"projection", "biased"}:
+        raise NotUnderstood("what is normalised is not one plain projection")
+    origin = _origin(tracer, below[0])
     flat = inner.ids[0].reshape(-1) - below[0].base
-    features = below[0].shape[-1]
-    norm = Norm(source.norm, _per_head(flat.reshape(source.shape), features), source.norm_input, source.value)
-    return _describe(tracer.flow, below[0].value), flat // features, flat % features, norm
-
-
-def _per_head(flat: Array, features: int) -> bool:
-    """Whether each row under the norm is only part of a token's features."""
-    return int(flat.shape[-1]) < features
+    rows, columns = origin.places[below[0].value]
+    origin = replace(origin, places={**origin.places, source.value: (rows[flat], columns[flat])})
+    if source.kind == "biased":
+        projection = replace(origin.projection, bias=source.bias, bias_index=source.bias_index)
+        return replace(origin, projection=projection, ground=source.value)
+    assert source.norm is not None
+    return replace(origin, norm=Norm(source.norm, True, source.under, source.value))
 
 
 def _describe(flow: Flow, output: Value) -> Projection:
@@ -458,8 +497,9 @@ def _describe(flow: Flow, output: Value) -> Projection:
 class _Lookup:
     """Tells batch, token, head and feature of any id of the main source."""
 
-    def __init__(self, source: Source, to_rows: Array, to_columns: Array, rows: Array, columns: Array) -> None:
-        self.source, self.to_rows, self.to_columns = source, to_rows, to_columns
+    def __init__(self, source: Source, origin: _Origin, rows: Array, columns: Array) -> None:
+        self.source, self.places, self.ground = source, origin.places, origin.ground
+        to_rows, to_columns = origin.places[source.value]
         batches, tokens = rows.shape
         self.batch = np.full(int(to_rows.max()) + 1, -1)
         self.token = np.full(int(to_rows.max()) + 1, -1)
@@ -477,13 +517,12 @@ class _Lookup:
         self.column_code = np.where(self.head < 0, -1, (self.head << shifts["h"]) | (self.feature << shifts["d"]))
 
     def positions(self, ids: Array, source: Source) -> tuple[Array, Array] | None:
-        """(rows, columns) in the projection's output; None if an id is not the source's."""
+        """(rows, columns) in the projection's output; None if an id is of no source under the operand."""
         flat = ids - source.base
-        if (flat < 0).any() or (flat >= source.size).any():
+        if source.value not in self.places or (flat < 0).any() or (flat >= source.size).any():
             return None
-        if source is self.source:
-            return self.to_rows[flat], self.to_columns[flat]
-        return flat // source.shape[-1], flat % source.shape[-1]
+        rows, columns = self.places[source.value]
+        return rows[flat], columns[flat]
 
     def features(self, ids: Array, axes: Axes, source: Source) -> tuple[int, ...] | None:
         """Order of features along their axis at a pure re-layout; None if heads are out of order there."""
@@ -569,19 +608,22 @@ def _scalar(flow: Flow, node: Node) -> tuple[Value, float] | None:
 
 
 def _axes_at(tracer: Tracer, value: Value, lookup: _Lookup, pure: bool = False) -> Axes | None:
-    """Axes of any value on the path, cached tokens left out; None if it is not exactly the operand."""
+    """Axes of any value on the path, cached tokens left out; None if it is not exactly the operand.
+
+    `pure`: only where it is a mere re-layout of the projection, bias included.
+    """
     try:
         form = tracer.trace(value)
     except Opaque:
         return None
-    if pure and (len(form.ids) != 1 or (form.coefficients[0] != 1).any() or form.bias is not None):
+    if pure and not form.plain:
         return None
     order = sorted(range(len(form.ids)), key=lambda t: int((form.ids[t] == 0).sum())) if len(form.ids) > 1 else [0]
     ids = form.ids[order[0]]
     if len(order) == 2:
         ids = _told_apart(ids, form.ids[order[1]])
     sources = [s for s in tracer.source_of(ids) if s.kind != "input"]
-    if len(sources) != 1 or (pure and sources[0].kind != "projection"):
+    if len(sources) != 1 or (pure and sources[0].value != lookup.ground):
         return None
     new = _without_cache(ids, sources[0])
     return None if new is None else lookup.axes(new, sources[0])

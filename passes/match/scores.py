@@ -18,6 +18,9 @@ from passes.site import Modifier
 
 FUSED_ANCHORS = frozenset({"Attention", "GroupedQueryAttention"})
 FOREIGN_ANCHORS = frozenset({"MultiHeadAttention"})
+HIDDEN = 1e4
+"""Scores so far down are masked; no score that counts is so far up either."""
+
 INTEGER_SCORES = (
     "its scores are computed in integers (QLinearMatMul); quantise in the QDQ format instead, "
     "or rewrite the float model and quantise it afterwards"
@@ -222,12 +225,32 @@ class _Backward:
             if (free := self._free_operand(node)) is not None:
                 raise FreeQuery(free, router)
             if self.flow.projection_operands(node) is not None:
+                self._refuse_mixed_heads(node)
                 raise router
             if self._is_contraction(node):
                 self.contraction = node
                 return self
             value = self._step(node)
             self.nodes.append(node.index)
+
+    def _refuse_mixed_heads(self, projection: Node) -> None:
+        if self._projects_scores(projection):
+            raise NotUnderstood("its scores are mixed between heads by learned weights (talking heads)")
+
+    def _projects_scores(self, node: Node) -> bool:
+        """Whether what a projection reads are scores: two operands contracted, then scaled, masked or laid out."""
+        operands = self.flow.projection_operands(node)
+        value = node.inputs[operands[0]] if operands is not None else ""
+        while (above := self.flow.producer(value)) is not None and self.flow.data_dependent(value):
+            if above.op in CONTRACTIONS:
+                return all(self.flow.data_dependent(v) for v in above.inputs[:2])
+            if above.op not in LAYOUT | PASS_THROUGH | {"Add", "Sub", "Mul", "Div", "MaskedFill"}:
+                return False
+            deep = [v for v in above.inputs if v and self.flow.data_dependent(v)]
+            if len(deep) != 1:
+                return False
+            value = deep[0]
+        return False
 
     def _free_operand(self, node: Node) -> Value | None:
         """The one of a contraction's operands that no fed data reaches, if the other is made of hidden states."""
@@ -261,36 +284,47 @@ class _Backward:
         if node.op == "Tanh":  # c * tanh(s): c is the scale met so far, and s is in units of c
             self.modifiers.append(Modifier("softcap", number=self.scale))
             return node.inputs[0]
-        if node.op == "Max":
+        if node.op in {"Max", "Clip"}:
             return self._clamped(node)
         if node.op == "Concat":
             return self._sinks(node)
-        if self._relays_projection(node):
+        if (projection := self._relayed_projection(node)) is not None:
+            self._refuse_mixed_heads(projection)
             raise Unrelated(
                 "it normalises a learned projection (a router, a classifier or the kernel of a convolution)"
             )
+        if node.op == "Reshape":
+            raise NotUnderstood(
+                "scores are laid out otherwise between the contraction and the softmax (as where positions along rows "
+                "and along columns of an image are scored apart)"
+            )
         raise NotUnderstood(f"operator {node.op} between score and softmax is not understood")
 
-    def _relays_projection(self, node: Node) -> bool:
-        """Whether nothing but layout lies between a projection and this layout operator."""
+    def _relayed_projection(self, node: Node) -> Node | None:
+        """The projection from which nothing but layout separates this layout operator."""
         while node.op in LAYOUT | PASS_THROUGH:
             value = node.inputs[0]
-            if projection_at(self.flow, value) is not None:
-                return True
+            found = projection_at(self.flow, value)
+            if found is not None:
+                return found[0]
             above = self.flow.producer(value)
             if above is None:
-                return False
+                return None
             node = above
-        return False
+        return None
 
     def _arithmetic(self, node: Node) -> Value:
         if (shifted := self._row_shift(node)) is not None:
             return shifted
         score, other = _split_operands(self.flow, node)
         number = self.flow.value(other)
+        if node.op == "Mul" and number.size > 1 and self._zeroes_hidden(score, number):
+            return score
         if node.op in {"Mul", "Div"}:
             if number.size != 1 or self.flow.is_fed(other):
-                raise NotUnderstood("scores are multiplied by a tensor (a head mask or a learned temperature)")
+                raise NotUnderstood(
+                    "scores are multiplied by a tensor (a mask for heads, or a temperature that each head has learned)"
+                )
             if node.op == "Div" and node.inputs[0] != score:
                 raise NotUnderstood("scores are a divisor")
             self.scale *= float(number.reshape(())) if node.op == "Mul" else 1.0 / float(number.reshape(()))
@@ -299,6 +333,15 @@ class _Backward:
             raise NotUnderstood("scores are subtracted from a tensor")
         self.modifiers.append(Modifier("bias", other, -self.scale if node.op == "Sub" else self.scale))
         return score
+
+    def _zeroes_hidden(self, score: Value, factor: Array) -> bool:
+        """Whether scores are multiplied by 1, and by 0 just where what follows hides them anyway."""
+        shape = self.flow.shape(score)
+        if len(shape) != 4 or not np.isin(factor, (0, 1)).all() or any(m.kind == "softcap" for m in self.modifiers):
+            return False
+        masks = tuple(m for m in reversed(self.modifiers) if m.kind != "sinks")
+        hidden = total_bias(self.flow, masks, shape) <= -HIDDEN
+        return bool((np.broadcast_to(factor, shape) == 1)[~hidden].all())
 
     def _row_shift(self, node: Node) -> Value | None:
         """A number per row, whatever it is computed from (often the row's maximum): softmax does not see it."""
@@ -323,11 +366,23 @@ class _Backward:
         return score
 
     def _clamped(self, node: Node) -> Value:
-        """A floor so low that only masked scores reach it changes nothing."""
-        score, other = _split_operands(self.flow, node)
-        if self.flow.is_fed(other) or (self.flow.value(other) > -1e4).any():
-            raise NotUnderstood("scores are clamped")
+        """A floor so low that only masked scores reach it, and a ceiling as high, change nothing."""
+        score = node.inputs[0]
+        bounds = (*node.inputs[1:], "", "")[:2]
+        if node.op == "Max":
+            score, floor = _split_operands(self.flow, node)
+            bounds = (floor, "")
+        if any(v and self.flow.is_fed(v) for v in bounds):
+            raise NotUnderstood("scores are clamped by a tensor")
+        low, high = (self._number(node, side, v) for side, v in zip(("min", "max"), bounds, strict=True))
+        if low > -HIDDEN or high < HIDDEN:
+            raise NotUnderstood(f"scores are clamped between {low:g} and {high:g}")
         return score
+
+    def _number(self, node: Node, side: str, bound: Value) -> float:
+        """A bound of a clamp, be it an input or an attribute; the largest of several floors, the least of ceilings."""
+        pick, none = (np.max, -np.inf) if side == "min" else (np.min, np.inf)
+        return float(pick(self.flow.value(bound))) if bound else float(node.attrs.get(side, none))
 
     def _masked(self, node: Node) -> Value:
         if node.op == "MaskedFill":
@@ -433,7 +488,7 @@ class _Mix:
 def _context(flow: Flow, value: Value) -> _Mix | str | None:
     """Follow the attention weights to their contraction with values; a string says why that failed."""
     nodes: list[int] = []
-    zero_nan = False
+    zero_nan = turned = False
     while True:
         if value in flow.outputs:
             return "the attention weights are an output of the model"
@@ -446,10 +501,12 @@ def _context(flow: Flow, value: Value) -> _Mix | str | None:
         nodes += [n.index for n in tests]
         nodes.append(node.index)
         if node.op in CONTRACTIONS:
-            return _value_operand(flow, node, value, tuple(nodes), zero_nan)
+            return _value_operand(flow, node, value, turned, tuple(nodes), zero_nan)
         kept = node.op in PASS_THROUGH or (node.op == "Reshape" and _keeps_last_two(flow, node))
         if kept or (node.op == "Slice" and _drops_columns(flow, node)):
             value = node.outputs[0]
+        elif node.op == "Transpose" and _swaps_last_two(flow, node):
+            turned, value = not turned, node.outputs[0]
         elif node.op in {"Where", "MaskedFill"} and tests and _replaces_nan(flow, node):
             zero_nan, value = True, node.outputs[0]
         else:
@@ -486,7 +543,17 @@ def _replaces_nan(flow: Flow, node: Node) -> bool:
     return not flow.data_dependent(fill) and not np.any(flow.value(fill))
 
 
-def _value_operand(flow: Flow, node: Node, weights: Value, nodes: tuple[int, ...], zero_nan: bool) -> _Mix | str:
+def _swaps_last_two(flow: Flow, node: Node) -> bool:
+    shape = flow.shape(node.inputs[0])
+    numbers = np.arange(np.prod(shape, dtype=np.int64)).reshape(shape)
+    rest: list[Array | None] = [flow.value(v) if v else None for v in node.inputs[1:]]
+    return len(shape) >= 2 and np.array_equal(node.evaluate([numbers, *rest])[0], numbers.swapaxes(-2, -1))
+
+
+def _value_operand(
+    flow: Flow, node: Node, weights: Value, turned: bool, nodes: tuple[int, ...], zero_nan: bool
+) -> _Mix | str:
+    """The contraction of attention weights with values; `turned`: weights are [keys, queries] there."""
     if node.op == "QLinearMatMul":
         return INTEGER_SCORES
     a, b = node.inputs[:2]
@@ -500,15 +567,17 @@ def _value_operand(flow: Flow, node: Node, weights: Value, nodes: tuple[int, ...
         and not any(node.attrs.get(n, 0) for n in ("transA", "transB"))
         and node.attrs.get("alpha", 1.0) == 1.0
     )
-    if plain and a == weights:
+    if plain and a == weights and not turned:
         return _Mix(OperandView(b, -2, -1), OperandView(node.outputs[0], -2, -1), nodes, zero_nan)
+    if plain and b == weights and turned:  # features by tokens: values times weights
+        return _Mix(OperandView(a, -1, -2), OperandView(node.outputs[0], -1, -2), nodes, zero_nan)
     if node.op == "Einsum":
         try:
             first, second, result = einsum_terms(flow, node)
         except NotUnderstood as error:
             return str(error)
         mine, theirs = (first, second) if a == weights else (second, first)
-        query, key = mine[-2], mine[-1]
+        query, key = (mine[-1], mine[-2]) if turned else (mine[-2], mine[-1])
         features = [c for c in theirs if c not in mine]
         if key in theirs and key not in result and len(features) == 1 and query in result:
             view = OperandView(other, theirs.index(key), theirs.index(features[0]))

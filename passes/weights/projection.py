@@ -21,7 +21,8 @@ def operand_bias(flow: Flow, operand: Operand) -> Array | None:
     """[heads * dim], or None if the projection has no bias."""
     if operand.projection.bias is None:
         return None
-    return np.ascontiguousarray(flow.value(operand.projection.bias).reshape(-1)[operand.columns.reshape(-1)])
+    positions = operand.projection.bias_positions(operand.columns)
+    return np.ascontiguousarray(flow.value(operand.projection.bias).reshape(-1)[positions.reshape(-1)])
 
 
 @dataclass(frozen=True)

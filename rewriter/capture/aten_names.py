@@ -57,10 +57,15 @@ _NAMES: Mapping[str, str] = {
     "einsum": "Einsum",
     **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution"), "Conv"),
     **dict.fromkeys(("softmax", "_softmax", "_safe_softmax"), "Softmax"),
+    **dict.fromkeys(("log_softmax", "_log_softmax"), "LogSoftmax"),
     "scaled_dot_product_attention": "Attention",
     **dict.fromkeys(("layer_norm", "native_layer_norm"), "LayerNormalization"),
     **dict.fromkeys(("rms_norm", "_fused_rms_norm"), "RMSNormalization"),
     "tanh": "Tanh",
+    "exp": "Exp",
+    "sum": "ReduceSum",
+    "logsumexp": "ReduceLogSumExp",
+    "clamp": "Clip",
     "view_as_complex": "ViewAsComplex",
     "view_as_real": "ViewAsReal",
     "max": "Max",
@@ -108,7 +113,7 @@ def canonical(fx: FxNode, env: Mapping[str, Any]) -> CanonicalOp:
     if name == "Gemm":
         bias, x, w = fx.args[:3]
         operands = tuple(a for a in (x, w, bias) if isinstance(a, FxNode))
-    elif name in {"Softmax"}:
+    elif name in {"Softmax", "LogSoftmax"}:
         attrs["axis"] = _argument(fx, "dim", 1)
     elif name == "Attention":
         return _attention(fx, env)
@@ -122,6 +127,9 @@ def canonical(fx: FxNode, env: Mapping[str, Any]) -> CanonicalOp:
         name = "aten.div_round"
     elif name in {"Add", "Sub", "Mul", "Div", "MaskedFill", "Where"} or base in {"maximum", "clamp_min"}:
         operands = tuple(_operand(i, a, env) for i, a in enumerate(fx.args))
+    elif name == "Clip":
+        bounds = {"min": _argument(fx, "min", 1), "max": _argument(fx, "max", 2)}
+        attrs.update({side: float(b) for side, b in bounds.items() if isinstance(b, (int, float))})
     elif name == "Baddbmm":
         attrs.update({"alpha": float(fx.kwargs.get("alpha", 1)), "beta": float(fx.kwargs.get("beta", 1))})  # type: ignore[arg-type]
     elif raw.endswith("_as"):  # only the shape or dtype of the second argument is read

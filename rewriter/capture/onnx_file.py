@@ -20,10 +20,12 @@ import onnxruntime as ort
 from passes.dataflow import CONTRACTIONS, LAYOUT, Array, Flow, Node, Value, Weight
 from passes.match.scores import anchors
 from passes.provenance import PASS_THROUGH
+from passes.softmaxes import with_softmaxes
 from rewriter.capture.feeds import MaskStyle, candidate_sizes, make_feeds
 from rewriter.capture.onnx_constants import constant_tensor
 from rewriter.capture.onnx_vocabulary import OPERATORS
 from rewriter.capture.quantised import QuantisedProduct, quantised_product
+from rewriter.capture.sequences import OnTensors, on_tensors
 from rewriter.capture.unfuse import WrittenOut, obstacle
 from rewriter.errors import UnsupportedModel, first_line
 
@@ -100,7 +102,7 @@ def capture(model: ir.Model, written_out: Mapping[str, WrittenOut] | None = None
     values = {v.name: v for v in _values(model) if v.name}
     products = {i: p for i, n in enumerate(nodes) if (p := quantised_product(n)) is not None}
     flow = Flow(
-        _shown(nodes, products),
+        with_softmaxes(_shown(nodes, products)),
         tuple(v.name for v in model.graph.inputs if v.name and v.name not in model.graph.initializers),
         tuple(v.name for v in model.graph.outputs if v.name),
         _weights(model, nodes) | _matrices(products.values()),
@@ -391,14 +393,21 @@ def _matrices(products: Iterable[QuantisedProduct]) -> dict[Value, Weight]:
 
 
 def _shown(nodes: Sequence[ir.Node], products: Mapping[int, QuantisedProduct]) -> tuple[Node, ...]:
-    """Nodes as the flow shows them: what quantises activations for products that are shown as one reads nothing."""
-    shown = {id(p.node) for p in products.values()}
-    inner = {id(n): n for p in products.values() for n in p.hidden}
+    """Nodes as the flow shows them: products with quantised weights as one, sequences of tensors seen through.
+
+    What stands before such nodes and is read by no other reads nothing.
+    """
+    through = {i: t for i, n in enumerate(nodes) if (t := on_tensors(n)) is not None}
+    shown = {id(nodes[i]) for i in (*products, *through)}
+    hidden = [*(p.hidden for p in products.values()), *(t.hidden for t in through.values())]
+    inner = {id(n): n for group in hidden for n in group}
     while read := {k for k, n in inner.items() if not _users(n) <= inner.keys() | shown}:
         inner = {k: n for k, n in inner.items() if k not in read}
     return tuple(
         _product(i, n, products[i])
         if i in products
+        else _on_tensors(i, n, through[i])
+        if i in through
         else replace(_node(i, n), op="Folded", inputs=())
         if id(n) in inner
         else _node(i, n)
@@ -414,6 +423,11 @@ def _product(index: int, node: ir.Node, product: QuantisedProduct) -> Node:
     bias = (product.bias.name or "",) if product.bias is not None else ()
     inputs = (product.x.name or "", product.name, *bias)
     return replace(_node(index, node), op="Gemm" if bias else "MatMul", domain="", attrs={}, inputs=inputs)
+
+
+def _on_tensors(index: int, node: ir.Node, through: OnTensors) -> Node:
+    inputs = tuple(v.name or "" for v in through.inputs)
+    return replace(_node(index, node), op=through.op, inputs=inputs, evaluate=through.run)
 
 
 def _node(index: int, node: ir.Node) -> Node:

@@ -18,6 +18,7 @@ from torch.fx import GraphModule
 from torch.fx import Node as FxNode
 
 from passes.dataflow import Array, Flow, Node, Value, Weight
+from passes.softmaxes import with_softmaxes
 from rewriter.capture.aten_names import Literal, canonical
 from rewriter.capture.torch_trace import trace, writes_through_views
 from rewriter.errors import NotExportable, UnsupportedModel, first_line
@@ -301,7 +302,7 @@ class _Builder:
         produced = {v for n in self.nodes for v in n.outputs}
         leaves = torch.utils._pytree.tree_leaves(self.outputs)
         outputs = tuple(v for v in leaves if isinstance(v, str) and v in produced)
-        return Flow(tuple(self.nodes), tuple(self.inputs), outputs, self.weights, read, dtype)
+        return Flow(with_softmaxes(self.nodes), tuple(self.inputs), outputs, self.weights, read, dtype)
 
 
 def _guard_mutation(fx: FxNode, args: Any, kwargs: Any) -> tuple[Any, Any]:

@@ -144,8 +144,8 @@ def _multi_head_obstacle(node: ir.Node) -> str | None:
         return "its cache is a buffer shared with what it returns, or is reordered for beams"
     if _present(node, 3):
         return "it returns its scores"
-    if input_at(node, 3) is not None and (_packed(node) or _operand_rank(node, 1) == 4):
-        return "it adds a bias to packed or cached operands"
+    if input_at(node, 3) is not None and _packed(node):
+        return "it adds a bias to packed operands"
     return _mask_obstacle(input_at(node, 4))
 
 
@@ -473,15 +473,17 @@ class _MultiHead(_Attention):
         return self._op("Transpose", [piece], "heads", perm=[0, 2, 1, 3])
 
     def _with_bias(self, operands: list[ir.Value]) -> list[ir.Value]:
-        """One vector [q + k + v] is added to the three inputs."""
+        """One vector [q + k + v] is added to the inputs of three axes; the others hold heads already."""
         bias = input_at(self.node, 3)
         if bias is None:
             return operands
-        shapes = [v.shape[-1] if v.shape is not None else None for v in operands]
+        flat = [v for i, v in enumerate(operands) if _operand_rank(self.node, i) == 3]
+        shapes = [v.shape[-1] if v.shape is not None else None for v in flat]
         whole = int(bias.shape[0]) if bias.shape is not None else 0  # type: ignore[arg-type]
         sizes = [s if isinstance(s, int) else whole // 3 for s in shapes]
         parts = self._slices(bias, sizes, axis=0)
-        return [self._op("Add", [v, b], "operand") for v, b in zip(operands, parts, strict=True)]
+        added = [self._op("Add", [v, b], "operand") for v, b in zip(flat, parts, strict=True)]
+        return [*added, *operands[len(flat) :]]
 
     def _pasts(self) -> tuple[ir.Value | None, ir.Value | None]:
         return input_at(self.node, 6), input_at(self.node, 7)

@@ -68,14 +68,16 @@ def _widened(view: GraphView, replacements: Iterable[Replacement]) -> dict[Value
         for role, operand in (("q", r.site.q), ("k", r.site.k), ("v", r.site.v)):
             heads = r.spec.heads if role == "q" else r.spec.kv_heads
             repeats = operand.heads // heads
-            rows = torch.from_numpy(operand.columns.reshape(-1).astype(np.int64))
-            for part, value in (("weight", operand.projection.weight), ("bias", operand.projection.bias)):
+            projection = operand.projection
+            places = {"weight": operand.columns, "bias": projection.bias_positions(operand.columns)}
+            for part, value in (("weight", projection.weight), ("bias", projection.bias)):
                 array = r.tensors.get(f"{role}_{part}")
                 if array is None or value is None:
                     continue
                 by_head = np.repeat(array.reshape(heads, operand.dim, *array.shape[1:]), repeats, axis=0)
                 tensor = changed.setdefault(value, view.tensors[value].detach().clone())
-                target = tensor.t() if part == "weight" and not operand.projection.out_first else tensor
+                rows = torch.from_numpy(places[part].reshape(-1).astype(np.int64))
+                target = tensor.t() if part == "weight" and not projection.out_first else tensor
                 if part == "bias":
                     target = tensor.view(-1)
                 wide = torch.from_numpy(np.ascontiguousarray(by_head.reshape(-1, *array.shape[1:])))

@@ -288,9 +288,8 @@ class RewrittenMixer(nn.Module):
         if self.protocol.bare:
             return output
         known = {"output": output, "weights": weights, "asked": weights, "bias": bias, "none": None, "refused": None}
-        return tuple(
-            known[element] if element in known else call.get(self._role(element)) for element in self.protocol.returns
-        )
+        elements = [known[e] if e in known else call.get(self._role(e)) for e in self.protocol.returns]
+        return elements if self.protocol.listed else tuple(elements)
 
     def _role(self, element: str) -> str:
         name = element.removeprefix("argument:")

@@ -22,7 +22,13 @@ from passes.targets.replacement import Replacement
 from passes.weights.projection import operand_bias, operand_weight
 from rewriter.capture.onnx_file import OnnxCapture
 from rewriter.capture.unfuse import WrittenOut
-from rewriter.install.onnx_obstacles import feeds_queries, fused_shape, unflattened_input
+from rewriter.install.onnx_obstacles import (
+    HEADS_IN_BATCH,
+    feeds_queries,
+    fused_shape,
+    laid_freely,
+    unflattened_input,
+)
 from rewriter.install.onnx_quantised import emit_product
 from rewriter.install.onnx_weights import emit_like
 from rewriter.onnx_nodes import NodeWriter
@@ -143,8 +149,8 @@ class _Editor:
         inside = kept is not None and self._stem_is_inside(kept, role, operand)
         if kept is not None and inside:
             axes = ("b", "s", "hd") if kept.flat else ("b", "h", "s", "d")
-        elif operand.seam == operand.stem and not operand.presents and all(len(a) == 1 for a in axes):
-            axes = ("b", "h", "s", "d")  # nothing lies between: lay heads out as attention wants them
+        elif laid_freely(operand):
+            axes = ("b", "h", "s", "d")
         out = self._arrange(nodes, out, tokens, axes, heads, operand.dim, f"{site.name}.{role}")
         producer = stem.producer()
         assert producer is not None
@@ -165,15 +171,20 @@ class _Editor:
     ) -> tuple[list[ir.Node], list[ir.Value], ir.Value, float]:
         """(nodes, initializers, result without bias, requantisation error) of the product with `rows` [out, in]."""
         projection, x = operand.projection, self._three_axes(operand)
+        nodes: list[ir.Node] = []
+        if len(self.capture.flow.shape(x.name or "")) == 2:  # one sequence, without a batch
+            shape = self.write.ints([1, -1, rows.shape[1]], f"{name}.sequence")
+            x = self.write.op(nodes, "Reshape", [x, shape], f"{name}.input")
         quantised = self.capture.quantised.get(projection.node)
         if quantised is not None:
             product = emit_product(quantised, x, rows.T, f"{name}.weight", self.write.unique)
-            return product.nodes, product.initializers, product.value, product.error
+            return [*nodes, *product.nodes], product.initializers, product.value, product.error
         old = self.value(projection.weight)
         emitted = emit_like(old, rows if projection.out_first else rows.T, f"{name}.weight", self.write.unique)
         if not emitted.nodes:
             emitted.value = self._share(emitted.value)
-        nodes, matrix = list(emitted.nodes), emitted.value
+        nodes += emitted.nodes
+        matrix = emitted.value
         if projection.out_first:
             matrix = self.write.op(nodes, "Transpose", [matrix], f"{name}.weight_t", perm=[1, 0])
         out = self.write.op(nodes, "MatMul", [x, matrix], f"{name}.matmul")
@@ -214,6 +225,8 @@ class _Editor:
             value = self.write.op(nodes, "Transpose", [value], f"{name}.ordered", perm=perm)
         if all(len(a) == 1 for a in axes):
             return value
+        if axes in HEADS_IN_BATCH:
+            return self._lead(nodes, value, [-1], [2, 3], f"{name}.arranged")
         shape = fused_shape(axes, heads, dim)
         assert shape is not None  # sites laid out otherwise are not installed
         return self.write.op(nodes, "Reshape", [value, self.write.ints(shape, f"{name}.fused")], f"{name}.arranged")

@@ -8,24 +8,33 @@ from passes.targets.replacement import Replacement
 from rewriter.capture.onnx_file import OnnxCapture, unflattened
 
 _WRITABLE = frozenset({("bh", "s", "d"), ("b", "s", "hd")})
+OLDEST_OPSET = 12
+HEADS_IN_BATCH = frozenset({("bh", "s", "d"), ("bh", "d", "s")})
 
 
 def obstacle(capture: OnnxCapture, replacement: Replacement) -> str | None:
     """Why this site cannot be installed, None if it can."""
     site = replacement.site
+    opset = capture.model.opset_imports.get("", 1)
+    if opset < OLDEST_OPSET:
+        return (
+            f"the file's opset is {opset}, and a function for grouped attention needs {OLDEST_OPSET} or later; "
+            f"convert it first (onnx.version_converter.convert_version(model, {OLDEST_OPSET}))"
+        )
     for role, operand in (("key", site.k), ("value", site.v), ("query", site.q)):
         if role == "query" and not feeds_queries(replacement):
             continue
         if unflattened_input(capture, operand) is None:
             return f"the {role} projection reads flattened tokens, and where batch and tokens were apart is not found"
-        if not writable_stem(operand):
+        if not writable_stem(operand) and not laid_freely(operand):
             return f"{role} heads laid out as {operand.stem_axes} cannot be written with fewer heads"
-    for what, axes in (
-        ("queries", site.q.seam_axes),
-        ("keys", site.k.seam_axes),
-        ("values", site.v.seam_axes),
+    fed = (("keys", site.k), ("values", site.v), *((("queries", site.q),) if feeds_queries(replacement) else ()))
+    places = [(what, operand.seam_axes) for what, operand in fed if not laid_freely(operand)]
+    places += [
         ("the output", site.output_axes),
-    ):
+        *(() if feeds_queries(replacement) else (("queries", site.q.seam_axes),)),
+    ]
+    for what, axes in places:
         if not writable(axes):
             return f"{what} laid out as {axes} cannot be rewritten"
     if any(m.kind == "sinks" and len(capture.flow.shape(m.value or "")) != 4 for m in site.modifiers):
@@ -45,14 +54,32 @@ def shares_projection(replacement: Replacement) -> bool:
 
 
 def unflattened_input(capture: OnnxCapture, operand: Operand) -> Value | None:
-    """The projection's input with batch and tokens on axes of their own, found above a flattening; None if lost."""
+    """The projection's input with batch and tokens on axes of their own, found above a flattening; None if lost.
+
+    Where there is one sequence and no batch, the input has no axis for it.
+    """
     flow, given = capture.flow, operand.projection.input
     for name in (given, *unflattened(flow, given)):
         if flow.shape(name)[-1] != flow.shape(given)[-1]:
             return None
         if len(flow.shape(name)) == 3:
             return name
-    return None
+    return given if len(flow.shape(given)) == 2 and _one_sequence(capture, operand) else None
+
+
+def _one_sequence(capture: OnnxCapture, operand: Operand) -> bool:
+    """Whether the batch is 1 in every recording."""
+    axes = operand.stem_axes
+    if "bs" in axes:  # no axis of its own
+        return True
+    recordings = [capture.flow, *([capture.other.flow] if capture.other is not None else [])]
+    return "b" in axes and all(flow.shape(operand.stem)[axes.index("b")] == 1 for flow in recordings)
+
+
+def laid_freely(operand: Operand) -> bool:
+    """Whether attention alone reads the stem, so that new heads may lie there as it wants them."""
+    apart = all(len(a) == 1 or a == "bh" for a in operand.stem_axes)
+    return operand.seam == operand.stem and not operand.presents and apart
 
 
 def writable(axes: tuple[str, ...]) -> bool:
@@ -63,7 +90,8 @@ def writable(axes: tuple[str, ...]) -> bool:
 def writable_stem(operand: Operand) -> bool:
     """Layouts that a new projection can be given."""
     axes = operand.stem_axes
-    return (len(axes) == 4 and set(axes) == set("bhsd")) or fused_shape(axes, operand.heads, operand.dim) is not None
+    apart = len(axes) == 4 and set(axes) == set("bhsd")
+    return apart or axes in HEADS_IN_BATCH or fused_shape(axes, operand.heads, operand.dim) is not None
 
 
 def fused_shape(axes: tuple[str, ...], heads: int, dim: int) -> list[int] | None:

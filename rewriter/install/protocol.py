@@ -89,6 +89,7 @@ class Protocol:
             "refused" (None, and an error if the call asks for weights), "bias" (the score bias), "none", or
             "argument:NAME" (passed through).
         bare: the result is the output itself, not a tuple of elements.
+        listed: the elements come in a list instead of a tuple; callers join it to others.
         batch_first: hidden states are [B, S, E]; else [S, B, E].
         mask_true_keeps, padding_true_keeps: which truth value of a mask leaves a key visible.
         causal: when a query does not see later keys: "never", "unmasked" (a mask, if given, holds the order), "always".
@@ -112,6 +113,7 @@ class Protocol:
     pinned: Mapping[str, Scalar] = field(default_factory=dict)
     returns: tuple[str, ...] = ("output",)
     bare: bool = True
+    listed: bool = False
     batch_first: bool = True
     mask_true_keeps: bool = True
     padding_true_keeps: bool = False
@@ -206,6 +208,7 @@ def read_protocol(record: CallRecord, owner: str, *, heads: int, causal: bool) -
         pinned=pinned,
         returns=returns,
         bare=bare,
+        listed=isinstance(record.output, list),
         # the two conventions in use come with these two kinds of signature
         mask_true_keeps="key_padding" not in roles.values(),
         flat_mask="queries" if "key_padding" in roles.values() else "batch",

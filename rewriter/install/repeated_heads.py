@@ -197,14 +197,17 @@ def _edits(model: nn.Module, flow: Flow, replacements: Sequence[Replacement]) ->
     for r in replacements:
         for role, operand in (("k", r.site.k), ("v", r.site.v)):
             projection = operand.projection
-            read = (("weight", projection.weight, 0 if projection.out_first else -1), ("bias", projection.bias, -1))
-            for part, value, axis in read:
+            read = (
+                ("weight", projection.weight, 0 if projection.out_first else -1, operand.columns),
+                ("bias", projection.bias, -1, projection.bias_positions(operand.columns)),
+            )
+            for part, value, axis, where in read:
                 if value is None:
                     continue
                 place = locate(flow, value, axis)
                 if place is None:
                     raise UnsupportedModel(f"its {role} {part} is computed, not stored", hint=HINT)
-                columns = place.positions[operand.columns]
+                columns = place.positions[where]
                 entry = _Entry(Part(columns, r.spec.kv_heads), r.tensors[f"{role}_{part}"])
                 entries.setdefault(place.key, {})[columns.tobytes()] = entry
                 places[place.key] = place

@@ -41,7 +41,7 @@ def disagreement(ours: Any, theirs: Any) -> str | None:
     if isinstance(theirs, Tensor):
         return _tensors(ours, theirs)
     if type(theirs) in (tuple, list):
-        if type(ours) not in (tuple, list) or len(ours) != len(theirs):
+        if type(ours) is not type(theirs) or len(ours) != len(theirs):
             return "the results have different structures"
         return next((d for o, t in zip(ours, theirs, strict=True) if (d := disagreement(o, t)) is not None), None)
     if theirs is None or isinstance(theirs, bool | int | float | str):

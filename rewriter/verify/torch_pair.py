@@ -16,11 +16,15 @@ TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, tor
 
 
 def run(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """One forward call in eval mode without gradients; training mode is restored."""
+    """One forward call in eval mode without gradients; training mode is restored.
+
+    A model that draws random numbers draws the same in every call.
+    """
     was_training = module.training
     module.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.random.fork_rng(range(torch.cuda.device_count())):
+            torch.manual_seed(0)
             return module(*args, **kwargs)
     finally:
         module.train(was_training)

@@ -20,6 +20,7 @@ from rewriter.capture.feeds import make_feeds
 from rewriter.capture.onnx_load import load
 from rewriter.errors import NothingToRewrite
 from tests.targets.lossless_twin import twin_file
+from tests.zoo import exports
 from tests.zoo.models import ZOO
 
 ZooOnnx = Callable[..., Path]
@@ -81,6 +82,25 @@ def fused(source: Path) -> Path:
 def test_fused_attention_is_written_out_where_it_is_rewritten(twin: Callable[[str], Path], perturbed: bool) -> None:
     done = require(fused(twin("bert-eager")), perturbed)
     assert not any(n.domain == "com.microsoft" and n.op_type == "Attention" for n in done.model.graph)
+
+
+def test_fused_attention_that_adds_the_biases_of_a_packed_projection(
+    twin: Callable[[str], Path], perturbed: bool
+) -> None:
+    from onnxruntime.transformers import optimizer
+    from onnxruntime.transformers.fusion_options import FusionOptions
+
+    source = twin("bert-eager")
+    options = FusionOptions("bert")
+    options.use_multi_head_attention = True
+    target = source.with_suffix(".fused.onnx")
+    made = optimizer.optimize_model(
+        str(source), model_type="bert", num_heads=4, hidden_size=32, optimization_options=options
+    )
+    made.save_model_to_file(str(target))
+    operators = [n for n in onnx.load(target).graph.node if n.op_type == "MultiHeadAttention"]
+    assert len(operators) == 2 and all(n.input[3] for n in operators)
+    require(target, perturbed)
 
 
 def test_fused_attention_that_is_not_selected_stays(zoo_onnx: ZooOnnx, tmp_path: Path) -> None:
@@ -166,6 +186,22 @@ class _Flattened(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q, k, v = (f(x).view(2, -1, 4, 4).transpose(1, 2) for f in (self.q, self.k, self.v))
         return (torch.softmax(q @ k.transpose(-1, -2) / 2.0, -1) @ v).transpose(1, 2).reshape(-1, 16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("opset", [11, 12, 14])
+def test_old_opsets_are_rewritten_or_refused_with_what_to_do(
+    opset: int, tmp_path: Path, perturbed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exporter = f"torchscript{opset}"
+    monkeypatch.setattr(exports, "EXPORTERS", {exporter: (False, opset)})
+    case, path = ZOO["bert-eager"], tmp_path / "bert.onnx"
+    twin_file(case, exports.export(case, exporter, tmp_path), path, perturbed=perturbed)
+    if opset >= 12:
+        require(path, perturbed)
+        return
+    with pytest.raises(NothingToRewrite, match=r"opset is 11, .* convert it first"):
+        rewriter.optimize(path, "gqa2")
 
 
 def test_lost_token_axes_are_a_refusal_that_says_so(tmp_path: Path) -> None:

@@ -21,6 +21,9 @@ from tests.targets.fused_files import DIM, FUSED, HEADS, LAYERS, FusedCase, fuse
 from tests.targets.lossless_twin import distance, session
 
 EXACT, LOSSY = 1e-4, 1e-3
+SEES_ALL = {"mha-bias-mask", "mha-split-bias", "mha-heads-bias", "mha-cache-outside", "attention24-mask-softcap"}
+"""Those that are not causal."""
+
 ON_CPU = [name for name in FUSED if "packed-qkv" not in name and "packed-kv" not in name]
 Array = NDArray[Any]
 
@@ -38,7 +41,7 @@ def test_what_the_operator_does_inside_is_read(name: str, tmp_path: Path) -> Non
     assert matches.refusals == () and len(matches.sites) == LAYERS
     for layer, site in enumerate(matches.sites):
         assert site.layer == layer and (site.heads, site.kv_heads, site.head_dim) == (HEADS, kv_heads(case), DIM)
-        assert site.causal is (name not in {"mha-bias-mask", "mha-cache-outside", "attention24-mask-softcap"})
+        assert site.causal is (name not in SEES_ALL)
         assert site.cached is case.cached
         turned = "rotary" in name or "window" in name or "turned" in name or name in {"gqa-grouped", "gqa-no-cache"}
         assert (site.k.rotary is not None) is (turned or name == "gqa-normed-before")

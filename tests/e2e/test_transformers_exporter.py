@@ -37,7 +37,8 @@ def exported(name: str, settings: dict[str, Any], path: Path, *, perturbed: bool
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
-        ("bert-sdpa", OPTIMISED), ("bert-sdpa", AS_IT_COMES), ("gpt2-sdpa", OPTIMISED), ("gpt2-sdpa", FUSED),
+        ("bert-sdpa", OPTIMISED), ("bert-sdpa", AS_IT_COMES), ("bert-sdpa", FUSED),
+        ("gpt2-sdpa", OPTIMISED), ("gpt2-sdpa", AS_IT_COMES), ("gpt2-sdpa", FUSED),
         ("llama-sdpa", OPTIMISED), ("llama-sdpa", AS_IT_COMES), ("llama-sdpa", FUSED),
     ],
 )  # fmt: skip

@@ -26,7 +26,9 @@ RECORDED, OTHER = (2, 7, 0), (3, 9, 1)
 
 HALF, PARTIAL, INTERLEAVED = "half", "partial", "interleaved"
 ROTARY = {
-    **dict.fromkeys(("mistral", "gemma2", "phi3", "falcon", "modernbert", "gemma3", "gpt-oss"), HALF),
+    **dict.fromkeys(
+        ("mistral", "gemma2", "phi3", "falcon", "modernbert", "gemma3", "gpt-oss", "olmo-", "smollm3", "esm"), HALF
+    ),
     **dict.fromkeys(("gpt-neox", "gptj", "codegen", "phi-", "stablelm", "x-rotary"), PARTIAL),
     **dict.fromkeys(("cohere", "complex-rotary"), INTERLEAVED),
 }
@@ -45,6 +47,7 @@ MODULE_KEEPS = {
     "x-rotary": "of no known role",
     "x-rotary-sdpa": "of no known role",
     "x-alibi": "of no known role",
+    **dict.fromkeys(("packed-sequence", "windows", "image-attends-text"), "the attention is the model itself"),
 }
 """Sites in modules that cannot be replaced, and why: their own forward goes on, with repeated heads."""
 
@@ -54,6 +57,7 @@ GRAPH_KEEPS = {
     "x-rotary-sdpa": "inside a wrapped region",
     "falcon-sdpa": "repeated before they are rotated",
     "falcon-eager": "repeated before they are rotated",
+    "packed-sequence": "batch and token axes are lost",
 }
 """Those whose exported program keeps its attention as well."""
 
@@ -101,6 +105,8 @@ def test_every_attention_is_a_site_or_refused_for_its_reason(
     if "encoder-decoder" in case.tags:
         assert crossing == sum(site.causal for site in matches.sites) > 0
         assert not any(site.causal and site.cross for site in matches.sites)
+    elif "cross" in case.tags:
+        assert crossing == len(matches.sites) and not any(site.causal for site in matches.sites)
     else:
         assert crossing == 0 and all(site.causal is case.causal for site in matches.sites)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -27,6 +28,116 @@ def matches(module: nn.Module, *inputs: Tensor) -> Matches:
 
 def features(batch: int = 2, length: int = 6) -> Tensor:
     return torch.randn(batch, length, WIDTH, generator=torch.Generator().manual_seed(3))
+
+
+# ------------------------------------------------------------------ packed and normalised
+
+
+class PackedNorm(nn.Module):
+    """Queries and keys out of a packed projection, normalised by head or over all heads."""
+
+    def __init__(self, by_head: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv, self.o = nn.Linear(WIDTH, 3 * WIDTH, bias=False), nn.Linear(WIDTH, WIDTH)
+        self.q_norm, self.k_norm = (nn.LayerNorm(DIM if by_head else WIDTH) for _ in range(2))
+        self.by_head = by_head
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        if not self.by_head:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (y.unflatten(-1, (HEADS, DIM)) for y in (q, k, v))
+        if self.by_head:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))
+        out: Tensor = self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return out
+
+
+def test_a_norm_over_the_heads_of_a_packed_projection_is_told_from_one_by_head() -> None:
+    (site,) = matches(PackedNorm(True), features()).sites
+    assert site.k.norm is not None and site.k.norm.per_head
+    (refusal,) = matches(PackedNorm(False), features()).refusals
+    assert "its norm spans the features of all heads" in refusal.reason
+
+
+# ------------------------------------------------------------------ scores that are bent
+
+
+class Bent(nn.Module):
+    """Attention with something done to its scores [B, H, T, T]."""
+
+    def __init__(self, change: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv, self.o, self.change = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH), change
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (y.unflatten(-1, (HEADS, DIM)).transpose(1, 2) for y in self.qkv(x).chunk(3, -1))
+        out: Tensor = self.o((self.change(q @ k.mT * DIM**-0.5).softmax(-1) @ v).transpose(1, 2).flatten(2))
+        return out
+
+
+def lower(scores: Tensor) -> Tensor:
+    return torch.ones(scores.shape[-2:]).tril()
+
+
+UNCHANGED: dict[str, Callable[[Tensor], Tensor]] = {
+    "clamped far out": lambda s: s.clamp(-5e4, 5e4),
+    "clamped from below": lambda s: s.clamp(min=-1e5),
+    "multiplied where hidden": lambda s: s * lower(s) - 1e4 * (1 - lower(s)),
+}
+CHANGED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "clamped": (lambda s: s.clamp(-5, 5), "scores are clamped between -5 and 5"),
+    "multiplied where seen": (lambda s: s * lower(s), "scores are multiplied by a tensor"),
+    "multiplied where half hidden": (
+        lambda s: s * lower(s) - 1e2 * (1 - lower(s)),
+        "scores are multiplied by a tensor",
+    ),
+    "multiplied by more than a mask": (
+        lambda s: 2 * s * lower(s) * (1 + lower(s)) - 1e4 * (1 - lower(s)),
+        "scores are multiplied by a tensor",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNCHANGED)
+def test_what_no_visible_score_feels_is_read_over(name: str) -> None:
+    (site,) = matches(Bent(UNCHANGED[name]), features()).sites
+    assert site.replay_error < REPLAY_LIMIT and site.causal is ("hidden" in name)
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_what_a_visible_score_feels_is_refused(name: str) -> None:
+    change, reason = CHANGED[name]
+    (refusal,) = matches(Bent(change), features()).refusals
+    assert reason in refusal.reason
+
+
+class Noisy(nn.Module):
+    """Adds noise to what its attention gets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = Bent(lambda s: s)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.attention(x + torch.randn_like(x))
+        return out
+
+
+def test_a_model_that_draws_random_numbers_is_compared_on_equal_draws() -> None:
+    module = Noisy().eval()
+    with torch.no_grad():
+        rows = module.attention.qkv.weight[WIDTH:].view(2, HEADS, DIM, WIDTH)
+        rows.copy_(rows[:, :1].expand_as(rows))
+        bias = module.attention.qkv.bias[WIDTH:].view(2, HEADS, DIM)
+        bias.copy_(bias[:, :1].expand_as(bias))
+        assert distance(module(features()), module(features())) > 1e-1
+    report = rewriter.optimize(module, "mqa", example_inputs={"x": features()}).rewrite_report
+    assert [row.exact for row in report.sites] == [True] and report.fidelity is not None
+    assert report.fidelity.max_abs < 1e-4
 
 
 # ------------------------------------------------------------------ folded

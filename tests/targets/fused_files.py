@@ -220,12 +220,26 @@ def grown(graph: Graph, new: str, past: str, present: str) -> str:
 def multi_head(
     *, packing: str = "", bias: bool = False, mask: bool = True, past: bool = False, outside: bool = False, **attrs: Any
 ) -> Attend:
-    """com.microsoft MultiHeadAttention; `packing` is "", "kv" or "qkv"; `outside` grows the caches in front of it."""
+    """com.microsoft MultiHeadAttention; `outside` grows the caches in front of it.
+
+    `packing` is "", "kv" or "qkv"; "split" for a packed projection that is split in front of it, "heads" for keys and
+    values of four axes.
+    """
 
     def attend(graph: Graph, layer: int, x: str) -> str:
         name = f"layers.{layer}"
         parts = [graph.queries(WIDTH), graph.heads(WIDTH), graph.heads(WIDTH)]
-        if packing:
+        if packing == "split":
+            product = graph.projection(x, f"{name}.qkv", np.concatenate(parts, axis=1))
+            sizes = graph.constant(f"{name}.sizes", np.array([HEADS * DIM] * 3))
+            operands = [f"{name}.{role}.piece" for role in "qkv"]
+            graph.op("Split", [product, sizes], operands, axis=-1)
+        elif packing == "heads":
+            operands = [graph.projection(x, f"{name}.{r}", w) for r, w in zip("qkv", parts, strict=True)]
+            shape = graph.constant(f"{name}.shape", np.array([0, 0, HEADS, DIM]))
+            split = [graph.op("Reshape", [v, shape], f"{v}.split") for v in operands[1:]]
+            operands[1:] = [graph.op("Transpose", [v], f"{v}.heads", perm=[0, 2, 1, 3]) for v in split]
+        elif packing:
             chosen = parts if packing == "qkv" else parts[1:]
             stacked = np.stack([p.reshape(WIDTH, HEADS, DIM) for p in chosen], axis=2).reshape(WIDTH, -1)
             product = graph.projection(x, f"{name}.{packing}", stacked)
@@ -317,6 +331,8 @@ FUSED: Mapping[str, FusedCase] = {
     "gqa-window-softcap": FusedCase(group_query(do_rotary=1, local_window_size=4, softcap=3.0), with_lengths),
     "gqa-sinks": FusedCase(group_query(sink=True), with_lengths),
     "mha-bias-mask": FusedCase(multi_head(bias=True), with_padding, native=False, cached=False),
+    "mha-split-bias": FusedCase(multi_head(packing="split", bias=True), with_padding, native=False, cached=False),
+    "mha-heads-bias": FusedCase(multi_head(packing="heads", bias=True), with_padding, native=False, cached=False),
     "mha-cache": FusedCase(multi_head(past=True, unidirectional=1), with_padding, native=False),
     "mha-cache-bias": FusedCase(multi_head(past=True, bias=True, unidirectional=1), with_padding, native=False),
     "mha-cache-outside": FusedCase(multi_head(past=True, outside=True), with_padding, native=False),

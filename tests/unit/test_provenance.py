@@ -444,9 +444,52 @@ def test_a_norm_becomes_a_source_of_its_kind(name: str) -> None:
     _, tracer = check(flow, flow.outputs[0])
     (source,) = [s for s in tracer.sources if s.kind == "norm"]
     assert source.norm == kind
-    assert source.norm_input is not None
-    inner, _ = check(flow, source.norm_input)
+    assert source.under is not None
+    inner, _ = check(flow, source.under)
     assert (inner.coefficients[0] == 1).all(), "what is normalised is the projection itself"
+
+
+# ------------------------------------------------------------------ biases behind the projection's layout
+
+
+class Biased(nn.Module):
+    """A projection without a bias, whose second half is laid out by `layout` before `bias` is added."""
+
+    def __init__(self, layout: Callable[[Tensor], Tensor], bias: Tensor) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(WIDTH, 2 * FEATURES, bias=False)
+        self.layout, self.bias = layout, nn.Parameter(bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.softmax(self.layout(self.linear(x).chunk(2, dim=-1)[1]) + self.bias, -1)
+
+
+NUMBERS = torch.linspace(-1, 1, FEATURES)
+BY_HEAD: Callable[[Tensor], Tensor] = lambda y: y.unflatten(-1, (2, -1)).transpose(1, 2)  # noqa: E731
+LATE: dict[str, tuple[Callable[[Tensor], Tensor], Tensor, list[int]]] = {
+    "a vector": (lambda y: y, NUMBERS, list(range(FEATURES))),
+    "a vector by head": (BY_HEAD, NUMBERS.view(2, 1, -1), list(range(FEATURES))),
+    "a vector that all heads share": (BY_HEAD, NUMBERS[:4], [0, 1, 2, 3, 0, 1, 2, 3]),
+    "a number for each head": (BY_HEAD, NUMBERS[:2].view(2, 1, 1), [0, 0, 0, 0, 1, 1, 1, 1]),
+}
+
+
+@pytest.mark.parametrize("name", LATE)
+def test_a_bias_behind_a_split_belongs_to_the_columns_it_is_added_to(name: str) -> None:
+    layout, bias, index = LATE[name]
+    flow = torch_flow(Biased(layout, bias))
+    form, tracer = check(flow, next(n for n in flow.nodes if n.op == "Add").outputs[0])
+    (source,) = tracer.source_of(form.ids[0])
+    assert source.kind == "biased" and form.plain and source.bias is not None and source.bias_index is not None
+    assert source.bias_index.tolist() == [-1] * FEATURES + index
+
+
+@pytest.mark.parametrize("bias", [torch.randn(TOKENS, 1), torch.randn(TOKENS, FEATURES)], ids=["rows", "table"])
+def test_what_differs_from_token_to_token_is_no_bias(bias: Tensor) -> None:
+    flow = torch_flow(Biased(lambda y: y, bias))
+    form, tracer = check(flow, next(n for n in flow.nodes if n.op == "Add").outputs[0])
+    assert [s.kind for s in tracer.sources] == ["projection"] and form.bias is not None
 
 
 # ------------------------------------------------------------------ rotations and gates, through the matcher

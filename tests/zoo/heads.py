@@ -67,6 +67,27 @@ def in_projection(heads: int) -> HeadViews:
     return views
 
 
+def vectors(kv_heads: int, *names: str) -> HeadViews:
+    """Parameters of these names, one number for each feature of each head, in any shape that runs over heads first."""
+
+    def views(module: nn.Module) -> Iterator[Tensor]:
+        for name, parameter in module.named_parameters():
+            if name.rpartition(".")[2] in names:
+                yield parameter.detach().view(kv_heads, -1)
+
+    return views
+
+
+def joined(*parts: HeadViews) -> HeadViews:
+    """What several of them yield."""
+
+    def views(module: nn.Module) -> Iterator[Tensor]:
+        for part in parts:
+            yield from part(module)
+
+    return views
+
+
 def nothing() -> HeadViews:
     """A model without attention."""
     empty: Callable[[nn.Module], Iterator[Tensor]] = lambda module: iter(())  # noqa: E731

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from tests.zoo import heads, more_models, plain_torch, wide_hugging_face, wide_torch
+from tests.zoo import by_hand, heads, more_models, plain_torch, wide_hugging_face, wide_torch
 from tests.zoo.case import HeadViews, Inputs, ZooCase, main_output
 from tests.zoo.feeds import (
     FEATURE_AXES,
@@ -212,6 +212,7 @@ WIDE: dict[str, ZooCase] = {
         *wide_hugging_face.encoder_decoders(),
         *wide_hugging_face.refused(),
         *wide_torch.plain(),
+        *by_hand.by_hand(),
     ]
 }
 """Families beyond those, tagged "wide", each with what must be refused and why."""

@@ -96,6 +96,25 @@ def decoders() -> list[ZooCase]:
         *_decoder("phi", "Phi", {**DECODER, "rope_parameters": PARTIAL}, separate, BOTH),
         *_decoder("stablelm", "StableLm", {**DECODER, "rope_parameters": PARTIAL}, separate, SDPA),
         *_decoder("cohere", "Cohere", DECODER, separate, SDPA),
+        *_decoder("olmo", "Olmo", {**DECODER, "clip_qkv": 0.5}, separate, SDPA),
+        *_decoder(
+            "smollm3",
+            "SmolLM3",
+            {**DECODER, "num_key_value_heads": 2, "no_rope_layer_interval": 3},
+            heads.separate(2, "k_proj", "v_proj"),
+            SDPA,
+            kv_heads=2,
+        ),
+        *implementations(
+            "openai-gpt",
+            "OpenAIGPTLMHeadModel",
+            "OpenAIGPTConfig",
+            {**SPECIAL, **old},
+            heads.stacked(HEADS, HEADS, "c_attn"),
+            only=EAGER,
+            causal=True,
+            tags=("wide",),
+        ),
     ]
 
 
@@ -110,6 +129,7 @@ def encoders() -> list[ZooCase]:
         "layer_types": ["full_attention", "sliding_attention"],
         "rope_parameters": TWO_ROPES,
     }
+    named = heads.separate(HEADS, "key", "value")
     vision: dict[str, Any] = {"inputs": pixels("pixel_values", 16), "axes": IMAGE_AXES}
     wav2vec2 = {
         **ENCODER,
@@ -135,6 +155,8 @@ def encoders() -> list[ZooCase]:
             SDPA,
             **vision,
         ),
+        *_encoder("beit", "Beit", {**ENCODER, **IMAGE, "use_relative_position_bias": True}, separate, SDPA, **vision),
+        *_encoder("esm", "Esm", {**ENCODER, **SPECIAL, "position_embedding_type": "rotary"}, named, SDPA),
         *_encoder(
             "wav2vec2",
             "Wav2Vec2",
@@ -195,7 +217,11 @@ def refused() -> list[ZooCase]:
     }
     separate, latent = heads.separate(HEADS, "k_proj", "v_proj"), heads.separate(HEADS, "kv_b_proj")
     olmo2 = _decoder("olmo2", "Olmo2", DECODER, separate, SDPA)
+    stablelm = {**DECODER, "rope_parameters": PARTIAL, "qk_layernorm": True}
+    hunyuan = {**DECODER, "head_dim": 8}
     return [
+        *_refused(_decoder("stablelm-norms", "StableLm", stablelm, separate, SDPA), "normalised by 4 norms", LAYERS),
+        *_refused(_decoder("hunyuan", "HunYuanDenseV1", hunyuan, separate, SDPA), "was rotated before", LAYERS),
         *_refused(olmo2, "its norm spans the features of all heads", LAYERS),
         *_refused(_decoder("deepseek-v3", "DeepseekV3", deepseek, latent, SDPA), "key: ", LAYERS),
     ]

@@ -119,6 +119,42 @@ class PatchEncoder(nn.Module):
         return out
 
 
+class LateBiasAttention(nn.Module):
+    """A packed projection without a bias; vectors are added behind the split, to keys as one vector for each head."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads, self.dim = heads, width // heads
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.q_bias, self.v_bias = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(width))
+        self.k_bias = nn.Parameter(torch.zeros(heads, 1, self.dim))
+        self.proj = nn.Linear(width, width)
+
+    def _by_head(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, self.dim)).transpose(1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        q, k, v = self._by_head(q + self.q_bias), self._by_head(k) + self.k_bias, self._by_head(v + self.v_bias)
+        mixed = (q @ k.transpose(-2, -1) * self.dim**-0.5).softmax(dim=-1) @ v
+        out: Tensor = self.proj(mixed.transpose(1, 2).flatten(2))
+        return out
+
+
+class LateBiasStack(nn.Module):
+    """``x [B, T, width]`` to the same shape."""
+
+    def __init__(self, width: int, heads: int, layers: int) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList([nn.LayerNorm(width) for _ in range(layers)])
+        self.attentions = nn.ModuleList([LateBiasAttention(width, heads) for _ in range(layers)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for norm, attention in zip(self.norms, self.attentions, strict=True):
+            x = x + attention(norm(x))
+        return x
+
+
 class TorchDecoder(nn.Module):
     """`nn.TransformerDecoder`, causal; ``x [B, T, width]`` and ``memory [B, S, width]`` to ``[B, T, width]``."""
 
@@ -199,6 +235,14 @@ def plain() -> list[ZooCase]:
         ),
         case("packed-permute", patches(False), pixels("pixels", 16), packed, image, False),
         case("packed-permute-norm", patches(True), pixels("pixels", 16), packed, image, False),
+        case(
+            "late-bias",
+            lambda: LateBiasStack(WIDTH, HEADS, LAYERS),
+            features,
+            heads.joined(packed, heads.vectors(HEADS, "k_bias", "v_bias")),
+            FEATURE_AXES,
+            False,
+        ),
         case(
             "torch-decoder",
             lambda: TorchDecoder(WIDTH, HEADS, INNER, LAYERS),

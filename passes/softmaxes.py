@@ -1,0 +1,49 @@
+"""Softmaxes written out in parts, seen as the one operator that they are.
+
+Covered are ``exp(x) / sum(exp(x))``, usually of scores minus their largest, ``exp(x - logsumexp(x))`` and
+``exp(log_softmax(x))``. Over which axis sums run is not looked at here: what is no softmax over the last axis does not
+replay as attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from passes.dataflow import Node, Value
+
+
+def with_softmaxes(nodes: Sequence[Node]) -> tuple[Node, ...]:
+    """The same nodes; the last of each softmax written out in parts is shown as a Softmax of what enters it."""
+    producers = {out: node for node in nodes for out in node.outputs if out}
+    return tuple(
+        node
+        if (entering := _entering(node, producers)) is None
+        else replace(node, op="Softmax", domain="", attrs=entering.attrs, inputs=(entering.value,))
+        for node in nodes
+    )
+
+
+@dataclass(frozen=True)
+class _Entering:
+    """What enters a softmax, and the operator's attributes."""
+
+    value: Value
+    attrs: Mapping[str, Any] = field(default_factory=lambda: {"axis": -1})
+
+
+def _entering(node: Node, producers: Mapping[Value, Node]) -> _Entering | None:
+    if node.op == "Div" and len(node.inputs) == 2:
+        top, total = (producers.get(v) for v in node.inputs)
+        summed = total is not None and total.op == "ReduceSum" and total.inputs[0] == node.inputs[0]
+        return _Entering(top.inputs[0]) if top is not None and top.op == "Exp" and summed else None
+    if node.op == "Exp":
+        shifted = producers.get(node.inputs[0])
+        if shifted is not None and shifted.op == "LogSoftmax":
+            return _Entering(shifted.inputs[0], shifted.attrs)
+        if shifted is not None and shifted.op == "Sub" and len(shifted.inputs) == 2:
+            total = producers.get(shifted.inputs[1])
+            if total is not None and total.op == "ReduceLogSumExp" and total.inputs[0] == shifted.inputs[0]:
+                return _Entering(shifted.inputs[0])
+    return None
