@@ -16,7 +16,18 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from codegen.ops.fourier_mixing import torch_body
-from codegen.ops.fourier_mixing.onnx_body import DOMAIN, attributes, computed_in, feature_table, function, function_name
+from codegen.ops.fourier_mixing.onnx_body import (
+    DOMAIN,
+    attributes,
+    computed_in,
+    feature_table,
+    function,
+    function_name,
+    tables_attributes,
+    tables_count,
+    tables_function,
+    tables_name,
+)
 from codegen.ops.fourier_mixing.reference import fourier_mixing as oracle
 from codegen.spec import FourierMixing
 
@@ -164,23 +175,26 @@ def test_a_captured_graph_has_no_complex_numbers_and_any_length() -> None:
 # ------------------------------------------------------------------ ONNX
 
 
-def model(spec: FourierMixing, opset: int, *, tokens: int | None = None, perturbed: bool = False) -> bytes:
-    """One call of the function on x of any size, or of a fixed length."""
+def model(spec: FourierMixing, opset: int, *, sizes: tuple[int, int] | None = None, perturbed: bool = False) -> bytes:
+    """One call of the function on x of any size, or of a fixed (batch, length)."""
     dtype = ir.DataType.FLOAT
+    batch, tokens = sizes or (None, None)
     table = feature_table(spec, dtype)
     if perturbed:
         table = np.ascontiguousarray(np.roll(table, 1, axis=0))
     names = ["gain"] * spec.gain + ["bias"] * spec.bias
-    x = ir.Value(name="x", type=ir.TensorType(dtype), shape=ir.Shape([None, tokens, spec.hidden]))
+    x = ir.Value(name="x", type=ir.TensorType(dtype), shape=ir.Shape([batch, tokens, spec.hidden]))
     vectors = [ir.Value(name=n, type=ir.TensorType(dtype), shape=ir.Shape([spec.hidden])) for n in names]
     held = ir.Value(name="table", type=ir.TensorType(dtype), shape=ir.Shape(table.shape), const_value=ir.tensor(table))
-    node = ir.Node(DOMAIN, function_name(spec), [x, held, *vectors], attributes(spec, dtype), num_outputs=1)
+    tables = ir.Node(DOMAIN, tables_name(spec), [x], tables_attributes(dtype), num_outputs=tables_count(spec))
+    given_ = [x, held, *tables.outputs, *vectors]
+    node = ir.Node(DOMAIN, function_name(spec), given_, attributes(spec, dtype), num_outputs=1)
     output = node.outputs[0]
-    output.name, output.type, output.shape = "y", ir.TensorType(dtype), ir.Shape([None, tokens, spec.hidden])
-    graph = ir.Graph(
-        [x, *vectors], [output], nodes=[node], name="g", opset_imports={"": opset, DOMAIN: 1}, initializers=[held]
-    )
-    proto = ir.serde.serialize_model(ir.Model(graph, ir_version=8, functions=[function(spec, opset)]))
+    output.name, output.type, output.shape = "y", ir.TensorType(dtype), ir.Shape([batch, tokens, spec.hidden])
+    opsets = {"": opset, DOMAIN: 1}
+    graph = ir.Graph([x, *vectors], [output], nodes=[tables, node], name="g", opset_imports=opsets, initializers=[held])
+    functions = [function(spec, opset), tables_function(spec, opset)]
+    proto = ir.serde.serialize_model(ir.Model(graph, ir_version=8, functions=functions))
     onnx.checker.check_model(proto)
     return bytes(proto.SerializeToString())
 
@@ -220,11 +234,11 @@ def test_a_long_sequence_keeps_its_precision() -> None:
         assert distance(run(content, feeds), oracle(spec, **feeds)) < CLOSE
 
 
-def test_a_fixed_length_is_folded_into_constants() -> None:
-    """Where the file says the length, onnxruntime computes no cosine when it runs."""
+def test_fixed_sizes_are_folded_into_constants() -> None:
+    """Where the file says them, onnxruntime computes no cosine when it runs."""
     spec = FourierMixing(12)
-    for tokens, folded in ((48, True), (None, False)):
-        assert _computes_cosines(model(spec, 18, tokens=tokens)) is not folded
+    for sizes, folded in (((2, 48), True), (None, False)):
+        assert _computes_cosines(model(spec, 18, sizes=sizes)) is not folded
 
 
 def _computes_cosines(content: bytes) -> bool:
