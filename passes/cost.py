@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from codegen.spec import FourierMixing
 from passes.dataflow import Flow, Node
 from passes.match.attention import Matches
-from passes.site import AttentionSite
+from passes.site import AttentionSite, Norm
 from passes.targets.replacement import Replacement
 
 
@@ -47,13 +47,13 @@ def costs(
     return Cost(before, base), Cost(after, base - saved)
 
 
-def parameters_removed(replacements: Sequence[Replacement]) -> int:
+def parameters_removed(flow: Flow, replacements: Sequence[Replacement]) -> int:
     """How many weights fewer the rewritten sites hold; shared projections count once."""
     seen: set[tuple[str, str]] = set()
     removed = 0
     for r in replacements:
         if r.mixing is not None:
-            removed += _mixing_removes(r, r.mixing, seen)
+            removed += _mixing_removes(flow, r, r.mixing, seen)
             continue
         for role, operand in (("k", r.site.k), ("v", r.site.v)):
             key = (operand.projection.weight, role)
@@ -66,17 +66,28 @@ def parameters_removed(replacements: Sequence[Replacement]) -> int:
     return removed
 
 
-def _mixing_removes(replacement: Replacement, spec: FourierMixing, seen: set[tuple[str, str]]) -> int:
-    """All projections of the sublayer, less what the mix has of its own."""
+def _mixing_removes(flow: Flow, replacement: Replacement, spec: FourierMixing, seen: set[tuple[str, str]]) -> int:
+    """All projections and q/k norms of the sublayer, less what the mix has of its own."""
     site = replacement.site
     rows = {role: (o.projection, o.columns.size) for role, o in (("q", site.q), ("k", site.k), ("v", site.v))}
     sizes = {(p.weight, role): count * (spec.hidden + (p.bias is not None)) for role, (p, count) in rows.items()}
     if site.out is not None:
         sizes[site.out.weight, "out"] = spec.hidden * (site.heads * site.value_dim + (site.out.bias is not None))
+    for role, operand in (("q", site.q), ("k", site.k), ("v", site.v)):
+        if operand.norm is not None:
+            sizes |= {(value, role): size for value, size in _norm_weights(flow, operand.norm)}
     fresh = {key: size for key, size in sizes.items() if key not in seen}
     seen.update(fresh)
     own = sum(tensor.size for tensor in replacement.tensors.values()) if fresh else 0
     return sum(fresh.values()) - own
+
+
+def _norm_weights(flow: Flow, norm: Norm) -> list[tuple[str, int]]:
+    """(value, size) of the vectors that a norm multiplies by and adds."""
+    before = {node.index for node in flow.ancestors(norm.input)}
+    inside = [node for node in flow.ancestors(norm.output) if node.index not in before]
+    read = dict.fromkeys(v for node in inside for v in node.inputs if v in flow.weights)
+    return [(v, math.prod(flow.shape(v))) for v in read if flow.shape(v)]
 
 
 def _mixing_saves(flow: Flow, matches: Matches, site: AttentionSite, spec: FourierMixing) -> int:

@@ -223,7 +223,7 @@ def report(
         target=decision.target,
         sites=with_kept(matches, decision, site_rows),
         refused=tuple(Refused(n, r) for n, r in decision.refused),
-        parameters=Change(parameters, parameters - parameters_removed(decision.replacements)),
+        parameters=Change(parameters, parameters - parameters_removed(flow, decision.replacements)),
         kv_bytes_per_token=Change(before.kv_bytes_per_token, after.kv_bytes_per_token),
         flops=Change(before.flops, after.flops),
         fidelity=fidelity,

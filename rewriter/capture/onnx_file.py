@@ -506,7 +506,7 @@ def _owner(node: ir.Node) -> str:
 
 
 def _wanted(flow: Flow) -> set[Value]:
-    """Values around every anchor: up to the projections it reads, down to the projection that reads it, and its bias."""
+    """Values around every anchor: up to the projections it reads, down to the projection that reads it, biased."""
     wanted: set[Value] = set()
 
     def stop(node: Node) -> bool:

@@ -34,14 +34,15 @@ class TokenMixer(nn.Module):
         gain: nn.Parameter | None = None,
         bias: nn.Parameter | None = None,
         input_norm: nn.Module | None = None,
+        output_norm: nn.Module | None = None,
         position: nn.Module | None = None,
     ) -> None:
-        """`gain` and `bias` are [E]; `input_norm` is what the original normalised its input with; `position` computes
-        the score bias that the original handed on to later layers, with ``compute_bias(S, S, device=...)``."""
+        """`gain` and `bias` are [E]; `input_norm` and `output_norm` are what the original normalised its input and its
+        result with; `position` computes the score bias that it handed on, with ``compute_bias(S, S, device=...)``."""
         super().__init__()
         self.spec, self.protocol = spec, protocol
         self.gain, self.bias = gain, bias
-        self.input_norm, self.position = input_norm, position
+        self.input_norm, self.output_norm, self.position = input_norm, output_norm, position
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -61,6 +62,8 @@ class TokenMixer(nn.Module):
         batched = x[None] if hidden.dim() == 2 else x.transpose(0, 1) if turned else x
         mixed = fourier_mixing(self.spec, batched, self.gain, self.bias)
         output = mixed[0] if hidden.dim() == 2 else mixed.transpose(0, 1) if turned else mixed
+        output = output + hidden if self.protocol.adds_input else output
+        output = output if self.output_norm is None else self.output_norm(output)
         if self.protocol.bare:
             return output
         return tuple(self._element(name, call, output) for name in self.protocol.returns)
@@ -114,14 +117,19 @@ def rebuild(description: Mapping[str, Any], original: nn.Module) -> TokenMixer:
     spec = FourierMixing(**description["spec"])
     protocol = Protocol.from_json(description["protocol"])
     like = next(original.parameters())
-    vectors = {
+    vectors: dict[str, Any] = {
         name: nn.Parameter(like.new_empty(spec.hidden), requires_grad=like.requires_grad)
         for name, wanted in (("gain", spec.gain), ("bias", spec.bias))
         if wanted
     }
-    norm = None if protocol.input_norm is None else original.get_submodule(protocol.input_norm)
     position = stripped(original) if description["position"] else None
-    return TokenMixer(spec, protocol, input_norm=norm, position=position, **vectors)
+    return TokenMixer(spec, protocol, position=position, **norms(protocol, original), **vectors)
+
+
+def norms(protocol: Protocol, original: nn.Module) -> dict[str, Any]:
+    """The original's norms that a mixer in its place takes over."""
+    paths = {"input_norm": protocol.input_norm, "output_norm": protocol.output_norm}
+    return {role: None if path is None else original.get_submodule(path) for role, path in paths.items()}
 
 
 def token_mixers(model: nn.Module) -> dict[str, TokenMixer]:

@@ -8,6 +8,7 @@ nothing at the projection's, so that both together are the mix.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,7 +26,7 @@ from rewriter.install.mixer import stripped
 from rewriter.install.protocol import Protocol, read_protocol
 from rewriter.install.reproduction import HINT, TOLERANCE, disagreement
 from rewriter.install.tensors import owned_parameter
-from rewriter.install.token_mixer import Absorbed, TokenMixer
+from rewriter.install.token_mixer import Absorbed, TokenMixer, norms
 from rewriter.install.torch_module import place
 
 
@@ -71,7 +72,10 @@ def install_mixing(
     protocol = read_protocol(record, owner, heads=heads, causal=False)
     protocol = _with_input(protocol, original, record, seen.hidden, owner)
     answer = record.output if protocol.bare else record.output[0]
-    _require(_is(answer, seen.merged if outside else seen.output, protocol), owner, "its answer is not the attention's")
+    if outside:
+        _require(_is(answer, seen.merged, protocol), owner, "its answer is not the attention's")
+    else:
+        protocol = _with_output(protocol, original, record, seen.output, owner)
     if outside:
         assert out is not None
         _require_next(_record(records, out), answer, seen.output, protocol, out)
@@ -102,39 +106,59 @@ def _with_input(protocol: Protocol, original: nn.Module, record: CallRecord, hid
     given = record.arguments.get(protocol.name("hidden") or "")
     if not isinstance(given, Tensor):
         raise UnsupportedModel(f"{owner} is not called with hidden states")
-    norms: list[tuple[str | None, Callable[[Tensor], Any]]] = [(None, lambda x: x)]
-    norms += [(n, m) for n, m in original.named_modules() if n and "norm" in type(m).__name__.lower()]
-    for path, norm in norms:
-        try:
-            with torch.no_grad():
-                reached = norm(given)
-        except (RuntimeError, TypeError, ValueError):  # a norm over something else
-            continue
+    for path, norm in _norms(original):
         for batch_first in (True, False):
             found = replace(protocol, batch_first=batch_first, input_norm=path)
-            if _is(reached, hidden, found):
-                return found
+            with contextlib.suppress(RuntimeError, TypeError, ValueError), torch.no_grad():  # a norm of something else
+                if _is(norm(given), hidden, found):
+                    return found
     raise UnsupportedModel(
         f"{owner} does more than attend: what its projections read is not what it is called with", hint=HINT
     )
 
 
-def _is(value: Any, expected: Array, protocol: Protocol) -> bool:
-    """Whether a recorded tensor holds [B, S, E], in the protocol's order of axes or without a batch."""
-    if not isinstance(value, Tensor):
+def _with_output(protocol: Protocol, original: nn.Module, record: CallRecord, output: Array, owner: str) -> Protocol:
+    """The protocol with what the module does behind the output projection: adds its input, normalises, or neither."""
+    given = record.arguments[protocol.name("hidden") or ""]
+    answer = record.output if protocol.bare else record.output[0]
+    for adds in (False, True):
+        for path, norm in _norms(original):
+            found = replace(protocol, adds_input=adds, output_norm=path)
+            with contextlib.suppress(RuntimeError, TypeError, ValueError), torch.no_grad():  # a norm of something else
+                finished = norm(_laid(output, given, found) + given if adds else _laid(output, given, found))
+                if _close(answer, finished):
+                    return found
+    raise UnsupportedModel(
+        f"{owner} does more than attend: its answer is not what its output projection gives", hint=HINT
+    )
+
+
+def _norms(original: nn.Module) -> list[tuple[str | None, Callable[[Tensor], Any]]]:
+    """Nothing, and then every norm of a module, by path."""
+    named = [(n, m) for n, m in original.named_modules() if n and "norm" in type(m).__name__.lower()]
+    return [(None, lambda x: x), *named]
+
+
+def _laid(tokens: Array, like: Tensor, protocol: Protocol) -> Tensor:
+    """[B, S, E] in the order of axes of the protocol, or without a batch, as `like` is."""
+    tensor = torch.from_numpy(np.array(tokens)).to(dtype=like.dtype, device=like.device)
+    if like.dim() == 2:
+        return tensor[0]
+    return tensor if protocol.batch_first else tensor.transpose(0, 1)
+
+
+def _close(ours: Any, theirs: Tensor) -> bool:
+    if not isinstance(ours, Tensor) or ours.shape != theirs.shape:
         return False
-    ours = value.detach()
-    if ours.dim() == 2:
-        ours = ours[None]
-    elif not protocol.batch_first:
-        ours = ours.transpose(0, 1)
-    theirs = torch.from_numpy(np.ascontiguousarray(expected))
-    if ours.shape != theirs.shape:
-        return False
-    a, b = ours.double().cpu(), theirs.double()
+    a, b = ours.detach().double().cpu(), theirs.detach().double().cpu()
     usable = b.isfinite()
     limit = TOLERANCE.get(ours.dtype, TOLERANCE[torch.float32])
     return bool(usable.any()) and bool((a - b)[usable].abs().max() <= limit * b[usable].abs().max().clamp_min(1e-30))
+
+
+def _is(value: Any, expected: Array, protocol: Protocol) -> bool:
+    """Whether a recorded tensor holds [B, S, E], in the protocol's order of axes or without a batch."""
+    return isinstance(value, Tensor) and _close(value, _laid(expected, value, protocol))
 
 
 def _require_next(record: CallRecord, answer: Tensor, output: Array, protocol: Protocol, out: str) -> None:
@@ -156,10 +180,11 @@ def _built(
 ) -> TokenMixer:
     trainable = any(p.requires_grad for p in original.parameters())
     like = next(original.parameters())
-    vectors = {n: owned_parameter(torch.from_numpy(np.array(a)), like, trainable) for n, a in tensors.items()}
-    norm = None if protocol.input_norm is None else original.get_submodule(protocol.input_norm)
+    vectors: dict[str, Any] = {
+        n: owned_parameter(torch.from_numpy(np.array(a)), like, trainable) for n, a in tensors.items()
+    }
     position = _position(original, protocol, record, owner)
-    return TokenMixer(spec, protocol, input_norm=norm, position=position, **vectors)
+    return TokenMixer(spec, protocol, position=position, **norms(protocol, original), **vectors)
 
 
 def _position(original: nn.Module, protocol: Protocol, record: CallRecord, owner: str) -> nn.Module | None:
@@ -182,16 +207,16 @@ def _check(mixer: TokenMixer, record: CallRecord, hidden: Array, tensors: Mappin
     mixer.eval()
     with torch.no_grad():
         ours = mixer(*map(snapshot, record.args), **{n: snapshot(v) for n, v in record.kwargs.items()})
-    answer = ours if mixer.protocol.bare else ours[0]
-    like = mixer.gain if mixer.gain is not None else None
-    rounded = {
-        n: (torch.from_numpy(a).to(like.dtype).double().numpy() if like is not None else a) for n, a in tensors.items()
-    }
-    expected = fourier_mixing(mixer.spec, hidden, **rounded)
-    theirs = record.output if mixer.protocol.bare else record.output[0]
+    answer, theirs = (x if mixer.protocol.bare else x[0] for x in (ours, record.output))
     _require(answer.dtype == theirs.dtype, owner, f"it answers in {theirs.dtype}")
-    overflown = answer.dtype == torch.float16 and not np.isfinite(expected.astype(np.float16)).all()
-    _require(overflown or _is(answer, expected, mixer.protocol), owner, "the mix is not what it should be")
+    stored = {n: p.detach().double().cpu().numpy() for n in tensors if (p := getattr(mixer, n)) is not None}
+    given = record.arguments[mixer.protocol.name("hidden") or ""]
+    with torch.no_grad():
+        expected = _laid(fourier_mixing(mixer.spec, hidden, **stored), given, mixer.protocol)
+        expected = expected + given if mixer.protocol.adds_input else expected
+        expected = expected if mixer.output_norm is None else mixer.output_norm(expected)
+    overflown = not bool(expected.isfinite().all())  # of half precision, by the sum over a whole sequence
+    _require(overflown or _close(answer, expected), owner, "the mix is not what it should be")
     if not mixer.protocol.bare and "bias" in mixer.protocol.returns and mixer.position is not None:
         at = mixer.protocol.returns.index("bias")
         _require(disagreement(ours[at], record.output[at]) is None, owner, "it hands on a bias that is not understood")
