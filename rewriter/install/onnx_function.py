@@ -108,8 +108,9 @@ class _Editor:
     def replace(self, replacement: Replacement) -> Installed:
         site = replacement.site
         if replacement.mixing is not None:
-            unread = self.mixing.install(replacement)
-            removed = [*self._sweep([*unread, *self._old_nodes(site)])]
+            last, biases = self.mixing.install(replacement)
+            removed = [name for bias in biases for name in self._unread(bias)]
+            removed += self._sweep([last, *self._old_nodes(site)])
             removed += self._sweep(self._release_shapes(site))
             return Installed(site.name, tuple(n for n in removed if n in self._stored), 0.0, False)
         spec, error = replacement.grouped, 0.0

@@ -30,6 +30,9 @@ from passes.targets.replacement import Replacement
 from rewriter.capture.onnx_file import OnnxCapture
 from rewriter.onnx_nodes import NodeWriter
 
+ADDED_BIAS = {"SkipLayerNormalization": 4, "SkipSimplifiedLayerNormalization": 3}
+"""Fused operators that add an output projection's bias themselves, and the input that is the bias."""
+
 TableKey = tuple[ir.DataType, bool, tuple[int, ...]]
 
 
@@ -59,8 +62,8 @@ class Mixing:
     lengths: dict[TableKey, tuple[list[ir.Value], int]] = field(default_factory=dict)
     features: dict[tuple[int, ir.DataType], ir.Value] = field(default_factory=dict)
 
-    def install(self, replacement: Replacement) -> list[ir.Node]:
-        """Put the mix in the place of the sublayer's output; returns the nodes that may be unread now."""
+    def install(self, replacement: Replacement) -> tuple[ir.Node, list[ir.Value]]:
+        """Put the mix in the place of the sublayer's output; returns what may be unread now."""
         editor, around, site = self.editor, replacement.around, replacement.site
         spec = replacement.mixing
         assert spec is not None
@@ -83,7 +86,7 @@ class Mixing:
         mixed.type, mixed.shape = output.type, output.shape
         editor.graph.insert_after(producer, nodes)
         self._stand_in(output, mixed)
-        return [producer]
+        return producer, [] if spec.bias else _without_added_bias(mixed)
 
     def _stand_in(self, output: ir.Value, mixed: ir.Value) -> None:
         """Readers, and the model's outputs, get the mix under the name that the output had."""
@@ -164,3 +167,17 @@ class Mixing:
         model.functions.setdefault(body.identifier(), body)
         model.opset_imports.setdefault(DOMAIN, 1)
         model.ir_version = max(model.ir_version, 8)
+
+
+def _without_added_bias(mixed: ir.Value) -> list[ir.Value]:
+    """Where what follows adds the old output projection's bias, it adds none; returns those biases.
+
+    A fitted mix is fitted to what came before that bias, which then stays.
+    """
+    gone = []
+    for node, position in list(mixed.uses()):
+        place = ADDED_BIAS.get(node.op_type, 0)
+        if position < 2 <= place < len(node.inputs) and (bias := node.inputs[place]) is not None:
+            node.replace_input_with(place, None)
+            gone.append(bias)
+    return gone

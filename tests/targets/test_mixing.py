@@ -428,6 +428,41 @@ def test_a_files_record_lists_what_went(zoo_onnx: ZooOnnx, tmp_path: Path) -> No
     assert not rewriter.verify(tmp_path / "tampered.onnx", source).ok  # the control
 
 
+@pytest.mark.parametrize("calibrated", [False, True], ids=["bare", "fitted"])
+def test_a_fused_files_later_bias_is_accounted_for(calibrated: bool, zoo_onnx: ZooOnnx, tmp_path: Path) -> None:
+    """onnxruntime's optimizer moves the output projection's bias into the norm behind it, where a mix must not meet it;
+    a fit is made of what comes before that bias, and leaves it."""
+    from onnxruntime.transformers.optimizer import optimize_model
+
+    case = ZOO["bert-eager"]
+    fused, out = tmp_path / "fused.onnx", tmp_path / "mixed.onnx"
+    made = optimize_model(str(zoo_onnx(case, "torchscript17")), model_type="bert", num_heads=4, hidden_size=32)
+    made.save_model_to_file(str(fused))
+    assert [n.op_type for n in onnx.load(fused).graph.node].count("Attention") == 2
+    calibration = [case.inputs(2, 7, seed) for seed in range(3)] if calibrated else None
+    rewriter.optimize(fused, "fnet", calibration=calibration).save(out)
+    norms = [n for n in onnx.load(out).graph.node if n.op_type == "SkipLayerNormalization"]
+    assert len([n for n in norms if len(n.input) > 4 and n.input[4]]) == (4 if calibrated else 2)
+    module = rewritten(case, "fnet", calibration=calibration)
+    for size in ((2, 7, 0), (3, 11, 1)):
+        inputs = case.inputs(*size)
+        assert relative(run_file(out, inputs), case.run(module, inputs)) < (1e-3 if calibrated else CLOSE)
+    assert rewriter.verify(out, fused).ok
+
+
+def test_a_compiled_model_and_a_graph_module_are_mixed() -> None:
+    case = ZOO["mha-batch-first"]
+    inputs = case.inputs(2, 7, 0)
+    expected = case.run(rewritten(case, "fnet"), inputs)
+    graph = torch.export.export(case.build(), (), inputs, strict=False).module()
+    assert relative(case.run(rewriter.optimize(graph, "fnet", example_inputs=inputs), inputs), expected) < CLOSE
+    torch._dynamo.reset()
+    compiled = torch.compile(case.build(), backend="rewriter", options={"target": "fnet", "backend": "eager"})
+    with torch.no_grad():
+        assert relative(case.run(compiled, inputs), expected) < CLOSE
+    torch._dynamo.reset()
+
+
 # ------------------------------------------------------------------ fits
 
 
