@@ -15,7 +15,7 @@ from codegen.ops.fourier_mixing.onnx_body import (
     DOMAIN,
     attributes,
     computed_in,
-    feature_table,
+    feature_tables,
     function,
     function_name,
     tables_attributes,
@@ -55,12 +55,12 @@ class Mixing:
     Attributes:
         lengths: by what decides them, the outputs of the function that computes them, and the node after which they
             are there.
-        features: tables of the transform over features, by width and type.
+        features: matrices of the transform over features, by width and type.
     """
 
     editor: Editing
     lengths: dict[TableKey, tuple[list[ir.Value], int]] = field(default_factory=dict)
-    features: dict[tuple[int, ir.DataType], ir.Value] = field(default_factory=dict)
+    features: dict[tuple[int, ir.DataType], list[ir.Value]] = field(default_factory=dict)
 
     def install(self, replacement: Replacement) -> tuple[ir.Node, list[ir.Value]]:
         """Put the mix in the place of the sublayer's output; returns what may be unread now."""
@@ -108,7 +108,7 @@ class Mixing:
             for part in ("gain", "bias")
             if part in replacement.tensors
         ]
-        inputs = [x, self._features(spec, kind), *tables, *vectors]
+        inputs = [x, *self._features(spec, kind), *tables, *vectors]
         node = ir.Node(
             DOMAIN,
             function_name(spec),
@@ -121,11 +121,12 @@ class Mixing:
         nodes.append(node)
         return node.outputs[0]
 
-    def _features(self, spec: FourierMixing, kind: ir.DataType) -> ir.Value:
+    def _features(self, spec: FourierMixing, kind: ir.DataType) -> list[ir.Value]:
         key = (spec.hidden, computed_in(kind))
         if key not in self.features:
-            table = feature_table(spec, kind)
-            self.features[key] = self.editor.write.constant(table, f"fourier_table_{spec.hidden}")
+            named = zip(("first", "second"), feature_tables(spec, kind), strict=True)
+            name = f"fourier_{spec.hidden}"
+            self.features[key] = [self.editor.write.constant(table, f"{name}_{part}") for part, table in named]
         return self.features[key]
 
     def _lengths(

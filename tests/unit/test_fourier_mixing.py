@@ -20,7 +20,7 @@ from codegen.ops.fourier_mixing.onnx_body import (
     DOMAIN,
     attributes,
     computed_in,
-    feature_table,
+    feature_tables,
     function,
     function_name,
     tables_attributes,
@@ -179,20 +179,23 @@ def model(spec: FourierMixing, opset: int, *, sizes: tuple[int, int] | None = No
     """One call of the function on x of any size, or of a fixed (batch, length)."""
     dtype = ir.DataType.FLOAT
     batch, tokens = sizes or (None, None)
-    table = feature_table(spec, dtype)
+    tables_ = list(feature_tables(spec, dtype))
     if perturbed:
-        table = np.ascontiguousarray(np.roll(table, 1, axis=0))
+        tables_[1] = np.ascontiguousarray(np.roll(tables_[1], 1, axis=1))
     names = ["gain"] * spec.gain + ["bias"] * spec.bias
     x = ir.Value(name="x", type=ir.TensorType(dtype), shape=ir.Shape([batch, tokens, spec.hidden]))
     vectors = [ir.Value(name=n, type=ir.TensorType(dtype), shape=ir.Shape([spec.hidden])) for n in names]
-    held = ir.Value(name="table", type=ir.TensorType(dtype), shape=ir.Shape(table.shape), const_value=ir.tensor(table))
+    held = [
+        ir.Value(name=f"table{i}", type=ir.TensorType(dtype), shape=ir.Shape(t.shape), const_value=ir.tensor(t))
+        for i, t in enumerate(tables_)
+    ]
     tables = ir.Node(DOMAIN, tables_name(spec), [x], tables_attributes(dtype), num_outputs=tables_count(spec))
-    given_ = [x, held, *tables.outputs, *vectors]
+    given_ = [x, *held, *tables.outputs, *vectors]
     node = ir.Node(DOMAIN, function_name(spec), given_, attributes(spec, dtype), num_outputs=1)
     output = node.outputs[0]
     output.name, output.type, output.shape = "y", ir.TensorType(dtype), ir.Shape([batch, tokens, spec.hidden])
     opsets = {"": opset, DOMAIN: 1}
-    graph = ir.Graph([x, *vectors], [output], nodes=[tables, node], name="g", opset_imports=opsets, initializers=[held])
+    graph = ir.Graph([x, *vectors], [output], nodes=[tables, node], name="g", opset_imports=opsets, initializers=held)
     functions = [function(spec, opset), tables_function(spec, opset)]
     proto = ir.serde.serialize_model(ir.Model(graph, ir_version=8, functions=functions))
     onnx.checker.check_model(proto)

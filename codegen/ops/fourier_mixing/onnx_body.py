@@ -1,19 +1,20 @@
 """Fourier mixing as model-local ONNX functions over standard operators, valid at any opset from 12 on.
 
-There is no DFT operator in them, which runtimes lack or compute slowly and imprecisely. The transform over features is
-one product with a table of cosines and sines on half of the spectrum; features above the middle are those below it at
-the opposite token frequency. The transform over tokens is split in two (Cooley and Tukey): with S = P Q, P the largest
-divisor up to the root of S, a token s = Q p + q and a frequency k = i + P j,
+There is no DFT operator in them, which runtimes lack or compute slowly and imprecisely. Both transforms are split in
+two (Cooley and Tukey): with S = P Q, P the largest divisor up to the root of S, a token s = Q p + q and a frequency
+k = i + P j,
 
     exp(-2 pi i k s / S) = exp(-2 pi i i p / P) · exp(-2 pi i q (i / S + j / Q)),
 
 so that a product with a matrix of P rows is followed by one with a matrix of Q rows for each i. A prime length has
-P = 1 and one full matrix.
+P = 1 and one full matrix. Over features D = F G likewise, the first index f of F and the second g of G, on half of the
+spectrum: features above the middle are those below it at the opposite token frequency.
 
-A second function computes these matrices from the length, by Range, Cos and Sin; layers of equal length share one call
-of it. Where a file fixes all sizes, runtimes fold it into constants.
+The matrices over features are inputs. A second function computes those over tokens from the length, by Range, Cos and
+Sin; layers of equal length share one call of it. Where a file fixes all sizes, runtimes fold it into constants.
 
-Shape legend: B batch, S = P Q tokens, D features, H = D // 2 + 1; c: a part that came from cosines (0) or sines (1).
+Shape legend: B batch, S = P Q tokens, D = F G features, J second indices that cover half of the spectrum, H = J F
+features computed; c: a part that came from cosines (0) or sines (1).
 """
 
 from __future__ import annotations
@@ -63,12 +64,21 @@ def computed_in(dtype: ir.DataType) -> ir.DataType:
     return ir.DataType.DOUBLE if dtype == ir.DataType.DOUBLE else ir.DataType.FLOAT
 
 
-def feature_table(spec: FourierMixing, dtype: ir.DataType) -> NDArray[np.floating]:
-    """[D, 2 H], cosines before sines: the second input of a call."""
-    turns = np.arange(spec.hidden)[:, None] * np.arange(spec.half) % spec.hidden
-    angles = turns * (2 * np.pi / spec.hidden)
-    table: NDArray[np.floating] = np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
-    return table.astype(computed_in(dtype).numpy())
+def feature_tables(spec: FourierMixing, dtype: ir.DataType) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
+    """The matrices over features, [2 F, F] and [F, 2 G, 2 J]: the second and third input of a call."""
+    first = max(n for n in range(1, math.isqrt(spec.hidden) + 1) if spec.hidden % n == 0)
+    second = spec.hidden // first
+    f, g = np.arange(first), np.arange(second)
+    covering = (spec.half - 1) // first + 1
+    angles = 2 * np.pi / first * (f[:, None] * f % first)
+    rows = np.stack([np.cos(angles), np.sin(angles)], axis=1).reshape(2 * first, first)
+    frequency = f[:, None] + first * np.arange(covering)  # [F, J]
+    angles = 2 * np.pi / spec.hidden * (g[:, None] * frequency[:, None] % spec.hidden)  # [F, G, J]
+    cos, sin = np.cos(angles), np.sin(angles)
+    # of a - i b, a from cosines and b from sines: cosine parts cos a - sin b, sine parts sin a + cos b
+    columns = np.concatenate([np.concatenate([cos, sin], axis=2), np.concatenate([-sin, cos], axis=2)], axis=1)
+    wanted = computed_in(dtype).numpy()
+    return rows.astype(wanted), columns.astype(wanted)
 
 
 def tables_count(spec: FourierMixing) -> int:
@@ -80,19 +90,19 @@ def tables_count(spec: FourierMixing) -> int:
 
 
 def function(spec: FourierMixing, opset: int) -> ir.Function:
-    """Inputs x [B, S, D], `feature_table`, the outputs of `tables_function`, then gain [D] and bias [D] if any.
+    """Inputs x [B, S, D], `feature_tables`, the outputs of `tables_function`, then gain [D] and bias [D] if any.
 
     The output is [B, S, D] in x's dtype.
     """
     body = FunctionBody()
-    x, table, first, opposite, second, mirrored = (
-        ir.Value(name=n) for n in ("x_BSD", "table", "first", "opposite_S", "second", "mirrored")
+    x, table, columns, first, opposite, second, mirrored = (
+        ir.Value(name=n)
+        for n in ("x_BSD", "features_first", "features_second", "first", "opposite_S", "second", "mirrored")
     )
     gain = ir.Value(name="gain_D") if spec.gain else None
     bias = ir.Value(name="bias_D") if spec.bias else None
     count = body.take(body.op("Shape", [first], "first_shape"), [1])  # P
-    width = body.op("Div", [body.take(body.op("Shape", [table], "table_shape"), [1]), body.ints([2])], "H")
-    parts = body.op("MatMul", [body.cast(x, "compute", "wide_BSD"), table], "parts_BScH")
+    parts, width = _over_features(body, body.cast(x, "compute", "wide_BSD"), table, columns)
     given = body.op("Reshape", [parts, body.concat([body.ints([0]), count, body.ints([-1])])], "parts_BPN")
     half = body.op("MatMul", [first, given], "half_BPN")
     half = body.op("Reshape", [half, body.concat([body.ints([0]), count, body.ints([-1]), width])], "half_BPRH")
@@ -106,10 +116,32 @@ def function(spec: FourierMixing, opset: int) -> ir.Function:
         mixed = body.op("Add", [mixed, bias], "shifted_BSD")
     output = body.cast(mixed, "dtype", "output_BSD")
     tables = [first, opposite, second, mirrored][: tables_count(spec)]
-    inputs = [x, table, *tables, *(v for v in (gain, bias) if v is not None)]
+    inputs = [x, table, columns, *tables, *(v for v in (gain, bias) if v is not None)]
     graph = ir.Graph(inputs, [output], nodes=body.nodes, opset_imports={"": opset})
     declared = [ir.Attr(name, ir.AttributeType.INT, None) for name in ("hidden_size", "dtype", "compute")]
     return ir.Function(DOMAIN, function_name(spec), graph=graph, attributes=declared)
+
+
+def _over_features(body: FunctionBody, x: ir.Value, first: ir.Value, second: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """Cosine and sine parts [B, S, c, J, F] of each token's features, J F of them in order, and H [1] = J F."""
+    outer = body.take(body.op("Shape", [first], "features_shape"), [1])  # F
+    sizes = body.op("Div", [body.op("Shape", [second], "columns_shape"), body.ints([1, 2, 2])], "F_G_J")
+    inner, covering = body.take(sizes, [1]), body.take(sizes, [2])
+    zero, rest, two = body.ints([0]), body.ints([-1]), body.ints([2])
+
+    def reshaped(value: ir.Value, sizes: list[ir.Value], name: str) -> ir.Value:
+        return body.op("Reshape", [value, body.concat(sizes)], name)
+
+    def turned(value: ir.Value, perm: list[int], name: str) -> ir.Value:
+        return body.op("Transpose", [value], name, [ir.AttrInt64s("perm", perm)])
+
+    x = turned(reshaped(x, [zero, zero, outer, inner], "x_BSFG"), [0, 2, 1, 3], "x_BFSG")
+    x = body.op("MatMul", [first, reshaped(x, [zero, outer, rest], "x_BFN")], "outer_BFcN")
+    x = turned(reshaped(x, [zero, outer, two, rest, inner], "outer_BFcSG"), [0, 1, 3, 2, 4], "outer_BFScG")
+    both = body.op("Mul", [inner, two], "2G")
+    x = body.op("MatMul", [reshaped(x, [zero, outer, rest, both], "outer_BFSN"), second], "parts_BFScJ")
+    x = turned(reshaped(x, [zero, outer, rest, two, covering], "parts_BFS2J"), [0, 2, 3, 4, 1], "parts_BScJF")
+    return x, body.op("Mul", [covering, outer], "H")
 
 
 def _second_product(body: FunctionBody, matrix: ir.Value, half: ir.Value, width: ir.Value) -> ir.Value:
