@@ -25,8 +25,10 @@ from passes.sublayer import NoSublayer, sublayer
 from passes.targets import Fourier, GroupedQuery
 from passes.targets.catalogue import find
 from passes.weights.diagonal import DiagonalSums
+from rewriter.cli import run
 from rewriter.errors import NothingToRewrite, UnsupportedModel, UsageError
 from rewriter.install.token_mixer import Absorbed, TokenMixer, absorbed, token_mixers
+from rewriter.report.rewrite_report import note_lines
 from tests.match.doors import through_torch
 from tests.targets.lossless_twin import distance, run_file
 from tests.zoo.case import ZooCase
@@ -571,6 +573,31 @@ def test_inspect_names_the_targets_that_fit() -> None:
     assert all({"fnet", "fnet-hybrid", "hartley", "mqa"} <= set(site["targets"]) for site in bert)
     gpt2 = rewriter.inspect(ZOO["gpt2-sdpa"].build()).to_dict()["sites"]
     assert not any("fnet" in site["targets"] for site in gpt2)
+
+
+def test_the_command_line_mixes_a_file(zoo_onnx: ZooOnnx, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, out = str(zoo_onnx(ZOO["bert-sdpa"], "dynamo18")), tmp_path / "mixed.onnx"
+    assert run(["rewrite", source, str(out), "--target", "fnet-hybrid:1", "--strict", "--json"]) == 0
+    written = json.loads(capsys.readouterr().out)
+    assert [(s["from"], s["to"], s["exact"], s["merge"]) for s in written["sites"]] == [
+        ("mha4", "fnet", False, "none"),
+        ("mha4", "mha4", True, "none"),
+    ]
+    assert written["refused"] == [] and written["sites"][0]["step"] == "structure only, needs uptraining"
+    assert run(["rewrite", source, str(out), "--target", "fnet"]) == 0
+    told = capsys.readouterr().out
+    assert "structure only, needs uptraining" in told and "padded tokens take part" in told
+    assert run(["rewrite", source, str(tmp_path / "no.onnx"), "--target", "fnet", "--merge", "mean"]) == 2
+    assert "has none" in capsys.readouterr().err and not (tmp_path / "no.onnx").exists()
+    assert run(["targets", "--json"]) == 0
+    names = {row["name"] for row in json.loads(capsys.readouterr().out)["targets"]}
+    assert {"fnet", "fnet-hybrid[:k]", "hartley"} <= names
+
+
+def test_a_note_that_many_sites_have_is_told_once() -> None:
+    lines = note_lines([("a", ("same", "own")), ("b", ("same",)), ("c", ("same",)), ("d", ())])
+    assert lines == ["a and 2 more: same", "a: own"]
+    assert note_lines([("a", ("same",)), ("b", ("same",))]) == ["a: same", "b: same"]
 
 
 def test_kernels_pass_by() -> None:
