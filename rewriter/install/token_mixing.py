@@ -21,7 +21,7 @@ from codegen.ops.fourier_mixing.reference import fourier_mixing
 from codegen.spec import FourierMixing
 from passes.dataflow import Array
 from rewriter.errors import UnsupportedModel
-from rewriter.install.call_record import CallRecord, snapshot
+from rewriter.install.call_record import CallRecord, evaluating, snapshot
 from rewriter.install.mixer import stripped
 from rewriter.install.protocol import Protocol, read_protocol
 from rewriter.install.reproduction import HINT, TOLERANCE, disagreement
@@ -70,14 +70,14 @@ def install_mixing(
     outside = out is not None and not out.startswith(f"{owner}.")
     original = model.get_submodule(owner)
     protocol = read_protocol(record, owner, heads=heads, causal=False)
-    protocol = _with_input(protocol, original, record, seen.hidden, owner)
-    answer = record.output if protocol.bare else record.output[0]
-    if outside:
-        _require(_is(answer, seen.merged, protocol), owner, "its answer is not the attention's")
-    else:
-        protocol = _with_output(protocol, original, record, seen.output, owner)
+    with evaluating(original):
+        protocol = _with_input(protocol, original, record, seen.hidden, owner)
+        if not outside:
+            protocol = _with_output(protocol, original, record, seen.output, owner)
     if outside:
         assert out is not None
+        answer = record.output if protocol.bare else record.output[0]
+        _require(_is(answer, seen.merged, protocol), owner, "its answer is not the attention's")
         _require_next(_record(records, out), answer, seen.output, protocol, out)
     mixer = _built(original, spec, protocol, tensors, record, owner)
     _check(mixer, record, seen.hidden, tensors, owner)
@@ -204,14 +204,13 @@ def _position(original: nn.Module, protocol: Protocol, record: CallRecord, owner
 
 def _check(mixer: TokenMixer, record: CallRecord, hidden: Array, tensors: Mapping[str, Array], owner: str) -> None:
     """On the recorded call the new module must answer in the original's structure with what the oracle gives."""
-    mixer.eval()
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(mixer):
         ours = mixer(*map(snapshot, record.args), **{n: snapshot(v) for n, v in record.kwargs.items()})
     answer, theirs = (x if mixer.protocol.bare else x[0] for x in (ours, record.output))
     _require(answer.dtype == theirs.dtype, owner, f"it answers in {theirs.dtype}")
     stored = {n: p.detach().double().cpu().numpy() for n in tensors if (p := getattr(mixer, n)) is not None}
     given = record.arguments[mixer.protocol.name("hidden") or ""]
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(mixer):
         expected = _laid(fourier_mixing(mixer.spec, hidden, **stored), given, mixer.protocol)
         expected = expected + given if mixer.protocol.adds_input else expected
         expected = expected if mixer.output_norm is None else mixer.output_norm(expected)
