@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := .venv/.ready
 WORKERS ?= 2
-BENCHMARKS ?= coverage kernels
+BENCHMARKS ?= coverage kernels end_to_end
 
 # Many small kernels on few cores: one thread each, and no spinning beside the other workers.
 export OMP_NUM_THREADS ?= 1

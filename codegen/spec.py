@@ -6,6 +6,7 @@ Nothing in a spec is text that came from a model.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -44,3 +45,42 @@ class GroupedQueryAttention:
     def group(self) -> int:
         """Query heads per key/value head."""
         return self.heads // self.kv_heads
+
+
+@dataclass(frozen=True)
+class FourierMixing:
+    """Tokens mixed by a discrete Fourier transform over sequence and features (FNet, arXiv 2105.03824).
+
+    The operand x is [B, S, hidden], S any length; the result, of the same shape, is ``Re F`` where F is the
+    unnormalised two-dimensional transform of each sequence, or ``Re F - Im F`` (Hartley, arXiv 2205.12399). There is
+    no mask: every token takes part in every result.
+
+    Attributes:
+        hidden: number of features.
+        hartley: the Hartley transform instead of the Fourier transform's real part.
+        gain: the result is multiplied by a vector [hidden].
+        bias: a vector [hidden] is added after that.
+    """
+
+    hidden: int
+    hartley: bool = False
+    gain: bool = False
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        if self.hidden < 1:
+            raise ValueError(f"hidden must be at least 1, not {self.hidden}")
+
+    @property
+    def half(self) -> int:
+        """Feature frequencies that the others mirror."""
+        return self.hidden // 2 + 1
+
+    def flops(self, batch: int, tokens: int) -> int:
+        """Of a fast transform, by the usual count: 5 n log2 n for n complex numbers, half of it for real ones."""
+        points = batch * tokens * self.hidden
+        return round(2.5 * points * math.log2(max(tokens * self.hidden, 2)))
+
+
+Spec = GroupedQueryAttention | FourierMixing
+"""Everything that can take an attention's place."""

@@ -1,4 +1,4 @@
-"""Merging with calibration: layer after layer, on what the layers before it have become.
+"""Merging and fitting with calibration: layer after layer, on what the layers before it have become.
 
 Two runs of every batch go forward together. The teacher is the original; the student has every site so far replaced.
 At a site the statistics are taken of the student's activations, heads are merged, and the output projection is refitted
@@ -13,15 +13,19 @@ from dataclasses import replace
 
 import numpy as np
 
-from passes.activations import Activations, activations, wanted
+from passes.activations import Activations
 from passes.dataflow import Array, Flow, Value
 from passes.match.attention import Matches
-from passes.plan import Step, sharing
-from passes.protocols import Probe, Trial
+from passes.mixing_fit import fit_mixing
+from passes.paired_runs import PairedRuns
+from passes.plan import Step
+from passes.protocols import Probe
 from passes.site import AttentionSite
-from passes.targets.freedom import freedom_of
-from passes.targets.grouped_query import merge_site, tied
+from passes.sublayer import NoSublayer
+from passes.targets.fourier import Fourier
+from passes.targets.grouped_query import GroupedQuery, merge_site, tied
 from passes.targets.replacement import Replacement
+from passes.weights.diagonal import DiagonalFit
 from passes.weights.group import Moments
 from passes.weights.merge import Freedom, Merged, contiguous, readers
 from passes.weights.moments import MomentSums
@@ -34,46 +38,36 @@ SLOW = 1.0
 
 def calibrated(
     flow: Flow, matches: Matches, steps: Sequence[Step], probe: Probe, tell: Callable[[str], None] | None = None
-) -> tuple[Replacement, ...]:
-    """A replacement for each step, in order; `tell` is called with each site's name.
+) -> tuple[tuple[Replacement, ...], tuple[tuple[str, str], ...]]:
+    """A replacement for each step, in order, and (site name, reason) where there can be none.
 
-    Raises KeyError if a site's values cannot be followed through the program.
+    `tell` is called with each site's name. Raises KeyError if a site's values cannot be followed through the program.
     """
-    pair = _Pair(flow, matches, probe)
+    pair = PairedRuns(flow, matches, probe)
     done: dict[str, Replacement] = {}
+    refused: list[tuple[str, str]] = []
     pooled: dict[tuple[Value, Value], Merged] = {}
+    mixed: dict[tuple[Value, Value], DiagonalFit] = {}
     for step in sorted(steps, key=lambda s: s.site.anchor):
         if tell is not None:
             tell(step.site.name)
-        done[step.site.name] = _step(pair, step, pooled, steps)
-    return tuple(done[step.site.name] for step in steps)
+        try:
+            if isinstance(step.target, Fourier):
+                done[step.site.name] = fit_mixing(pair, step.site, step.target, mixed)
+            else:
+                done[step.site.name] = _merge(pair, step.site, step.target, pooled, steps)
+        except NoSublayer as reason:
+            refused.append((step.site.name, str(reason)))
+    return tuple(done[s.site.name] for s in steps if s.site.name in done), tuple(refused)
 
 
-class _Pair:
-    """Teacher and student runs of all batches, side by side."""
-
-    def __init__(self, flow: Flow, matches: Matches, probe: Probe) -> None:
-        self.flow, self.matches, self.probe = flow, matches, probe
-        self.teachers: Sequence[Trial] = probe.trials()
-        self.students: Sequence[Trial] = probe.trials()
-
-    def sharing(self, site: AttentionSite) -> list[AttentionSite]:
-        return sharing(site, self.matches.sites)
-
-    def freedom(self, site: AttentionSite) -> Freedom:
-        return freedom_of(self.flow, site, self.matches.evidence[site.name], self.sharing(site))
-
-    def see(self, site: AttentionSite, weights: SiteWeights, runs: Sequence[Trial]) -> list[Activations]:
-        """The site's activations on each batch; the runs then stand behind it."""
-        assert site.out is not None
-        evidence = self.matches.evidence[site.name]
-        names = (wanted(site, evidence) - set(self.flow.weights)) | {site.out.output}
-        seen = [run.advance(site.out.output, names) for run in runs]
-        return [activations(self.flow, site, evidence, weights, values) for values in seen]
-
-
-def _step(pair: _Pair, step: Step, pooled: dict[tuple[Value, Value], Merged], steps: Sequence[Step]) -> Replacement:
-    site, target = step.site, step.target
+def _merge(
+    pair: PairedRuns,
+    site: AttentionSite,
+    target: GroupedQuery,
+    pooled: dict[tuple[Value, Value], Merged],
+    steps: Sequence[Step],
+) -> Replacement:
     if tied(pair.flow, site, target.kv_heads):
         return target.pooled(pair.flow, site)
     method = target.method(True)
@@ -86,35 +80,42 @@ def _step(pair: _Pair, step: Step, pooled: dict[tuple[Value, Value], Merged], st
     key = (site.k.projection.weight, site.v.projection.weight)
     shared = len(pair.sharing(site)) > 1
     if shared and key not in pooled:
-        pooled[key] = _pooled(pair, step, freedom, weights, [s for s in steps if s.site in pair.sharing(site)])
+        pooled[key] = _pooled(pair, site, target, freedom, weights, [s for s in steps if s.site in pair.sharing(site)])
     reference = [t.advance(site.out.output, {site.out.output})[site.out.output] for t in pair.teachers]
     looked = pair.see(site, weights, pair.students)
     if shared:
         merged = pooled[key]
     else:
         freedom = replace(freedom, slow=_slow(site, looked))
-        merged = merge_site(pair.flow, site, target, freedom, _moments(step, weights, looked), method=method)
+        merged = merge_site(pair.flow, site, target, freedom, _moments(site, target, weights, looked), method=method)
         merged = _refitted(site, merged, looked, reference)
     for run, look, before in zip(pair.students, looked, reference, strict=True):
         run.put(site.out.output, _output(site, merged.weights, look, before))
     return target.merged(pair.flow, site, merged, method)
 
 
-def _pooled(pair: _Pair, step: Step, freedom: Freedom, weights: SiteWeights, unit: Sequence[Step]) -> Merged:
+def _pooled(
+    pair: PairedRuns,
+    site: AttentionSite,
+    target: GroupedQuery,
+    freedom: Freedom,
+    weights: SiteWeights,
+    unit: Sequence[Step],
+) -> Merged:
     """Sites that share weights are merged once, by the teacher's statistics at all of them."""
     runs = pair.probe.trials()
     seen: list[Activations] = []
     for other in sorted((s.site for s in unit), key=lambda s: s.anchor):
         seen += pair.see(other, weights, runs)
-    moments = _moments(step, weights, seen)
-    method = step.target.method(True)
-    freedom = replace(freedom, slow=_slow(step.site, seen))
-    return merge_site(pair.flow, step.site, step.target, freedom, moments, method=method)
+    moments = _moments(site, target, weights, seen)
+    freedom = replace(freedom, slow=_slow(site, seen))
+    return merge_site(pair.flow, site, target, freedom, moments, method=target.method(True))
 
 
-def _moments(step: Step, weights: SiteWeights, looked: Sequence[Activations]) -> list[Moments]:
-    site = step.site
-    groups = contiguous(site.kv_heads, step.target.kv_heads)
+def _moments(
+    site: AttentionSite, target: GroupedQuery, weights: SiteWeights, looked: Sequence[Activations]
+) -> list[Moments]:
+    groups = contiguous(site.kv_heads, target.kv_heads)
     reading = readers(groups, site.group)
     sums = [MomentSums() for _ in groups]
     for look in looked:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from passes.dataflow import Flow
+from codegen.spec import FourierMixing
+from passes.dataflow import Flow, Node
 from passes.match.attention import Matches
-from passes.site import AttentionSite
+from passes.site import AttentionSite, Norm
 from passes.targets.replacement import Replacement
 
 
@@ -28,26 +30,31 @@ def costs(
     whole_caches: Collection[str] = (),
     whole_projections: Collection[str] = (),
 ) -> tuple[Cost, Cost]:
-    """(before, after). Flops count learned projections and both contractions of every site.
+    """(before, after). Flops count learned projections and both contractions of every site, or what mixes instead.
 
     `whole_caches` and `whole_projections` name rewritten sites that still cache, and project to, all heads.
     """
-    heads = {r.site.name: r.spec.kv_heads for r in replacements}
+    mixed = {r.site.name: r.mixing for r in replacements if r.mixing is not None}
+    heads = {r.site.name: 0 if r.mixing is not None else r.grouped.kv_heads for r in replacements}
     cached = {name: count for name, count in heads.items() if name not in whole_caches}
     computed = {name: count for name, count in heads.items() if name not in whole_projections}
     sites = matches.sites
     base = _projection_flops(flow) + sum(_contraction_flops(flow, matches, s) for s in sites)
-    saved = sum(_saved_flops(flow, s, heads[s.name]) for s in sites if s.name in computed)
+    saved = sum(_saved_flops(flow, s, heads[s.name]) for s in sites if s.name in computed and s.name not in mixed)
+    saved += sum(_mixing_saves(flow, matches, s, mixed[s.name]) for s in sites if s.name in mixed)
     before = sum(_kv_numbers(s, s.kv_heads) for s in sites) * bytes_per_number
     after = sum(_kv_numbers(s, cached.get(s.name, s.kv_heads)) for s in sites) * bytes_per_number
     return Cost(before, base), Cost(after, base - saved)
 
 
-def parameters_removed(replacements: Sequence[Replacement]) -> int:
-    """How many weights fewer the new key and value projections hold; shared projections count once."""
+def parameters_removed(flow: Flow, replacements: Sequence[Replacement]) -> int:
+    """How many weights fewer the rewritten sites hold; shared projections count once."""
     seen: set[tuple[str, str]] = set()
     removed = 0
     for r in replacements:
+        if r.mixing is not None:
+            removed += _mixing_removes(flow, r, r.mixing, seen)
+            continue
         for role, operand in (("k", r.site.k), ("v", r.site.v)):
             key = (operand.projection.weight, role)
             if key in seen:
@@ -57,6 +64,37 @@ def parameters_removed(replacements: Sequence[Replacement]) -> int:
             rows = operand.columns.size
             removed += (rows - len(weight)) * weight.shape[1] + (rows - len(weight) if bias is not None else 0)
     return removed
+
+
+def _mixing_removes(flow: Flow, replacement: Replacement, spec: FourierMixing, seen: set[tuple[str, str]]) -> int:
+    """All projections and q/k norms of the sublayer, less what the mix has of its own."""
+    site = replacement.site
+    rows = {role: (o.projection, o.columns.size) for role, o in (("q", site.q), ("k", site.k), ("v", site.v))}
+    sizes = {(p.weight, role): count * (spec.hidden + (p.bias is not None)) for role, (p, count) in rows.items()}
+    if site.out is not None:
+        sizes[site.out.weight, "out"] = spec.hidden * (site.heads * site.value_dim + (site.out.bias is not None))
+    for role, operand in (("q", site.q), ("k", site.k), ("v", site.v)):
+        if operand.norm is not None:
+            sizes |= {(value, role): size for value, size in _norm_weights(flow, operand.norm)}
+    fresh = {key: size for key, size in sizes.items() if key not in seen}
+    seen.update(fresh)
+    own = sum(tensor.size for tensor in replacement.tensors.values()) if fresh else 0
+    return sum(fresh.values()) - own
+
+
+def _norm_weights(flow: Flow, norm: Norm) -> list[tuple[str, int]]:
+    """(value, size) of the vectors that a norm multiplies by and adds."""
+    before = {node.index for node in flow.ancestors(norm.input)}
+    inside = [node for node in flow.ancestors(norm.output) if node.index not in before]
+    read = dict.fromkeys(v for node in inside for v in node.inputs if v in flow.weights)
+    return [(v, math.prod(flow.shape(v))) for v in read if flow.shape(v)]
+
+
+def _mixing_saves(flow: Flow, matches: Matches, site: AttentionSite, spec: FourierMixing) -> int:
+    nodes = {o.projection.node for o in (site.q, site.k, site.v)} | ({site.out.node} if site.out is not None else set())
+    projections = sum(_node_flops(flow, flow.nodes[i]) for i in nodes)
+    batch, tokens = (int(n) for n in matches.evidence[site.name].q.tokens.rows.shape)
+    return projections + _contraction_flops(flow, matches, site) - spec.flops(batch, tokens)
 
 
 def _kv_numbers(site: AttentionSite, kv_heads: int) -> int:
@@ -83,19 +121,15 @@ def _saved_flops(flow: Flow, site: AttentionSite, kv_heads: int) -> int:
 
 def _projection_flops(flow: Flow) -> int:
     """Two flops per weight and row, for every projection whose input was recorded."""
-    total = 0
-    for node in flow.nodes:
-        operands = flow.projection_operands(node)
-        if operands is None or node.op == "Conv":
-            continue
-        size = 1
-        for n in flow.shape(node.inputs[operands[1]]):
-            size *= n
-        rows = 1
-        try:
-            for n in flow.shape(node.inputs[operands[0]])[:-1]:
-                rows *= n
-        except KeyError:
-            continue
-        total += 2 * size * rows
-    return total
+    return sum(_node_flops(flow, node) for node in flow.nodes)
+
+
+def _node_flops(flow: Flow, node: Node) -> int:
+    operands = flow.projection_operands(node)
+    if operands is None or node.op == "Conv":
+        return 0
+    try:
+        rows = math.prod(flow.shape(node.inputs[operands[0]])[:-1])
+    except KeyError:
+        return 0
+    return 2 * rows * math.prod(flow.shape(node.inputs[operands[1]]))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from codegen.ops.fourier_mixing.reference import fourier_mixing
+from codegen.spec import FourierMixing
 from passes.dataflow import Array, Flow
 from passes.match.attention import Evidence
 from passes.match.operands import Traced
@@ -15,20 +17,23 @@ from passes.targets.replacement import Replacement
 def site_error(flow: Flow, evidence: Evidence, replacement: Replacement) -> tuple[float, float] | None:
     """(error, floor): relative root-mean-square error of the attention output, and of an output of zeros.
 
-    Where the output projection changes too it is taken behind that. None where a q/k norm with its own weights makes
-    the keys' step not computable outside the program.
+    Where the output projection changes too, or goes, it is taken behind that. None where a q/k norm with its own
+    weights makes the keys' step not computable outside the program.
     """
+    if replacement.mixing is not None:
+        return _mixing_error(flow, replacement, replacement.mixing)
     if evidence.k.operand.norm is not None or evidence.v.operand.norm is not None:
         return None
+    spec = replacement.grouped
     turned = "q_weight" in replacement.tensors
-    heads = replacement.spec.heads
+    heads = spec.heads
     query = _projected(flow, evidence.q, replacement, "q", heads) if turned else rebuild(flow, evidence.q)
     keys, values = (
-        _with_cache(flow, view, traced, _projected(flow, traced, replacement, role, replacement.spec.kv_heads))
+        _with_cache(flow, view, traced, _projected(flow, traced, replacement, role, spec.kv_heads))
         for role, view, traced in (("k", evidence.path.k, evidence.k), ("v", evidence.path.v, evidence.v))
     )
     reference = recorded(flow, evidence.path.output_view, evidence.q.tokens)
-    index = np.arange(query.shape[1]) // replacement.spec.group
+    index = np.arange(query.shape[1]) // spec.group
     scores = np.einsum("bhsd,bhtd->bhst", query, keys[:, index]) * evidence.path.scale
     for modifier in evidence.path.modifiers:
         scores = apply_modifier(flow, modifier, scores)
@@ -39,6 +44,19 @@ def site_error(flow: Flow, evidence: Evidence, replacement: Replacement) -> tupl
         alive = alive.all(axis=1)
     size = float(np.linalg.norm(reference[alive]))
     return float(np.linalg.norm((output - reference)[alive])) / max(size, 1e-30), 1.0
+
+
+def _mixing_error(flow: Flow, replacement: Replacement, spec: FourierMixing) -> tuple[float, float] | None:
+    """Of the whole sublayer, on all recorded tokens. None where its output was not recorded."""
+    around = replacement.around
+    try:
+        hidden, output = flow.value(around.input), flow.value(around.output)
+    except KeyError:
+        return None
+    reference = np.asarray(around.by_token(output, hidden.shape), dtype=np.float64)
+    mixed = fourier_mixing(spec, around.by_token(hidden, hidden.shape), **replacement.tensors)
+    size = float(np.linalg.norm(reference))
+    return float(np.linalg.norm(mixed - reference)) / max(size, 1e-30), 1.0
 
 
 def _behind(flow: Flow, replacement: Replacement, new: Array, old: Array) -> tuple[Array, Array]:

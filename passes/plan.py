@@ -12,7 +12,7 @@ from passes.targets.catalogue import Target
 
 
 class PlanError(ValueError):
-    """A selector or a head count that does not fit; `hint` says what would."""
+    """A selector, or a number in a target, that does not fit; `hint` says what would."""
 
     def __init__(self, message: str, hint: str) -> None:
         super().__init__(message)
@@ -86,7 +86,7 @@ def _layer_numbers(selector: str, layers: list[int]) -> set[int]:
 def make_plan(flow: Flow, sites: Sequence[AttentionSite], assignment: Mapping[str, Target]) -> Plan:
     """Assign targets by selector (later selectors win) and check every site.
 
-    Raises PlanError for an illegal head count, listing sites and legal counts.
+    Raises PlanError for a number that does not fit a site, listing sites and legal choices.
     """
     by_site: dict[str, Target] = {}
     for selector, target in assignment.items():
@@ -110,18 +110,17 @@ def _refusals(sites: Sequence[AttentionSite], by_site: Mapping[str, Target]) -> 
 
 
 def _require_legal(steps: Sequence[Step]) -> None:
-    wrong = [s for s in steps if s.target.kv_heads not in s.target.legal(s.site)]
+    wrong = [(s, misfit) for s in steps if (misfit := s.target.misfit(s.site)) is not None]
     if not wrong:
         return
-    by_counts: dict[str, list[str]] = {}
-    for s in wrong:
-        by_counts.setdefault(", ".join(map(str, s.target.legal(s.site))), []).append(s.site.name)
-    listed = "; ".join(f"{counts} at {_shortened(names)}" for counts, names in by_counts.items())
-    first = wrong[0].site
+    first, reason = wrong[0]
+    by_choices: dict[str, list[str]] = {}
+    for s, misfit in wrong:
+        if misfit.wanted == reason.wanted:
+            by_choices.setdefault(misfit.legal, []).append(s.site.name)
+    listed = "; ".join(f"{choices} at {_shortened(names)}" for choices, names in by_choices.items())
     raise PlanError(
-        f"{wrong[0].target.name} does not fit {first.name} "
-        f"({first.heads} query heads, {first.kv_heads} key/value heads)",
-        f"legal numbers of key/value heads: {listed}",
+        f"{first.target.name} does not fit {first.site.name} ({reason.present})", f"{reason.wanted}: {listed}"
     )
 
 

@@ -348,9 +348,12 @@ def _target(name: str, merge: Merge | None) -> Any:
     """The target of this name with the asked merge; names that are unknown are left for `optimize` to refuse."""
     if merge is None:
         return name
+    from passes.targets import GroupedQuery
     from passes.targets.catalogue import find
 
     found = find(name)
+    if found is not None and not isinstance(found, GroupedQuery):
+        raise UsageError(f"--merge says how heads become one, and {name} has none", hint="leave --merge out")
     return name if found is None else replace(found, merge=merge.value)
 
 

@@ -13,9 +13,12 @@ from passes.cost import costs, parameters_removed
 from passes.dataflow import Flow
 from passes.match.attention import Matches
 from passes.measure import site_error
-from passes.plan import Plan, PlanError, make_plan, sharing
+from passes.plan import Plan, PlanError, Step, make_plan, sharing
 from passes.protocols import Probe
+from passes.site import AttentionSite
+from passes.sublayer import NoSublayer
 from passes.targets.catalogue import CATALOGUE, Target, find
+from passes.targets.grouped_query import describe
 from passes.targets.replacement import Replacement
 from rewriter.errors import NothingToRewrite, UnknownTarget, UsageError
 from rewriter.report.rewrite_report import Change, Refused, RewriteReport, SiteRow
@@ -38,11 +41,17 @@ class Stopwatch:
 
 @dataclass(frozen=True)
 class Decision:
-    """What will be installed, and what was selected and refused: (name, reason)."""
+    """What will be installed, and what was selected and is not.
+
+    Attributes:
+        refused: (name, reason).
+        kept: sites that the target leaves as they are by its definition, with the reason.
+    """
 
     target: str
     replacements: tuple[Replacement, ...]
     refused: tuple[tuple[str, str], ...]
+    kept: tuple[tuple[AttentionSite, str], ...] = ()
 
 
 def assignment(target: Any, layers: str | None) -> tuple[str, dict[str, Target]]:
@@ -93,19 +102,34 @@ def decide(
         plan = make_plan(flow, matches.sites, by_selector)
     except PlanError as error:
         raise UsageError(str(error), hint=error.hint) from error
-    useful, refused = _drop_idle(plan)
-    if not useful.steps:
-        reasons = "; ".join(f"{n}: {r}" for n, r in refused[:3])
-        raise NothingToRewrite(f"none of the selected sites can be rewritten to {name}: {reasons}")
-    if probe is not None:
-        return Decision(
-            name, calibrated(flow, matches, useful.steps, probe(matches)), (*_selected_refusals(matches), *refused)
+    steps, refused = _drop_idle(plan)
+    steps, kept, bound = _drop_kept(steps, matches.sites)
+    refused = (*refused, *bound)
+    done: tuple[Replacement, ...] = ()
+    if steps:
+        transformed = (
+            _transform(flow, matches, steps) if probe is None else calibrated(flow, matches, steps, probe(matches))
         )
-    replacements = tuple(
-        step.target.transform(flow, step.site, matches.evidence[step.site.name], sharing(step.site, matches.sites))
-        for step in useful.steps
-    )
-    return Decision(name, replacements, (*_selected_refusals(matches), *refused))
+        done, refused = transformed[0], (*refused, *transformed[1])
+    if not done:
+        reasons = "; ".join(f"{n}: {r}" for n, r in (*refused, *((s.name, r) for s, r in kept))[:3])
+        raise NothingToRewrite(f"none of the selected sites can be rewritten to {name}: {reasons}")
+    return Decision(name, done, (*_selected_refusals(matches), *refused), kept)
+
+
+def _transform(
+    flow: Flow, matches: Matches, steps: Sequence[Step]
+) -> tuple[tuple[Replacement, ...], tuple[tuple[str, str], ...]]:
+    """New weights without calibration, and what turned out not to be rewritable."""
+    done: list[Replacement] = []
+    refused: list[tuple[str, str]] = []
+    for step in steps:
+        evidence = matches.evidence[step.site.name]
+        try:
+            done.append(step.target.transform(flow, step.site, evidence, sharing(step.site, matches.sites)))
+        except NoSublayer as reason:
+            refused.append((step.site.name, str(reason)))
+    return tuple(done), tuple(refused)
 
 
 def is_causal(matches: Matches) -> bool:
@@ -113,15 +137,25 @@ def is_causal(matches: Matches) -> bool:
     return any(s.causal and not s.cross for s in matches.sites)
 
 
-def _drop_idle(plan: Plan) -> tuple[Plan, tuple[tuple[str, str], ...]]:
-    """Sites that have the wanted head count already need no rewriting."""
-    idle = tuple(
-        (s.site.name, f"it has {s.site.kv_heads} key/value heads already")
-        for s in plan.steps
-        if s.site.kv_heads == s.target.kv_heads
-    )
-    steps = tuple(s for s in plan.steps if s.site.kv_heads != s.target.kv_heads)
-    return Plan(steps, plan.refused), (*plan.refused, *idle)
+def _drop_idle(plan: Plan) -> tuple[tuple[Step, ...], tuple[tuple[str, str], ...]]:
+    """Sites that are as wanted already need no rewriting."""
+    idle = {s.site.name: reason for s in plan.steps if (reason := s.target.idle(s.site)) is not None}
+    steps = tuple(s for s in plan.steps if s.site.name not in idle)
+    return steps, (*plan.refused, *idle.items())
+
+
+def _drop_kept(
+    steps: Sequence[Step], sites: Sequence[AttentionSite]
+) -> tuple[tuple[Step, ...], tuple[tuple[AttentionSite, str], ...], tuple[tuple[str, str], ...]]:
+    """(steps left to do, sites that a target leaves as they are, sites refused for sharing weights with those)"""
+    reasons: dict[str, str] = {}
+    for target in dict.fromkeys(s.target for s in steps):
+        reasons |= target.keeps([s.site for s in steps if s.target == target])
+    kept = tuple((s.site, reasons[s.site.name]) for s in steps if s.site.name in reasons)
+    left = [s for s in steps if s.site.name not in reasons]
+    tied = {s.site.name: o.name for s in left for o in sharing(s.site, sites) if o.name in reasons}
+    bound = tuple((name, f"it shares its weights with {other}, which stays") for name, other in tied.items())
+    return tuple(s for s in left if s.site.name not in tied), kept, bound
 
 
 def _selected_refusals(matches: Matches) -> list[tuple[str, str]]:
@@ -152,6 +186,17 @@ def rows(flow: Flow, matches: Matches, replacements: Sequence[Replacement]) -> t
     return tuple(found)
 
 
+def with_kept(matches: Matches, decision: Decision, site_rows: Sequence[SiteRow]) -> tuple[SiteRow, ...]:
+    """Rows of rewritten sites, and of those that the target leaves as they are, in execution order."""
+    before = {site.name: describe(site) for site, _ in decision.kept}
+    kept = [
+        SiteRow(s.name, before[s.name], before[s.name], True, 0.0, 1.0, merge="none", notes=(r,))
+        for s, r in decision.kept
+    ]
+    order = {site.name: site.anchor for site in matches.sites}
+    return tuple(sorted((*site_rows, *kept), key=lambda row: order[row.name]))
+
+
 def report(
     flow: Flow,
     matches: Matches,
@@ -176,9 +221,9 @@ def report(
     )
     return RewriteReport(
         target=decision.target,
-        sites=site_rows,
+        sites=with_kept(matches, decision, site_rows),
         refused=tuple(Refused(n, r) for n, r in decision.refused),
-        parameters=Change(parameters, parameters - parameters_removed(decision.replacements)),
+        parameters=Change(parameters, parameters - parameters_removed(flow, decision.replacements)),
         kv_bytes_per_token=Change(before.kv_bytes_per_token, after.kv_bytes_per_token),
         flops=Change(before.flops, after.flops),
         fidelity=fidelity,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ from passes.dataflow import Flow
 from passes.match.attention import Matches
 from passes.picture import Picture, refusal_picture, site_picture
 from passes.site import AttentionSite, NotAttention, Refusal
+from passes.sublayer import NoSublayer, sublayer
 from passes.targets.catalogue import CATALOGUE
+from passes.targets.fourier import HYBRID, Fourier
 from passes.targets.grouped_query import GroupedQuery
 from rewriter.errors import NotExportable, UsageError
 from rewriter.model_kinds import is_onnx, is_torch
@@ -29,6 +32,7 @@ class Inspection:
         refusals: attentions that cannot be rewritten, each with its reason.
         not_attention: softmaxes that are something else.
         pictures: the subgraph of every site and refusal, in execution order; see `save_graph`.
+        targets: by site name, the targets that would change the site.
     """
 
     model: str
@@ -39,6 +43,7 @@ class Inspection:
     refusals: tuple[Refusal, ...]
     not_attention: tuple[NotAttention, ...]
     pictures: tuple[Picture, ...] = field(default=(), repr=False)
+    targets: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def save_graph(self, path: str | Path, *, site: str | None = None) -> None:
         """Draw the matched subgraphs: an .html page with every site, or an .svg of one.
@@ -55,7 +60,9 @@ class Inspection:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON of ``rewriter inspect``."""
-        rows = [(s.anchor, _site_row(s)) for s in self.sites] + [(r.anchor, _refusal_row(r)) for r in self.refusals]
+        rows = [(s.anchor, _site_row(s, self.targets.get(s.name, ()))) for s in self.sites] + [
+            (r.anchor, _refusal_row(r)) for r in self.refusals
+        ]
         return {
             "model": self.model,
             "format": self.format,
@@ -147,21 +154,22 @@ def _unexportable(model: Any, reason: str) -> Iterator[Refusal]:
 def _inspection(
     name: str, kind: str, opset: int | None, producer: str | None, flow: Flow, matches: Matches
 ) -> Inspection:
-    probe = GroupedQuery(1)
-    good = tuple(s for s in matches.sites if probe.refuses(s) is None)
+    choices = {s.name: _targets(flow, matches, s) for s in matches.sites}
+    reasons = {s.name: GroupedQuery(1).refuses(s) for s in matches.sites}
+    good = tuple(s for s in matches.sites if choices[s.name] or reasons[s.name] is None)
     bad = tuple(
         Refusal(s.name, s.layer, reason, s.anchor, s.owner, s.heads, s.head_dim)
         for s in matches.sites
-        if (reason := probe.refuses(s)) is not None
+        if s not in good and (reason := reasons[s.name]) is not None
     )
     refusals = (*matches.refusals, *bad)
     drawn = [(s.anchor, site_picture(flow, s)) for s in good]
     drawn += [(r.anchor, refusal_picture(flow, r)) for r in refusals if r.anchor >= 0]  # others lie in control flow
     pictures = tuple(picture for _, picture in sorted(drawn, key=lambda pair: pair[0]))
-    return Inspection(name, kind, opset, producer, good, refusals, matches.not_attention, pictures)
+    return Inspection(name, kind, opset, producer, good, refusals, matches.not_attention, pictures, choices)
 
 
-def _site_row(site: AttentionSite) -> dict[str, Any]:
+def _site_row(site: AttentionSite, choices: Sequence[str]) -> dict[str, Any]:
     return {
         "name": site.name,
         "kind": "attention",
@@ -179,14 +187,20 @@ def _site_row(site: AttentionSite) -> dict[str, Any]:
         "score_modifiers": [m.kind for m in site.modifiers],
         "layout": _layout(site),
         "replay_error": site.replay_error,
-        "targets": _targets(site),
+        "targets": list(choices),
     }
 
 
-def _targets(site: AttentionSite) -> list[str]:
+def _targets(flow: Flow, matches: Matches, site: AttentionSite) -> tuple[str, ...]:
     """Names of the targets that would change this site."""
-    legal = [n for n in GroupedQuery(1).legal(site) if n < site.kv_heads]
-    return [GroupedQuery(n).name for n in legal]
+    names: list[str] = []
+    if GroupedQuery(1).refuses(site) is None:
+        names += [GroupedQuery(n).name for n in GroupedQuery(1).legal(site) if n < site.kv_heads]
+    if Fourier().refuses(site) is None:
+        with contextlib.suppress(NoSublayer):
+            sublayer(flow, site, matches.evidence[site.name])
+            names += [t.name for t in (Fourier(), Fourier(keep=HYBRID), Fourier(hartley=True))]
+    return tuple(names)
 
 
 def _layout(site: AttentionSite) -> str:

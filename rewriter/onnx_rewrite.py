@@ -18,7 +18,7 @@ from rewriter.capture.faithful import without_unfaithful
 from rewriter.capture.onnx_file import OnnxCapture, capture, hidden_anchors
 from rewriter.capture.onnx_load import copy_of
 from rewriter.capture.unfuse import WrittenOut, fused_nodes, unfuse
-from rewriter.decision import Decision, Stopwatch, decide, is_causal, report, rows
+from rewriter.decision import Decision, Stopwatch, decide, is_causal, report, rows, with_kept
 from rewriter.errors import NothingToRewrite, VerificationFailed
 from rewriter.install.onnx_function import install
 from rewriter.install.onnx_obstacles import obstacle
@@ -151,6 +151,7 @@ def rewrite_onnx(
                 hint="nothing was written; please report this with the model's exporter and version",
             )
         fidelity = verification.fidelity
+    site_rows = with_kept(matches, decision, site_rows)
     return replace(summary, sites=site_rows, fidelity=fidelity, seconds=watch.seconds)
 
 

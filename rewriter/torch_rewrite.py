@@ -28,6 +28,7 @@ from rewriter.install.kept import Kept, noted
 from rewriter.install.kernel_choice import choose_kernels
 from rewriter.install.mixer import MixerParameters
 from rewriter.install.repeated_heads import keep_forwards
+from rewriter.install.token_mixing import Recorded, install_mixing
 from rewriter.install.torch_module import install
 from rewriter.report.rewrite_report import RewriteReport
 from rewriter.verify.torch_pair import run, verify_torch
@@ -148,16 +149,22 @@ def _install(
     What neither way can do becomes a refusal. Also returned: what sites that keep their module do not save.
     """
     owned = _by_owner(flow, decision.replacements)
-    records = record_calls(module, [o.path for o in owned], args, kwargs)
+    outside = [p for o in owned if (p := _output_module(flow, o.replacements[0])) is not None]
+    records = record_calls(module, [*(o.path for o in owned), *outside], args, kwargs)
     left: dict[str, _Owned] = {}
     reasons: dict[str, str] = {}
     for group in owned:
         try:
-            _install_one(module, flow, group, records.get(group.path))
+            _install_one(module, flow, group, records)
         except UnsupportedModel as error:
             left[group.path] = group
             reasons.update({r.site.name: str(error) for r in group.replacements})
-    kept, failed = keep_forwards(module, flow, {p: g.replacements for p, g in left.items()}, reasons, args, kwargs)
+    attending = {p: g.replacements for p, g in left.items() if g.replacements[0].mixing is None}
+    kept, failed = keep_forwards(module, flow, attending, reasons, args, kwargs)
+    failed = {
+        **failed,
+        **{r.site.name: reasons[r.site.name] for g in left.values() for r in g.replacements if r.mixing},
+    }
     done = [r for r in decision.replacements if r.site.name not in failed]
     refused = (*decision.refused, *failed.items())
     if not done:
@@ -192,14 +199,39 @@ def owner_of(flow: Flow, site: AttentionSite) -> str:
     return ".".join(common)
 
 
-def _install_one(module: torch.nn.Module, flow: Flow, group: _Owned, record: CallRecord | None) -> None:
+def _output_module(flow: Flow, replacement: Replacement) -> str | None:
+    """Path of the module whose weight the output projection is, where a mix will take that over."""
+    out = replacement.site.out
+    if replacement.mixing is None or out is None:
+        return None
+    weight = flow.weights.get(out.weight)
+    path, _, leaf = ("", "", "") if weight is None else weight.name.rpartition(".")
+    return path if path and leaf == "weight" else None
+
+
+def _mix_one(module: torch.nn.Module, flow: Flow, group: _Owned, records: Mapping[str, CallRecord]) -> None:
     first = group.replacements[0]
+    assert first.mixing is not None and first.site.merged is not None
+    around = first.around
+    shape = flow.shape(around.input)
+    seen = (around.by_token(flow.value(v), shape) for v in (around.input, around.output, first.site.merged))
+    out = _output_module(flow, first)
+    install_mixing(
+        module, group.path, first.mixing, first.tensors, records, Recorded(*seen), heads=first.site.heads, out=out
+    )
+
+
+def _install_one(module: torch.nn.Module, flow: Flow, group: _Owned, records: Mapping[str, CallRecord]) -> None:
+    first, record = group.replacements[0], records.get(group.path)
     weights = {(r.site.k.projection.weight, r.site.v.projection.weight) for r in group.replacements}
     if len(weights) > 1:
         raise UnsupportedModel(
             f"{group.path or 'the model'} computes {len(group.replacements)} attentions in one forward",
             hint="rewrite it as a graph: pass torch.export.export(model, ...) instead of the model",
         )
+    if first.mixing is not None:
+        _mix_one(module, flow, group, records)
+        return
     if record is None:
         raise UnsupportedModel(f"{group.path} was not called by the model's forward")
     if not record.alike:
@@ -212,10 +244,10 @@ def _install_one(module: torch.nn.Module, flow: Flow, group: _Owned, record: Cal
     turned = "q_weight" in first.tensors
     if k_key and v_key and (q_key or not turned) and knob_applies(module, group.path, k_key, v_key):
         query = q_key if turned else None
-        apply_knob(module, group.path, k_key, v_key, first.spec.kv_heads, after, record, q_weight_key=query)
+        apply_knob(module, group.path, k_key, v_key, first.grouped.kv_heads, after, record, q_weight_key=query)
         _write(output)
         return
-    if first.spec.sinks:
+    if first.grouped.sinks:
         raise UnsupportedModel("its attention sinks can only be kept where the model's own config sets the head count")
     if abs(site.v.gain - 1.0) > 1e-6:
         raise UnsupportedModel("values are scaled between projection and contraction")
@@ -225,7 +257,7 @@ def _install_one(module: torch.nn.Module, flow: Flow, group: _Owned, record: Cal
         module,
         group.path,
         replace(specification(site, site.kv_heads), scale=scale),
-        replace(first.spec, scale=scale),
+        replace(first.grouped, scale=scale),
         before,
         after,
         record,

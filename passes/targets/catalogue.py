@@ -6,10 +6,14 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from passes.targets.fourier import HYBRID, Fourier
 from passes.targets.grouped_query import GroupedQuery
 
-Target = GroupedQuery
+Target = GroupedQuery | Fourier
 """Every kind of target there is."""
+
+
+_STRUCTURE = "no training-free conversion of a trained model is known"
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,20 @@ def _parse_gqa(name: str) -> Target | None:
     return GroupedQuery(int(found.group(1))) if found and int(found.group(1)) else None
 
 
+def _parse_fnet(name: str) -> Target | None:
+    return Fourier() if name == "fnet" else None
+
+
+def _parse_hybrid(name: str) -> Target | None:
+    found = re.fullmatch(r"fnet-hybrid(?::(\d{1,6}))?", name)
+    keep = int(found.group(1) or HYBRID) if found else 0
+    return Fourier(keep=keep) if keep else None
+
+
+def _parse_hartley(name: str) -> Target | None:
+    return Fourier(hartley=True) if name == "hartley" else None
+
+
 CATALOGUE: tuple[Entry, ...] = (
     Entry(
         "mqa",
@@ -53,6 +71,30 @@ CATALOGUE: tuple[Entry, ...] = (
         "key and value projections to N heads, contiguous groups (merge: mean, aligned, joint)",
         "N divides the query heads and the present key/value heads",
         _parse_gqa,
+    ),
+    Entry(
+        "fnet",
+        "a Fourier transform over tokens and features mixes instead of attention",
+        "arXiv 2105.03824",
+        "the attention with all its projections; with calibration a factor and a constant per feature are fitted",
+        "bidirectional self-attention without a cache; pre-trained so or uptrained: " + _STRUCTURE,
+        _parse_fnet,
+    ),
+    Entry(
+        "fnet-hybrid[:k]",
+        "as fnet, and the top k attentions stay (k = 2)",
+        "arXiv 2105.03824",
+        "all but the top k attentions of each stack of layers",
+        "as fnet",
+        _parse_hybrid,
+    ),
+    Entry(
+        "hartley",
+        "as fnet, by the Hartley transform",
+        "arXiv 2205.12399",
+        "as fnet",
+        "as fnet",
+        _parse_hartley,
     ),
 )
 

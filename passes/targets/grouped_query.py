@@ -15,6 +15,7 @@ from passes.dataflow import Array, Flow
 from passes.match.attention import Evidence
 from passes.site import AttentionSite
 from passes.targets.freedom import freedom_of
+from passes.targets.misfit import Misfit
 from passes.targets.replacement import Replacement
 from passes.weights.group import Moments
 from passes.weights.merge import METHODS, Freedom, Merged, Method, contiguous, merge_heads
@@ -66,6 +67,23 @@ class GroupedQuery:
         if softcaps and softcaps != [0]:
             return "a softcap follows a mask or bias on the scores"
         return None
+
+    def misfit(self, site: AttentionSite) -> Misfit | None:
+        """What to ask for instead at a site whose heads this count does not divide; None where it fits."""
+        legal = self.legal(site)
+        if self.kv_heads in legal:
+            return None
+        heads = f"{site.heads} query heads, {site.kv_heads} key/value heads"
+        return Misfit(heads, "legal numbers of key/value heads", ", ".join(map(str, legal)))
+
+    def idle(self, site: AttentionSite) -> str | None:
+        """Why there is nothing to do at a site, or None."""
+        same = site.kv_heads == self.kv_heads
+        return f"it has {site.kv_heads} key/value heads already" if same else None
+
+    def keeps(self, sites: Sequence[AttentionSite]) -> dict[str, str]:
+        """Sites that the target by its definition leaves as they are, with the reason; here none."""
+        return {}
 
     def transform(
         self,

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from codegen.spec import GroupedQueryAttention
+from codegen.spec import FourierMixing, GroupedQueryAttention, Spec
 from passes.dataflow import Array
 from passes.site import AttentionSite
+from passes.sublayer import Sublayer
 
 
 @dataclass(frozen=True)
@@ -15,25 +16,49 @@ class Replacement:
     """A site's new mixer.
 
     Attributes:
-        spec: what it computes.
-        tensors: new parameters by role: ``k_weight`` [kv_heads * head_dim, in], ``k_bias`` [kv_heads * head_dim],
-            ``v_weight``, ``v_bias``; rows are head-major in the order of `Operand.columns`. Where queries and output
+        spec: what it computes. Grouped attention takes the place of the contractions and the softmax, mixing that of
+            the whole sublayer: all projections, that of the output included.
+        tensors: new parameters by role. For mixing ``gain`` [hidden] and ``bias`` [hidden] as the spec has them. For
+            grouped attention ``k_weight`` [kv_heads * head_dim, in], ``k_bias`` [kv_heads * head_dim], ``v_weight``,
+            ``v_bias``; rows are head-major in the order of `Operand.columns`. Where queries and output
             follow the merge also ``q_weight`` [heads * head_dim, in], ``q_bias``, ``out_weight``
             [features, heads * value_dim] and ``out_bias``. Roles that are absent keep the site's own parameters.
         exact: True if the new mixer equals the old one up to rounding.
         before, after: short descriptions, e.g. ``"mha12"`` and ``"gqa4"``.
-        merge: how heads became one: "mean", "aligned" or "joint".
+        merge: how heads became one: "mean", "aligned" or "joint"; for mixing how its result was fitted to the
+            attention's: "none" or "diagonal".
         notes: what was done otherwise than `merge` says, and why.
+        sublayer: for mixing what it takes the place of.
     """
 
     site: AttentionSite
-    spec: GroupedQueryAttention
+    spec: Spec
     tensors: Mapping[str, Array]
     exact: bool
     before: str
     after: str
     merge: str = "mean"
     notes: tuple[str, ...] = ()
+    sublayer: Sublayer | None = None
+
+    @property
+    def grouped(self) -> GroupedQueryAttention:
+        """The spec of a replacement that is grouped attention; raises TypeError for any other."""
+        if not isinstance(self.spec, GroupedQueryAttention):
+            raise TypeError(f"{self.site.name} becomes {self.after}, which is no grouped attention")
+        return self.spec
+
+    @property
+    def mixing(self) -> FourierMixing | None:
+        """The spec of a replacement that mixes tokens without attention, None for any other."""
+        return self.spec if isinstance(self.spec, FourierMixing) else None
+
+    @property
+    def around(self) -> Sublayer:
+        """What a mix takes the place of; raises TypeError for a replacement that is none."""
+        if self.sublayer is None:
+            raise TypeError(f"{self.site.name} becomes {self.after}, which mixes nothing")
+        return self.sublayer
 
     @property
     def turned(self) -> bool:

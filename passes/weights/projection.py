@@ -55,14 +55,20 @@ def site_weights(flow: Flow, site: AttentionSite) -> SiteWeights:
 
 def merges_in_order(flow: Flow, site: AttentionSite) -> bool:
     """Whether the output projection reads the heads' features one head after the other, told from the recording."""
+    return bool(merge_orders(flow, site))
+
+
+def merge_orders(flow: Flow, site: AttentionSite) -> frozenset[str]:
+    """How the rows run that the output projection reads: over "batch" first, over "tokens" first, both (where one of
+    them is of size 1), or neither (features are not in the order of heads, or values were not recorded)."""
     if site.merged is None or site.out is None:
-        return False
+        return frozenset()
     try:
         output, merged = flow.value(site.output), flow.value(site.merged)
     except KeyError:
-        return False
+        return frozenset()
     if merged.shape[-1] != site.heads * site.value_dim:
-        return False
+        return frozenset()
     if site.output_axes == ("b", "s", "hd"):
         by_token = output
     elif site.output_axes == ("bh", "s", "d"):
@@ -70,10 +76,12 @@ def merges_in_order(flow: Flow, site: AttentionSite) -> bool:
     elif sorted(site.output_axes) == sorted("bhsd"):
         by_token = output.transpose([site.output_axes.index(a) for a in "bshd"])
     else:
-        return False
+        return frozenset()
     rows = merged.reshape(-1, merged.shape[-1])
-    wanted = (by_token, by_token.swapaxes(0, 1))  # tokens may run first
-    return any(np.array_equal(w.reshape(-1, rows.shape[-1]), rows, equal_nan=True) for w in wanted)
+    wanted = {"batch": by_token, "tokens": by_token.swapaxes(0, 1)}
+    return frozenset(
+        name for name, w in wanted.items() if np.array_equal(w.reshape(-1, rows.shape[-1]), rows, equal_nan=True)
+    )
 
 
 def _homogeneous(flow: Flow, operand: Operand) -> Array:

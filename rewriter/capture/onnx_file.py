@@ -506,14 +506,15 @@ def _owner(node: ir.Node) -> str:
 
 
 def _wanted(flow: Flow) -> set[Value]:
-    """Values around every anchor: up to the projections it reads, down to the projection that reads it."""
+    """Values around every anchor: up to the projections it reads, down to the projection that reads it, biased."""
     wanted: set[Value] = set()
 
     def stop(node: Node) -> bool:
         return flow.projection_operands(node) is not None
 
     around = [node for anchor in anchors(flow) for node in _downstream(flow, anchor)]
-    for node in around:
+    biases = [n for p in around if stop(p) for n in flow.consumers(p.outputs[0]) if n.op == "Add"]
+    for node in (*around, *biases):
         wanted.update(v for v in (*node.inputs, *node.outputs) if v)
     for above in flow.ancestors(*(v for node in around for v in node.inputs), stop=stop):
         wanted.update(v for v in (*above.inputs, *above.outputs) if v)

@@ -1,7 +1,8 @@
-"""Proof that a rewritten graph computes what it says: it must equal the original with repeated heads.
+"""Proof that a rewritten graph computes what it says: it must equal the original with repeated heads, or mixed.
 
 The original graph is run with its key and value weights replaced by the new heads, each repeated for the old heads
-that it stands for. That is the definition of what the rewrite may change, whether the step is exact or lossy.
+that it stands for, and with what the oracle makes of each mixed sublayer's input in the place of its output. That is
+the definition of what the rewrite may change, whether the step is exact or lossy.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Interpreter
 from torch.fx import Node as FxNode
 
+from codegen.ops.fourier_mixing.reference import fourier_mixing
 from passes.dataflow import Value
 from passes.replay import TOLERANCES
 from passes.targets.replacement import Replacement
@@ -43,8 +45,8 @@ def require_equal(
     sources: dict[Value, str] = {}
     for name, value in view.names.items():
         sources.setdefault(value, name)
-    outputs = {r.site.name: sources[r.site.output] for r in replacements}
-    before = _Run(view.module, _widened(view, replacements), view.names, outputs.values())
+    outputs = {r.site.name: sources[r.around.output if r.mixing else r.site.output] for r in replacements}
+    before = _Run(view.module, _widened(view, replacements), view.names, outputs.values(), replacements)
     after = _Run(module, {}, {}, attended.values())
     try:
         with torch.no_grad():
@@ -63,10 +65,10 @@ def require_equal(
 def _widened(view: GraphView, replacements: Iterable[Replacement]) -> dict[Value, Tensor]:
     """The original's weights with the new ones in their place, key and value heads repeated."""
     changed: dict[Value, Tensor] = {}
-    for r in replacements:
+    for r in (r for r in replacements if r.mixing is None):
         changed |= _new_output(view, r)
         for role, operand in (("q", r.site.q), ("k", r.site.k), ("v", r.site.v)):
-            heads = r.spec.heads if role == "q" else r.spec.kv_heads
+            heads = r.grouped.heads if role == "q" else r.grouped.kv_heads
             repeats = operand.heads // heads
             projection = operand.projection
             places = {"weight": operand.columns, "bias": projection.bias_positions(operand.columns)}
@@ -101,12 +103,19 @@ def _new_output(view: GraphView, replacement: Replacement) -> dict[Value, Tensor
 
 
 class _Run(Interpreter):
-    """Runs a graph with some values replaced, and keeps the results of some nodes."""
+    """Runs a graph with some values replaced, some sublayers mixed by the oracle, and some nodes' results kept."""
 
     def __init__(
-        self, module: GraphModule, replaced: Mapping[Value, Tensor], names: Mapping[str, Value], kept: Iterable[str]
+        self,
+        module: GraphModule,
+        replaced: Mapping[Value, Tensor],
+        names: Mapping[str, Value],
+        kept: Iterable[str],
+        replacements: Iterable[Replacement] = (),
     ) -> None:
         super().__init__(module)
+        self._mixed = {r.around.output: r for r in replacements if r.mixing is not None}
+        self._hidden: dict[Value, Tensor] = {}
         self._replaced, self._names, self._kept = replaced, names, set(kept)
         self._mutates = any(_is_mutable(n) for n in module.graph.nodes)
         self.seen: dict[str, Tensor] = {}
@@ -119,12 +128,26 @@ class _Run(Interpreter):
 
     def run_node(self, n: FxNode) -> Any:
         result = super().run_node(n)
-        result = self._replaced.get(self._names.get(n.name, ""), result)
+        value = self._names.get(n.name, "")
+        result = self._replaced.get(value, result)
+        if value in self._mixed:
+            result = self._mix(self._mixed[value], result)
+        if any(value == r.around.input for r in self._mixed.values()):
+            self._hidden[value] = result.clone() if self._mutates else result
         if self._mutates and n.op in {"placeholder", "get_attr"} and isinstance(result, Tensor):
             result = result.clone()  # an in-place operator must not reach the model's own tensors
         if n.name in self._kept:
             self.seen[n.name] = result.clone() if self._mutates else result
         return result
+
+    def _mix(self, replacement: Replacement, like: Tensor) -> Tensor:
+        """What the oracle makes of the sublayer's input in this run, laid out like its output."""
+        around, spec = replacement.around, replacement.mixing
+        assert spec is not None
+        hidden = self._hidden[around.input].detach().double().cpu().numpy()
+        mixed = fourier_mixing(spec, around.by_token(hidden, hidden.shape), **replacement.tensors)
+        laid = around.laid_out(mixed, like.detach().double().cpu().numpy())
+        return torch.from_numpy(laid).to(dtype=like.dtype, device=like.device)
 
 
 def _is_mutable(node: FxNode) -> bool:

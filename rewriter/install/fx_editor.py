@@ -21,6 +21,7 @@ from rewriter.capture.torch_export import GraphView
 from rewriter.errors import UnsupportedModel
 from rewriter.install.fx_attention import attention, mask_of
 from rewriter.install.fx_emit import HINT, LETTERS, Emitter, aten, require_known
+from rewriter.install.fx_mixing import MixPlan, apply_mixing, plan_mixing
 from rewriter.install.fx_path import Resize, below_stem, is_nested, resizes
 from rewriter.install.fx_store import Store
 
@@ -109,9 +110,11 @@ class Editor:
 
     # ------------------------------------------------------------ planning: nothing is edited yet
 
-    def plan(self, replacement: Replacement) -> SitePlan:
+    def plan(self, replacement: Replacement) -> SitePlan | MixPlan:
         """What will be done at a site. Raises UnsupportedModel if it cannot be."""
-        site, spec, tensors = replacement.site, replacement.spec, replacement.tensors
+        if replacement.mixing is not None:
+            return plan_mixing(self, replacement)
+        site, spec, tensors = replacement.site, replacement.grouped, replacement.tensors
         plans = []
         for role, operand in (("k", site.k), ("v", site.v)):
             weight, bias = tensors[f"{role}_weight"], tensors.get(f"{role}_bias")
@@ -176,8 +179,12 @@ class Editor:
 
     # ------------------------------------------------------------ one site
 
-    def apply(self, plan: SitePlan) -> None:
+    def apply(self, plan: SitePlan | MixPlan) -> None:
         site = plan.replacement.site
+        if isinstance(plan, MixPlan):
+            self.attended[site.name] = apply_mixing(self, plan)
+            self._replaced.append(self.node(plan.replacement.around.output))
+            return
         seams: dict[str, Laid] = {
             role: (self.node(o.seam), o.seam_axes) for role, o in (("q", site.q), ("k", site.k), ("v", site.v))
         }
@@ -185,7 +192,7 @@ class Editor:
             laid = self._reproject(site, planned)
             if planned.operand.seam == planned.operand.stem:
                 seams[planned.role] = laid
-        self._attend(site, plan.replacement.spec, seams)
+        self._attend(site, plan.replacement.grouped, seams)
         self._project_output(plan.replacement)
 
     @staticmethod
@@ -320,6 +327,21 @@ class Editor:
             self._parameters[key] = _NewParameter(node, tensor, "kv", part, site, stored, whole)
         return self._parameters[key].node
 
+    def vector(self, replacement: Replacement, part: str) -> FxNode:
+        """A node for the factors or constants by which a mix is fitted."""
+        array, out = replacement.tensors[part], replacement.site.out
+        key = (out.weight if out is not None else "", part.encode(), array.tobytes())
+        if key not in self._parameters:
+            recorded = self.view.tensors[replacement.around.output]
+            wide = recorded.dtype if recorded.dtype == torch.float64 else torch.float32
+            tensor = torch.from_numpy(np.array(array)).to(dtype=wide, device=recorded.device)
+            node = self.store.read(re.sub(r"\W+", "_", f"{replacement.site.name}_mix_{part}"))
+            self.emitter.stand_for(node, tensor)
+            weight = self.view.tensors[out.weight] if out is not None else None
+            sources = self._stored(out.weight, weight.numel()) if out is not None and weight is not None else ()
+            self._parameters[key] = _NewParameter(node, tensor, "mix", part, replacement.site.name, sources, False)
+        return self._parameters[key].node
+
     def constant(self, site: str, tensor: Tensor) -> FxNode:
         """A node for a table of numbers that is no parameter."""
         key = ("", b"", tensor.cpu().numpy().tobytes())
@@ -402,6 +424,7 @@ def _key(new: _NewParameter) -> str:
     """Beside the old weight, with the operand's letter: "attn.c_attn.weight" gives "attn.c_attn.k_weight"."""
     path, _, leaf = new.sources[0].rpartition(".") if len(new.sources) == 1 else (new.site, "", new.part)
     path = ".".join(re.sub(r"\W+", "_", step) for step in path.split("."))
+    leaf = new.part if new.role == "mix" else leaf
     return f"{path}.{new.role}_{leaf}" if path else f"{new.role}_{leaf}"
 
 

@@ -26,6 +26,7 @@ from rewriter.capture.torch_export import view_graph_module, view_program
 from rewriter.errors import UnsupportedModel, UsageError, first_line
 from rewriter.install.fx_check import require_equal
 from rewriter.install.fx_editor import Editor, SitePlan
+from rewriter.install.fx_mixing import MixPlan
 from rewriter.install.fx_repeat import RepeatPlan, apply_repeats, plan_repeats
 from rewriter.install.fx_store import ModuleStore, ProgramStore
 from rewriter.install.kept import Kept
@@ -160,12 +161,12 @@ def _edit(editor: Editor, replacements: Sequence[Replacement]) -> _Edited:
 
 def _plan(
     editor: Editor, replacements: Sequence[Replacement]
-) -> tuple[list[SitePlan], list[RepeatPlan], dict[str, str]]:
+) -> tuple[list[SitePlan | MixPlan], list[RepeatPlan], dict[str, str]]:
     """Sites to be written anew, sites to be repeated, and reasons by site for the rest.
 
     Sites that share a weight are edited together and in the same way, or not at all.
     """
-    plans: list[SitePlan] = []
+    plans: list[SitePlan | MixPlan] = []
     failed: dict[str, str] = {}
     for replacement in replacements:
         try:
@@ -177,7 +178,9 @@ def _plan(
     refused: dict[str, str] = {}
     for replacement in replacements:
         name = replacement.site.name
-        if name in failed:
+        if name in failed and replacement.mixing is not None:
+            refused[name] = failed[name]
+        elif name in failed:
             try:
                 repeats.append(plan_repeats(editor, replacement, failed[name]))
             except UnsupportedModel as error:

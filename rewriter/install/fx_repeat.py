@@ -73,7 +73,7 @@ def apply_repeats(editor: Editor, plans: Sequence[RepeatPlan]) -> None:
 
 
 def _readers(replacement: Replacement) -> list[_Reader]:
-    site, tensors, kv_heads = replacement.site, replacement.tensors, replacement.spec.kv_heads
+    site, tensors, kv_heads = replacement.site, replacement.tensors, replacement.grouped.kv_heads
     return [
         _Reader(site.name, operand, kv_heads, tensors[f"{role}_weight"], tensors.get(f"{role}_bias"))
         for role, operand in (("k", site.k), ("v", site.v))

@@ -19,6 +19,7 @@ from codegen.launch.torch_op import attention
 from codegen.ops.grouped_query_attention.torch_body import grouped_query_attention_with_weights
 from codegen.spec import GroupedQueryAttention
 from rewriter.errors import UnsupportedModel
+from rewriter.install.mimicry import mimic_attributes
 from rewriter.install.protocol import Protocol, mask_kind
 
 Call = Mapping[str, Any]
@@ -299,18 +300,13 @@ class RewrittenMixer(nn.Module):
 
     def mimic(self, original: nn.Module) -> None:
         """Take over the plain attributes that surrounding code may read off the original."""
-        for name, value in vars(original).items():
-            if isinstance(value, bool | int | float | str) and not name.startswith("_") and not hasattr(self, name):
-                setattr(self, name, value)
+        mimic_attributes(self, original)
         for name in HEAD_COUNTS:
             if hasattr(original, name):
                 setattr(self, name, self.spec.kv_heads)
         for name in GROUP_SIZES:
             if hasattr(original, name):
                 setattr(self, name, self.spec.group)
-        if hasattr(original, "_qkv_same_embed_dim"):  # torch's encoder layer then takes its plain path
-            for name, value in (("_qkv_same_embed_dim", False), ("in_proj_weight", None), ("in_proj_bias", None)):
-                setattr(self, name, value)
 
     # ------------------------------------------------------------------ persistence
 

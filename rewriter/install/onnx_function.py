@@ -22,6 +22,7 @@ from passes.targets.replacement import Replacement
 from passes.weights.projection import operand_bias, operand_weight
 from rewriter.capture.onnx_file import OnnxCapture
 from rewriter.capture.unfuse import WrittenOut
+from rewriter.install.onnx_mixing import Mixing
 from rewriter.install.onnx_obstacles import (
     HEADS_IN_BATCH,
     feeds_queries,
@@ -99,17 +100,24 @@ class _Editor:
         self.write = NodeWriter(self.graph, taken)
         added = (w.constants for w in self.capture.written_out.values())
         self._rounded = any(n.op_type == "QuantizeLinear" for n in self.capture.nodes)
+        self.mixing = Mixing(self)
         self._stored = frozenset(self.graph.initializers).difference(*added)
 
     # ------------------------------------------------------------ one site
 
     def replace(self, replacement: Replacement) -> Installed:
         site = replacement.site
-        error = 0.0
+        if replacement.mixing is not None:
+            last, biases = self.mixing.install(replacement)
+            removed = [name for bias in biases for name in self._unread(bias)]
+            removed += self._sweep([last, *self._old_nodes(site)])
+            removed += self._sweep(self._release_shapes(site))
+            return Installed(site.name, tuple(n for n in removed if n in self._stored), 0.0, False)
+        spec, error = replacement.grouped, 0.0
         self.fed = {}
         for role, operand in (("k", site.k), ("v", site.v)):
             weight, bias = replacement.tensors[f"{role}_weight"], replacement.tensors.get(f"{role}_bias")
-            error = max(error, self._reproject(site, role, operand, replacement.spec.kv_heads, weight, bias))
+            error = max(error, self._reproject(site, role, operand, spec.kv_heads, weight, bias))
         if feeds_queries(replacement):
             flow, tensors = self.capture.flow, replacement.tensors
             weight = tensors["q_weight"] if "q_weight" in tensors else operand_weight(flow, site.q)
@@ -283,7 +291,7 @@ class _Editor:
     # ------------------------------------------------------------ attention
 
     def _attend(self, replacement: Replacement) -> None:
-        site, spec = replacement.site, replacement.spec
+        site, spec = replacement.site, replacement.grouped
         if (kept := self._kept_operator(site)) is not None:
             self._put_back(kept, spec.kv_heads)
             return
@@ -472,7 +480,7 @@ class _Editor:
         bias: ir.Value | None,
         dtype: ir.DataType,
     ) -> ir.Value:
-        spec = replacement.spec
+        spec = replacement.grouped
         body = function(spec, self.opset)
         self.model.functions.setdefault(body.identifier(), body)
         self.model.opset_imports.setdefault(DOMAIN, 1)

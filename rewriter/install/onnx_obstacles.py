@@ -18,9 +18,11 @@ def obstacle(capture: OnnxCapture, replacement: Replacement) -> str | None:
     opset = capture.model.opset_imports.get("", 1)
     if opset < OLDEST_OPSET:
         return (
-            f"the file's opset is {opset}, and a function for grouped attention needs {OLDEST_OPSET} or later; "
+            f"the file's opset is {opset}, and functions for what replaces attention need {OLDEST_OPSET} or later; "
             f"convert it first (onnx.version_converter.convert_version(model, {OLDEST_OPSET}))"
         )
+    if replacement.mixing is not None:  # it has been seen to be a map of hidden states, and nothing is laid out anew
+        return None
     for role, operand in (("key", site.k), ("value", site.v), ("query", site.q)):
         if role == "query" and not feeds_queries(replacement):
             continue

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from rewriter.errors import InvalidModelFile, UsageError
-from rewriter.install import huggingface, repeated_projection
+from rewriter.install import huggingface, repeated_projection, token_mixer
 from rewriter.install.mixer import rebuild
 from rewriter.install.shared_cache import share, sharers
+from rewriter.install.token_mixer import Absorbed, absorbed, token_mixers
 from rewriter.install.torch_module import mixers, place
 from rewriter.whole_file import write_whole
 
@@ -116,7 +117,8 @@ def copy_side_files(source: Path, target: Path) -> None:
 
 
 def _write(model: nn.Module, folder: Path, state_dict: Mapping[str, Tensor] | None, kwargs: Mapping[str, Any]) -> None:
-    plain = not mixers(model) and not repeated_projection.repeated(model)
+    replaced = mixers(model) or token_mixers(model)
+    plain = not replaced and not repeated_projection.repeated(model)
     if huggingface.is_pretrained(model) and plain and huggingface.config_tells_all(model):
         model_class: Any = type(model)
         model_class.save_pretrained(model, folder, state_dict=state_dict, **kwargs)
@@ -137,6 +139,8 @@ def _write(model: nn.Module, folder: Path, state_dict: Mapping[str, Tensor] | No
 
 def _manifest(model: nn.Module, weights: str, tied: Mapping[str, str]) -> dict[str, Any]:
     owners: dict[str, Any] = {path: {"kind": "mixer", **m.describe()} for path, m in mixers(model).items()}
+    owners |= {path: {"kind": "token mixer", **m.describe()} for path, m in token_mixers(model).items()}
+    owners |= {path: {"kind": "absorbed"} for path in absorbed(model)}
     for path, module in huggingface.turned(model).items():
         owners[path] = huggingface.describe(module)
     for path, module in repeated_projection.repeated(model).items():
@@ -282,6 +286,10 @@ def _rewrite(model: nn.Module, owners: Mapping[str, Any]) -> None:
         elif description["kind"] in ("repeated", "spread"):
             repeated_projection.rebuild(model, path, description)
             huggingface.guard_saving(model, path)
+        elif description["kind"] == "absorbed":
+            place(model, path, Absorbed())
+        elif description["kind"] == "token mixer":
+            place(model, path, token_mixer.rebuild(description, original))
         else:
             details = {name: value for name, value in description.items() if name != "kind"}
             place(model, path, rebuild(details, original))

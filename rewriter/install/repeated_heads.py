@@ -81,7 +81,7 @@ def share_caches(
     Tried where the model makes its cache itself when asked to (``use_cache``): with the views it must answer as
     without, for the recorded tokens and for a further one, and the cache must hold fewer heads.
     """
-    owners = {o: rs[0].spec.kv_heads for o, rs in groups.items() if o and len({r.spec.kv_heads for r in rs}) == 1}
+    owners = {o: rs[0].grouped.kv_heads for o, rs in groups.items() if o and len({r.grouped.kv_heads for r in rs}) == 1}
     plain = _with_cache(model, args, kwargs)
     if not owners or plain is None:
         return set()
@@ -208,7 +208,7 @@ def _edits(model: nn.Module, flow: Flow, replacements: Sequence[Replacement]) ->
                 if place is None:
                     raise UnsupportedModel(f"its {role} {part} is computed, not stored", hint=HINT)
                 columns = place.positions[where]
-                entry = _Entry(Part(columns, r.spec.kv_heads), r.tensors[f"{role}_{part}"])
+                entry = _Entry(Part(columns, r.grouped.kv_heads), r.tensors[f"{role}_{part}"])
                 entries.setdefault(place.key, {})[columns.tobytes()] = entry
                 places[place.key] = place
     return [_edit_of(model, places[key], list(found.values())) for key, found in entries.items()]

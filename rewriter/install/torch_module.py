@@ -22,6 +22,7 @@ from rewriter.install.mixer import MixerParameters, RewrittenMixer, stripped
 from rewriter.install.protocol import Protocol, read_protocol
 from rewriter.install.reproduction import HINT, disagreement, settle
 from rewriter.install.tensors import owned_parameter, repeat_heads
+from rewriter.install.token_mixer import Absorbed, TokenMixer
 
 LAYER_INDEX = ("layer_idx", "layer_index", "layer_id", "layer_number")
 
@@ -71,7 +72,7 @@ def install(
     return mixer
 
 
-def place(model: nn.Module, owner: str, mixer: RewrittenMixer) -> None:
+def place(model: nn.Module, owner: str, mixer: RewrittenMixer | TokenMixer | Absorbed) -> None:
     """Put `mixer` wherever `model.<owner>` stands, with its hooks, and keep surrounding code working."""
     original = _owned(model, owner)
     keep_output_capture(model, owner, mixer)
@@ -95,7 +96,7 @@ def place(model: nn.Module, owner: str, mixer: RewrittenMixer) -> None:
 
 
 def mixers(model: nn.Module) -> dict[str, RewrittenMixer]:
-    """The rewritten modules of a model by dotted path, each once."""
+    """The modules of a model that attend anew, by dotted path, each once."""
     return {name: module for name, module in model.named_modules() if isinstance(module, RewrittenMixer)}
 
 

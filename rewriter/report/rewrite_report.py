@@ -12,7 +12,7 @@ from rewriter.verify.result import Fidelity
 
 @dataclass(frozen=True)
 class SiteRow:
-    """One rewritten site.
+    """One rewritten site, or one that the target keeps (`before` and `after` are then equal).
 
     Attributes:
         name: the site.
@@ -22,7 +22,8 @@ class SiteRow:
         floor: the same error with the site's output zeroed, so that `error` means something; None if not measured.
         requantised: largest error that storing new weights as integers made, as a part of the largest weight; 0 where
             weights are stored as floats, None outside .onnx files.
-        merge: how heads became one: "mean", "aligned" or "joint".
+        merge: how heads became one: "mean", "aligned" or "joint"; where tokens are mixed otherwise, how the result was
+            fitted: "none" or "diagonal".
         notes: what was done otherwise than `merge` says, or is not saved, and why.
     """
 
@@ -35,6 +36,11 @@ class SiteRow:
     requantised: float | None = None
     merge: str = "mean"
     notes: tuple[str, ...] = ()
+
+    @property
+    def kept(self) -> bool:
+        """Whether the target leaves the site as it is."""
+        return self.before == self.after
 
     @property
     def step(self) -> str:
@@ -119,9 +125,12 @@ class RewriteReport:
         }
 
     def __str__(self) -> str:
-        return "\n".join(
-            [f"target {self.target}: {len(self.sites)} rewritten, {len(self.refused)} refused", *self._body()]
-        )
+        return "\n".join([f"target {self.target}: {', '.join(self._counts())}", *self._body()])
+
+    def _counts(self) -> list[str]:
+        kept = sum(row.kept for row in self.sites)
+        stays = [f"{kept} kept"] if kept else []
+        return [f"{len(self.sites) - kept} rewritten", *stays, f"{len(self.refused)} refused"]
 
     def _body(self) -> list[str]:
         lines: list[str] = []
@@ -129,7 +138,7 @@ class RewriteReport:
             header = ("site", "from", "to", "merge", "step", "error", "floor")
             lines += _columns([header, *(_site_cells(row) for row in self.sites)])
             lines += requantised_line([row.requantised for row in self.sites])
-            lines += [printable(f"{row.name}: {note}") for row in self.sites for note in row.notes]
+            lines += note_lines([(row.name, row.notes) for row in self.sites])
         lines += [f"refused {printable(row.name)}: {printable(row.reason)}" for row in self.refused]
         lines += _columns(
             [
@@ -142,6 +151,19 @@ class RewriteReport:
         if self.fidelity is not None:
             lines.append(fidelity_line(self.fidelity))
         return lines
+
+
+def note_lines(notes: Sequence[tuple[str, Sequence[str]]]) -> list[str]:
+    """ "site: note" for each note of (site name, notes); one that more than two sites have is told once."""
+    by_note: dict[str, list[str]] = {}
+    for name, found in notes:
+        for note in found:
+            by_note.setdefault(note, []).append(name)
+    lines = []
+    for note, names in by_note.items():
+        told = [f"{names[0]} and {len(names) - 1} more"] if len(names) > 2 else names
+        lines += [printable(f"{name}: {note}") for name in told]
+    return lines
 
 
 def requantised_line(errors: Sequence[float | None]) -> list[str]:

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rewriter.report.printable import printable
-from rewriter.report.rewrite_report import number, requantised_line
+from rewriter.report.rewrite_report import note_lines, number, requantised_line
 
 Row = Mapping[str, Any]
 
@@ -84,7 +84,7 @@ def rewrite(done: Row) -> RenderableType:
     )
     parts: list[RenderableType] = [Text(printable(f"target {done['target']}")), table(headers, rows)]
     parts += [Text(line) for line in requantised_line([s.get("requantised") for s in done["sites"]])]
-    parts += [Text(printable(f"{s['name']}: {note}")) for s in done["sites"] for note in s["notes"]]
+    parts += [Text(line) for line in note_lines([(s["name"], s["notes"]) for s in done["sites"]])]
     costs = ("parameters", "kv_bytes_per_token", "flops")
     parts.append(table(("", "before", "after", "ratio"), (_cost_cells(name, done.get(name)) for name in costs)))
     parts.append(fidelity(done.get("fidelity")))

@@ -7,11 +7,10 @@ of the same name can read them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import onnx_ir as ir
 
+from codegen.ops.function_body import FunctionBody
 from codegen.spec import GroupedQueryAttention
 
 DOMAIN = "rewriter.ops"
@@ -117,42 +116,15 @@ def _causal(body: _Body, q_shape: ir.Value, k_shape: ir.Value) -> ir.Value:
     return body.op("Not", [body.op("Less", [rows, column], "later")], "keep_ST")
 
 
-class _Body:
-    """Collects nodes; every result gets a readable, unique name."""
-
-    def __init__(self) -> None:
-        self.nodes: list[ir.Node] = []
-        self._names: dict[str, int] = {}
-
-    def op(self, kind: str, inputs: Sequence[ir.Value], name: str, attributes: Sequence[ir.Attr] = ()) -> ir.Value:
-        node = ir.Node("", kind, list(inputs), list(attributes), num_outputs=1)
-        count = self._names[name] = self._names.get(name, 0) + 1
-        node.outputs[0].name = name if count == 1 else f"{name}_{count}"
-        self.nodes.append(node)
-        return node.outputs[0]
+class _Body(FunctionBody):
+    """With numbers in the dtype that the function computes in."""
 
     def number(self, attribute: str) -> ir.Value:
         """A float attribute of the function, in the dtype it computes in."""
         raw = self.op("Constant", [], attribute, [ir.RefAttr("value_float", attribute, ir.AttributeType.FLOAT)])
-        return self._cast(raw)
+        return self.cast(raw, "dtype", f"{raw.name}_cast")
 
     def literal(self, number: float) -> ir.Value:
         tensor = ir.tensor(np.array(number, np.float32))
-        return self._cast(self.op("Constant", [], "number", [ir.AttrTensor("value", tensor)]))
-
-    def _cast(self, value: ir.Value) -> ir.Value:
-        return self.op("Cast", [value], f"{value.name}_cast", [ir.RefAttr("to", "dtype", ir.AttributeType.INT)])
-
-    def ints(self, numbers: Sequence[int]) -> ir.Value:
-        tensor = ir.tensor(np.array(numbers, np.int64))
-        return self.op("Constant", [], "ints", [ir.AttrTensor("value", tensor)])
-
-    def scalar(self, number: int) -> ir.Value:
-        tensor = ir.tensor(np.array(number, np.int64))
-        return self.op("Constant", [], "int", [ir.AttrTensor("value", tensor)])
-
-    def take(self, shape: ir.Value, positions: Sequence[int]) -> ir.Value:
-        return self.op("Gather", [shape, self.ints(positions)], "dims")
-
-    def concat(self, parts: Sequence[ir.Value], name: str) -> ir.Value:
-        return self.op("Concat", parts, name, [ir.AttrInt64("axis", 0)])
+        raw = self.op("Constant", [], "number", [ir.AttrTensor("value", tensor)])
+        return self.cast(raw, "dtype", f"{raw.name}_cast")

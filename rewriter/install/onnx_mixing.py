@@ -1,0 +1,184 @@
+"""Mixing in a file: an attention's whole sublayer becomes one call of a model-local function on its input.
+
+What depends on the length alone (see the function's body) is computed by a second function, once for all layers that
+were seen to have one length at both sizes of the recording.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import onnx_ir as ir
+
+from codegen.ops.fourier_mixing.onnx_body import (
+    DOMAIN,
+    attributes,
+    computed_in,
+    feature_tables,
+    function,
+    function_name,
+    tables_attributes,
+    tables_count,
+    tables_function,
+    tables_name,
+)
+from codegen.spec import FourierMixing
+from passes.dataflow import Value
+from passes.sublayer import Sublayer
+from passes.targets.replacement import Replacement
+from rewriter.capture.onnx_file import OnnxCapture
+from rewriter.onnx_nodes import NodeWriter
+
+ADDED_BIAS = {"SkipLayerNormalization": 4, "SkipSimplifiedLayerNormalization": 3}
+"""Fused operators that add an output projection's bias themselves, and the input that is the bias."""
+
+TableKey = tuple[ir.DataType, bool, tuple[int, ...]]
+
+
+class Editing(Protocol):
+    """What is needed of the editor of the model."""
+
+    capture: OnnxCapture
+    model: ir.Model
+    graph: ir.Graph
+    opset: int
+    write: NodeWriter
+
+    def value(self, name: Value) -> ir.Value: ...
+
+
+@dataclass
+class Mixing:
+    """Writes mixes into one model.
+
+    Attributes:
+        lengths: by what decides them, the outputs of the function that computes them, and the node after which they
+            are there.
+        features: matrices of the transform over features, by width and type.
+    """
+
+    editor: Editing
+    lengths: dict[TableKey, tuple[list[ir.Value], int]] = field(default_factory=dict)
+    features: dict[tuple[int, ir.DataType], list[ir.Value]] = field(default_factory=dict)
+
+    def install(self, replacement: Replacement) -> tuple[ir.Node, list[ir.Value]]:
+        """Put the mix in the place of the sublayer's output; returns what may be unread now."""
+        editor, around, site = self.editor, replacement.around, replacement.site
+        spec = replacement.mixing
+        assert spec is not None
+        x, output = editor.value(around.input), editor.value(around.output)
+        producer = output.producer()
+        assert producer is not None
+        nodes: list[ir.Node] = []
+        kind = editor.capture.element_type(around.input) or x.dtype or ir.DataType.FLOAT
+        if not around.batch_first:
+            x = editor.write.op(nodes, "Transpose", [x], f"{site.name}.batched", perm=[1, 0, 2])
+        mixed = self._call(nodes, replacement, spec, x, kind)
+        if not around.batch_first:
+            mixed = editor.write.op(nodes, "Transpose", [mixed], f"{site.name}.turned", perm=[1, 0, 2])
+        if len(editor.capture.flow.shape(around.output)) == 2:
+            shape = editor.write.ints([-1, spec.hidden], f"{site.name}.flat_shape")
+            mixed = editor.write.op(nodes, "Reshape", [mixed, shape], f"{site.name}.flat")
+        wanted = editor.capture.element_type(around.output) or output.dtype or kind
+        if wanted != kind:
+            mixed = editor.write.op(nodes, "Cast", [mixed], f"{site.name}.cast", to=int(wanted))
+        mixed.type, mixed.shape = output.type, output.shape
+        editor.graph.insert_after(producer, nodes)
+        self._stand_in(output, mixed)
+        return producer, [] if spec.bias else _without_added_bias(mixed)
+
+    def _stand_in(self, output: ir.Value, mixed: ir.Value) -> None:
+        """Readers, and the model's outputs, get the mix under the name that the output had."""
+        given_out = output.is_graph_output()
+        output.replace_all_uses_with(mixed, replace_graph_outputs=True)
+        if given_out:
+            name = output.name
+            output.name = self.editor.write.unique(f"{name}_before")
+            mixed.name = name
+
+    def _call(
+        self, nodes: list[ir.Node], replacement: Replacement, spec: FourierMixing, x: ir.Value, kind: ir.DataType
+    ) -> ir.Value:
+        editor, name = self.editor, replacement.site.name
+        self._declare(function(spec, editor.opset))
+        tables = self._lengths(nodes, replacement.around, spec, x, kind)
+        vectors = [
+            editor.write.constant(replacement.tensors[part].astype(computed_in(kind).numpy()), f"{name}.{part}")
+            for part in ("gain", "bias")
+            if part in replacement.tensors
+        ]
+        inputs = [x, *self._features(spec, kind), *tables, *vectors]
+        node = ir.Node(
+            DOMAIN,
+            function_name(spec),
+            inputs,
+            attributes(spec, kind),
+            num_outputs=1,
+            name=editor.write.unique(f"{name}/mixing"),  # a name that captures read the site off
+        )
+        node.outputs[0].name = editor.write.unique(f"{name}.mixed")
+        nodes.append(node)
+        return node.outputs[0]
+
+    def _features(self, spec: FourierMixing, kind: ir.DataType) -> list[ir.Value]:
+        key = (spec.hidden, computed_in(kind))
+        if key not in self.features:
+            named = zip(("first", "second"), feature_tables(spec, kind), strict=True)
+            name = f"fourier_{spec.hidden}"
+            self.features[key] = [self.editor.write.constant(table, f"{name}_{part}") for part, table in named]
+        return self.features[key]
+
+    def _lengths(
+        self, nodes: list[ir.Node], around: Sublayer, spec: FourierMixing, x: ir.Value, kind: ir.DataType
+    ) -> list[ir.Value]:
+        """The length's tables, computed here unless an earlier layer of the same length has them."""
+        key = (computed_in(kind), spec.hartley, self._recorded_lengths(around))
+        producer = self.editor.capture.flow.producer(around.output)
+        here = producer.index if producer is not None else -1
+        known = self.lengths.get(key)
+        if key[2] and known is not None and known[1] <= here:
+            return known[0]
+        self._declare(tables_function(spec, self.editor.opset))
+        name = self.editor.write.unique(f"{tables_name(spec)}_node")
+        node = ir.Node(
+            DOMAIN, tables_name(spec), [x], tables_attributes(kind), num_outputs=tables_count(spec), name=name
+        )
+        for number, output in enumerate(node.outputs):
+            output.name = self.editor.write.unique(f"{name}.{number}")
+        nodes.append(node)
+        self.lengths[key] = (list(node.outputs), here)
+        return list(node.outputs)
+
+    def _recorded_lengths(self, around: Sublayer) -> tuple[int, ...]:
+        """Tokens at both sizes of the recording; () where there is one size only and the file does not fix it."""
+        capture, axis = self.editor.capture, 1 if around.batch_first else 0
+        first = capture.flow.shape(around.input)[axis]
+        other = capture.other
+        try:
+            if other is not None:
+                return first, other.flow.shape(around.input)[axis]
+        except KeyError:
+            return ()
+        inputs = (v.shape for v in self.editor.graph.inputs if v.shape is not None)
+        return () if any(not isinstance(size, int) for shape in inputs for size in shape) else (first,)
+
+    def _declare(self, body: ir.Function) -> None:
+        model = self.editor.model
+        model.functions.setdefault(body.identifier(), body)
+        model.opset_imports.setdefault(DOMAIN, 1)
+        model.ir_version = max(model.ir_version, 8)
+
+
+def _without_added_bias(mixed: ir.Value) -> list[ir.Value]:
+    """Where what follows adds the old output projection's bias, it adds none; returns those biases.
+
+    A fitted mix is fitted to what came before that bias, which then stays.
+    """
+    gone = []
+    for node, position in list(mixed.uses()):
+        place = ADDED_BIAS.get(node.op_type, 0)
+        if position < 2 <= place < len(node.inputs) and (bias := node.inputs[place]) is not None:
+            node.replace_input_with(place, None)
+            gone.append(bias)
+    return gone

@@ -1,0 +1,154 @@
+"""The module that mixes tokens in an attention's place, behind the original's own call.
+
+Shape legend: B batch, S tokens, E model width.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from torch import Tensor, nn
+
+from codegen.ops.fourier_mixing.torch_body import fourier_mixing
+from codegen.spec import FourierMixing
+from rewriter.install.mimicry import mimic_attributes
+from rewriter.install.mixer import stripped
+from rewriter.install.protocol import Protocol
+
+
+class TokenMixer(nn.Module):
+    """Fourier mixing that is called and answers like the attention module it replaces.
+
+    Masks and score biases that a caller gives have no effect, as the mix has no scores: padded tokens take part. There
+    are no attention weights: where the original returned them there is None. In training mode nothing is dropped.
+    """
+
+    def __init__(
+        self,
+        spec: FourierMixing,
+        protocol: Protocol,
+        *,
+        gain: nn.Parameter | None = None,
+        bias: nn.Parameter | None = None,
+        input_norm: nn.Module | None = None,
+        output_norm: nn.Module | None = None,
+        position: nn.Module | None = None,
+    ) -> None:
+        """`gain` and `bias` are [E]; `input_norm` and `output_norm` are what the original normalised its input and its
+        result with; `position` computes the score bias that it handed on, with ``compute_bias(S, S, device=...)``."""
+        super().__init__()
+        self.spec, self.protocol = spec, protocol
+        self.gain, self.bias = gain, bias
+        self.input_norm, self.output_norm, self.position = input_norm, output_norm, position
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return self.protocol.signature()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Takes and returns what the replaced module took and returned.
+
+        Raises TypeError for arguments that were not in use when the module was rewritten, and for what no mix over all
+        tokens can do: another sequence to attend to, a cache, a causal order, attention weights.
+        """
+        call = self.protocol.read(args, kwargs)
+        hidden: Tensor = call["hidden"]
+        _require_mixable(call, hidden)
+        x = hidden if self.input_norm is None else self.input_norm(hidden)
+        turned = hidden.dim() == 3 and not self.protocol.batch_first
+        batched = x[None] if hidden.dim() == 2 else x.transpose(0, 1) if turned else x
+        mixed = fourier_mixing(self.spec, batched, self.gain, self.bias)
+        output = mixed[0] if hidden.dim() == 2 else mixed.transpose(0, 1) if turned else mixed
+        output = output + hidden if self.protocol.adds_input else output
+        output = output if self.output_norm is None else self.output_norm(output)
+        if self.protocol.bare:
+            return output
+        return tuple(self._element(name, call, output) for name in self.protocol.returns)
+
+    def _element(self, name: str, call: Mapping[str, Any], output: Tensor) -> Any:
+        if name == "output":
+            return output
+        if name == "bias":
+            return call["bias"] if call.get("bias") is not None else self._position_bias(output)
+        if name.startswith("argument:"):
+            argument = name.removeprefix("argument:")
+            return call.get(self.protocol.roles.get(argument, argument))
+        return None
+
+    def _position_bias(self, output: Tensor) -> Any:
+        if self.position is None:
+            return None
+        compute: Any = self.position.compute_bias
+        length = output.shape[1 if self.protocol.batch_first else 0]
+        return compute(length, length, device=output.device, past_seen_tokens=0)
+
+    def mimic(self, original: nn.Module) -> None:
+        """Take over the plain attributes that surrounding code may read off the original."""
+        mimic_attributes(self, original)
+
+    def describe(self) -> dict[str, Any]:
+        """Everything but the weights, as JSON; `rebuild` reads it."""
+        return {
+            "spec": asdict(self.spec),
+            "protocol": self.protocol.to_json(),
+            "position": self.position is not None,
+        }
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value}" for name, value in asdict(self.spec).items())
+
+
+class Absorbed(nn.Identity):
+    """Stands where an output projection stood that the mix took over together with the attention."""
+
+    def mimic(self, original: nn.Module) -> None:
+        """Take over the plain attributes that surrounding code may read off the original."""
+        mimic_attributes(self, original)
+
+
+def rebuild(description: Mapping[str, Any], original: nn.Module) -> TokenMixer:
+    """The mixer that `describe` described, with empty weights, in place of a freshly built `original`.
+
+    Raises KeyError, TypeError, ValueError or AttributeError if the description is broken or fits another module.
+    """
+    spec = FourierMixing(**description["spec"])
+    protocol = Protocol.from_json(description["protocol"])
+    like = next(original.parameters())
+    vectors: dict[str, Any] = {
+        name: nn.Parameter(like.new_empty(spec.hidden), requires_grad=like.requires_grad)
+        for name, wanted in (("gain", spec.gain), ("bias", spec.bias))
+        if wanted
+    }
+    position = stripped(original) if description["position"] else None
+    return TokenMixer(spec, protocol, position=position, **norms(protocol, original), **vectors)
+
+
+def norms(protocol: Protocol, original: nn.Module) -> dict[str, Any]:
+    """The original's norms that a mixer in its place takes over."""
+    paths = {"input_norm": protocol.input_norm, "output_norm": protocol.output_norm}
+    return {role: None if path is None else original.get_submodule(path) for role, path in paths.items()}
+
+
+def token_mixers(model: nn.Module) -> dict[str, TokenMixer]:
+    """The mixing modules of a model by dotted path, each once."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, TokenMixer)}
+
+
+def absorbed(model: nn.Module) -> list[str]:
+    """Paths at which an output projection stood that is part of a mix now."""
+    return [path for path, module in model.named_modules() if isinstance(module, Absorbed)]
+
+
+def _require_mixable(call: Mapping[str, Any], hidden: Tensor) -> None:
+    context = call.get("context")
+    if context is not None and context is not hidden:
+        raise TypeError("attention to another sequence was replaced by a mix of one")
+    if call.get("cache") is not None:
+        raise TypeError("a mix of all tokens has no key/value cache; call the model with use_cache=False")
+    if call.get("is_causal"):
+        raise TypeError("a mix of all tokens has no causal order")
+    if call.get("wants_weights"):
+        raise TypeError("a mix of tokens has no attention weights")
