@@ -24,8 +24,10 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from benchmarks.kernels import Case, error_beside_double
 from benchmarks.machine import machine
 from benchmarks.rows import Row, markdown_table, put_section, write_json
+from codegen.ops.fourier_mixing import torch_body
+from codegen.spec import FourierMixing
 
-DECODE_GOAL, PREFILL_GOAL = 0.85, 0.6
+DECODE_GOAL, PREFILL_GOAL, MIXING_GOAL = 0.85, 0.6, 4.0
 CHECKED_QUERIES = 64
 DTYPE = "bfloat16"
 ERROR_LIMIT = 2e-2
@@ -167,6 +169,43 @@ def _usable(peers: dict[str, Call]) -> dict[str, Call]:
     return kept
 
 
+# ---------------------------------------------------------------------- Fourier mixing
+
+
+def mixing_cases(*, quick: bool) -> list[tuple[int, int, int]]:
+    """(batch, tokens, features)."""
+    return [(8, 512, 768)] if quick else [(8, 512, 768), (1, 2048, 768), (8, 128, 768), (32, 512, 768), (4, 4096, 1024)]
+
+
+def run_mixing(size: tuple[int, int, int], clock: Clock, runs: int) -> list[Row]:
+    """The kernel beside torch's transform, which takes no 16-bit numbers, and beside products with full matrices."""
+    from codegen.launch.fourier_op import mix
+
+    batch, tokens, features = size
+    spec = FourierMixing(features)
+    x = torch.randn(size, device="cuda", generator=torch.Generator("cuda").manual_seed(0)).to(torch.bfloat16)
+    works: dict[str, Call] = {
+        "ours": lambda: mix(spec, x, kernels="triton"),
+        "torch.fft": lambda: torch.fft.fft2(x.float()).real.to(x.dtype),
+        "half-spectrum products by torch": lambda: torch_body.by_matrices(spec, x),
+    }
+    right = torch.fft.fft2(x.double()).real
+    error = float((works["ours"]().double() - right).norm() / right.norm())
+    times = dict(zip(works, clock.times(runs, *works.values()), strict=True))
+    mine = times.pop("ours")
+    case = f"Fourier mixing, {batch} x {tokens} x {features}, {DTYPE}"
+    more: dict[str, Any] = {"ours_median": statistics.median(mine), "error": error}
+    rows = []
+    for name, t in times.items():
+        goal, ratio = MIXING_GOAL if name == "torch.fft" else None, min(t) / min(mine)
+        ok = None if goal is None else ratio >= goal
+        rows.append(Row("time", case, min(mine), min(t), name, "ms", ratio, goal, ok,
+                        {**more, "peer_median": statistics.median(t)}))  # fmt: skip
+    rows.append(Row("error", case, error, ERROR_LIMIT, "limit", "relative, in norm", ERROR_LIMIT / error, 1.0,
+                    error <= ERROR_LIMIT, more))  # fmt: skip
+    return rows
+
+
 # ---------------------------------------------------------------------- report
 
 
@@ -195,12 +234,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with torch.no_grad():
         clock = Clock()
         bandwidth, rate = limits(clock)
-        for case in cases(quick=options.quick):
-            for row in run_case(case, clock, runs, bandwidth, rate):
-                rows.append(row)
-                print(
-                    f"{row.case}: {row.name} {row.ours:.4g} / {row.peer:.4g} {row.unit} ({row.peer_name})", flush=True
-                )
+        works = [functools.partial(run_case, c, clock, runs, bandwidth, rate) for c in cases(quick=options.quick)]
+        works += [functools.partial(run_mixing, size, clock, runs) for size in mixing_cases(quick=options.quick)]
+        for row in (row for work in works for row in work()):
+            rows.append(row)
+            print(f"{row.case}: {row.name} {row.ours:.4g} / {row.peer:.4g} {row.unit} ({row.peer_name})", flush=True)
     if options.json:
         write_json(options.json, rows, copy_bytes_per_s=bandwidth, bfloat16_flop_per_s=rate)
     if options.markdown:

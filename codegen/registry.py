@@ -8,9 +8,10 @@ from typing import Any
 
 from codegen.device import Device, DType, Isa, Language
 from codegen.hooks import Lowered
+from codegen.ops.fourier_mixing import triton_kernel as fourier_triton
 from codegen.ops.grouped_query_attention import cpp_kernel as gqa_cpp
 from codegen.ops.grouped_query_attention import triton_kernel as gqa_triton
-from codegen.spec import GroupedQueryAttention
+from codegen.spec import FourierMixing, GroupedQueryAttention
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,19 @@ KERNELS: tuple[Kernel, ...] = (
             source=gqa_triton.source,
         )
         for kind, archs in gqa_triton.ARCHS.items()
+    ),
+    *(
+        Kernel(
+            op=FourierMixing,
+            language=Language.TRITON,
+            device_kind=kind,
+            archs=archs,
+            dtypes=fourier_triton.DTYPES,
+            legal=fourier_triton.legal,
+            name=fourier_triton.kernel_name,
+            source=fourier_triton.source,
+        )
+        for kind, archs in fourier_triton.ARCHS.items()
     ),
 )
 

@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from codegen.errors import CompilationFailed, NoCompiler
-from codegen.ops.grouped_query_attention.triton_kernel import Signature
+from codegen.ops.signature import Signature
 
 REPRODUCIBLE = {"TRITON_DISABLE_LINE_INFO": "1", "TRITON_DEFAULT_FP_FUSION": "1"}
 """Set before Triton is imported: no paths in binaries, and a fixed choice of fused multiply-adds."""

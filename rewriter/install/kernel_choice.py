@@ -9,6 +9,7 @@ from torch import nn
 
 from rewriter.errors import UsageError
 from rewriter.install.attention_interface import attach, detach
+from rewriter.install.token_mixer import TokenMixer
 from rewriter.install.torch_module import mixers
 
 
@@ -24,8 +25,8 @@ def choose_kernels(
 
     Raises UsageError if kernels are asked for by name and nothing in the model can call them.
     """
-    found = mixers(model)
-    for mixer in found.values():
+    found: list[Any] = [*mixers(model).values(), *(m for m in model.modules() if isinstance(m, TokenMixer))]
+    for mixer in found:
         mixer.kernels = kernels
     detach(model)
     attached = kernels != "off" and attach(model, kernels, args, kwargs, everywhere=everywhere)

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from codegen.ops.fourier_mixing.torch_body import fourier_mixing
+from codegen.launch.fourier_op import mix
 from codegen.spec import FourierMixing
 from rewriter.install.mimicry import mimic_attributes
 from rewriter.install.mixer import stripped
@@ -41,6 +41,7 @@ class TokenMixer(nn.Module):
         result with; `position` computes the score bias that it handed on, with ``compute_bias(S, S, device=...)``."""
         super().__init__()
         self.spec, self.protocol = spec, protocol
+        self.kernels = "auto"
         self.gain, self.bias = gain, bias
         self.input_norm, self.output_norm, self.position = input_norm, output_norm, position
 
@@ -60,7 +61,7 @@ class TokenMixer(nn.Module):
         x = hidden if self.input_norm is None else self.input_norm(hidden)
         turned = hidden.dim() == 3 and not self.protocol.batch_first
         batched = x[None] if hidden.dim() == 2 else x.transpose(0, 1) if turned else x
-        mixed = fourier_mixing(self.spec, batched, self.gain, self.bias)
+        mixed = mix(self.spec, batched, self.gain, self.bias, kernels=self.kernels)
         output = mixed[0] if hidden.dim() == 2 else mixed.transpose(0, 1) if turned else mixed
         output = output + hidden if self.protocol.adds_input else output
         output = output if self.output_norm is None else self.output_norm(output)

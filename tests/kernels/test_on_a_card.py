@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from codegen.device import DType
+from codegen.launch.fourier_op import mix
 from codegen.launch.torch_op import attention, graphics_card
 from codegen.launch.triton_op import launch
 from codegen.ops.grouped_query_attention import torch_body
-from codegen.spec import GroupedQueryAttention
+from codegen.spec import FourierMixing, GroupedQueryAttention
+from tests.kernels import fourier_problems
 from tests.kernels.problems import BIASED, CAUSAL, PLAIN, TORCH, K, Operands, operands
 from tests.kernels.test_triton_attention import SPECS, WEIGHTS, distance
 
@@ -83,6 +85,17 @@ def test_the_operator_eager_compiled_and_trained() -> None:
         (expected,) = torch.autograd.grad(right.sum(), [k], retain_graph=True)
         assert (gradient - expected).abs().max() < 1e-4
     assert (attention(PLAIN, q, k.flip(2), v, kernels="triton") - right).abs().max() > 1e-3, "the control"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["f16", "bf16"])
+@pytest.mark.parametrize(("batch", "tokens", "hidden"), [(3, 512, 768), (1, 2047, 96), (2, 1, 5), (4, 33, 130)])
+def test_fourier_mixing(batch: int, tokens: int, hidden: int, dtype: torch.dtype) -> None:
+    spec = FourierMixing(hidden, gain=True, bias=True)
+    x = fourier_problems.draw(spec, dtype, batch, tokens)
+    found = mix(spec, *(None if t is None else t.cuda() for t in x), kernels="triton").cpu()  # type: ignore[arg-type]
+    assert fourier_problems.distance(spec, *x, found) < fourier_problems.K
+    other = (x[0].roll(1, 2) + 0.5, *x[1:])
+    assert fourier_problems.distance(spec, *other, found) > fourier_problems.K, "the control: another sequence"
 
 
 class Mixer(nn.Module):

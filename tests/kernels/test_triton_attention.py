@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -36,7 +31,6 @@ from tests.kernels.problems import (
 
 pytest.importorskip("triton")
 
-ROOT = Path(__file__).resolve().parents[2]
 WEIGHTS = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 """Softmax weights are rounded to the operands' format before they meet the values."""
 
@@ -44,29 +38,12 @@ Run = Callable[..., Tensor]
 
 
 @pytest.fixture(scope="module")
-def interpreted(tmp_path_factory: pytest.TempPathFactory, kernel_cache: Path) -> Iterator[Run]:
-    folder = tmp_path_factory.mktemp("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "tests.kernels.triton_worker"]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT
-    ) as worker:
-        assert worker.stdin is not None and worker.stdout is not None
+def interpreted(triton_worker: Callable[..., Tensor]) -> Run:
+    def run(spec: GroupedQueryAttention, x: Operands, *, arch: str = "sm_90", processors: int = 1) -> Tensor:
+        operands = (x.q, x.k, x.v, x.bias, x.sinks)
+        return triton_worker("attention", asdict(spec), operands, arch=arch, processors=processors)
 
-        def run(spec: GroupedQueryAttention, x: Operands, *, arch: str = "sm_90", processors: int = 1) -> Tensor:
-            given, output = folder / "operands.pt", folder / "output.pt"
-            torch.save((x.q, x.k, x.v, x.bias, x.sinks), given)
-            task = {"spec": asdict(spec), "arch": arch, "processors": processors}
-            assert worker.stdin is not None and worker.stdout is not None
-            worker.stdin.write(json.dumps({**task, "operands": str(given), "output": str(output)}) + "\n")
-            worker.stdin.flush()
-            answer = worker.stdout.readline().strip()
-            assert answer == "done", answer
-            found: Tensor = torch.load(output, weights_only=True)
-            return found
-
-        yield run
-        worker.stdin.close()
+    return run
 
 
 def distance(spec: GroupedQueryAttention, x: Operands, output: Tensor) -> float:

@@ -1,6 +1,6 @@
 """Runs generated Triton kernels in Triton's interpreter, in a process of its own: the interpreter is chosen on import.
 
-Reads one JSON object a line ({"spec", "arch", "processors", "operands", "output"}), answers "done" or an error.
+Reads one JSON object a line ({"op", "spec", "operands", "output"} and options), answers "done" or an error.
 
 The stock interpreter multiplies bfloat16 as if its bits were integers; here products get single-precision operands,
 which hold every bfloat16 exactly.
@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from codegen.launch import fourier_op
 from codegen.launch.triton_op import launch
-from codegen.spec import GroupedQueryAttention
+from codegen.spec import FourierMixing, GroupedQueryAttention
 
 
 def widen_bfloat16() -> None:
@@ -46,8 +47,11 @@ def main() -> None:
         task = json.loads(line)
         try:
             x = torch.load(task["operands"], weights_only=True)
-            spec = GroupedQueryAttention(**task["spec"])
-            out = launch(spec, *x, arch=task["arch"], processors=task["processors"])
+            if task["op"] == "fourier":
+                out = fourier_op.launch(FourierMixing(**task["spec"]), *x, arch=task["arch"])
+            else:
+                spec = GroupedQueryAttention(**task["spec"])
+                out = launch(spec, *x, arch=task["arch"], processors=task["processors"])
             torch.save(out, task["output"])
             print("done", flush=True)
         except Exception as error:

@@ -9,6 +9,7 @@ from typing import Any
 from codegen import hooks
 from codegen.device import DType
 from codegen.ops.grouped_query_attention.kernel_values import name_of, values_of, why_not
+from codegen.ops.signature import Signature
 from codegen.render import render
 from codegen.spec import GroupedQueryAttention
 
@@ -140,21 +141,6 @@ def _precision(dtype: DType, arch: str) -> Precision:
 def legal(spec: Any, dtype: DType) -> str | None:
     """Why there is no such kernel, or None if there is one."""
     return why_not(spec, "Triton", MAX_DIM[dtype], f" in {dtype.value}")
-
-
-@dataclass(frozen=True)
-class Signature:
-    """Types of one kernel's arguments, as Triton's compiler wants them.
-
-    Attributes:
-        types: by argument name.
-        aligned: arguments that are multiples of 16 (bytes for pointers, elements for strides).
-        constants: compile-time arguments.
-    """
-
-    types: dict[str, str]
-    aligned: frozenset[str]
-    constants: dict[str, bool]
 
 
 def signatures(spec: GroupedQueryAttention, dtype: DType) -> dict[str, Signature]:
