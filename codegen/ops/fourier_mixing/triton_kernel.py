@@ -23,8 +23,8 @@ MOST_TOKENS, MOST_FEATURES = 4096, 8192
 """Beyond these the tables alone outgrow a card's cache, and the fast transform wins."""
 
 POINTERS = {DType.FLOAT16: "*fp16", DType.BFLOAT16: "*bf16"}
-MULTIPLE = 8
-"""Rows of tables are padded to this many numbers, which is 16 bytes."""
+MULTIPLE = 16
+"""Rows of tables are padded to this many numbers: Triton then knows that they begin at 16 bytes."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def source(spec: FourierMixing, dtype: DType, arch: str, *, cut: Tiling | None =
             "fields": numbers(spec),
             "name": kernel_name(spec, dtype, arch),
             "hidden": spec.hidden,
-            "half": spec.half,
+            "split": (spec.hidden + 1) // 2,
             "padded": padded(spec.half),
             "ragged": spec.hidden % cut.inner != 0,
             "gain": spec.gain,
