@@ -27,8 +27,8 @@ from codegen.spec import FourierMixing
 from codegen.toolchain import triton_aot
 
 FASTER_ON: tuple[str, ...] = ()
-"""Where `python -m benchmarks.gpu` found the kernel faster than torch's transform at every size it tries: nowhere. On an
-H100 it takes 0.8 to 1.6 times as long."""
+"""Where `python -m benchmarks.gpu` found the kernel faster than torch's transform at every size it tries: nowhere. On
+an H100 it takes 0.8 to 1.6 times as long."""
 
 
 def mix(
