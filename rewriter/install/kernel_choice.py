@@ -25,7 +25,9 @@ def choose_kernels(
 
     Raises UsageError if kernels are asked for by name and nothing in the model can call them.
     """
-    found: list[Any] = [*mixers(model).values(), *(m for m in model.modules() if isinstance(m, TokenMixer))]
+    found: list[Any] = list(mixers(model).values())
+    if kernels in ("auto", "off", "triton"):  # mixing has no kernel in another language
+        found += [module for module in model.modules() if isinstance(module, TokenMixer)]
     for mixer in found:
         mixer.kernels = kernels
     detach(model)
