@@ -31,7 +31,7 @@ def paired_modules(student: nn.Module, teacher: nn.Module, names: list[str]) -> 
     there = {name for name, _ in teacher.named_modules()}
     modules = dict(student.named_modules())
     paths = []
-    for path in _split(tree, "", modules)[0]:
+    for path in _split(tree, "", modules)[0] if names else ():
         while path and path not in there:
             path = path.rpartition(".")[0]
         if path and path not in paths:
