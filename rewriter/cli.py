@@ -66,6 +66,7 @@ class Train(StrEnum):
     """Which parameters uptraining changes."""
 
     ALL = "all"
+    BLOCKS = "blocks"
     REWRITTEN = "rewritten"
 
 

@@ -19,7 +19,7 @@ from rewriter.errors import UnsupportedModel, UsageError, first_line
 from rewriter.uptrain.batch import Batch, Caller
 from rewriter.uptrain.divergence import kl_divergence
 from rewriter.uptrain.observe import Call, first_tensor, forced, observing
-from rewriter.uptrain.pairs import paired_modules
+from rewriter.uptrain.pairs import block_around, outwards, paired_modules
 from rewriter.uptrain.recipe import Recipe
 from rewriter.verify.torch_pair import main_tensor
 
@@ -208,8 +208,8 @@ def plan(student: nn.Module, teacher: nn.Module, changed: Sequence[str], batch: 
     Raises UsageError where a model does not take the batch, UnsupportedModel where the outputs do not fit.
     """
     paths = paired_modules(student, teacher, list(changed))
-    around = {block for path in paths if (block := _block(teacher, path))}
-    everything = sorted({outer for path in paths for outer in _outwards(path)} | around)
+    around = {block for path in paths if (block := block_around(teacher, path))}
+    everything = sorted({outer for path in paths for outer in outwards(path)} | around)
     observed, outputs = [], []
     for who, model in (("teacher", teacher), ("student", student)):
         with observing(model, everything) as calls:
@@ -218,7 +218,7 @@ def plan(student: nn.Module, teacher: nn.Module, changed: Sequence[str], batch: 
     old, new = outputs
     _require_same_output(old, new)
     pairs = _comparable(paths, observed)
-    blocks = _comparable([b for p in pairs if (b := _block(teacher, p))] or pairs, observed)
+    blocks = _comparable([b for p in pairs if (b := block_around(teacher, p))] or pairs, observed)
     scales = {p: _scale(observed[0][p][0], batch) for p in {*pairs, *blocks}}
     logits = recipe.output == "logits" or (recipe.output == "auto" and holds_logits(teacher, batch))
     return Plan(tuple(pairs), tuple(blocks), logits, is_causal(teacher, batch), {**scales, "": _scale(old, batch)})
@@ -265,27 +265,12 @@ def is_causal(model: nn.Module, batch: Batch) -> bool:
     return bool(moved[-1] > 0) and bool((moved[:-1] <= 1e-3 * moved[-1]).all())
 
 
-def _outwards(path: str) -> list[str]:
-    """The module and those around it, innermost first, without the model itself."""
-    parts = path.split(".")
-    return [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
-
-
-def _block(model: nn.Module, path: str) -> str | None:
-    """The element of a list of modules that holds `path`."""
-    for outer in _outwards(path):
-        parent, _, name = outer.rpartition(".")
-        if name.isdigit() and isinstance(model.get_submodule(parent), (nn.ModuleList, nn.Sequential)):
-            return outer
-    return None
-
-
 def _comparable(paths: Sequence[str], observed: Sequence[Mapping[str, Sequence[Tensor]]]) -> list[str]:
     """Each path, or the nearest around it, whose outputs have one shape in both models; others are left out."""
     old, new = observed
     found: list[str] = []
     for path in paths:
-        for outer in _outwards(path):
+        for outer in outwards(path):
             shapes = [[t.shape for t in side.get(outer, ())] for side in (old, new)]
             if shapes[0] and shapes[0] == shapes[1]:
                 if outer not in found:

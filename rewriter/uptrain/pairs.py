@@ -39,6 +39,34 @@ def paired_modules(student: nn.Module, teacher: nn.Module, names: list[str]) -> 
     return [p for p in paths if not any(p != q and p.startswith(f"{q}.") for q in paths)]
 
 
+def to_train(student: nn.Module, teacher: nn.Module, names: list[str], which: str) -> set[str]:
+    """Names of the parameters that learn: "all" of them, those of "blocks" in which some of `names` changed, or the
+    "rewritten" ones, `names` themselves."""
+    everything = {name for name, _ in student.named_parameters()}
+    if which == "all":
+        return everything
+    if which == "rewritten":
+        return set(names)
+    paths = paired_modules(student, teacher, names)
+    blocks = tuple(f"{block_around(student, path) or path}." for path in paths)
+    return {name for name in everything if name.startswith(blocks)} if blocks else everything
+
+
+def outwards(path: str) -> list[str]:
+    """The module and those around it, innermost first, without the model itself."""
+    parts = path.split(".")
+    return [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
+
+
+def block_around(model: nn.Module, path: str) -> str | None:
+    """The element of a list of modules that holds `path`."""
+    for outer in outwards(path):
+        parent, _, name = outer.rpartition(".")
+        if name.isdigit() and isinstance(model.get_submodule(parent), (nn.ModuleList, nn.Sequential)):
+            return outer
+    return None
+
+
 _Tree = Mapping[str, "_Tree | None"]
 
 

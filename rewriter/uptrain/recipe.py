@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 from rewriter.errors import UsageError
 
-Train = Literal["all", "rewritten"]
+Train = Literal["all", "blocks", "rewritten"]
 Precision = Literal["no", "bf16", "fp16"]
 Output = Literal["auto", "logits", "features"]
 
@@ -36,7 +36,8 @@ class Recipe:
         output: what the model puts out: "logits", "features", or "auto": logits if the model calls them so.
         temperature: at which logits are compared.
         language_model: weight of next-token prediction on the data itself in the second phase.
-        train: which parameters learn: "all", or only "rewritten" ones, those that differ from the teacher's.
+        train: which parameters learn: "all", those of "blocks" (layers) in which something was rewritten, or only
+            "rewritten" ones, those that differ from the teacher's.
         accumulate: parts of a step that are run one after the other, to save memory.
         precision: "no" (float32), "bf16" or "fp16" products; None leaves it to ``accelerate launch``.
         gradient_checkpointing: compute activations twice, to save memory.
@@ -63,7 +64,7 @@ class Recipe:
     output: Output = "auto"
     temperature: float = 1.0
     language_model: float = 0.0
-    train: Train = "all"
+    train: Train = "blocks"
     accumulate: int = 1
     precision: Precision | None = None
     gradient_checkpointing: bool = False
@@ -85,7 +86,7 @@ class Recipe:
             _require(getattr(self, name) > 0, name, getattr(self, name), "positive")
         for name in ("weight_decay", "distillation", "hidden", "language_model"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
-        _require(self.train in get_args(Train), "train", self.train, '"all" or "rewritten"')
+        _require(self.train in get_args(Train), "train", self.train, '"all", "blocks" or "rewritten"')
         known = self.precision is None or self.precision in get_args(Precision)
         _require(known, "precision", self.precision, '"no", "bf16" or "fp16"')
         _require(self.output in get_args(Output), "output", self.output, '"auto", "logits" or "features"')

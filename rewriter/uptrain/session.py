@@ -18,7 +18,7 @@ from rewriter.uptrain.corpus import Reading, read
 from rewriter.uptrain.loop import Loop, Progress, State
 from rewriter.uptrain.objective import Distillation, is_causal, plan
 from rewriter.uptrain.observe import modes, restore_modes
-from rewriter.uptrain.pairs import changed
+from rewriter.uptrain.pairs import changed, to_train
 from rewriter.uptrain.recipe import Recipe
 from rewriter.uptrain.result import Uptrained
 
@@ -150,9 +150,9 @@ def _ready(
             parameter.data = parameter.data.float()
     wanted = {p: p.requires_grad for p in student.parameters()}
     undo.append(lambda: [p.requires_grad_(w) for p, w in wanted.items()])
-    names = set(different)
+    learning = to_train(student, teacher, list(different), recipe.train)
     for name, parameter in student.named_parameters():
-        parameter.requires_grad_(parameter.is_floating_point() and (recipe.train == "all" or name in names))
+        parameter.requires_grad_(parameter.is_floating_point() and name in learning)
     if recipe.gradient_checkpointing:
         undo.append(_checkpoint_activations(student))
     if recipe.dropout:
