@@ -6,7 +6,8 @@ the same however many processes and accumulated parts it is spread over.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -118,7 +119,7 @@ class Distillation(nn.Module):
             with torch.autocast(next(iter(batch.inputs.values())).device.type, enabled=False):
                 return require_main(self.student(*args, **kwargs), "student")
         if phase is Phase.LAYERS:
-            with forced(self.student, targets.calls) as outputs:
+            with forced(self.student, targets.calls) as outputs, _activations_kept(self.student):
                 self.student(*args, **kwargs)
             pairs = ((p, [c.output for c in targets.calls[p]], outputs[p]) for p in self._plan.pairs)
             terms = {"layers": (1.0, self._states(pairs, batch, share))}
@@ -156,6 +157,20 @@ class Distillation(nn.Module):
             loss = next_token_loss(new, batch) * share.tokens
             terms["language_model"] = (recipe.language_model, loss)
         return terms
+
+
+@contextlib.contextmanager
+def _activations_kept(model: nn.Module) -> Iterator[None]:
+    """No activations are computed anew: that would happen in the backward pass, with the modules' own inputs. Where
+    each module gets the original's input, what lies between them is dropped as it is computed, so there is no need."""
+    checkpointed = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False) and m.training]
+    for module in checkpointed:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in checkpointed:
+            module.training = True
 
 
 # ------------------------------------------------------------------ distances

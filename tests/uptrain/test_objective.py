@@ -25,9 +25,7 @@ def ids(rows: int = 2, tokens: int = 12, seed: int = 0) -> torch.Tensor:
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize("slices", [1, 1000])
-def test_kl_and_its_gradient_are_autograds(
-    temperature: float, slices: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_kl_and_its_gradient_are_autograds(temperature: float, slices: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.import_module("rewriter.uptrain.divergence"), "SLICE", slices)
     generator = torch.Generator().manual_seed(0)
     old, new = (4 * torch.randn(7, 50, generator=generator) for _ in range(2))
