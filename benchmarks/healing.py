@@ -93,7 +93,7 @@ def minilm_healed(quick: bool) -> Iterator[Row]:
     student = rewriter.optimize(model, GroupedQuery(6, "joint"), calibration=(calibration, tokenizer), verify=False)
     before = fidelity._cosine(wished, fidelity._embedded(student, batch))
     rows = [{"input_ids": ids} for ids in tokenizer(texts, truncation=True, max_length=64)["input_ids"]]
-    recipe = Recipe(batch=64, window=64, learning_rate=4e-4, layer_phase=0.0, precision=precision(), validation=64)
+    recipe = Recipe(batch=64, window=64, learning_rate=3e-4, layer_phase=0.0, precision=precision(), validation=64)
     found = healed(student, model, rows, recipe, QUICK_BUDGET if quick else BUDGET)
     after = fidelity._cosine(wished, fidelity._embedded(student, batch))
     other = dict(tokenizer(help_sentences(256), padding=True, truncation=True, max_length=64, return_tensors="pt"))
