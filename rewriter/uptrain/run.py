@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -64,33 +64,39 @@ def uptrain(
     recipe = _recipe(recipe, steps, fraction, pretraining_tokens)
     if resume and checkpoints is None:
         raise UsageError("there is nothing to resume from", hint="say where the checkpoints are")
-    if is_onnx(student) or str(student).endswith(".onnx"):
-        from rewriter.uptrain.onnx_twin import uptrain_onnx
-
-        return uptrain_onnx(
-            student, twin, teacher, data, recipe=recipe, tokenizer=tokenizer, validation=validation,
-            checkpoints=checkpoints, resume=resume, progress=progress,
-        )  # fmt: skip
-    if twin is not None:
-        raise UsageError("only ONNX students have a torch twin", hint="leave twin out")
     if is_onnx(teacher) or str(teacher).endswith(".onnx"):
         raise UnsupportedModel(
             "the teacher is an ONNX model, whose inner values and batches are not at hand for training",
             hint="give the torch model that it was exported from",
         )
-    models = [_module(model, who) for model, who in ((student, "student"), (teacher, "teacher"))]
-    folders = [Path(m) for m in (student, teacher) if isinstance(m, (str, Path))]
+    if twin is not None and not _names_onnx(student):
+        raise UsageError("only ONNX students have a torch twin", hint="leave twin out")
+    original = _module(teacher, "teacher")
+    folders = [Path(m) for m in (student, twin, teacher) if isinstance(m, (str, Path))]
+    folders = [path if path.is_dir() else path.parent for path in folders]
     if tokenizer is None:
         tokenizer = next((t for folder in folders if (t := tokenizer_beside(folder)) is not None), None)
-    with _accelerator(recipe) as accelerator:
+
+    def trained(model: Any, only: Collection[str] | None = None, check: Callable[[Any], None] | None = None) -> Any:
         from rewriter.uptrain.session import train
 
-        done = train(
-            models[0], models[1], data, recipe, accelerator,
-            tokenizer=tokenizer, validation=validation,
-            folder=None if checkpoints is None else Path(checkpoints), resume=resume, progress=progress,
-        )  # fmt: skip
+        with _accelerator(recipe) as accelerator:
+            return train(
+                model, original, data, recipe, accelerator,
+                tokenizer=tokenizer, validation=validation, folder=None if checkpoints is None else Path(checkpoints),
+                resume=resume, progress=progress, only=only, check=check,
+            )  # fmt: skip
+
+    if _names_onnx(student):
+        from rewriter.uptrain.onnx_twin import uptrain_through
+
+        return uptrain_through(student, twin, original, trained)
+    done: Uptrained = trained(_module(student, "student"))
     return replace(done, student_from=folders[0] if isinstance(student, (str, Path)) else None)
+
+
+def _names_onnx(student: Any) -> bool:
+    return is_onnx(student) or (isinstance(student, (str, Path)) and str(student).endswith(".onnx"))
 
 
 def _recipe(recipe: Recipe | None, steps: int | None, fraction: float | None, tokens: float | None) -> Recipe:

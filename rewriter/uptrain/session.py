@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,17 +37,28 @@ def train(
     folder: Path | None,
     resume: bool,
     progress: Progress | None,
+    only: Collection[str] | None = None,
+    check: Callable[[Batch], None] | None = None,
 ) -> Uptrained:
-    """See `rewriter.uptrain`. The student is trained in place; modes, devices and dtypes of both are restored."""
+    """See `rewriter.uptrain`. The student is trained in place; modes, devices and dtypes of both are restored.
+
+    Args:
+        only: names of parameters outside which none learns.
+        check: called with a batch of the data before training starts.
+    """
     different = changed(student, teacher)
     _require_apart(student, teacher, different, recipe)
     _prepare_folder(accelerator, folder, resume)
     _seed(recipe.seed, accelerator.process_index)
-    with _ready(student, teacher, recipe, different, accelerator.device) as pad_source:
+    learning = to_train(student, teacher, list(different), recipe.train)
+    learning = learning if only is None else learning & set(only)
+    with _ready(student, teacher, recipe, learning, accelerator.device):
         rows = read(data, _reading(teacher, recipe, tokenizer, accelerator.device), validation)
-        pad = _padding(tokenizer, pad_source)
+        pad = _padding(tokenizer, teacher)
         sample = collate(list(rows.validation[: min(4, recipe.batch)]), pad).to(accelerator.device)
         check_vocabulary(sample, teacher, "teacher")
+        if check is not None:
+            check(sample)
         plans = plan(student, teacher, different, sample, recipe)
         total = recipe.total(rows.tokens)
         distillation = Distillation(student, plans, recipe)
@@ -134,8 +145,8 @@ def _padding(tokenizer: Any, teacher: nn.Module) -> int:
 
 @contextlib.contextmanager
 def _ready(
-    student: nn.Module, teacher: nn.Module, recipe: Recipe, different: Sequence[str], device: torch.device
-) -> Iterator[nn.Module]:
+    student: nn.Module, teacher: nn.Module, recipe: Recipe, learning: Collection[str], device: torch.device
+) -> Iterator[None]:
     """Both on the device; the student in float32 with the parameters that learn; all of it undone at the end."""
     undo: list[Callable[[], Any]] = []
     for model in (student, teacher):
@@ -150,7 +161,6 @@ def _ready(
             parameter.data = parameter.data.float()
     wanted = {p: p.requires_grad for p in student.parameters()}
     undo.append(lambda: [p.requires_grad_(w) for p, w in wanted.items()])
-    learning = to_train(student, teacher, list(different), recipe.train)
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(parameter.is_floating_point() and name in learning)
     if recipe.gradient_checkpointing:
@@ -158,7 +168,7 @@ def _ready(
     if recipe.dropout:
         student.train()
     try:
-        yield teacher
+        yield
     finally:
         for step in reversed(undo):
             step()

@@ -235,6 +235,7 @@ def test_models_that_do_not_belong_together() -> None:
         (student, "nowhere", token_ids(), UsageError, "nowhere"),
         (student, 5, token_ids(), UsageError, "int"),
         (student, "model.onnx", token_ids(), UnsupportedModel, "ONNX"),
+        ("model.onnx", teacher, token_ids(), UsageError, "no such file"),
         (student, teacher, token_ids() + VOCABULARY, UsageError, "vocabulary of 96"),
         (student, teacher, {"pixel_values": np.zeros((20, 3, 8, 8), np.float32)}, UsageError, "does not take"),
     ]
