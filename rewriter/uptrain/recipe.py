@@ -54,8 +54,8 @@ class Recipe:
     pretraining_tokens: float | None = None
     batch: int = 8
     window: int = 512
-    learning_rate: float = 3e-4
-    warmup: float = 0.05
+    learning_rate: float = 1e-4
+    warmup: float = 0.1
     weight_decay: float = 0.0
     clip: float = 1.0
     layer_phase: float = 0.2
