@@ -61,7 +61,7 @@ def train(
             check(sample)
         plans = plan(student, teacher, different, sample, recipe)
         total = recipe.total(rows.tokens)
-        distillation = Distillation(student, plans, recipe)
+        distillation = Distillation(student, plans, recipe, sharded=_is_sharded(accelerator))
         loop = Loop(accelerator, distillation, teacher, plans, rows, recipe, total, pad)
         start = loop.restore(folder) if resume and folder is not None else State(0, 0, 0.0, [], {})
         begun = start.step if resume else None
@@ -199,9 +199,13 @@ def _checkpoint_activations(student: nn.Module) -> Callable[[], Any]:
     return off
 
 
+def _is_sharded(accelerator: Any) -> bool:
+    return any(kind in str(accelerator.distributed_type) for kind in SHARDED)
+
+
 def _gathered(accelerator: Any, model: nn.Module) -> dict[str, Any] | None:
     """The student's whole weights, where each process holds a part of them."""
-    if not any(kind in str(accelerator.distributed_type) for kind in SHARDED):
+    if not _is_sharded(accelerator):
         return None
     state = accelerator.get_state_dict(model)
     return {name.removeprefix("student."): tensor for name, tensor in state.items()} if state else {}

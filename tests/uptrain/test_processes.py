@@ -90,3 +90,21 @@ def test_two_processes_make_the_steps_of_one(straight: Path, tmp_path: Path, opt
     assert largest_difference(one, two) < 2e-5
     with pytest.raises(AssertionError):
         torch.testing.assert_close({n: w + 1e-3 for n, w in two.items()}, one, atol=2e-5, rtol=0)
+
+
+def test_sharded_parameters_get_the_gradients_of_whole_ones(tmp_path: Path) -> None:
+    """torch's fully_shard, in both phases; Accelerate itself shards on accelerators only."""
+    out = tmp_path / "gradients.safetensors"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    finished(start(out, launcher=[*launch, "-m", "tests.uptrain.sharded_worker"]))
+    found = load_file(out)
+    whole, sharded = (
+        {n.removeprefix(f"{kind}/"): g for n, g in found.items() if n.startswith(f"{kind}/")}
+        for kind in ("whole", "sharded")
+    )
+    assert set(whole) < set(sharded)
+    assert {name.split("/")[0] for name in whole} == {"layers", "output"}
+    for name, gradient in sharded.items():
+        wished = whole.get(name, torch.zeros_like(gradient))
+        torch.testing.assert_close(gradient, wished, atol=2e-6, rtol=1e-4)
+    assert all(float(whole[n].abs().max()) > 1e-3 for n in whole if n.endswith("v_proj.weight"))
