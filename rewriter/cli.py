@@ -318,8 +318,9 @@ def uptrain(
     ],
     teacher: Annotated[Path, typer.Option("--teacher", metavar="T", help="The original: a Hugging Face directory.")],
     data: Annotated[
-        list[Path], typer.Option("--data", metavar="F", help="Token ids, texts or inputs; may be repeated.")
+        list[Path], typer.Option("--data", metavar="F…", help="Token ids, texts or inputs: one file or several.")
     ],
+    more_data: Annotated[list[Path] | None, typer.Argument(metavar="F", hidden=True)] = None,
     steps: Annotated[int | None, typer.Option("--steps", help="Optimizer steps.")] = None,
     fraction: Annotated[
         float | None, typer.Option("--fraction", help="Part of the pre-training to repeat; 0.05 in the GQA paper.")
@@ -382,7 +383,14 @@ def uptrain(
     }  # fmt: skip
     with _quiet():
         found = run_command(
-            student, teacher, data, places, settings, validation=validation, twin=twin, progress=_flags.progress
+            student,
+            teacher,
+            [*data, *(more_data or ())],
+            places,
+            settings,
+            validation=validation,
+            twin=twin,
+            progress=_flags.progress,
         )
     if found is not None:
         _show(found, "uptrained")

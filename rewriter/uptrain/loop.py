@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from rewriter.errors import RewriteError, UsageError
 from rewriter.uptrain import checkpoint
-from rewriter.uptrain.batch import Batch, collate
+from rewriter.uptrain.batch import Batch, check_vocabulary, collate
 from rewriter.uptrain.measure import measure
 from rewriter.uptrain.objective import Distillation, Phase, Plan, Share, Teacher
 from rewriter.uptrain.observe import modes, restore_modes
@@ -131,7 +131,9 @@ class Loop:
         phase = Phase.LAYERS if step < self.layer_steps else Phase.OUTPUT
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.recipe, step, self.total)
-        tokens = self._collated(rows).tokens
+        whole = self._collated(rows)
+        check_vocabulary(whole, self._teacher_model, "teacher")
+        tokens = whole.tokens
         sums: dict[str, Tensor] = {}
         parts = list(self._mine(rows))
         with _attention(self.accelerator, parts):

@@ -57,6 +57,7 @@ def train(
         pad = _padding(tokenizer, teacher)
         sample = collate(list(rows.validation[: min(4, recipe.batch)]), pad).to(accelerator.device)
         check_vocabulary(sample, teacher, "teacher")
+        check_vocabulary(sample, student, "student")
         if check is not None:
             check(sample)
         plans = plan(student, teacher, different, sample, recipe)

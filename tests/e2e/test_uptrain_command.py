@@ -79,6 +79,21 @@ def test_a_resumed_run_needs_no_more_than_the_folder_and_is_the_same(
     assert "another run" in capsys.readouterr().err and not (tmp_path / "c").exists()
 
 
+def test_data_may_be_several_files_after_one_option_or_after_each(
+    folders: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.save(tmp_path / "more.npy", token_ids(seed=1))
+    more = str(tmp_path / "more.npy")
+    found = []
+    for given in ([more], ["--data", more]):
+        call = ["uptrain", str(folders[0]), "--teacher", str(folders[1]), "--data", str(folders[2]), *given]
+        where = ["-o", str(tmp_path / "out"), "--checkpoints", str(tmp_path / f"run{len(found)}")]
+        assert run([*call, *where, "--steps", "2", "--batch", "4", "--window", "16", "--json"]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert found[0]["data"] == found[1]["data"] == [str(folders[2]), more]
+    assert found[0]["curve"] == found[1]["curve"]
+
+
 def test_the_papers_budget(
     folders: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
