@@ -29,8 +29,10 @@ from rewriter.demo.weights import PLAYS, minilm, play, smollm2
 from rewriter.uptrain.divergence import kl_divergence
 
 CALIBRATION, HELD_OUT = ("lear", "macbeth", "othello"), "hamlet"
-BUDGET, QUICK_BUDGET = 600.0, 40.0
+BUDGET = 600.0
 """Seconds of healing, with all threads at work."""
+MINILM_QUICK, SMOLLM2_QUICK = 40, 6
+"""Steps with --quick: enough to see that it runs, and whither it goes."""
 PROBE = 6
 """Steps that are timed to see how many fit."""
 WINDOW = 512
@@ -94,7 +96,7 @@ def minilm_healed(quick: bool) -> Iterator[Row]:
     before = fidelity._cosine(wished, fidelity._embedded(student, batch))
     rows = [{"input_ids": ids} for ids in tokenizer(texts, truncation=True, max_length=64)["input_ids"]]
     recipe = Recipe(batch=64, window=64, learning_rate=3e-4, layer_phase=0.0, precision=precision(), validation=64)
-    found = healed(student, model, rows, recipe, QUICK_BUDGET if quick else BUDGET)
+    found = healed(student, model, rows, replace(recipe, steps=MINILM_QUICK if quick else None), BUDGET)
     after = fidelity._cosine(wished, fidelity._embedded(student, batch))
     other = dict(tokenizer(help_sentences(256), padding=True, truncation=True, max_length=64, return_tensors="pt"))
     away = fidelity._cosine(fidelity._embedded(model, other), fidelity._embedded(student, other))
@@ -118,6 +120,7 @@ def smollm2_healed(quick: bool) -> Iterator[Row]:
     ids = np.concatenate([_encoded(tokenizer, play(name)).numpy() for name in training_plays()])
     calibration = torch.cat([fidelity._ids(tokenizer, n, 2 if quick else 6) for n in CALIBRATION])
     recipe = Recipe(batch=4, window=256, learning_rate=4e-5, layer_phase=0.0, precision=precision(), validation=4)
+    recipe = replace(recipe, steps=SMOLLM2_QUICK if quick else None)
     steps = 0
     for case, layers, goal in (("last 8 layers", "-8:", None), ("all 30 layers", "all", 1.5)):
         if quick and layers == "all":
@@ -126,7 +129,7 @@ def smollm2_healed(quick: bool) -> Iterator[Row]:
             model, GroupedQuery(1, "joint"), layers=layers, calibration=calibration, verify=False
         )
         before = perplexity(student, held)
-        found = healed(student, model, ids, recipe, QUICK_BUDGET if quick else BUDGET)
+        found = healed(student, model, ids, recipe, BUDGET)
         after, steps = perplexity(student, held), found.done.steps
         yield Row(
             "smollm2 mqa perplexity / base, healed", f"{case}, joint + refit, {steps} steps",
@@ -140,7 +143,7 @@ def smollm2_healed(quick: bool) -> Iterator[Row]:
         del student
     tuned = copy.deepcopy(model)
     alone = replace(recipe, train="all", steps=steps, distillation=0.0, hidden=0.0, language_model=1.0)
-    found = healed(tuned, model, ids, alone, 0.0)
+    found = healed(tuned, model, ids, alone, BUDGET)
     yield Row(
         "smollm2 perplexity / base, healed", f"the original itself, fine-tuned on the same text, {steps} steps",
         perplexity(tuned, held) / base, 1.0, "before", "ratio", base / perplexity(tuned, held), None, None,
