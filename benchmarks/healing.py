@@ -174,8 +174,8 @@ def _encoded(tokenizer: Any, text: str) -> Tensor:
 def healed_table(rows: Sequence[Row]) -> str:
     """Markdown: what healing reached, beside what tells healing from getting used to plays."""
     facts = {
-        "steps": "steps", "tokens": "tokens", "CPU s": "cpu_seconds", "KL": "kl", "other text, before": "other_text_before",
-        "after": "other_text", "its KL": "other_text_kl",
+        "steps": "steps", "tokens": "tokens", "CPU s": "cpu_seconds", "KL": "kl",
+        "other text, before": "other_text_before", "after": "other_text", "its KL": "other_text_kl",
     }  # fmt: skip
     header = ["what", "case", "before", "after", "goal", "met", *facts]
     lines = [[r.name, r.case, r.peer, r.ours, r.goal, r.ok, *map(r.more.get, facts.values())] for r in rows]
