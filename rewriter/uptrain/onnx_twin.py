@@ -118,7 +118,8 @@ def homes(model: ir.Model, twin: nn.Module) -> dict[str, Home]:
 
 def require_whole(twin: nn.Module, teacher: nn.Module, found: Mapping[str, Home]) -> None:
     """Raises UnsupportedModel if something that was rewritten does not lie in the file as the twin has it."""
-    missing = [name for name in changed(twin, teacher) if name not in found]
+    own = {name for name, _ in twin.named_parameters()}
+    missing = [name for name in changed(twin, teacher) if name in own and name not in found]
     if missing:
         raise UnsupportedModel(
             f"the file does not hold the twin's weights: {len(missing)} parameters that differ from the teacher's are "

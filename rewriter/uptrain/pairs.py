@@ -13,9 +13,11 @@ from torch import nn
 
 
 def changed(student: nn.Module, teacher: nn.Module) -> list[str]:
-    """Names of the student's parameters that the teacher lacks, or has with another shape or other numbers."""
-    old = dict(teacher.named_parameters())
-    return [name for name, new in student.named_parameters() if name not in old or not _same(new, old[name])]
+    """Names of the student's parameters that the teacher lacks, or has with another shape or other numbers, and of the
+    teacher's that the student lacks: what took their place may have no parameters of its own."""
+    old, new = dict(teacher.named_parameters()), dict(student.named_parameters())
+    differing = [name for name in new if name not in old or not _same(new[name], old[name])]
+    return [*differing, *(name for name in old if name not in new)]
 
 
 def _same(a: nn.Parameter, b: nn.Parameter) -> bool:
@@ -25,11 +27,11 @@ def _same(a: nn.Parameter, b: nn.Parameter) -> bool:
 def paired_modules(student: nn.Module, teacher: nn.Module, names: list[str]) -> list[str]:
     """Paths of the smallest modules that hold the parameters `names`, one for each repeated block.
 
-    Paths that the teacher lacks are replaced by their nearest parents that it has. The model itself is no pair.
+    Paths that one of them lacks are replaced by their nearest parents in both. The model itself is no pair.
     """
     tree = _tree(names)
-    there = {name for name, _ in teacher.named_modules()}
     modules = dict(student.named_modules())
+    there = {name for name, _ in teacher.named_modules() if name in modules}
     paths = []
     for path in _split(tree, "", modules)[0] if names else ():
         while path and path not in there:
@@ -46,7 +48,7 @@ def to_train(student: nn.Module, teacher: nn.Module, names: list[str], which: st
     if which == "all":
         return everything
     if which == "rewritten":
-        return set(names)
+        return everything & set(names)
     paths = paired_modules(student, teacher, names)
     blocks = tuple(f"{block_around(student, path) or path}." for path in paths)
     return {name for name in everything if name.startswith(blocks)} if blocks else everything

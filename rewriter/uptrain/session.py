@@ -52,6 +52,8 @@ def train(
     _seed(recipe.seed, accelerator.process_index)
     learning = to_train(student, teacher, list(different), recipe.train)
     learning = learning if only is None else learning & set(only)
+    if not learning:
+        raise UsageError("no parameter would learn: what was rewritten has none", hint='train "blocks" or "all"')
     with _ready(student, teacher, recipe, learning, accelerator.device):
         rows = read(data, _reading(teacher, recipe, tokenizer, accelerator.device), validation)
         pad = _padding(tokenizer, teacher)

@@ -110,6 +110,13 @@ def test_pairs_are_what_the_rewrite_changed(build: Any, wished: list[str]) -> No
     assert paired_modules(teacher, teacher, changed(teacher, teacher)) == []
 
 
+def test_a_target_without_parameters_is_paired_where_the_originals_were() -> None:
+    teacher = bert()
+    student = student_of(teacher, "fnet")
+    found = paired_modules(student, teacher, changed(student, teacher))
+    assert len(found) == 2 and all(path.startswith(f"encoder.layer.{i}") for i, path in enumerate(found))
+
+
 def test_blocks_are_found_again_after_everything_was_trained() -> None:
     teacher = llama()
     student = student_of(teacher)

@@ -58,6 +58,16 @@ def test_students_come_nearer_and_everything_else_stays(build: Any) -> None:
     assert moved and all(".layer" in name for name in moved)
 
 
+def test_targets_without_parameters_heal_by_what_is_around_them() -> None:
+    teacher = bert()
+    student = student_of(teacher, "fnet")
+    with pytest.raises(UsageError, match="no parameter would learn") as caught:
+        rewriter.uptrain(student, teacher, padded_rows(), recipe=replace(RECIPE, train="rewritten"))
+    assert "blocks" in caught.value.hint
+    done = rewriter.uptrain(student, teacher, padded_rows(), recipe=replace(RECIPE, steps=60))
+    assert done.compared and done.after.cosine > done.before.cosine + 0.3 * (1 - done.before.cosine)
+
+
 def test_validation_measures_what_the_models_say() -> None:
     teacher = llama()
     student = student_of(teacher)
