@@ -24,18 +24,24 @@ if TYPE_CHECKING:
     from rewriter.inspection import Inspection, inspect, targets
     from rewriter.optimize import Rewritten, load, optimize, save, use_kernels, verify
     from rewriter.profile.compare import profile
+    from rewriter.uptrain.recipe import Recipe
+    from rewriter.uptrain.result import Uptrained
+    from rewriter.uptrain.run import uptrain
 
 __version__ = "0.1.0"
 
 _LAZY = {
     "Inspection": "rewriter.inspection",
+    "Recipe": "rewriter.uptrain.recipe",
     "Rewritten": "rewriter.optimize",
+    "Uptrained": "rewriter.uptrain.result",
     "inspect": "rewriter.inspection",
     "load": "rewriter.optimize",
     "optimize": "rewriter.optimize",
     "profile": "rewriter.profile.compare",
     "save": "rewriter.optimize",
     "targets": "rewriter.inspection",
+    "uptrain": "rewriter.uptrain.run",
     "use_kernels": "rewriter.optimize",
     "verify": "rewriter.optimize",
 }
@@ -44,10 +50,12 @@ __all__ = [
     "Inspection",
     "InvalidModelFile",
     "NothingToRewrite",
+    "Recipe",
     "RewriteError",
     "Rewritten",
     "UnknownTarget",
     "UnsupportedModel",
+    "Uptrained",
     "UsageError",
     "VerificationFailed",
     "__version__",
@@ -57,6 +65,7 @@ __all__ = [
     "profile",
     "save",
     "targets",
+    "uptrain",
     "use_kernels",
     "verify",
 ]

@@ -1,4 +1,4 @@
-"""The command line: inspect, rewrite, verify, profile, kernels, targets, demo.
+"""The command line: inspect, rewrite, verify, profile, kernels, uptrain, targets, demo.
 
 Every command prints tables for people or, with --json, one JSON object on standard output. Errors are one line and
 a hint on standard error; the exit code says whose fault it is (see `rewriter.errors`).
@@ -60,6 +60,22 @@ class Kernels(StrEnum):
     TRITON = "triton"
     CUDA = "cuda"
     CPP = "cpp"
+
+
+class Train(StrEnum):
+    """Which parameters uptraining changes."""
+
+    ALL = "all"
+    BLOCKS = "blocks"
+    REWRITTEN = "rewritten"
+
+
+class Precision(StrEnum):
+    """What uptraining multiplies in."""
+
+    NO = "no"
+    BF16 = "bf16"
+    FP16 = "fp16"
 
 
 class Provider(StrEnum):
@@ -296,6 +312,91 @@ def kernels(
 
 
 @app.command()
+def uptrain(
+    student: Annotated[
+        Path, typer.Argument(metavar="STUDENT", help="The rewritten model: a folder, or an .onnx file.")
+    ],
+    teacher: Annotated[Path, typer.Option("--teacher", metavar="T", help="The original: a Hugging Face directory.")],
+    data: Annotated[
+        list[Path], typer.Option("--data", metavar="F…", help="Token ids, texts or inputs: one file or several.")
+    ],
+    more_data: Annotated[list[Path] | None, typer.Argument(metavar="F", hidden=True)] = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="Optimizer steps.")] = None,
+    fraction: Annotated[
+        float | None, typer.Option("--fraction", help="Part of the pre-training to repeat; 0.05 in the GQA paper.")
+    ] = None,
+    pretraining_tokens: Annotated[
+        float | None, typer.Option("--pretraining-tokens", help="Tokens the teacher was trained on, e.g. 2e12.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="OUT", help="The result; STUDENT-uptrained by default.")
+    ] = None,
+    checkpoints: Annotated[
+        Path | None, typer.Option("--checkpoints", metavar="DIR", help="Where checkpoints go; OUT.run by default.")
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option("--resume", metavar="DIR", help="Go on from the newest checkpoint in this folder.")
+    ] = None,
+    validation: Annotated[
+        Path | None, typer.Option("--validation", help="Held-out data, in a file of its own.")
+    ] = None,
+    batch: Annotated[int | None, typer.Option("--batch", help="Sequences in a step, over all processes.")] = None,
+    window: Annotated[int | None, typer.Option("--window", help="Tokens of a sequence.")] = None,
+    learning_rate: Annotated[float | None, typer.Option("--learning-rate", help="At its peak.")] = None,
+    layer_phase: Annotated[
+        float | None, typer.Option("--layer-phase", help="Part of the steps that trains each block on its own.")
+    ] = None,
+    language_model: Annotated[
+        float | None, typer.Option("--language-model", help="Weight of next-token prediction beside distillation.")
+    ] = None,
+    train: Annotated[Train | None, typer.Option("--train", help="Which parameters learn.")] = None,
+    precision: Annotated[
+        Precision | None, typer.Option("--precision", help="Of products; weights stay float32.")
+    ] = None,
+    accumulate: Annotated[int | None, typer.Option("--accumulate", help="Parts of a step run one by one.")] = None,
+    gradient_checkpointing: Annotated[
+        bool | None, typer.Option("--gradient-checkpointing/--no-gradient-checkpointing", help="Save memory.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Of the data's order.")] = None,
+    save_every: Annotated[int | None, typer.Option("--save-every", help="Steps between checkpoints.")] = None,
+    validate_every: Annotated[int | None, typer.Option("--validate-every", help="Steps between validations.")] = None,
+    twin: Annotated[
+        Path | None, typer.Option("--twin", help="The torch model that an .onnx student was exported from.")
+    ] = None,
+    as_json: Json = False,
+    progress: Progress = False,
+    debug: Debug = False,
+) -> None:
+    """Train a rewritten model towards its original; under `accelerate launch` with several processes."""
+    from rewriter.uptrain.command import Places, run_command
+
+    for model in (student, teacher, *([] if twin is None else [twin])):
+        _require_model(model)
+    places = Places.of(student, output, checkpoints, resume)
+    _require_output(student, places.output)
+    settings = {
+        "steps": steps, "fraction": fraction, "pretraining_tokens": pretraining_tokens, "batch": batch,
+        "window": window, "learning_rate": learning_rate, "layer_phase": layer_phase, "language_model": language_model,
+        "train": train and train.value, "precision": precision and precision.value, "accumulate": accumulate,
+        "gradient_checkpointing": gradient_checkpointing, "seed": seed, "save_every": save_every,
+        "validate_every": validate_every,
+    }  # fmt: skip
+    with _quiet():
+        found = run_command(
+            student,
+            teacher,
+            [*data, *(more_data or ())],
+            places,
+            settings,
+            validation=validation,
+            twin=twin,
+            progress=_flags.progress,
+        )
+    if found is not None:
+        _show(found, "uptrained")
+
+
+@app.command()
 def targets(as_json: Json = False, debug: Debug = False) -> None:
     """List what attention can be rewritten to."""
     import rewriter
@@ -438,8 +539,7 @@ def _print(text: str) -> None:
 def _working(what: str) -> Iterator[None]:
     """Progress on standard error, and whatever libraries print kept off standard output."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(contextlib.redirect_stdout(sys.stderr))
-        stack.enter_context(_environment(_quiet_libraries()))
+        stack.enter_context(_quiet())
         if sys.stderr.isatty():
             from rich.console import Console
             from rich.text import Text
@@ -447,6 +547,13 @@ def _working(what: str) -> Iterator[None]:
             stack.enter_context(Console(stderr=True).status(Text(printable(f"{what} …"))))
         elif _flags.progress:
             print(printable(f"{what} …"), file=sys.stderr, flush=True)
+        yield
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Whatever libraries print is kept off standard output, and their progress bars away."""
+    with contextlib.redirect_stdout(sys.stderr), _environment(_quiet_libraries()):
         yield
 
 

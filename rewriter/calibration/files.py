@@ -16,8 +16,8 @@ from rewriter.errors import UsageError
 KINDS = ".txt or .jsonl (texts), .npy (token ids), .npz or .safetensors (named inputs)"
 
 
-def read_calibration(path: Path) -> Any:
-    """What `optimize` takes as calibration.
+def read_calibration(path: Path, *, what: str = "calibration") -> Any:
+    """What `optimize` takes as calibration; `what` names the file's purpose in errors.
 
     .txt: one text a line. .jsonl: one JSON value a line, a text or an object with a key "text". .npy: integer ids.
     .npz and .safetensors: the model's inputs by name; their first axis is cut into batches of 16 rows.
@@ -25,15 +25,15 @@ def read_calibration(path: Path) -> Any:
     Raises UsageError for a missing, broken, empty or unknown file.
     """
     if not path.is_file():
-        raise UsageError(f"no such calibration file: {path}", hint="check the path")
+        raise UsageError(f"no such {what} file: {path}", hint="check the path")
     from safetensors import SafetensorError
 
     try:
         found = _read(path)
     except (ValueError, OSError, KeyError, TypeError, SafetensorError) as error:
-        raise UsageError(f"the calibration file {path} cannot be read: {error}", hint=f"give {KINDS}") from error
+        raise UsageError(f"the {what} file {path} cannot be read: {error}", hint=f"give {KINDS}") from error
     if not len(found):
-        raise UsageError(f"the calibration file {path} is empty", hint=f"give {KINDS}")
+        raise UsageError(f"the {what} file {path} is empty", hint=f"give {KINDS}")
     return found
 
 

@@ -132,20 +132,20 @@ class OnnxProbe:
 
 def onnx_probe(capture: OnnxCapture, batches: Sequence[Batch]) -> OnnxProbe:
     """Runs of a captured file; raises UsageError if batches do not fit its inputs."""
-    return OnnxProbe(Program(capture), [_fed(capture, batch) for batch in batches])
+    return OnnxProbe(Program(capture), [feeds_of(capture.model, batch) for batch in batches])
 
 
-def _fed(capture: OnnxCapture, batch: Batch) -> dict[Value, Array]:
+def feeds_of(model: ir.Model, batch: Batch) -> dict[Value, Array]:
     """A batch by input name and in the declared type; masks, segments, positions and empty caches are made up."""
-    stored = capture.model.graph.initializers
-    inputs = {v.name: v for v in capture.model.graph.inputs if v.name and v.name not in stored}
+    stored = model.graph.initializers
+    inputs = {v.name: v for v in model.graph.inputs if v.name and v.name not in stored}
     given = dict(zip(inputs, batch.args, strict=False)) | dict(batch.kwargs)
     feeds: dict[Value, Array] = {}
     ids = as_numpy(given["input_ids"]) if "input_ids" in given else None
     for name, value in inputs.items():
         made = as_numpy(given[name]) if name in given else _made_up(name, value, ids)
         if made is None:
-            raise UsageError(f"the calibration batches lack the input {name!r}", hint="give it in each batch")
+            raise UsageError(f"the batches lack the input {name!r}, which the file has", hint="give it in each batch")
         dtype = value.dtype.numpy() if value.dtype is not None else made.dtype
         feeds[name] = np.ascontiguousarray(made, dtype=dtype)
     return feeds

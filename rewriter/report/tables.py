@@ -16,6 +16,7 @@ from rewriter.report.rewrite_report import note_lines, number, requantised_line
 Row = Mapping[str, Any]
 
 _PIPED_WIDTH = 240
+WHEN = ("before", "after")
 
 
 def text(content: RenderableType) -> str:
@@ -146,6 +147,28 @@ def _megabytes(measured: Row) -> float | None:
 def _ratio_cells(before: float | None, after: float | None, form: str) -> tuple[str, str, str]:
     cells = ["-" if value is None else form.format(value) for value in (before, after)]
     return cells[0], cells[1], f"{before / after:.2f}" if before is not None and after else "-"
+
+
+def uptrained(found: Row) -> RenderableType:
+    """How far the student was from its teacher before and after, and what the run took."""
+    names = ("kl", "cosine", "pooled_cosine", "perplexity", "teacher_perplexity")
+    rows = (
+        (name.replace("_", " "), *(number(found[when][name]) for when in WHEN))
+        for name in names
+        if found["before"][name] is not None
+    )
+    facts = f"{found['steps']} steps · {found['tokens']:,} tokens · {found['seconds']:.0f} s · {found['device']}"
+    more = f"{found['processes']} processes · {found['trained_parameters']:,} parameters trained"
+    return Group(
+        Text(printable(f"{facts} · {more}")),
+        table(("held-out data", "before", "after"), rows),
+        Text(
+            printable(
+                f"loss {number(found['curve'][0]['loss'])} at first, {number(found['curve'][-1]['loss'])} at last"
+            )
+        ),
+        Text(printable(f"written to {found['output']}")),
+    )
 
 
 def targets(found: Row) -> RenderableType:

@@ -1,0 +1,84 @@
+"""Checkpoints of a run: written beside their place and moved there whole, so that the newest one is always complete.
+
+A checkpoint holds what Accelerate saves (weights as safetensors, optimizer, random states of each process) and
+run.json: the step, the recipe, the curve. Where the data stand follows from the step.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rewriter.errors import InvalidModelFile, UsageError
+
+RUN = "run.json"
+PREFIX, DRAFT = "step-", ".draft-"
+
+
+def complete(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted(p for p in folder.glob(f"{PREFIX}*") if (p / RUN).is_file()) if folder.is_dir() else []
+
+
+def newest(folder: Path) -> Path:
+    """The newest complete checkpoint; raises UsageError if there is none."""
+    found = complete(folder)
+    if not found:
+        raise UsageError(f"{folder} holds no checkpoint to resume from", hint="start the run without resuming")
+    return found[-1]
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed run left half-written."""
+    for draft in folder.glob(f"{DRAFT}*"):
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def write(accelerator: Any, folder: Path, step: int, run: Mapping[str, Any], keep: int) -> None:
+    """Save the state of all processes after `step` steps; every process calls this. Older checkpoints go."""
+    draft = folder / f"{DRAFT}{step:09d}"
+    try:
+        if accelerator.is_main_process:
+            shutil.rmtree(draft, ignore_errors=True)
+            draft.mkdir(parents=True)
+        accelerator.wait_for_everyone()
+        accelerator.save_state(str(draft))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            (draft / RUN).write_text(json.dumps(dict(run)) + "\n", encoding="utf-8")
+            target = folder / f"{PREFIX}{step:09d}"
+            if target.exists():
+                _remove(target)
+            draft.rename(target)
+            for old in complete(folder)[:-keep]:
+                _remove(old)
+        accelerator.wait_for_everyone()
+    except BaseException:
+        if accelerator.is_main_process:
+            shutil.rmtree(draft, ignore_errors=True)
+        raise
+
+
+def read(checkpoint: Path) -> dict[str, Any]:
+    """A checkpoint's run.json; raises InvalidModelFile if it is broken."""
+    try:
+        found = json.loads((checkpoint / RUN).read_text(encoding="utf-8"))
+        missing = {"step", "recipe", "curve", "drift", "identity"} - set(found)
+        if missing:
+            raise ValueError(f"it lacks {sorted(missing)}")
+    except (OSError, ValueError, TypeError) as error:
+        file = checkpoint / RUN
+        raise InvalidModelFile(
+            f"{file} cannot be read: {error}", hint="remove it to resume from an older one"
+        ) from error
+    return dict(found)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Out of sight at once, then gone: a kill in between leaves nothing that looks complete."""
+    hidden = checkpoint.with_name(f"{DRAFT}old-{checkpoint.name}")
+    checkpoint.rename(hidden)
+    shutil.rmtree(hidden, ignore_errors=True)

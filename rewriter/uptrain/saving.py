@@ -1,0 +1,26 @@
+"""Writing a trained student: a checkpoint folder, or an .onnx file, by one of the processes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from rewriter.model_kinds import is_onnx
+from rewriter.uptrain.result import Uptrained
+
+
+def save(done: Uptrained, path: Path) -> None:
+    """See `Uptrained.save`."""
+    if int(os.environ.get("RANK", "0")):
+        return
+    if is_onnx(done.model):
+        from rewriter.install.onnx_write import save as write_onnx
+
+        write_onnx(done.model, path)
+        return
+    from rewriter.install.persistence import copy_side_files
+    from rewriter.install.persistence import save as write
+
+    write(done.model, path, state_dict=done.state)
+    if done.student_from is not None and done.student_from.is_dir():
+        copy_side_files(done.student_from, path)
