@@ -43,6 +43,10 @@ class Tokens:
     normed: tuple[Array, Array] | None = None
 
 
+class HeadsApart(NotUnderstood):
+    """Two leading axes of an operand hold its heads, and a view that joins them may be understood."""
+
+
 @dataclass(frozen=True)
 class Traced:
     operand: Operand
@@ -332,6 +336,13 @@ def _lead_roles(rows: Array, columns: Array) -> tuple[Array, Array, Axes]:
             return number // heads, number % heads, ("bh",)
         if (row_of == number % batches).all():
             return number % batches, number // batches, ("hb",)
+    if len(lead) == 3:
+        row_of = row_of.reshape(lead)
+        heads = not (_varies(row_of, 1) or _varies(row_of, 2))
+        if heads:
+            raise HeadsApart("its heads lie along two axes, which are not joined to one again")
+        if sum(_varies(row_of, axis) for axis in range(3)) == 1:
+            raise NotUnderstood("its heads lie along two axes, and the batch between or behind them is not read")
     raise NotUnderstood(
         f"scores have {len(lead)} leading axes instead of batch and heads; attention in blocks of tokens is not read"
     )
@@ -544,7 +555,7 @@ class _Lookup:
         code = self.row_code[rows] | self.column_code[columns]
         if (code < 0).any() or np.bincount(ids.reshape(-1) - source.base).max() > 1:
             return None
-        return _name_axes(code, self.fields)
+        return _groups_apart(_name_axes(code, self.fields), self.head[columns])
 
 
 def _order_along(parts: Array, axis: int) -> Array:
@@ -569,6 +580,16 @@ def _name_axes(code: Array, fields: dict[str, int]) -> Axes:
         minor = next(i for i, n in enumerate(names) if ("d" if key == "h" else "s") in n)
         names[minor] = key + names[minor]
     return tuple(names)
+
+
+def _groups_apart(names: Axes, heads: Array) -> Axes:
+    """Where heads run over two axes, the one that counts the heads of a group is named "g"."""
+    axes = [a for a, name in enumerate(names) if name == "h"]
+    if len(axes) != 2:
+        return names
+    origin, *firsts = heads.flat[0], *(heads.take(1, axis=a).flat[0] for a in axes)
+    minor = axes[int(np.argmin([first - origin for first in firsts]))]
+    return tuple("g" if a == minor else name for a, name in enumerate(names))
 
 
 def _seam(tracer: Tracer, value: Value, lookup: _Lookup) -> tuple[Value, Axes, float]:
@@ -693,7 +714,7 @@ def _stem(
 
 def _plain(axes: Axes) -> bool:
     """One axis for each of batch, heads, tokens and features; none of them split in two."""
-    return all(len(a) == 1 for a in axes) and len(set(axes)) == len(axes)
+    return all(len(a) == 1 for a in axes) and len(set(axes)) == len(axes) and "g" not in axes
 
 
 def _is_gate(flow: Flow, later: list[Node], value: Value) -> bool:
