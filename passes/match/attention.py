@@ -10,7 +10,7 @@ import numpy as np
 
 from passes.dataflow import LAYOUT, Flow, Node, Value
 from passes.match.folded import unfolded
-from passes.match.groups import heads_again, joined, require_groups
+from passes.match.groups import joined, require_groups
 from passes.match.learned_query import with_learned_queries
 from passes.match.operands import HeadsApart, Traced, trace_operand
 from passes.match.scores import FreeQuery, NotUnderstood, ScorePath, Unrelated, anchors, score_path, total_bias
@@ -126,9 +126,7 @@ def _query(tracer: Tracer, path: ScorePath) -> tuple[ScorePath, Traced]:
     try:
         return path, _named(tracer, path.q, "query", shared=False)
     except HeadsApart:
-        path = joined(tracer.flow, path)
-        q = _named(tracer, path.q, "query", shared=False)
-        return replace(path, output_view=heads_again(tracer.flow, path.output_view, q.tokens)), q
+        return joined(tracer, path)
     except NotUnderstood:
         found = unfolded(tracer, path)
         if found is None:
@@ -139,8 +137,8 @@ def _query(tracer: Tracer, path: ScorePath) -> tuple[ScorePath, Traced]:
 def _named(tracer: Tracer, view: object, role: str, *, shared: bool) -> Traced:
     try:
         return trace_operand(tracer, view, shared_heads=shared)  # type: ignore[arg-type]
-    except HeadsApart:
-        raise
+    except HeadsApart as error:
+        raise HeadsApart(f"{role}: {error}") from error
     except NotUnderstood as error:
         raise NotUnderstood(f"{role}: {error}") from error
 

@@ -347,7 +347,7 @@ class _Backward:
     def _zeroes_hidden(self, score: Value, factor: Array) -> bool:
         """Whether scores are multiplied by 1, and by 0 just where what follows hides them anyway."""
         shape = self.flow.shape(score)
-        if len(shape) not in (4, 5) or not np.isin(factor, (0, 1)).all() or any(m.kind == "softcap" for m in self.modifiers):
+        if len(shape) != 4 or not np.isin(factor, (0, 1)).all() or any(m.kind == "softcap" for m in self.modifiers):
             return False
         masks = tuple(m for m in reversed(self.modifiers) if m.kind != "sinks")
         hidden = total_bias(self.flow, masks, shape) <= -HIDDEN

@@ -23,7 +23,8 @@ HINT = "rewrite the module the graph was made from instead of the graph"
 def require_known(axes: Sequence[str], *, splittable: bool) -> None:
     """Raises UnsupportedModel for a layout that cannot be written, or, if `splittable`, not taken apart either."""
     mixed = any(len(set(a) - {"h", "d"}) > 1 for a in axes)
-    if sorted("".join(axes)) != sorted(LETTERS) or (splittable and mixed):
+    whole = [a for a in axes if a != "g"] if splittable else axes
+    if sorted("".join(whole)) != sorted(LETTERS) or (splittable and mixed):
         raise UnsupportedModel(f"heads laid out as {tuple(axes)} cannot be rewritten in a graph", hint=HINT)
 
 
@@ -90,5 +91,7 @@ class Emitter:
                 sizes = [known.get(letter, -1) for letter in letters]
                 value = self.call(like, aten.unflatten.int, value, position, sizes)
         have = "".join(axes)
-        order = [have.index(letter) for letter in LETTERS]
-        return value if order == sorted(order) else self.call(like, aten.permute.default, value, order)
+        order = [have.index(letter) for letter in ("bhgsd" if "g" in have else LETTERS)]
+        if order != sorted(order):
+            value = self.call(like, aten.permute.default, value, order)
+        return self.call(like, aten.flatten.using_ints, value, 1, 2) if "g" in have else value
