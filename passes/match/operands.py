@@ -540,9 +540,12 @@ class _Lookup:
         found = self.positions(ids, source)
         if found is None or "dh" in axes:
             return None
-        heads = _order_along(self.head[found[1]], next(i for i, a in enumerate(axes) if "h" in a))
-        features = _order_along(self.feature[found[1]], next(i for i, a in enumerate(axes) if "d" in a))
-        return tuple(int(f) for f in features) if (heads == np.arange(len(heads))).all() else None
+        line = {letter: next((i for i, a in enumerate(axes) if letter in a), None) for letter in "hgd"}
+        assert line["h"] is not None and line["d"] is not None
+        group = 1 if line["g"] is None else ids.shape[line["g"]]
+        heads = _order_along(self.head[found[1]], line["h"])
+        features = _order_along(self.feature[found[1]], line["d"])
+        return tuple(int(f) for f in features) if (heads == group * np.arange(len(heads))).all() else None
 
     def axes(self, ids: Array, source: Source) -> Axes | None:
         """What each axis runs over, if these ids are exactly the operand's elements, each once; else None."""

@@ -28,7 +28,8 @@ def obstacle(capture: OnnxCapture, replacement: Replacement) -> str | None:
             continue
         if unflattened_input(capture, operand) is None:
             return f"the {role} projection reads flattened tokens, and where batch and tokens were apart is not found"
-        if not writable_stem(capture.flow, operand) and not laid_freely(operand):
+        split = role != "query" and "g" in operand.stem_axes
+        if split or (not writable_stem(capture.flow, operand) and not laid_freely(operand)):
             return f"{role} heads laid out as {operand.stem_axes} cannot be written with fewer heads"
     fed = (("keys", site.k), ("values", site.v), *((("queries", site.q),) if feeds_queries(replacement) else ()))
     places = [(what, operand.seam_axes) for what, operand in fed if not laid_freely(operand)]
@@ -37,7 +38,8 @@ def obstacle(capture: OnnxCapture, replacement: Replacement) -> str | None:
         *(() if feeds_queries(replacement) else (("queries", site.q.seam_axes),)),
     ]
     for what, axes in places:
-        if not writable(axes) and not (what != "the output" and heads_apart(axes)):
+        apart = heads_apart(axes) and (what == "queries" or "g" not in axes)
+        if not writable(axes) and not apart:
             return f"{what} laid out as {axes} cannot be rewritten"
     sinks = (m for m in site.modifiers if m.kind == "sinks")
     if any(len(capture.flow.shape(m.value or "")) != (4 if m.apart is None else 5) for m in sinks):
