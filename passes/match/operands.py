@@ -338,13 +338,11 @@ def _lead_roles(rows: Array, columns: Array) -> tuple[Array, Array, Axes]:
             return number % batches, number // batches, ("hb",)
     if len(lead) == 3:
         row_of = row_of.reshape(lead)
-        heads = not (_varies(row_of, 1) or _varies(row_of, 2))
-        if heads:
-            raise HeadsApart("its heads lie along two axes, which are not joined to one again")
-        if sum(_varies(row_of, axis) for axis in range(3)) == 1:
-            raise NotUnderstood("its heads lie along two axes, and the batch between or behind them is not read")
+        if not (_varies(row_of, 1) or _varies(row_of, 2)):
+            raise HeadsApart("its heads lie along two axes, the query's do not")
     raise NotUnderstood(
-        f"scores have {len(lead)} leading axes instead of batch and heads; attention in blocks of tokens is not read"
+        f"its {len(lead)} leading axes are not a batch and heads, nor a batch, groups and heads, in this order; "
+        "attention in blocks of tokens is not read"
     )
 
 
