@@ -79,7 +79,8 @@ class Operand:
         seam: the last value on the way to the anchor that holds exactly the distinct heads; "" where heads are repeated
             before they are rotated or normalised, so that only values above that hold each once.
         seam_axes: what each axis of the seam is, major part first where one axis holds two: ("b", "h", "s", "d")
-            or ("bh", "s", "d").
+            or ("bh", "s", "d"). A query's heads may lie along two: ("b", "h", "g", "s", "d") has groups on axis "h" and
+            the heads of each group on axis "g".
         path: indices of the nodes from the projection's output to the seam (without one, to the anchor), in order.
         stem: the last value that is a pure re-layout of the projection and holds exactly the distinct heads; whatever
             lies between stem and seam (norm, rotation, cache) treats heads alike and works on fewer of them.
@@ -131,11 +132,13 @@ class Modifier:
             columns [B, heads, S, n] that take part in the softmax and are dropped after it (always last).
         value: name of the live tensor, broadcastable to [B, heads, S, T] (or [B * heads, S, T]).
         number: factor of a bias, what masked scores become, or softcap's constant.
+        apart: (KV, G) where `value` is broadcastable to [B, KV, G, S, T] instead: its heads lie along two axes.
     """
 
     kind: Literal["bias", "mask", "unmask", "causal", "softcap", "sinks"]
     value: Value | None = None
     number: float | None = None
+    apart: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ import numpy as np
 
 from passes.dataflow import LAYOUT, Flow, Node, Value
 from passes.match.folded import unfolded
+from passes.match.groups import joined, require_groups
 from passes.match.learned_query import with_learned_queries
-from passes.match.operands import Traced, trace_operand
+from passes.match.operands import HeadsApart, Traced, trace_operand
 from passes.match.scores import FreeQuery, NotUnderstood, ScorePath, Unrelated, anchors, score_path, total_bias
 from passes.provenance import PASS_THROUGH, Tracer, projection_at, rounded
 from passes.replay import TOLERANCES, replay
@@ -80,6 +81,7 @@ def match_anchor(tracer: Tracer, anchor: Node, name: str, layer: int) -> tuple[A
     path, q = _query(tracer, score_path(flow, anchor))
     k = _named(tracer, path.k, "key", shared=True)
     v = _named(tracer, path.v, "value", shared=True)
+    require_groups(flow, path, k, v)
     heads = q.operand.heads
     group = _group(k, heads)
     if group != _group(v, heads):
@@ -123,6 +125,8 @@ def match_anchor(tracer: Tracer, anchor: Node, name: str, layer: int) -> tuple[A
 def _query(tracer: Tracer, path: ScorePath) -> tuple[ScorePath, Traced]:
     try:
         return path, _named(tracer, path.q, "query", shared=False)
+    except HeadsApart:
+        return joined(tracer, path)
     except NotUnderstood:
         found = unfolded(tracer, path)
         if found is None:
@@ -133,6 +137,8 @@ def _query(tracer: Tracer, path: ScorePath) -> tuple[ScorePath, Traced]:
 def _named(tracer: Tracer, view: object, role: str, *, shared: bool) -> Traced:
     try:
         return trace_operand(tracer, view, shared_heads=shared)  # type: ignore[arg-type]
+    except HeadsApart as error:
+        raise HeadsApart(f"{role}: {error}") from error
     except NotUnderstood as error:
         raise NotUnderstood(f"{role}: {error}") from error
 

@@ -12,8 +12,9 @@ from dataclasses import replace
 import numpy as np
 
 from passes.dataflow import LAYOUT, Flow, Value
+from passes.match.head_axis import with_heads_together
 from passes.match.operands import Traced, trace_operand
-from passes.match.scores import NotUnderstood, OperandView, ScorePath
+from passes.match.scores import NotUnderstood, ScorePath
 from passes.provenance import PASS_THROUGH, Tracer
 from passes.site import Modifier
 
@@ -42,23 +43,12 @@ def unfolded(tracer: Tracer, path: ScorePath) -> tuple[ScorePath, Traced] | None
         keys = flow.shape(path.k.value)[path.k.token_axis]
         shape = (batch, query.operand.heads, tokens, keys)
         modifiers = tuple(_modifier(flow, m, group, shape) for m in path.modifiers)
-        output = _after(flow, path.output_view, group)
-        return replace(path, q=view, modifiers=modifiers, output_view=output), query
+        output = replace(path.output_view, fold=group)
+        found = with_heads_together(flow, replace(path, q=view, modifiers=modifiers, output_view=output), query.tokens)
+        if found is None:
+            raise NotUnderstood("query heads are folded into rows, and the output is not unfolded")
+        return found, query
     return None
-
-
-def _after(flow: Flow, view: OperandView, group: int) -> OperandView:
-    """The output, where its rows are heads again."""
-    wanted = replace(view, fold=group).arranged(flow.value(view.value))
-    value = view.value
-    for _ in range(STEPS):
-        readers = flow.live_readers(value)
-        if len(readers) != 1 or readers[0].op not in LAYOUT | PASS_THROUGH:
-            break
-        value = readers[0].outputs[0]
-        if flow.shape(value) == wanted.shape and np.array_equal(flow.value(value), wanted, equal_nan=True):
-            return OperandView(value, -2, -1)
-    raise NotUnderstood("query heads are folded into rows, and the output is not unfolded")
 
 
 def _modifier(flow: Flow, modifier: Modifier, group: int, shape: Shape) -> Modifier:

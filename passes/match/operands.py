@@ -43,6 +43,10 @@ class Tokens:
     normed: tuple[Array, Array] | None = None
 
 
+class HeadsApart(NotUnderstood):
+    """Two leading axes of an operand hold its heads, and a view that joins them may be understood."""
+
+
 @dataclass(frozen=True)
 class Traced:
     operand: Operand
@@ -332,8 +336,13 @@ def _lead_roles(rows: Array, columns: Array) -> tuple[Array, Array, Axes]:
             return number // heads, number % heads, ("bh",)
         if (row_of == number % batches).all():
             return number % batches, number // batches, ("hb",)
+    if len(lead) == 3:
+        row_of = row_of.reshape(lead)
+        if not (_varies(row_of, 1) or _varies(row_of, 2)):
+            raise HeadsApart("its heads lie along two axes, the query's do not")
     raise NotUnderstood(
-        f"scores have {len(lead)} leading axes instead of batch and heads; attention in blocks of tokens is not read"
+        f"its {len(lead)} leading axes are not a batch and heads, nor a batch, groups and heads, in this order; "
+        "attention in blocks of tokens is not read"
     )
 
 
@@ -529,9 +538,12 @@ class _Lookup:
         found = self.positions(ids, source)
         if found is None or "dh" in axes:
             return None
-        heads = _order_along(self.head[found[1]], next(i for i, a in enumerate(axes) if "h" in a))
-        features = _order_along(self.feature[found[1]], next(i for i, a in enumerate(axes) if "d" in a))
-        return tuple(int(f) for f in features) if (heads == np.arange(len(heads))).all() else None
+        line = {letter: next((i for i, a in enumerate(axes) if letter in a), None) for letter in "hgd"}
+        assert line["h"] is not None and line["d"] is not None
+        group = 1 if line["g"] is None else ids.shape[line["g"]]
+        heads = _order_along(self.head[found[1]], line["h"])
+        features = _order_along(self.feature[found[1]], line["d"])
+        return tuple(int(f) for f in features) if (heads == group * np.arange(len(heads))).all() else None
 
     def axes(self, ids: Array, source: Source) -> Axes | None:
         """What each axis runs over, if these ids are exactly the operand's elements, each once; else None."""
@@ -544,7 +556,7 @@ class _Lookup:
         code = self.row_code[rows] | self.column_code[columns]
         if (code < 0).any() or np.bincount(ids.reshape(-1) - source.base).max() > 1:
             return None
-        return _name_axes(code, self.fields)
+        return _groups_apart(_name_axes(code, self.fields), self.head[columns])
 
 
 def _order_along(parts: Array, axis: int) -> Array:
@@ -569,6 +581,16 @@ def _name_axes(code: Array, fields: dict[str, int]) -> Axes:
         minor = next(i for i, n in enumerate(names) if ("d" if key == "h" else "s") in n)
         names[minor] = key + names[minor]
     return tuple(names)
+
+
+def _groups_apart(names: Axes, heads: Array) -> Axes:
+    """Where heads run over two axes, the one that counts the heads of a group is named "g"."""
+    axes = [a for a, name in enumerate(names) if name == "h"]
+    if len(axes) != 2:
+        return names
+    origin, *firsts = heads.flat[0], *(heads.take(1, axis=a).flat[0] for a in axes)
+    minor = axes[int(np.argmin([first - origin for first in firsts]))]
+    return tuple("g" if a == minor else name for a, name in enumerate(names))
 
 
 def _seam(tracer: Tracer, value: Value, lookup: _Lookup) -> tuple[Value, Axes, float]:
@@ -693,7 +715,7 @@ def _stem(
 
 def _plain(axes: Axes) -> bool:
     """One axis for each of batch, heads, tokens and features; none of them split in two."""
-    return all(len(a) == 1 for a in axes) and len(set(axes)) == len(axes)
+    return all(len(a) == 1 for a in axes) and len(set(axes)) == len(axes) and "g" not in axes
 
 
 def _is_gate(flow: Flow, later: list[Node], value: Value) -> bool:

@@ -56,6 +56,7 @@ class OperandView:
         token_axis, feature_axis: which axes are tokens and features.
         heads: set if the feature axis holds this many heads side by side (fused operators with 3-D inputs).
         fold: how many heads the token axis holds one after the other, for each one on the axis before it.
+        apart: whether heads lie along the last two leading axes instead of one: groups, and the heads of a group.
     """
 
     value: Value
@@ -63,10 +64,14 @@ class OperandView:
     feature_axis: int
     heads: int | None = None
     fold: int = 1
+    apart: bool = False
 
     def arranged(self, array: Array) -> Array:
-        """[lead..., tokens, features] of the recorded value, folded heads joined to those before them."""
+        """[lead..., tokens, features] of the recorded value, heads on one axis: those folded or apart are joined."""
         array = np.moveaxis(array, (self.token_axis, self.feature_axis), (-2, -1))
+        if self.apart:
+            *lead, groups, heads, rows, features = array.shape
+            return array.reshape(*lead, groups * heads, rows, features)
         if self.fold == 1:
             return array
         *lead, heads, rows, features = array.shape
@@ -99,6 +104,8 @@ class ScorePath:
     """Whether a number per row is subtracted before the softmax: scores are then known up to it."""
     roundings: tuple[Rounding, ...] = ()
     """Fake quantisation between the contraction and the softmax, in order; `after` counts modifiers."""
+    ranks: tuple[int, ...] = ()
+    """How many axes the scores have where each modifier meets them; empty for fused anchors."""
 
 
 def anchors(flow: Flow) -> list[Node]:
@@ -193,11 +200,12 @@ def _written_out(flow: Flow, softmax: Node) -> ScorePath:
     alpha, beta = (float(back.contraction.attrs.get(n, 1.0)) for n in ("alpha", "beta"))
     first = () if added is None else (Modifier("bias", added, back.scale * beta),)
     modifiers = (*first, *reversed(back.modifiers))
+    ranks = (*(3 for _ in first), *reversed(back.ranks))
     roundings = tuple(replace(r, after=len(modifiers) - r.after) for r in reversed(back.roundings))
     return ScorePath(
         softmax, q, k, mixes.v, back.scale * alpha, modifiers, softmax.inputs[0], mixes.output,
         (back.contraction.index, *back.nodes, softmax.index, *mixes.nodes), mixes.zero_nan,
-        back.shifted, roundings,
+        back.shifted, roundings, ranks,
     )  # fmt: skip
 
 
@@ -214,6 +222,7 @@ class _Backward:
     nodes: list[int] = field(default_factory=list)
     shifted: bool = False
     roundings: list[Rounding] = field(default_factory=list)
+    ranks: list[int] = field(default_factory=list)
     contraction: Node = field(init=False)
 
     def run(self, value: Value) -> _Backward:
@@ -231,6 +240,7 @@ class _Backward:
                 self.contraction = node
                 return self
             value = self._step(node)
+            self.ranks += [len(self.flow.shape(node.outputs[0]))] * (len(self.modifiers) - len(self.ranks))
             self.nodes.append(node.index)
 
     def _refuse_mixed_heads(self, projection: Node) -> None:
@@ -436,15 +446,18 @@ def _qk_operands(flow: Flow, node: Node) -> tuple[OperandView, OperandView, Valu
     if node.op == "Einsum":
         first, second, result = einsum_terms(flow, node)
         shared = [c for c in first if c in second and c not in result]
-        own_a = [c for c in first if c not in second and c in result]
-        own_b = [c for c in second if c not in first and c in result]
-        if len(shared) == len(own_a) == len(own_b) == 1 and result[-2:] == own_a[0] + own_b[0]:
-            view_a = OperandView(a, first.index(own_a[0]), first.index(shared[0]))
-            return view_a, OperandView(b, second.index(own_b[0]), second.index(shared[0])), None
-        if len(shared) == len(own_a) == len(own_b) == 1 and result[-2:] == own_b[0] + own_a[0]:
-            view_a = OperandView(a, first.index(own_a[0]), first.index(shared[0]))
-            return OperandView(b, second.index(own_b[0]), second.index(shared[0])), view_a, None
+        for (x, x_term), (y, y_term) in (((a, first), (b, second)), ((b, second), (a, first))):
+            if len(shared) == 1 and _asks(x_term, y_term, result):
+                query = OperandView(x, x_term.index(result[-2]), x_term.index(shared[0]))
+                return query, OperandView(y, y_term.index(result[-1]), y_term.index(shared[0])), None
     raise NotUnderstood(f"scores come from a {node.op} whose axes are not understood")
+
+
+def _asks(query: str, key: str, result: str) -> bool:
+    """Whether an Einsum's result ends in the query's tokens and the key's; the query may have one more axis, groups."""
+    own = [c for c in query if c not in key and c in result]
+    tokens = [c for c in key if c not in query and c in result]
+    return tokens == [result[-1]] and result[-2] in own and len(own) <= 2
 
 
 def _require_projected(flow: Flow, value: Value) -> None:
@@ -597,8 +610,7 @@ def total_bias(flow: Flow, modifiers: tuple[Modifier, ...], shape: tuple[int, in
 def apply_modifier(flow: Flow, modifier: Modifier, scores: Array) -> Array:
     """One modifier on scores [B, H, S, T], float64; sinks make them wider."""
     if modifier.kind == "sinks":
-        assert modifier.value is not None
-        columns = unfuse_heads(flow.value(modifier.value).astype(np.float64), scores.shape)
+        columns = _by_head(flow, modifier, scores.shape).astype(np.float64)
         wide = np.broadcast_to(columns, (*scores.shape[:-1], columns.shape[-1]))
         return np.concatenate([scores, wide], axis=-1)
     if modifier.kind == "softcap":
@@ -608,12 +620,28 @@ def apply_modifier(flow: Flow, modifier: Modifier, scores: Array) -> Array:
         rows, columns = scores.shape[-2:]
         keep = np.arange(columns)[None] <= np.arange(rows)[:, None] + (columns - rows)
         return np.where(keep, scores, -np.inf)
-    assert modifier.value is not None and modifier.number is not None
-    operand = unfuse_heads(flow.value(modifier.value), scores.shape)
+    assert modifier.number is not None
+    operand = _by_head(flow, modifier, scores.shape)
     if modifier.kind == "bias":
         return np.asarray(scores + operand.astype(np.float64) * modifier.number)
     keep = operand.astype(bool) if modifier.kind == "mask" else ~operand.astype(bool)
     return np.where(keep, scores, modifier.number)
+
+
+def _by_head(flow: Flow, modifier: Modifier, shape: tuple[int, ...]) -> Array:
+    """A modifier's tensor, broadcastable to [B, H, S, T]."""
+    assert modifier.value is not None
+    array = flow.value(modifier.value)
+    return unfuse_heads(array, shape) if modifier.apart is None else join_heads(array, modifier.apart)
+
+
+def join_heads(array: Array, apart: tuple[int, int]) -> Array:
+    """What broadcasts to [B, KV, G, S, T], as what broadcasts to [B, KV * G, S, T]; `apart` is (KV, G)."""
+    array = array.reshape((1,) * (5 - array.ndim) + array.shape)
+    batch, *heads, rows, columns = array.shape
+    if heads == [1, 1]:
+        return array.reshape(batch, 1, rows, columns)
+    return np.broadcast_to(array, (batch, *apart, rows, columns)).reshape(batch, -1, rows, columns)
 
 
 def unfuse_heads(array: Array, shape: tuple[int, ...]) -> Array:

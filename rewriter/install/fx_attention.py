@@ -83,7 +83,11 @@ def mask_of(
         assert modifier.value is not None
         value = node(modifier.value)
         part = _kept(emitter, like, modifier, value) if boolean else _added(emitter, like, site, modifier, value, view)
-        part = _by_head(emitter, like, part, view.flow.shape(modifier.value), site.heads)
+        shape = view.flow.shape(modifier.value)
+        if modifier.apart is None:
+            part = _by_head(emitter, like, part, shape, site.heads)
+        else:
+            part = _joined(emitter, like, part, shape, modifier.apart)
         joined = aten.logical_and.default if boolean else aten.add.Tensor
         total = part if total is None else emitter.call(like, joined, total, part)
     return None if total is None else Mask(total, boolean)
@@ -127,3 +131,13 @@ def _by_head(emitter: Emitter, like: FxNode, part: FxNode, shape: tuple[int, ...
     for _ in range(2 - len(shape)):
         part = emitter.call(like, aten.unsqueeze.default, part, 0)
     return part
+
+
+def _joined(emitter: Emitter, like: FxNode, part: FxNode, shape: tuple[int, ...], apart: tuple[int, int]) -> FxNode:
+    """What broadcasts to [B, KV, G, S, T], as what broadcasts to [B, KV * G, S, T]; `apart` is (KV, G)."""
+    for _ in range(5 - len(shape)):
+        part = emitter.call(like, aten.unsqueeze.default, part, 0)
+    by_head = (1, 1, 1, *shape)[-4:-2] != (1, 1)
+    if by_head:
+        part = emitter.call(like, aten.expand.default, part, [-1, *apart, -1, -1])
+    return emitter.call(like, aten.flatten.using_ints, part, 1, 2)

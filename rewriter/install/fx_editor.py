@@ -126,7 +126,8 @@ class Editor:
             plans.append(self._plan_operand(site, "q", site.q, site.heads, weight, bias))
         if not (site.k.seam and site.v.seam):
             raise UnsupportedModel("its heads are repeated before they are rotated", hint=HINT)
-        for axes in (site.q.seam_axes, site.k.seam_axes, site.v.seam_axes):
+        require_known(site.q.seam_axes, splittable=True, apart=True)
+        for axes in (site.k.seam_axes, site.v.seam_axes):
             require_known(axes, splittable=True)
         require_known(site.output_axes, splittable=False)
         masks = [m.value for m in site.modifiers if m.value is not None]
@@ -139,7 +140,7 @@ class Editor:
         self, site: AttentionSite, role: str, operand: Operand, heads: int, weight: Array, bias: Array | None
     ) -> Reprojection:
         self.node(operand.stem)
-        require_known(operand.stem_axes, splittable=False)
+        require_known(operand.stem_axes, splittable=False, apart=role == "q")
         if heads != operand.heads:
             self._require_private(site, role, operand)
         changes = tuple(resizes(self.flow, self._nodes, operand, heads))
@@ -240,11 +241,12 @@ class Editor:
         axes = operand.stem_axes
         if operand.seam == operand.stem and not operand.presents:
             axes = tuple(LETTERS)  # nothing lies between: lay heads out as attention wants them
+        group = self.flow.shape(operand.stem)[axes.index("g")] if "g" in axes else 1
         weight, bias = (self._parameter(site, planned, part) for part in ("weight", "bias"))
         with self.graph.inserting_before(stem.next):
             out = self.emitter.call(like, aten.linear.default, self.node(planned.input), weight, bias)
             out = self.emitter.call(like, aten.unflatten.int, out, 2, [heads, operand.dim])
-            out = self.emitter.arranged(like, out, "bshd" if operand.batch_first else "sbhd", axes)
+            out = self.emitter.arranged(like, out, "bshd" if operand.batch_first else "sbhd", axes, group)
             wanted = self.view.tensors[operand.stem].dtype  # a cast may lie between projection and stem
             if wanted != self.view.tensors[operand.projection.output].dtype:
                 out = self.emitter.call(like, aten.to.dtype, out, wanted)

@@ -20,8 +20,13 @@ LETTERS = "bhsd"
 HINT = "rewrite the module the graph was made from instead of the graph"
 
 
-def require_known(axes: Sequence[str], *, splittable: bool) -> None:
-    """Raises UnsupportedModel for a layout that cannot be written, or, if `splittable`, not taken apart either."""
+def require_known(axes: Sequence[str], *, splittable: bool, apart: bool = False) -> None:
+    """Raises UnsupportedModel for a layout that cannot be written, or, if `splittable`, not taken apart either.
+
+    `apart`: heads may lie along two axes, groups and next to them the heads of a group.
+    """
+    if apart and "hg" in "".join(axes):
+        axes = [a for a in axes if a != "g"]
     mixed = any(len(set(a) - {"h", "d"}) > 1 for a in axes)
     if sorted("".join(axes)) != sorted(LETTERS) or (splittable and mixed):
         raise UnsupportedModel(f"heads laid out as {tuple(axes)} cannot be rewritten in a graph", hint=HINT)
@@ -67,14 +72,19 @@ class Emitter:
         except (RuntimeError, ValueError) as error:
             raise UnsupportedModel(f"{node.name} does not take the new number of heads: {error}", hint=HINT) from error
 
-    def arranged(self, like: FxNode, value: FxNode, have: str, axes: Sequence[str]) -> FxNode:
-        """Four axes in the order `have`, as axes that hold one or several of them (or none, of size 1)."""
-        order = [have.index(letter) for letter in "".join(axes)]
+    def arranged(self, like: FxNode, value: FxNode, have: str, axes: Sequence[str], group: int = 1) -> FxNode:
+        """Four axes in the order `have`, as axes that hold one or several of them (or none, of size 1).
+
+        An axis "g" behind "h" has the heads of each group, of which there are `group`.
+        """
+        order = [have.index(letter) for letter in "".join(axes) if letter != "g"]
         if order != sorted(order):
             value = self.call(like, aten.permute.default, value, order)
         for position, letters in enumerate(axes):
             if not letters:
                 value = self.call(like, aten.unsqueeze.default, value, position)
+            elif letters == "g":
+                value = self.call(like, aten.unflatten.int, value, position - 1, [-1, group])
             elif len(letters) > 1:
                 value = self.call(like, aten.flatten.using_ints, value, position, position + len(letters) - 1)
         return value
@@ -90,5 +100,7 @@ class Emitter:
                 sizes = [known.get(letter, -1) for letter in letters]
                 value = self.call(like, aten.unflatten.int, value, position, sizes)
         have = "".join(axes)
-        order = [have.index(letter) for letter in LETTERS]
-        return value if order == sorted(order) else self.call(like, aten.permute.default, value, order)
+        order = [have.index(letter) for letter in ("bhgsd" if "g" in have else LETTERS)]
+        if order != sorted(order):
+            value = self.call(like, aten.permute.default, value, order)
+        return self.call(like, aten.flatten.using_ints, value, 1, 2) if "g" in have else value

@@ -27,6 +27,8 @@ from rewriter.install.onnx_obstacles import (
     HEADS_IN_BATCH,
     feeds_queries,
     fused_shape,
+    group_size,
+    heads_apart,
     laid_freely,
     unflattened_input,
 )
@@ -159,7 +161,8 @@ class _Editor:
             axes = ("b", "s", "hd") if kept.flat else ("b", "h", "s", "d")
         elif laid_freely(operand):
             axes = ("b", "h", "s", "d")
-        out = self._arrange(nodes, out, tokens, axes, heads, operand.dim, f"{site.name}.{role}")
+        group = group_size(self.capture.flow, operand)
+        out = self._arrange(nodes, out, tokens, axes, heads, operand.dim, f"{site.name}.{role}", group)
         producer = stem.producer()
         assert producer is not None
         self.graph.insert_after(producer, nodes)
@@ -219,11 +222,12 @@ class _Editor:
         heads: int,
         dim: int,
         name: str,
+        group: int = 1,
     ) -> ir.Value:
-        """[tokens..., heads * dim] as the stem is laid out."""
+        """[tokens..., heads * dim] as the stem is laid out; `group` is the size of an axis "g"."""
         if axes == (*tokens, "hd"):
             return value
-        wanted = "".join(axes)
+        wanted = "".join(axes).replace("g", "")  # behind "h"; a last Reshape takes them apart
         value = self.write.op(
             nodes, "Reshape", [value, self.write.ints([0, 0, heads, dim], f"{name}.split")], f"{name}.heads"
         )
@@ -231,11 +235,11 @@ class _Editor:
         perm = [have.index(a) for a in wanted]
         if perm != [0, 1, 2, 3]:
             value = self.write.op(nodes, "Transpose", [value], f"{name}.ordered", perm=perm)
-        if all(len(a) == 1 for a in axes):
+        if all(len(a) == 1 for a in axes) and "g" not in axes:
             return value
         if axes in HEADS_IN_BATCH:
             return self._lead(nodes, value, [-1], [2, 3], f"{name}.arranged")
-        shape = fused_shape(axes, heads, dim)
+        shape = fused_shape(axes, heads, dim, group)
         assert shape is not None  # sites laid out otherwise are not installed
         return self.write.op(nodes, "Reshape", [value, self.write.ints(shape, f"{name}.fused")], f"{name}.arranged")
 
@@ -406,6 +410,11 @@ class _Editor:
             shape = self.write.ints([0, 0, heads, -1], f"{name}.split_shape")
             split = self.write.op(nodes, "Reshape", [value, shape], f"{name}.split")
             return self.write.op(nodes, "Transpose", [split], f"{name}.canonical", perm=[0, 2, 1, 3])
+        if heads_apart(axes):
+            perm = [[a or "g" for a in axes].index(letter) for letter in "bhgsd"]
+            if perm != sorted(perm):
+                value = self.write.op(nodes, "Transpose", [value], f"{name}.apart", perm=perm)
+            return self._lead(nodes, value, [-1, heads], [3, 4], f"{name}.canonical")
         raise AssertionError(f"queries, keys or values laid out as {axes} are not installed")
 
     def _from_canonical(self, nodes: list[ir.Node], value: ir.Value, site: AttentionSite) -> ir.Value:
@@ -455,9 +464,21 @@ class _Editor:
             fill = self.write.scalar(masked, dtype, f"{name}.masked")
             pair = [zero, fill] if modifier.kind == "mask" else [fill, zero]
             value = self.write.op(nodes, "Where", [value, *pair], name)
+        if modifier.apart is not None:
+            return self._joined(nodes, value, self.capture.flow.shape(modifier.value), modifier.apart, name)
         if len(self.capture.flow.shape(modifier.value)) == 3 and self.capture.flow.shape(modifier.value)[0] != 1:
             value = self._lead(nodes, value, [-1, heads], [1, 2], f"{name}.by_head")
         return value
+
+    def _joined(
+        self, nodes: list[ir.Node], value: ir.Value, shape: tuple[int, ...], apart: tuple[int, int], name: str
+    ) -> ir.Value:
+        """What broadcasts to [B, KV, G, S, T], as what broadcasts to [B, KV * G, S, T]; `apart` is (KV, G)."""
+        by_head = (1, 1, 1, *shape)[-4:-2] != (1, 1)
+        groups, heads = apart if by_head else (1, 1)
+        wide = self.write.ints([1, groups, heads, 1, 1], f"{name}.apart")
+        value = self.write.op(nodes, "Expand", [value, wide], f"{name}.wide")
+        return self._lead(nodes, value, [-1, groups * heads], [3, 4], f"{name}.joined")
 
     def _bias_has_queries(self, site: AttentionSite) -> bool:
         """Whether masks and biases have a row per query, which onnxruntime's Attention insists on."""
@@ -485,7 +506,13 @@ class _Editor:
         self.model.functions.setdefault(body.identifier(), body)
         self.model.opset_imports.setdefault(DOMAIN, 1)
         self.model.ir_version = max(self.model.ir_version, 8)
-        sinks = [self.value(m.value) for m in replacement.site.modifiers if m.kind == "sinks" and m.value]
+        sinks = []
+        for m in (m for m in replacement.site.modifiers if m.kind == "sinks" and m.value):
+            assert m.value is not None
+            sinks.append(self.value(m.value))
+            if m.apart is not None:
+                shape, name = self.capture.flow.shape(m.value), f"{replacement.site.name}.sinks"
+                sinks[-1] = self._joined(nodes, sinks[-1], shape, m.apart, name)
         node = ir.Node(
             DOMAIN,
             function_name(spec),

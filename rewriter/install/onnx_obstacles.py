@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from passes.dataflow import Value
+from passes.dataflow import Flow, Value
 from passes.site import Operand
 from passes.targets.replacement import Replacement
 from rewriter.capture.onnx_file import OnnxCapture, unflattened
@@ -28,7 +28,8 @@ def obstacle(capture: OnnxCapture, replacement: Replacement) -> str | None:
             continue
         if unflattened_input(capture, operand) is None:
             return f"the {role} projection reads flattened tokens, and where batch and tokens were apart is not found"
-        if not writable_stem(operand) and not laid_freely(operand):
+        split = role != "query" and "g" in operand.stem_axes
+        if split or (not writable_stem(capture.flow, operand) and not laid_freely(operand)):
             return f"{role} heads laid out as {operand.stem_axes} cannot be written with fewer heads"
     fed = (("keys", site.k), ("values", site.v), *((("queries", site.q),) if feeds_queries(replacement) else ()))
     places = [(what, operand.seam_axes) for what, operand in fed if not laid_freely(operand)]
@@ -37,9 +38,11 @@ def obstacle(capture: OnnxCapture, replacement: Replacement) -> str | None:
         *(() if feeds_queries(replacement) else (("queries", site.q.seam_axes),)),
     ]
     for what, axes in places:
-        if not writable(axes):
+        apart = heads_apart(axes) and (what == "queries" or "g" not in axes)
+        if not writable(axes) and not apart:
             return f"{what} laid out as {axes} cannot be rewritten"
-    if any(m.kind == "sinks" and len(capture.flow.shape(m.value or "")) != 4 for m in site.modifiers):
+    sinks = (m for m in site.modifiers if m.kind == "sinks")
+    if any(len(capture.flow.shape(m.value or "")) != (4 if m.apart is None else 5) for m in sinks):
         return "its attention sinks are not laid out by batch, head and query"
     return None
 
@@ -80,7 +83,7 @@ def _one_sequence(capture: OnnxCapture, operand: Operand) -> bool:
 
 def laid_freely(operand: Operand) -> bool:
     """Whether attention alone reads the stem, so that new heads may lie there as it wants them."""
-    apart = all(len(a) == 1 or a == "bh" for a in operand.stem_axes)
+    apart = all(len(a) <= 1 or a == "bh" for a in operand.stem_axes)
     return operand.seam == operand.stem and not operand.presents and apart
 
 
@@ -89,16 +92,32 @@ def writable(axes: tuple[str, ...]) -> bool:
     return (len(axes) == 4 and set(axes) == set("bhsd")) or axes in _WRITABLE
 
 
-def writable_stem(operand: Operand) -> bool:
+def heads_apart(axes: tuple[str, ...]) -> bool:
+    """Whether heads lie along two axes, "h" and "g" (of size 1 where it has no name), and all else has one each."""
+    return sorted(a or "g" for a in axes) == sorted("bhgsd")
+
+
+def writable_stem(flow: Flow, operand: Operand) -> bool:
     """Layouts that a new projection can be given."""
     axes = operand.stem_axes
-    apart = len(axes) == 4 and set(axes) == set("bhsd")
-    return apart or axes in HEADS_IN_BATCH or fused_shape(axes, operand.heads, operand.dim) is not None
+    plain = len(axes) == 4 and set(axes) == set("bhsd")
+    shape = fused_shape(axes, operand.heads, operand.dim, group_size(flow, operand))
+    return plain or axes in HEADS_IN_BATCH or shape is not None
 
 
-def fused_shape(axes: tuple[str, ...], heads: int, dim: int) -> list[int] | None:
-    """Shape to Reshape to where axes hold two of batch, heads, tokens and features; None if two sizes are open."""
-    sizes = {"h": heads, "d": dim, "hd": heads * dim, "dh": heads * dim}
+def group_size(flow: Flow, operand: Operand) -> int:
+    """How many heads the axis "g" of the stem counts, 1 if there is none."""
+    return flow.shape(operand.stem)[operand.stem_axes.index("g")] if "g" in operand.stem_axes else 1
+
+
+def fused_shape(axes: tuple[str, ...], heads: int, dim: int, group: int) -> list[int] | None:
+    """Shape to Reshape to where axes hold two of batch, heads, tokens and features, or heads have two.
+
+    `group` is the size of an axis "g". None if two sizes are open.
+    """
+    if "g" in axes and "hg" not in "".join(axes):
+        return None
+    sizes = {"h": heads // group, "g": group, "": 1, "d": dim, "hd": heads * dim, "dh": heads * dim}
     # 0 copies the first axis, which is where it was
     shape = [sizes.get(a, 0 if i == 0 and len(a) == 1 else -1) for i, a in enumerate(axes)]
     return shape if shape.count(-1) <= 1 else None

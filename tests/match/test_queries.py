@@ -1,4 +1,4 @@
-"""Queries of unusual kinds: folded into rows, learned, and softmaxes that only look as if they weighed tokens."""
+"""Queries of unusual kinds: folded, apart, learned; and softmaxes that only look as if they weighed tokens."""
 
 from __future__ import annotations
 
@@ -214,6 +214,222 @@ def test_a_graph_with_folded_queries_is_rewritten(fused: bool, mask: str) -> Non
         module.v.weight[-1] += 1.0
         other = rewriter.optimize(torch.export.export(module, (features(),), strict=False), "mqa")
         assert distance(other.module()(features()), module(features())) > 1e-3
+
+
+# ------------------------------------------------------------------ groups on an axis of their own
+
+
+class Apart(nn.Module):
+    """Grouped attention whose query heads lie along two axes: groups, and the heads of a group.
+
+    Args:
+        spelling: "matmul" has keys [B, KV, 1, T, D]; "einsum" [B, KV, T, D]; "tokens first" [B, T, KV, D]; "fused" is
+            the operator.
+        mask: "", "order" [S, T], "padding" [B, 1, 1, 1, T], "by head" [KV, G, S, T] or "by member" [G, S, T].
+        early: whether scores are [B, H, S, T] where masks meet them.
+        packed: whether one projection has each group's queries, key and value together.
+        full: positions, norms and a softcap too.
+        merge: "heads", or "members", where heads that are no group lie together in the output.
+    """
+
+    def __init__(
+        self,
+        spelling: str,
+        mask: str = "",
+        *,
+        early: bool = False,
+        packed: bool = False,
+        full: bool = False,
+        merge: str = "heads",
+    ) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.spelling, self.mask, self.early, self.packed, self.full, self.merge = (
+            spelling, mask, early, packed, full, merge
+        )  # fmt: skip
+        self.kv, self.group, heads = 2 * SHARED, 2, 4 * SHARED
+        if packed:
+            self.qkv = nn.Linear(WIDTH, self.kv * (self.group + 2) * DIM)
+        else:
+            self.q = nn.Linear(WIDTH, heads * DIM)
+            self.k, self.v = (nn.Linear(WIDTH, self.kv * DIM) for _ in range(2))
+        self.o, self.q_norm, self.k_norm = nn.Linear(heads * DIM, WIDTH), nn.LayerNorm(DIM), nn.LayerNorm(DIM)
+
+    def shared_rows(self) -> list[Tensor]:
+        """Key and value parameters, [kv heads, heads together, DIM, ...]."""
+        if self.packed:
+            views = (p.data.unflatten(0, (self.kv, -1, DIM)) for p in self.qkv.parameters())
+            return [view[:, self.group :] for view in views]
+        return [p.data.unflatten(0, (self.kv, 1, DIM)) for m in (self.k, self.v) for p in m.parameters()]
+
+    def share(self, mean: bool) -> Apart:
+        """Make pairs of key and value heads equal: the first of both, or their mean."""
+        for rows in self.shared_rows():
+            pairs = rows.unflatten(0, (-1, 2))
+            pairs.copy_((pairs.mean(1, keepdim=True) if mean else pairs[:, :1]).clone().expand_as(pairs))
+        return self
+
+    def _projected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, S, KV, G, D] and [B, T, KV, D] twice."""
+        lead = x.shape[:2]
+        if self.packed:
+            y = self.qkv(x).view(*lead, self.kv, self.group + 2, DIM)
+            return y[:, :, :, : self.group], y[:, :, :, self.group], y[:, :, :, self.group + 1]
+        k, v = (p(x).view(*lead, self.kv, DIM) for p in (self.k, self.v))
+        return self.q(x).view(*lead, self.kv, self.group, DIM), k, v
+
+    def _turned(self, x: Tensor) -> Tensor:
+        """Rotated by position, which is axis 1."""
+        angle = torch.arange(x.shape[1]).view(-1, *[1] * (x.dim() - 2)) * 0.5 ** torch.arange(DIM // 2)
+        a, b = x.chunk(2, dim=-1)
+        return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], dim=-1)
+
+    def _masked(self, scores: Tensor) -> Tensor:
+        batch, length, depth = scores.shape[0], scores.shape[-1], scores.dim()
+        order = torch.zeros(length, length).masked_fill(torch.ones(length, length).triu(1) > 0, -1e9)
+        if self.mask == "padding":
+            seen = torch.arange(length)[None] < length - torch.arange(batch)[:, None]
+            return scores.masked_fill(~seen.view(batch, *[1] * (depth - 2), length), -1e9)
+        if self.mask == "order":
+            return scores + order
+        count = {"by head": self.kv * self.group, "by member": self.group}.get(self.mask)
+        if count is None:
+            return scores
+        bias = order - 0.1 * torch.arange(count)[:, None, None] * torch.arange(length)
+        if self.mask == "by head":
+            return scores + (bias.unflatten(0, (self.kv, -1)) if depth == 5 else bias)
+        return scores + (bias if depth == 5 else bias.repeat(self.kv, 1, 1))
+
+    def _weights(self, scores: Tensor) -> Tensor:
+        scores = scores * DIM**-0.5
+        scores = 5 * torch.tanh(scores / 5) if self.full else scores
+        weights = self._masked(scores.flatten(1, 2) if self.early else scores).softmax(-1)
+        return weights.unflatten(1, (self.kv, self.group)) if self.early else weights
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self._projected(x)
+        if self.full:
+            q, k = self._turned(self.q_norm(q)), self._turned(self.k_norm(k))
+        if self.spelling == "tokens first":
+            weights = self._weights(torch.einsum("bskgd,btkd->bkgst", q, k))
+            y = torch.einsum("bkgst,btkd->bskgd", weights, v)
+        else:
+            q, k, v = q.permute(0, 2, 3, 1, 4), k.transpose(1, 2), v.transpose(1, 2)
+            if self.spelling == "einsum":
+                y = torch.einsum("bkgst,bktd->bkgsd", self._weights(torch.einsum("bkgsd,bktd->bkgst", q, k)), v)
+            elif self.spelling == "matmul":
+                y = self._weights(q @ k[:, :, None].mT) @ v[:, :, None]
+            else:
+                y = F.scaled_dot_product_attention(q, k[:, :, None], v[:, :, None])
+            y = y.permute(0, 3, 1, 2, 4)
+        out: Tensor = self.o((y if self.merge == "heads" else y.transpose(2, 3)).flatten(2))
+        return out
+
+
+SPELLINGS = ["matmul", "einsum", "tokens first"]
+MASKS = ["", "order", "padding", "by head", "by member"]
+
+
+@pytest.mark.parametrize("early", [False, True], ids=["scores apart", "scores by head"])
+@pytest.mark.parametrize("mask", MASKS, ids=[m or "no mask" for m in MASKS])
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_query_heads_along_two_axes_are_read_as_heads(spelling: str, mask: str, early: bool) -> None:
+    (site,) = matches(Apart(spelling, mask, early=early), features()).sites
+    assert (site.heads, site.kv_heads, site.head_dim, site.value_dim) == (8, 4, DIM, DIM)
+    assert site.group == (0, 0, 1, 1, 2, 2, 3, 3)
+    assert site.replay_error < REPLAY_LIMIT
+    assert site.causal is (mask not in ("", "padding"))
+    assert np.array_equal(site.q.columns, np.arange(8 * DIM).reshape(8, DIM))
+    assert site.output_axes == ("b", "s", "hd") and site.out is not None
+    assert len(site.modifiers) == (mask != "") and all(m.apart in (None, (4, 2)) for m in site.modifiers)
+
+
+@pytest.mark.parametrize("spelling", [*SPELLINGS, "fused"])
+def test_query_heads_that_are_turned_where_they_lie_apart(spelling: str) -> None:
+    (site,) = matches(Apart(spelling, "order" * (spelling != "fused"), packed=True, full=True), features()).sites
+    assert site.q.rotary is not None and site.q.norm is not None and site.q.norm.per_head
+    assert site.q.stem_axes == ("b", "s", "h", "g", "d") and "g" in site.q.seam_axes
+    assert site.k.stem_axes == ("b", "s", "h", "d") and site.replay_error < REPLAY_LIMIT
+
+
+def test_heads_along_two_axes_that_are_not_joined_in_their_order_are_refused() -> None:
+    (refusal,) = matches(Apart("matmul", merge="members"), features()).refusals
+    assert "not joined again in their order" in refusal.reason
+
+
+class Windows(nn.Module):
+    """Tokens that see the others of their block of three only: [B, blocks, heads, 3, D]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (
+            p(x).unflatten(1, (-1, 3)).unflatten(-1, (HEADS, DIM)).transpose(2, 3) for p in (self.q, self.k, self.v)
+        )
+        y = (q @ k.mT * DIM**-0.5).softmax(-1) @ v
+        out: Tensor = self.o(y.transpose(2, 3).flatten(3).flatten(1, 2))
+        return out
+
+
+def test_blocks_of_tokens_are_not_mistaken_for_groups_of_heads() -> None:
+    for batch in (1, 2):
+        (refusal,) = matches(Windows(), features(batch)).refusals
+        assert "attention in blocks of tokens is not read" in refusal.reason
+    (refusal,) = matches(Windows(), features(2, 3)).refusals  # one block, which is no group of heads either
+    assert "differ along the second" in refusal.reason
+
+
+@pytest.mark.parametrize("mask", ["padding", "by head"])
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_a_graph_with_query_heads_along_two_axes_is_rewritten(spelling: str, mask: str) -> None:
+    _graph_becomes_its_mean(lambda: Apart(spelling, mask))
+
+
+def test_a_graph_whose_queries_are_fed_anew_along_two_axes_is_rewritten() -> None:
+    _graph_becomes_its_mean(lambda: Apart("tokens first", "order", packed=True, full=True))
+
+
+def _graph_becomes_its_mean(make: Callable[[], Apart]) -> None:
+    """A twin stays as it is, and any other comes to what it computes with the means of its heads; at another size."""
+    free = ({0: torch.export.Dim("batch"), 1: torch.export.Dim("length")},)
+    other = features(3, 9)
+    for mean in (False, True):
+        module, right = make().eval(), make().eval().share(mean)
+        given = module if mean else right
+        program = torch.export.export(given, (features(),), strict=False, dynamic_shapes=free)
+        new = rewriter.optimize(program, "gqa2")
+        assert [(row.exact, row.notes) for row in new.rewrite_report.sites] == [(not mean, ())]
+        with torch.no_grad():
+            assert distance(new.module()(other), right(other)) < 1e-5
+            assert not mean or distance(new.module()(other), module(other)) > 1e-3
+
+
+@pytest.mark.parametrize("inner", [False, True], ids=["the model itself", "inside a model"])
+def test_a_module_with_query_heads_along_two_axes_is_rewritten(inner: bool) -> None:
+    def make() -> nn.Module:
+        attention = Apart("tokens first", "order", full=True)
+        return (nn.Sequential(nn.Linear(WIDTH, WIDTH), attention) if inner else attention).eval()
+
+    def share(module: nn.Module, mean: bool) -> nn.Module:
+        next(m for m in module.modules() if isinstance(m, Apart)).share(mean)
+        return module
+
+    torch.manual_seed(1)
+    first = make().state_dict()
+    for mean in (False, True):
+        module, right = make(), make()
+        module.load_state_dict(first)
+        right.load_state_dict(first)
+        share(right, mean)
+        new = rewriter.optimize(module if mean else share(module, mean), "gqa2", example_inputs=(features(),))
+        assert [row.exact for row in new.rewrite_report.sites] == [not mean]
+        with torch.no_grad():
+            assert distance(new(features(3, 9)), right(features(3, 9))) < 1e-5
+            module.load_state_dict(first)
+            assert not mean or distance(new(features(3, 9)), module(features(3, 9))) > 1e-3
 
 
 # ------------------------------------------------------------------ learned

@@ -1,4 +1,6 @@
-"""Attention written by hand, tagged "wide": softmaxes in parts, values first, a packed sequence, windows, images."""
+"""Attention written by hand, tagged "wide": softmaxes in parts, values first, a packed sequence, windows, images,
+groups of query heads on an axis of their own.
+"""
 
 from __future__ import annotations
 
@@ -158,6 +160,33 @@ class ImageAttendsText(nn.Module):
         return out
 
 
+class QueriesByGroup(nn.Module):
+    """Keys that are never repeated: queries ``[B, T, groups, heads of a group, features]``, a bias for each head."""
+
+    def __init__(self, width: int, heads: int, groups: int, through_einsum: bool) -> None:
+        super().__init__()
+        self.groups, self.dim, self.through_einsum = groups, width // heads, through_einsum
+        self.q, self.o = nn.Linear(width, width), nn.Linear(width, width)
+        self.k, self.v = (nn.Linear(width, groups * self.dim) for _ in range(2))
+        self.slopes = nn.Parameter(torch.zeros(groups, heads // groups, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        q = self.q(x).view(batch, length, self.groups, -1, self.dim)
+        k, v = (p(x).view(batch, length, self.groups, self.dim) for p in (self.k, self.v))
+        place = torch.arange(length)
+        distance = place[:, None] - place[None]
+        bias = (self.slopes * distance).masked_fill(distance < 0, float("-inf"))
+        if self.through_einsum:
+            scores = torch.einsum("bskgd,btkd->bkgst", q, k) * self.dim**-0.5 + bias
+            mixed = torch.einsum("bkgst,btkd->bskgd", scores.softmax(dim=-1), v)
+        else:
+            scores = q.permute(0, 2, 3, 1, 4) @ k.permute(0, 2, 3, 1)[:, :, None] * self.dim**-0.5 + bias
+            mixed = (scores.softmax(dim=-1) @ v.transpose(1, 2)[:, :, None]).permute(0, 3, 1, 2, 4)
+        out: Tensor = self.o(mixed.reshape(batch, length, -1))
+        return out
+
+
 class Stack(nn.Module):
     """Pre-norm residual attentions on ``x [B, T, width]``."""
 
@@ -187,16 +216,18 @@ def image_and_text(batch: int, length: int, seed: int) -> Inputs:
 
 
 def by_hand() -> list[ZooCase]:
-    def stacked(name: str, make: Callable[[int], nn.Module], refusal: str = "") -> ZooCase:
+    def stacked(
+        name: str, make: Callable[[int], nn.Module], refusal: str = "", kv_heads: int = HEADS, causal: bool = False
+    ) -> ZooCase:
         return ZooCase(
             name,
             lambda: randomize(Stack([make(layer) for layer in range(LAYERS)])),
             features,
-            heads.stacked(HEADS, HEADS, "rest") if name == "two-streams" else heads.separate(HEADS, "k", "v"),
+            heads.stacked(HEADS, HEADS, "rest") if name == "two-streams" else heads.separate(kv_heads, "k", "v"),
             HEADS,
-            HEADS,
+            kv_heads,
             LAYERS,
-            False,
+            causal,
             FEATURE_AXES,
             tags=frozenset({"torch", "wide"}),
             refused=LAYERS if refusal else 0,
@@ -210,6 +241,9 @@ def by_hand() -> list[ZooCase]:
         stacked("values-first", lambda _: ValuesFirst(WIDTH, HEADS)),
         stacked("talking-heads", lambda _: TalkingHeads(WIDTH, HEADS), "mixed between heads"),
         stacked("two-streams", lambda _: TwoStreams(WIDTH, HEADS), "joined from 2 projections"),
+        stacked(
+            "queries-by-group", lambda layer: QueriesByGroup(WIDTH, HEADS, 2, layer > 0), kv_heads=2, causal=True
+        ),
         ZooCase(
             "packed-sequence", lambda: randomize(PackedSequence(WIDTH, HEADS)), packed_images, packed, HEADS, HEADS, 1,
             False, {"x": {0: "tokens"}, "ends": {0: "images"}}, tags=wide,
