@@ -43,6 +43,7 @@ MODULE_KEEPS = {
     "gpt-neo-eager": "could not be reproduced with its own weights",
     "falcon-sdpa": "could not be reproduced with its own weights",
     "falcon-eager": "could not be reproduced with its own weights",
+    "queries-by-group": "could not be reproduced with its own weights",
     "complex-rotary": "of no known role",
     "x-rotary": "of no known role",
     "x-rotary-sdpa": "of no known role",
