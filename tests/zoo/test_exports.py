@@ -32,10 +32,11 @@ ROTARY_WITH_PAST = ["llama-sdpa-past", "llama-gqa-sdpa-past", "qwen3-sdpa-past"]
 PACKED = ["mha-batch-first", "mha-sequence-first", "torch-encoder", "torch-encoder-padded", "torch-decoder"]
 FIXED: frozenset[tuple[str, str]] = frozenset(
     [(name, "dynamo23") for name in ROTARY + ROTARY_WITH_PAST]
-    + [(name, "torchscript17") for name in [*PACKED, "x-alibi"]]
+    + [(name, "torchscript17") for name in [*PACKED, "x-alibi", "image-attends-text"]]
 )
 """What can only be exported with fixed axes: RotaryEmbedding-23 with a cosine cache of batch 1, and
-nn.MultiheadAttention, whose traced reshapes hold the batch as a number, and a bias that is cached by the forward."""
+nn.MultiheadAttention, whose traced reshapes hold the batch as a number, a bias that is cached by the forward, and
+lengths that Tensor.unflatten writes down as numbers."""
 
 DECODERS = [
     c for c in (*MAIN.values(), *EXTRA.values()) if c.causal and "hf" in c.tags and "encoder-decoder" not in c.tags
