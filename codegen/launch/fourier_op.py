@@ -7,24 +7,20 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
-from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from codegen import cache
 from codegen.device import DType
 from codegen.errors import KernelError, NotLegal
+from codegen.launch import triton_source
 from codegen.launch.operands import DTYPES
 from codegen.launch.torch_op import graphics_card
 from codegen.ops.fourier_mixing import triton_kernel
 from codegen.ops.fourier_mixing.torch_body import fourier_mixing
 from codegen.ops.fourier_mixing.triton_kernel import Tiling, padded
 from codegen.spec import FourierMixing
-from codegen.toolchain import triton_aot
 
 FASTER_ON: tuple[str, ...] = ()
 """Where `python -m benchmarks.gpu` found the kernel faster than torch's transform at every size it tries: nowhere. On
@@ -122,11 +118,4 @@ def _table(size: int, rows: int, columns: int, dtype: torch.dtype, device: torch
 def _load(spec: FourierMixing, dtype: DType, arch: str, cut: Tiling) -> tuple[ModuleType, str]:
     text = triton_kernel.source(spec, dtype, arch, cut=cut)
     name = str(triton_kernel.kernel_name(spec, dtype, arch))
-    parts: Mapping[str, Any] = {"source": text, "triton": triton_aot.version()}
-    file = f"{name}.py"
-    entry = cache.load_or_build(cache.address(name, parts), lambda folder: _write(folder / file, text))
-    return triton_aot.load_source(entry.file(file)), name
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+    return triton_source.kept(name, text), name

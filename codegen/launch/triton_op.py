@@ -9,20 +9,18 @@ import contextlib
 import functools
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from codegen import cache
 from codegen.device import DType
 from codegen.errors import NotLegal
+from codegen.launch import triton_source
 from codegen.launch.operands import DTYPES, dense, empty_output, require_fitting, wide_bias, wide_sinks
 from codegen.ops.grouped_query_attention import triton_kernel
 from codegen.spec import GroupedQueryAttention
-from codegen.toolchain import triton_aot
 
 _FARTHEST = 2**31 - 1
 """Kernels count elements within a head in 32 bits."""
@@ -174,11 +172,4 @@ def _load(cut: _Cut) -> tuple[str, ModuleType]:
     options = {"few_queries": cut.few_queries}
     text = triton_kernel.source(cut.spec, cut.dtype, cut.arch, **options, cut=cut.tiling)
     name = triton_kernel.kernel_name(cut.spec, cut.dtype, cut.arch, **options, descriptors=cut.tiling.descriptors)
-    address = cache.address(str(name), {"source": text, "triton": triton_aot.version()})
-    file = f"{name}.py"
-    entry = cache.load_or_build(address, lambda folder: _write(folder / file, text))
-    return str(name), triton_aot.load_source(entry.file(file))
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+    return str(name), triton_source.kept(str(name), text)
