@@ -17,6 +17,7 @@ from codegen.ops.grouped_query_attention import torch_body
 from codegen.spec import FourierMixing, GroupedQueryAttention
 from tests.kernels import fourier_problems
 from tests.kernels.problems import BIASED, CAUSAL, PLAIN, TORCH, K, Operands, operands
+from tests.kernels.test_command import Mixer
 from tests.kernels.test_triton_attention import SPECS, WEIGHTS, distance
 
 pytest.importorskip("triton")
@@ -98,18 +99,6 @@ def test_fourier_mixing(batch: int, tokens: int, hidden: int, dtype: torch.dtype
     assert fourier_problems.distance(spec, *other, found) > fourier_problems.K, "the control: another sequence"
 
 
-class Mixer(nn.Module):
-    def __init__(self, width: int = 128, heads: int = 8) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
-        weights = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)
-        return self.out((weights @ v).transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
-
-
 def test_a_rewritten_model_runs_on_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     from codegen.launch import triton_op
     from rewriter import optimize
@@ -122,7 +111,7 @@ def test_a_rewritten_model_runs_on_the_kernel(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(triton_op, "launch", counted)
     torch.manual_seed(0)
-    net, x = nn.Sequential(Mixer(), Mixer()).cuda().eval(), torch.randn(2, 300, 128, device="cuda")
+    net, x = nn.Sequential(Mixer(128, 8), Mixer(128, 8)).cuda().eval(), torch.randn(2, 300, 128, device="cuda")
     fast, slow = (optimize(net, "gqa2", example_inputs=(x[:, :16],), kernels=k) for k in ("triton", "off"))
     calls.clear()
     with torch.no_grad():
