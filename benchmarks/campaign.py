@@ -168,8 +168,14 @@ def export(a: Architecture, net: Net, path: Path) -> None:
     arguments = (given["x"], given.get("padding"), given.get("context"))
     with contextlib.redirect_stdout(io.StringIO()):  # where it cannot, the exporter prints the whole graph
         torch.onnx.export(
-        net, arguments, buffer, dynamo=False, opset_version=OPSET, input_names=list(given), dynamic_axes=axes
-    )  # fmt: skip
+            net,
+            arguments,
+            buffer,
+            dynamo=False,
+            opset_version=OPSET,
+            input_names=list(given),
+            dynamic_axes=axes,
+        )
     path.write_bytes(buffer.getvalue())
 
 

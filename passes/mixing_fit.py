@@ -40,10 +40,10 @@ def fit_mixing(
         shared[key] = _pooled(pair, unit, spec)
     reference = [_output(run, around) for run in pair.teachers]
     looked = pair.see(site, site_weights(pair.flow, site), pair.students)
-    fit = shared[key] if len(unit) > 1 else _sums(around, spec, looked, reference).solve()
-    for run, look, before in zip(pair.students, looked, reference, strict=True):
-        mixed = fourier_mixing(spec, _hidden(look)) * fit.gain + fit.bias
-        run.put(around.output, around.laid_out(mixed, before))
+    mixes = [fourier_mixing(spec, _hidden(look)) for look in looked]
+    fit = shared[key] if len(unit) > 1 else _summed(DiagonalSums(), around, looked, mixes, reference).solve()
+    for run, mix, before in zip(pair.students, mixes, reference, strict=True):
+        run.put(around.output, around.laid_out(mix * fit.gain + fit.bias, before))
     return target.fitted(pair.flow, site, evidence, fit)
 
 
@@ -54,24 +54,23 @@ def _pooled(pair: PairedRuns, unit: Sequence[AttentionSite], spec: FourierMixing
     for site in sorted(unit, key=lambda s: s.anchor):
         around = sublayer(pair.flow, site, pair.matches.evidence[site.name])
         looked = pair.see(site, site_weights(pair.flow, site), runs)
-        _sums(around, spec, looked, [_output(run, around) for run in runs], total)
+        mixes = [fourier_mixing(spec, _hidden(look)) for look in looked]
+        _summed(total, around, looked, mixes, [_output(run, around) for run in runs])
     return total.solve()
 
 
-def _sums(
+def _summed(
+    sums: DiagonalSums,
     around: Sublayer,
-    spec: FourierMixing,
     looked: Sequence[Activations],
+    mixes: Sequence[Array],
     reference: Sequence[Array],
-    total: DiagonalSums | None = None,
 ) -> DiagonalSums:
-    """Of all tokens that are no padding."""
-    sums = total if total is not None else DiagonalSums()
-    for look, output in zip(looked, reference, strict=True):
-        hidden = _hidden(look)
-        order = hidden.shape if around.batch_first else (hidden.shape[1], hidden.shape[0])
-        wished = around.by_token(output, tuple(order))
-        sums.add(fourier_mixing(spec, hidden)[look.asking], wished[look.asking])
+    """`sums`, with all tokens added that are no padding."""
+    for look, mix, output in zip(looked, mixes, reference, strict=True):
+        batch, tokens, _ = mix.shape
+        order = (batch, tokens) if around.batch_first else (tokens, batch)
+        sums.add(mix[look.asking], around.by_token(output, order)[look.asking])
     return sums
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -112,17 +113,11 @@ def _operator(
     kernels: str,
 ) -> Tensor:
     spec = _spec(q, v, bias, sinks, kv_heads, scale, causal, softcap, masked_rows_are_zero)
-    if kernels == "auto" and not _worth_it(spec, q, k):
-        return _laid_out(torch_body.grouped_query_attention(spec, q, k, v, bias, sinks=sinks))
-    choice = _required(spec, host(), None if kernels == "auto" else Language(kernels), q, k, v)
-    try:
-        kernel = load(choice)
-    except KernelError:
-        if kernels != "auto":
-            raise
-        _warn_once()
-        return _laid_out(torch_body.grouped_query_attention(spec, q, k, v, bias, sinks=sinks))
-    return launch(kernel, spec, q, k, v, bias, sinks)
+
+    def run(choice: Choice) -> Tensor:
+        return launch(load(choice), spec, q, k, v, bias, sinks)
+
+    return _computed(run, host(), spec, q, k, v, bias, sinks, kernels)
 
 
 @_operator.register_kernel("cuda")
@@ -140,19 +135,37 @@ def _on_graphics_card(
     kernels: str,
 ) -> Tensor:
     spec = _spec(q, v, bias, sinks, kv_heads, scale, causal, softcap, masked_rows_are_zero)
-    if kernels == "auto" and not _worth_it(spec, q, k):
-        return _laid_out(torch_body.grouped_query_attention(spec, q, k, v, bias, sinks=sinks))
-    from codegen.launch import triton_op
-
     device, processors = graphics_card(q.device)
-    choice = _required(spec, device, None if kernels == "auto" else Language(kernels), q, k, v)
-    try:
+
+    def run(choice: Choice) -> Tensor:
+        from codegen.launch import triton_op
+
         return triton_op.launch(choice.spec, q, k, v, bias, sinks, arch=device.arch, processors=processors)
-    except KernelError:
-        if kernels != "auto":
-            raise
-        _warn_once()
-        return _laid_out(torch_body.grouped_query_attention(spec, q, k, v, bias, sinks=sinks))
+
+    return _computed(run, device, spec, q, k, v, bias, sinks, kernels)
+
+
+def _computed(
+    run: Callable[[Choice], Tensor],
+    device: Device,
+    spec: GroupedQueryAttention,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    kernels: str,
+) -> Tensor:
+    """By `run` where a kernel is worth it or asked for by name; else, and where "auto" cannot have one, by torch."""
+    if kernels != "auto":
+        return run(_required(spec, device, Language(kernels), q, k, v))
+    if _worth_it(spec, q, k):
+        choice = _required(spec, device, None, q, k, v)
+        try:
+            return run(choice)
+        except KernelError:
+            _warn_once()
+    return _laid_out(torch_body.grouped_query_attention(spec, q, k, v, bias, sinks=sinks))
 
 
 def _required(
