@@ -18,7 +18,7 @@ for _name, _value in (("OMP_WAIT_POLICY", "passive"), ("GOMP_SPINCOUNT", "0")):
 import argparse  # noqa: E402
 import sys  # noqa: E402
 import time  # noqa: E402
-from collections.abc import Mapping, Sequence  # noqa: E402
+from collections.abc import Callable, Mapping, Sequence  # noqa: E402
 from dataclasses import dataclass, replace  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
@@ -26,7 +26,7 @@ from typing import Any  # noqa: E402
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from benchmarks import attention_peers, peaks  # noqa: E402
+from benchmarks import attention_peers, mixing_kernels, peaks  # noqa: E402
 from benchmarks.machine import machine  # noqa: E402
 from benchmarks.rows import Clock, Row, Times, interleaved, markdown_table, put_section, timed, write_json  # noqa: E402
 from codegen.device import DType, host  # noqa: E402
@@ -259,9 +259,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     runs = options.runs or (5 if options.quick else 15)
     rows: list[Row] = []
     with torch.no_grad():
-        for case in cases(quick=options.quick):
+        work: list[tuple[Callable[..., list[Row]], Any]] = [(run_case, case) for case in cases(quick=options.quick)]
+        work += [(mixing_kernels.run_case, case) for case in mixing_kernels.cases(quick=options.quick)]
+        for run, case in work:
             if options.only in str(case):
-                found = run_case(case, runs, options.threads, clock)
+                found = run(case, runs, options.threads, clock)
                 rows += found
                 for row in found:
                     print(_line(row), flush=True)

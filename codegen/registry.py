@@ -8,6 +8,7 @@ from typing import Any
 
 from codegen.device import Device, DType, Isa, Language
 from codegen.hooks import Lowered
+from codegen.ops.fourier_mixing import cpp_kernel as fourier_cpp
 from codegen.ops.fourier_mixing import triton_kernel as fourier_triton
 from codegen.ops.grouped_query_attention import cpp_kernel as gqa_cpp
 from codegen.ops.grouped_query_attention import triton_kernel as gqa_triton
@@ -80,6 +81,16 @@ KERNELS: tuple[Kernel, ...] = (
             source=gqa_triton.source,
         )
         for kind, archs in gqa_triton.ARCHS.items()
+    ),
+    Kernel(
+        op=FourierMixing,
+        language=Language.CPP,
+        device_kind="cpu",
+        archs=tuple(isa.value for isa in Isa),
+        dtypes=tuple(DType),
+        legal=fourier_cpp.legal,
+        name=fourier_cpp.kernel_name,
+        source=fourier_cpp.source,
     ),
     *(
         Kernel(

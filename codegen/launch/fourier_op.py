@@ -12,19 +12,23 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from codegen.device import DType
+from codegen.device import DType, Language, host
 from codegen.errors import KernelError, NotLegal
-from codegen.launch import triton_source
+from codegen.launch import fourier_host, triton_source
 from codegen.launch.operands import DTYPES
 from codegen.launch.torch_op import graphics_card
 from codegen.ops.fourier_mixing import triton_kernel
 from codegen.ops.fourier_mixing.torch_body import fourier_mixing
 from codegen.ops.fourier_mixing.triton_kernel import Tiling, padded
+from codegen.registry import select
 from codegen.spec import FourierMixing
 
 FASTER_ON: tuple[str, ...] = ()
 """Where `python -m benchmarks.gpu` found the kernel faster than torch's transform at every size it tries: nowhere. On
 an H100 it takes 0.8 to 1.6 times as long."""
+
+SMALLEST = 1 << 16
+"""Numbers from which the C++ kernel was faster than torch's transform wherever `python -m benchmarks.kernels` tried."""
 
 
 def mix(
@@ -34,13 +38,15 @@ def mix(
     where a gradient is wanted, in captured graphs, under autocast, and with "auto" where none was measured.
 
     Raises:
-        NotLegal: kernels is "triton", and there is no kernel of this.
+        NotLegal: kernels is "cpp" or "triton", and there is no such kernel of this.
         ValueError: operands that contradict the spec.
     """
-    wanted = kernels == "triton" or (kernels == "auto" and _worth_it(x))
-    if not wanted or torch.compiler.is_compiling() or _wants_gradient(x, gain, bias):
+    language = _worthwhile(spec, x) if kernels == "auto" else None if kernels == "off" else Language(kernels)
+    if language is None or torch.compiler.is_compiling() or _wants_gradient(x, gain, bias):
         return fourier_mixing(spec, x, gain, bias)
     try:
+        if language is Language.CPP:
+            return fourier_host.launch(spec, x, gain, bias)
         return launch(spec, x, gain, bias, arch=graphics_card(x.device)[0].arch if x.is_cuda else "")
     except KernelError:
         if kernels != "auto":
@@ -48,10 +54,16 @@ def mix(
         return fourier_mixing(spec, x, gain, bias)
 
 
-def _worth_it(x: Tensor) -> bool:
-    if not x.is_cuda or DTYPES.get(x.dtype) not in triton_kernel.DTYPES or torch.is_autocast_enabled("cuda"):
-        return False
-    return graphics_card(x.device)[0].arch in FASTER_ON
+def _worthwhile(spec: FourierMixing, x: Tensor) -> Language | None:
+    """The language of the kernel that was measured to be faster than torch, None without one."""
+    dtype = DTYPES.get(x.dtype)
+    if dtype is None or torch.is_autocast_enabled(x.device.type):
+        return None
+    if x.device.type == "cpu":
+        wide = x.numel() >= SMALLEST and select(spec, host(), dtype, Language.CPP) is not None
+        return Language.CPP if wide else None
+    faster = x.is_cuda and dtype in triton_kernel.DTYPES and graphics_card(x.device)[0].arch in FASTER_ON
+    return Language.TRITON if faster else None
 
 
 def _wants_gradient(*tensors: Tensor | None) -> bool:

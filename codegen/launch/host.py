@@ -35,6 +35,19 @@ class Launch(ctypes.Structure):
     )
 
 
+class MixingLaunch(ctypes.Structure):
+    """The argument block of templates/cpp/mixing_launch.h.j2, field by field."""
+
+    _fields_ = (
+        *[(name, ctypes.c_void_p) for name in ("x", "gain", "bias", "out")],
+        *[(name, ctypes.c_int64) for name in ("batch", "tokens")],
+        *[(f"{name}_stride", ctypes.c_int64 * 2) for name in ("x", "out")],
+        ("threads", ctypes.c_int64),
+        ("workspace", ctypes.c_void_p),
+        *[(name, ctypes.c_int64) for name in ("next", "workers")],
+    )
+
+
 @dataclass(frozen=True)
 class HostKernel:
     """A loaded kernel.
@@ -42,6 +55,7 @@ class HostKernel:
     Attributes:
         name: of its functions.
         folder: where source and binary lie.
+        plan, run: take the address of a `Launch` or a `MixingLaunch`, as the kernel's template has it.
     """
 
     name: str
@@ -62,8 +76,8 @@ def load(choice: Choice) -> HostKernel:
     entry = built(choice)
     library = ctypes.CDLL(str(entry.file(BINARY)))
     plan, run = library[f"{choice.name}_plan"], library[f"{choice.name}_run"]
-    plan.argtypes, plan.restype = [ctypes.POINTER(Launch)], ctypes.c_int64
-    run.argtypes, run.restype = [ctypes.POINTER(Launch), ctypes.c_void_p], None
+    plan.argtypes, plan.restype = [ctypes.c_void_p], ctypes.c_int64
+    run.argtypes, run.restype = [ctypes.c_void_p, ctypes.c_void_p], None
     return HostKernel(choice.name, entry.folder, plan, run)
 
 

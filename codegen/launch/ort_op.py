@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,33 @@ from codegen import cache
 from codegen.device import DType, Isa
 from codegen.errors import NotLegal
 from codegen.hooks import Lowered
-from codegen.ops.grouped_query_attention.onnx_body import function_name
+from codegen.ops.fourier_mixing import onnx_body as mixing_body
+from codegen.ops.grouped_query_attention import onnx_body as attention_body
 from codegen.registry import Choice
 from codegen.render import render, word
-from codegen.spec import GroupedQueryAttention
+from codegen.spec import FourierMixing, GroupedQueryAttention
 from codegen.toolchain import cxx
 
 TEMPLATE = "ort/library.cpp.j2"
 LIBRARY_SOURCE, LIBRARY = "library.cpp", "rewriter_ops.so"
 
 _ONNX_TYPES: Mapping[DType, int] = {DType.FLOAT32: 1, DType.FLOAT16: 10, DType.BFLOAT16: 16}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of operator.
+
+    Attributes:
+        name: of its values in the template.
+        function_name: of the function in a file that it takes the place of.
+        of_operator, of_kernel: template values that follow from a spec.
+    """
+
+    name: str
+    function_name: Callable[[Any], str]
+    of_operator: Callable[[Any], dict[str, Any]]
+    of_kernel: Callable[[Any], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -46,17 +63,11 @@ def source(choices: Sequence[Choice]) -> str:
     Raises:
         NotLegal: a kernel is not for CPUs, or there is none at all.
     """
-    if not choices or any(c.device.kind != "cpu" or not isinstance(c.spec, GroupedQueryAttention) for c in choices):
-        raise NotLegal("an ONNX Runtime library takes kernels of grouped-query attention for CPUs, one at least")
-    ops: dict[tuple[str, DType], list[Choice]] = {}
-    for choice in choices:
-        ops.setdefault((function_name(choice.spec), choice.dtype), []).append(choice)
-    numbers = {key: number for number, key in enumerate(ops)}
-    values: dict[str, Any] = {
-        "name": Lowered("rewriter_ops"),
-        "ops": [_op(name, dtype, users) for (name, dtype), users in ops.items()],
-        "kernels": [_kernel(c, numbers[function_name(c.spec), c.dtype]) for c in choices],
-    }
+    if not choices or any(c.device.kind != "cpu" or type(c.spec) not in KINDS for c in choices):
+        raise NotLegal("an ONNX Runtime library takes kernels for CPUs, one at least")
+    values: dict[str, Any] = {"name": Lowered("rewriter_ops")}
+    for spec, kind in KINDS.items():
+        values[kind.name] = _part([c for c in choices if type(c.spec) is spec], kind)
     return render(TEMPLATE, values)
 
 
@@ -89,22 +100,29 @@ def build(choices: Sequence[Choice]) -> OrtLibrary:
     return OrtLibrary(entry.file(LIBRARY), {Path(name).stem: entry.file(name) for name in sources})
 
 
-def _op(name: str, dtype: DType, users: Sequence[Choice]) -> dict[str, Any]:
-    spec = users[0].spec
+def _part(choices: Sequence[Choice], kind: Kind) -> dict[str, Any]:
+    """Operators and kernels of one kind: all kernels of the same function and number format are one operator's."""
+    names = [(kind.function_name(c.spec), c.dtype) for c in choices]
+    ops = {key: choice.spec for key, choice in zip(names, choices, strict=True)}
+    numbers = {key: number for number, key in enumerate(ops)}
     return {
-        "name": word(name),
-        "type": _ONNX_TYPES[dtype],
-        "bias": spec.bias,
-        "sinks": spec.sinks,
-        "softcap": spec.softcap is not None,
+        "ops": [
+            {"name": word(name), "type": _ONNX_TYPES[dtype], **kind.of_operator(spec)}
+            for (name, dtype), spec in ops.items()
+        ],
+        "kernels": [
+            {"name": word(c.name), "op": numbers[key], **kind.of_kernel(c.spec)}
+            for key, c in zip(names, choices, strict=True)
+        ],
     }
 
 
-def _kernel(choice: Choice, op: int) -> dict[str, Any]:
-    spec = choice.spec
+def _attention_operator(spec: GroupedQueryAttention) -> dict[str, Any]:
+    return {"bias": spec.bias, "sinks": spec.sinks, "softcap": spec.softcap is not None}
+
+
+def _attention_kernel(spec: GroupedQueryAttention) -> dict[str, Any]:
     return {
-        "name": word(choice.name),
-        "op": op,
         "heads": spec.heads,
         "kv_heads": spec.kv_heads,
         "head_dim": spec.head_dim,
@@ -114,6 +132,21 @@ def _kernel(choice: Choice, op: int) -> dict[str, Any]:
     }
 
 
+def _mixing_operator(spec: FourierMixing) -> dict[str, Any]:
+    return {"hartley": spec.hartley, "gain": spec.gain, "bias": spec.bias}
+
+
+def _mixing_kernel(spec: FourierMixing) -> dict[str, Any]:
+    return {"hidden": spec.hidden}
+
+
 def _single(value: float) -> Lowered:
     """As the attribute holds it: rounded to single precision, written exactly."""
     return Lowered(f"{float(np.float32(value)).hex()}f")
+
+
+KINDS: Mapping[type, Kind] = {
+    GroupedQueryAttention: Kind("attention", attention_body.function_name, _attention_operator, _attention_kernel),
+    FourierMixing: Kind("mixing", mixing_body.function_name, _mixing_operator, _mixing_kernel),
+}
+"""What a library can hold, by spec."""

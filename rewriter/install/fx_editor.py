@@ -183,8 +183,10 @@ class Editor:
     def apply(self, plan: SitePlan | MixPlan) -> None:
         site = plan.replacement.site
         if isinstance(plan, MixPlan):
-            self.attended[site.name] = apply_mixing(self, plan)
-            self._replaced.append(self.node(plan.replacement.around.output))
+            output = plan.replacement.around.output
+            self._replaced.append(self.node(output))
+            mixed = apply_mixing(self, plan)
+            self.attended[site.name] = self._by_value[output] = mixed  # which a later site may read
             return
         seams: dict[str, Laid] = {
             role: (self.node(o.seam), o.seam_axes) for role, o in (("q", site.q), ("k", site.k), ("v", site.v))

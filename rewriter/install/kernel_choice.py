@@ -9,7 +9,7 @@ from torch import nn
 
 from rewriter.errors import UsageError
 from rewriter.install.attention_interface import attach, detach
-from rewriter.install.token_mixer import TokenMixer
+from rewriter.install.token_mixer import token_mixers
 from rewriter.install.torch_module import mixers
 
 
@@ -25,9 +25,7 @@ def choose_kernels(
 
     Raises UsageError if kernels are asked for by name and nothing in the model can call them.
     """
-    found: list[Any] = list(mixers(model).values())
-    if kernels in ("auto", "off", "triton"):  # mixing has no kernel in another language
-        found += [module for module in model.modules() if isinstance(module, TokenMixer)]
+    found: list[Any] = [*mixers(model).values(), *token_mixers(model).values()]
     for mixer in found:
         mixer.kernels = kernels
     detach(model)

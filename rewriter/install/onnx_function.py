@@ -85,6 +85,7 @@ class _Editor:
         shared: new initializers by content.
         dead: nodes beyond the matched ones that may be unread now.
         seams: for each seam already fed anew, the value that now stands there and its axes.
+        standing_in: what has taken the place of a value that later sites may read.
         fed: for the site at hand, by role, what a fused operator that is kept reads instead of its old operand.
     """
 
@@ -92,6 +93,7 @@ class _Editor:
     shared: dict[tuple[str, bytes], ir.Value] = field(default_factory=dict)
     seams: dict[Value, tuple[ir.Value, tuple[str, ...]]] = field(default_factory=dict)
     dead: list[ir.Node] = field(default_factory=list)
+    standing_in: dict[Value, ir.Value] = field(default_factory=dict)
     fed: dict[str, ir.Value] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -570,7 +572,7 @@ class _Editor:
     # ------------------------------------------------------------ pieces
 
     def value(self, name: Value) -> ir.Value:
-        return self.capture.values[name]
+        return self.standing_in.get(name) or self.capture.values[name]
 
     # ------------------------------------------------------------ clean-up
 

@@ -44,6 +44,7 @@ class Editing(Protocol):
     graph: ir.Graph
     opset: int
     write: NodeWriter
+    standing_in: dict[Value, ir.Value]
 
     def value(self, name: Value) -> ir.Value: ...
 
@@ -85,17 +86,14 @@ class Mixing:
             mixed = editor.write.op(nodes, "Cast", [mixed], f"{site.name}.cast", to=int(wanted))
         mixed.type, mixed.shape = output.type, output.shape
         editor.graph.insert_after(producer, nodes)
-        self._stand_in(output, mixed)
+        self._stand_in(around.output, output, mixed)
         return producer, [] if spec.bias else _without_added_bias(mixed)
 
-    def _stand_in(self, output: ir.Value, mixed: ir.Value) -> None:
-        """Readers, and the model's outputs, get the mix under the name that the output had."""
-        given_out = output.is_graph_output()
+    def _stand_in(self, name: Value, output: ir.Value, mixed: ir.Value) -> None:
+        """Readers, those that come with later sites, and the model's outputs get the mix, under the output's name."""
         output.replace_all_uses_with(mixed, replace_graph_outputs=True)
-        if given_out:
-            name = output.name
-            output.name = self.editor.write.unique(f"{name}_before")
-            mixed.name = name
+        output.name, mixed.name = self.editor.write.unique(f"{name}_before"), output.name
+        self.editor.standing_in[name] = mixed
 
     def _call(
         self, nodes: list[ir.Node], replacement: Replacement, spec: FourierMixing, x: ir.Value, kind: ir.DataType

@@ -12,9 +12,11 @@ from codegen.device import Device, Isa, host
 from codegen.errors import KernelError
 from codegen.launch import host as host_kernels
 from codegen.launch import ort_op
-from codegen.ops.grouped_query_attention.cpp_kernel import resources
+from codegen.ops.fourier_mixing import cpp_kernel as fourier_cpp
+from codegen.ops.grouped_query_attention import cpp_kernel as gqa_cpp
 from codegen.ops.grouped_query_attention.triton_kernel import ARCHS as CARDS
 from codegen.registry import Choice, select, why_not
+from codegen.spec import FourierMixing
 from codegen.toolchain import triton_aot
 from codegen.toolchain.cxx import find_compiler
 from rewriter.errors import RewriteError, UnsupportedModel, UsageError
@@ -94,6 +96,13 @@ def _write(choices: Mapping[str, Sequence[Choice]], output: Path, *, ort: bool) 
     return {**found, "output": str(output), "manifest": str(output / MANIFEST)}
 
 
+def _resources(choice: Choice) -> dict[str, int]:
+    isa = Isa(choice.device.arch)
+    if isinstance(choice.spec, FourierMixing):
+        return fourier_cpp.resources(choice.spec, choice.dtype, isa)
+    return gqa_cpp.resources(choice.spec, choice.dtype, isa)
+
+
 def _row(arch: str, choice: Choice, source: Path, binary: Path) -> dict[str, Any]:
     return {
         "name": choice.name,
@@ -103,5 +112,5 @@ def _row(arch: str, choice: Choice, source: Path, binary: Path) -> dict[str, Any
         "source": source.name,
         "binary": binary.name,
         "sha256": digest(binary),
-        "resources": resources(choice.spec, choice.dtype, Isa(choice.device.arch)),
+        "resources": _resources(choice),
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,9 @@ import numpy as np
 import onnx_ir as ir
 
 from codegen.device import DType
+from codegen.ops.fourier_mixing import onnx_body as mixing_body
 from codegen.ops.grouped_query_attention.onnx_body import DOMAIN, function_name
-from codegen.spec import GroupedQueryAttention
+from codegen.spec import FourierMixing, GroupedQueryAttention
 from rewriter.errors import InvalidModelFile, NothingToRewrite, UnsupportedModel, first_line
 
 _ONNX_DTYPES = {
@@ -28,7 +29,7 @@ FLAGS = ("causal", "bias", "sinks", "masked_rows_are_zero")
 class Need:
     """One kernel that a model could use."""
 
-    spec: GroupedQueryAttention
+    spec: GroupedQueryAttention | FourierMixing
     dtype: DType
 
 
@@ -36,14 +37,14 @@ def needs(path: Path) -> list[Need]:
     """Each different kernel once, in the order of the model.
 
     Raises:
-        NothingToRewrite: the model has no rewritten attention that a kernel could compute.
+        NothingToRewrite: the model has nothing rewritten that a kernel could compute.
         InvalidModelFile: a rewritten node is not what this library writes.
         UnsupportedModel: the sizes of heads cannot be told because the model does not run.
     """
     found = _of_module(path) if path.is_dir() else _of_file(path)
     if not found:
         raise NothingToRewrite(
-            "the model has no rewritten attention that calls kernels",
+            "the model has no rewritten attention and no mix that calls kernels",
             hint="rewrite it first; models whose config or standard Attention operator holds the heads have none",
         )
     return list(dict.fromkeys(found))
@@ -52,13 +53,19 @@ def needs(path: Path) -> list[Need]:
 def _of_module(path: Path) -> list[Need]:
     from codegen.launch.torch_op import computed
     from rewriter.install.persistence import load
+    from rewriter.install.token_mixer import token_mixers
     from rewriter.install.torch_module import mixers
 
-    found = []
-    for mixer in mixers(load(path)).values():
+    found: list[Need] = []
+    model = load(path)
+    for mixer in mixers(model).values():
         name = str(mixer.q_proj.weight.dtype).removeprefix("torch.")
         if name in {d.value for d in DType}:
             found += [Need(computed(spec), DType(name)) for spec in mixer.specs()]
+    for mixing in token_mixers(model).values():
+        name = str(next(model.parameters()).dtype).removeprefix("torch.")
+        if name in {d.value for d in DType}:
+            found.append(Need(mixing.spec, DType(name)))
     return found
 
 
@@ -66,13 +73,15 @@ def _of_file(path: Path) -> list[Need]:
     from rewriter.capture.onnx_load import load
 
     model = load(path)
-    nodes = [n for n in model.graph if n.domain == DOMAIN and n.op_type in _NAMES]
+    own = [n for n in model.graph if n.domain == DOMAIN]
+    mixing = [_mixing_need(n) for n in own if n.op_type in _MIXING]
+    nodes = [n for n in own if n.op_type in _NAMES]
     if not nodes:
-        return []
+        return mixing
     for node in nodes:
         _need(node, 1, 1)  # broken attributes are said before anything is run
     sizes = _head_sizes(path, model, nodes)
-    return [_need(node, *sizes[i]) for i, node in enumerate(nodes)]
+    return [_need(node, *sizes[i]) for i, node in enumerate(nodes)] + mixing
 
 
 def _names() -> dict[str, dict[str, Any]]:
@@ -89,6 +98,24 @@ def _names() -> dict[str, dict[str, Any]]:
 
 
 _NAMES = _names()
+
+
+def _mixings() -> dict[str, FourierMixing]:
+    """Every name that a mixing function can have, with a spec of that name."""
+    flags = itertools.product((False, True), repeat=3)
+    specs = [FourierMixing(1, hartley=h, gain=g, bias=b) for h, g, b in flags]
+    return {mixing_body.function_name(spec): spec for spec in specs}
+
+
+_MIXING = _mixings()
+
+
+def _mixing_need(node: ir.Node) -> Need:
+    try:
+        spec = replace(_MIXING[node.op_type], hidden=node.attributes["hidden_size"].as_int())
+        return Need(spec, _ONNX_DTYPES[ir.DataType(node.attributes["dtype"].as_int())])
+    except (KeyError, ValueError, TypeError) as error:
+        raise InvalidModelFile(f"the node {node.name!r} of {DOMAIN} has wrong attributes: {error!r}") from error
 
 
 def _need(node: ir.Node, head_dim: int, value_dim: int) -> Need:

@@ -1,16 +1,33 @@
-"""Sources and binaries of one spec for a graphics card: prefill, split-key decode, and the sum over splits."""
+"""Sources and binaries of one spec for a graphics card: for attention prefill, split-key decode and the sum over
+splits; for Fourier mixing a pass over features and one over tokens."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from codegen.ops.grouped_query_attention import triton_kernel
+from codegen.ops.fourier_mixing import triton_kernel as fourier
+from codegen.ops.grouped_query_attention import triton_kernel as attention
+from codegen.ops.signature import Signature
 from codegen.registry import Choice
+from codegen.spec import FourierMixing
 from codegen.toolchain.triton_aot import compile_kernel
 from rewriter.kernels.folder import digest
 from rewriter.whole_file import write_whole
+
+
+@dataclass(frozen=True)
+class _File:
+    """One source file: its name, its text, its kernels by the suffix of their names, and how they are launched."""
+
+    name: str
+    text: str
+    signatures: Mapping[str, Signature]
+    warps: int
+    stages: int
+    tiles: Mapping[str, int]
 
 
 def write(choice: Choice, output: Path, arch: str) -> list[dict[str, Any]]:
@@ -19,14 +36,11 @@ def write(choice: Choice, output: Path, arch: str) -> list[dict[str, Any]]:
     Raises NoCompiler without Triton, CompilationFailed if it refuses the source.
     """
     spec, dtype = choice.spec, choice.dtype
-    signatures = triton_kernel.signatures(spec, dtype)
     rows = []
-    for few, suffixes in ((False, ("",)), (True, ("_split", "_join"))):
-        name = str(triton_kernel.kernel_name(spec, dtype, arch, few_queries=few))
-        source = write_whole(triton_kernel.source(spec, dtype, arch, few_queries=few), output / f"{name}.py")
-        cut = triton_kernel.tiling(spec, dtype, arch, few_queries=few)
-        for suffix in suffixes:
-            made = compile_kernel(source, name + suffix, signatures[suffix], arch, warps=cut.warps, stages=cut.stages)
+    for file in _mixing(choice, arch) if isinstance(spec, FourierMixing) else _attention(choice, arch):
+        source = write_whole(file.text, output / f"{file.name}.py")
+        for suffix, signature in file.signatures.items():
+            made = compile_kernel(source, file.name + suffix, signature, arch, warps=file.warps, stages=file.stages)
             binary = write_whole(made.code, output / f"{made.name}.{made.suffix}")
             rows.append(
                 {
@@ -37,9 +51,32 @@ def write(choice: Choice, output: Path, arch: str) -> list[dict[str, Any]]:
                     "source": source.name,
                     "binary": binary.name,
                     "sha256": digest(binary),
-                    "arguments": signatures[suffix].types,
-                    "launch": {"warps": cut.warps, "rows": cut.row_tile, "keys": cut.key_tile},
+                    "arguments": signature.types,
+                    "launch": {"warps": file.warps, **file.tiles},
                     "resources": made.resources.to_dict(),
                 }
             )
     return rows
+
+
+def _attention(choice: Choice, arch: str) -> Iterator[_File]:
+    spec, dtype = choice.spec, choice.dtype
+    signatures = attention.signatures(spec, dtype)
+    for few, suffixes in ((False, ("",)), (True, ("_split", "_join"))):
+        cut = attention.tiling(spec, dtype, arch, few_queries=few)
+        yield _File(
+            str(attention.kernel_name(spec, dtype, arch, few_queries=few)),
+            attention.source(spec, dtype, arch, few_queries=few),
+            {suffix: signatures[suffix] for suffix in suffixes},
+            cut.warps,
+            cut.stages,
+            {"rows": cut.row_tile, "keys": cut.key_tile},
+        )
+
+
+def _mixing(choice: Choice, arch: str) -> Iterator[_File]:
+    spec, dtype = choice.spec, choice.dtype
+    cut = fourier.tiling(arch)
+    name, text = str(fourier.kernel_name(spec, dtype, arch)), fourier.source(spec, dtype, arch)
+    tiles = {"rows": cut.rows, "columns": cut.columns}
+    yield _File(name, text, fourier.signatures(spec, dtype), cut.warps, cut.stages, tiles)

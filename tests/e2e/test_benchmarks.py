@@ -89,6 +89,8 @@ def test_the_grid_of_kernels_holds_every_goal() -> None:
         (c.kv_heads, c.dim, c.dtype) for c in everything if c.kind == "decode" and (c.batch, c.keys) == (16, 4096)
     }
     assert decode == {(kv, d, t) for kv in (32, 8, 1) for d in (64, 128) for t in ("float32", "bfloat16")}
+    mixing = [(c.batch, c.tokens, c.hidden, c.goal) for c in kernels.mixing_kernels.cases(quick=True)]
+    assert mixing == [(8, 512, 768, 3.0), (1, 2048, 768, 3.0), (8, 128, 768, 3.0)]
     goals = {(c.kind, c.kv_heads, c.dtype): kernels.goal_against_peers(c) for c in everything}
     assert goals["decode", 8, "float32"] == 1.6 and goals["decode", 1, "float32"] == 4.0
     assert goals["decode", 8, "bfloat16"] == 4.0 and goals["prefill", 12, "float32"] == 1.8
@@ -100,6 +102,7 @@ def test_kernels_beside_their_peers(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         pytest.skip("no instruction set that there are kernels for")
     small = [kernels.Case("decode", 1, 8, 2, 64, 512, "float32"), kernels.Case("prefill", 1, 4, 4, 64, 256, "float32")]
     monkeypatch.setattr(kernels, "cases", lambda quick: small)
+    monkeypatch.setattr(kernels.mixing_kernels, "cases", lambda quick: [kernels.mixing_kernels.Case(2, 64, 32)])
     monkeypatch.setattr(kernels.peaks, "ROUNDS", 10_000)
     target, page = tmp_path / "kernels.json", tmp_path / "benchmarks.md"
     threads = kernels.torch.get_num_threads()
@@ -111,6 +114,7 @@ def test_kernels_beside_their_peers(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert set(written["machine"]) >= MACHINE and all(set(row) >= ROW for row in written["rows"])
     peers = {row["peer_name"] for row in written["rows"] if row["name"] == "time"}
     assert {"torch sdpa", "onnxruntime Attention", "onnxruntime com.microsoft.GroupQueryAttention"} <= peers
+    assert {"torch.fft.fft2", "onnxruntime DFT"} <= peers
     assert all(row["peer_differs_by"] < 1e-4 for row in written["rows"] if row["name"] == "time")
     assert {row["name"] for row in written["rows"]} >= {"time", "error", "share of the machine's read bandwidth"}
     assert "## Kernels" in page.read_text()

@@ -16,7 +16,7 @@ from codegen.launch.host import load
 from codegen.launch.torch_op import launch
 from codegen.ops.grouped_query_attention import reference
 from codegen.registry import Choice, select
-from codegen.spec import GroupedQueryAttention
+from codegen.spec import GroupedQueryAttention, Spec
 
 TORCH = {DType.FLOAT32: torch.float32, DType.FLOAT16: torch.float16, DType.BFLOAT16: torch.bfloat16}
 ROUNDOFF = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
@@ -48,7 +48,7 @@ class Operands:
         return [None if t is None else t.numpy() if t.dtype == torch.bool else t.double().numpy() for t in tensors]
 
 
-def choice(spec: GroupedQueryAttention, dtype: DType, isa: Isa | None = None) -> Choice:
+def choice(spec: Spec, dtype: DType, isa: Isa | None = None) -> Choice:
     found = select(spec, host() if isa is None else Device("cpu", isa.value), dtype)
     assert found is not None
     return found

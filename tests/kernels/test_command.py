@@ -94,6 +94,23 @@ def test_the_file_runs_with_and_without_it(files: tuple[Path, Path], emitted: tu
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+def test_a_mixed_file_has_kernels_of_both_kinds(files: tuple[Path, Path], tmp_path: Path) -> None:
+    mixed, folder = tmp_path / "mixed.onnx", tmp_path / "out"
+    names = [site.name for site in rewriter.inspect(files[0]).sites]
+    rewriter.optimize(files[0], {names[0]: "gqa2", names[1]: "fnet"}).save(mixed)
+    assert [type(need.spec).__name__ for need in needs(mixed)] == ["GroupedQueryAttention", "FourierMixing"]
+    assert run(["kernels", str(mixed), "-o", str(folder), "--arch", "cpu"]) == 0
+    options = ort.SessionOptions()
+    options.register_custom_ops_library(str(library_in(folder)))
+    plain = ort.InferenceSession(str(mixed), providers=["CPUExecutionProvider"])
+    fast = ort.InferenceSession(str(mixed), options, providers=["CPUExecutionProvider"])
+    x = np.random.default_rng(0).standard_normal((3, 50, 32)).astype(np.float32)
+    ours, theirs = (s.run(None, {"x": x})[0] for s in (fast, plain))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5 * np.abs(theirs).max())
+    found = rewriter.profile(mixed, mixed, shapes={"x": (1, 16, 32)}, runs=1, threads=1, kernels=folder)
+    assert {"FourierMixing", "GroupedQueryAttention"} <= set(found.after.ops)
+
+
 def test_profile_counts_the_kernel(files: tuple[Path, Path], emitted: tuple[Path, dict[str, Any]]) -> None:
     shapes = {"x": (1, 16, 32)}
     found = rewriter.profile(*files, shapes=shapes, runs=1, threads=1, kernels=emitted[0])

@@ -157,4 +157,4 @@ def test_the_source_names_each_kernel_and_operator() -> None:
     choices: list[Choice] = [choice(s, DType.FLOAT32) for s in SPECS]
     text = source(choices)
     assert all(text.count(f"{c.name}_work") == 2 for c in choices)
-    assert text.count("make(") == 3, "the operators, and the function that makes them"
+    assert text.count("make_op(") == 3, "the operators, and the function that makes them"

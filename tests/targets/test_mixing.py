@@ -20,13 +20,14 @@ from numpy.typing import NDArray
 from torch import nn
 
 import rewriter
+from codegen.device import host
 from codegen.ops.fourier_mixing.reference import fourier_mixing as oracle
 from passes.sublayer import NoSublayer, sublayer
 from passes.targets import Fourier, GroupedQuery
 from passes.targets.catalogue import find
 from passes.weights.diagonal import DiagonalSums
 from rewriter.cli import run
-from rewriter.errors import NothingToRewrite, UnsupportedModel, UsageError
+from rewriter.errors import NothingToRewrite, UnsupportedModel
 from rewriter.install.token_mixer import Absorbed, TokenMixer, absorbed, token_mixers
 from rewriter.report.rewrite_report import note_lines
 from tests.match.doors import through_torch
@@ -600,12 +601,54 @@ def test_a_note_that_many_sites_have_is_told_once() -> None:
     assert note_lines([("a", ("same",)), ("b", ("same",))]) == ["a: same", "b: same"]
 
 
-def test_kernels_pass_by() -> None:
+def test_kernels_are_called_where_they_are_asked_for() -> None:
     case = ZOO["bert-sdpa"]
     auto, plain = (rewritten(case, "fnet", kernels=kernels) for kernels in ("auto", "off"))
-    assert torch.equal(case.run(auto, case.inputs(2, 7, 0)), case.run(plain, case.inputs(2, 7, 0)))
-    with pytest.raises(UsageError, match="cannot reach"):
-        rewritten(case, "fnet", kernels="cpp")
+    right = case.run(plain, case.inputs(2, 7, 0))
+    assert torch.equal(case.run(auto, case.inputs(2, 7, 0)), right), "so small a mix is left to torch"
+    if not host().arch:
+        pytest.skip("no instruction set that there are kernels for")
+    kernel = rewritten(case, "fnet", kernels="cpp")
+    assert {m.kernels for m in token_mixers(kernel).values()} == {"cpp"}
+    assert relative(case.run(kernel, case.inputs(2, 7, 0)), right) < CLOSE
+
+
+CHAINS = [("fnet", "gqa2"), ("gqa2", "fnet"), ("fnet", "hartley")]
+
+
+@pytest.mark.parametrize("targets", CHAINS, ids="-".join)
+def test_one_mix_reads_what_another_left(targets: tuple[str, str], tmp_path: Path) -> None:
+    """Attentions that follow each other directly, without a norm or a residual between."""
+    torch.manual_seed(0)
+    net, x = nn.Sequential(PlainAttention(), PlainAttention()).eval(), torch.randn(2, 9, 32)
+    with torch.no_grad():
+        module = rewriter.optimize(net, dict(zip("01", targets, strict=True)), example_inputs=(x,))(x)
+        program = rewriter.optimize(torch.export.export(net, (x,)), dict(zip("01", targets, strict=True))).module()(x)
+    before, after = tmp_path / "before.onnx", tmp_path / "after.onnx"
+    torch.onnx.export(
+        net, (x,), str(before), dynamo=False, opset_version=17, input_names=["x"], output_names=["y"],
+        dynamic_axes={"x": {0: "b", 1: "s"}},
+    )  # fmt: skip
+    names = [site.name for site in rewriter.inspect(before).sites]
+    rewriter.optimize(before, dict(zip(names, targets, strict=True))).save(after)
+    (answer,) = ort.InferenceSession(str(after), providers=["CPUExecutionProvider"]).run(None, {"x": x.numpy()})
+    assert relative(program, module) < CLOSE and relative(answer, module) < CLOSE
+    with torch.no_grad():
+        assert relative(net(x), module) > CLOSE, "the control: the original is another function"
+
+
+class PlainAttention(nn.Module):
+    """Four heads of eight features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(32, 96), nn.Linear(32, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (t.unflatten(-1, (4, 8)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        weights = (q @ k.transpose(-1, -2) / 8**0.5).softmax(-1)
+        merged: torch.Tensor = self.out((weights @ v).transpose(1, 2).flatten(2))
+        return merged
 
 
 # ------------------------------------------------------------------ real weights
