@@ -14,7 +14,6 @@ import onnx_ir as ir
 from codegen.ops.fourier_mixing.onnx_body import (
     DOMAIN,
     attributes,
-    computed_in,
     feature_tables,
     function,
     function_name,
@@ -23,6 +22,7 @@ from codegen.ops.fourier_mixing.onnx_body import (
     tables_function,
     tables_name,
 )
+from codegen.ops.function_body import computed_in
 from codegen.spec import FourierMixing
 from passes.dataflow import Value
 from passes.sublayer import Sublayer
