@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from codegen.spec import FourierMixing
 from rewriter.errors import UsageError
 from rewriter.install.attention_interface import attach, detach
 from rewriter.install.token_mixer import TokenMixer
@@ -26,8 +27,8 @@ def choose_kernels(
     Raises UsageError if kernels are asked for by name and nothing in the model can call them.
     """
     found: list[Any] = list(mixers(model).values())
-    if kernels in ("auto", "off", "triton"):  # mixing has no kernel in another language
-        found += [module for module in model.modules() if isinstance(module, TokenMixer)]
+    if kernels in ("auto", "off", "triton"):  # Fourier mixing has no kernel in another language, other mixes have none
+        found += [m for m in model.modules() if isinstance(m, TokenMixer) and isinstance(m.spec, FourierMixing)]
     for mixer in found:
         mixer.kernels = kernels
     detach(model)
