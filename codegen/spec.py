@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from enum import Enum
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,11 @@ class FourierMixing:
             raise ValueError(f"hidden must be at least 1, not {self.hidden}")
 
     @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every parameter's shape by its name."""
+        return {name: (self.hidden,) for name in ("gain", "bias") if getattr(self, name)}
+
+    @property
     def half(self) -> int:
         """Feature frequencies that the others mirror."""
         return self.hidden // 2 + 1
@@ -82,5 +88,176 @@ class FourierMixing:
         return round(2.5 * points * math.log2(max(tokens * self.hidden, 2)))
 
 
-Spec = GroupedQueryAttention | FourierMixing
+class Structure(Enum):
+    """What a mixing matrix may be, and the parameters that it is made of."""
+
+    DENSE = "dense"
+    """Any N x N matrix."""
+    CIRCULANT = "circulant"
+    """``M[i, j] = c[(i - j) mod N]`` of a vector [N]."""
+    TOEPLITZ = "toeplitz"
+    """``M[i, j] = v[N - 1 + j - i]`` of a vector [2 N - 1]."""
+
+
+@dataclass(frozen=True)
+class LinearMixing:
+    """Tokens mixed by one matrix and features by another (Sparse Mixer, arXiv 2205.12399).
+
+    The operand x is [B, S, hidden], S at most `tokens`; shorter sequences use the first S rows and columns of the
+    matrix over tokens. With T that matrix, F that over features, a sequence becomes ``T x F`` where both are dense, and
+    ``T x F'`` (F transposed) where they have a structure, as in the paper's code. There is no mask: every token takes
+    part in every result.
+
+    Attributes:
+        hidden: number of features.
+        tokens: the longest sequence.
+        structure: of both matrices.
+        bias: a vector [hidden] is added to every token.
+    """
+
+    hidden: int
+    tokens: int
+    structure: Structure = Structure.DENSE
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("hidden", "tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every parameter's shape by its name: ``sequence``, ``features``, and ``bias`` if there is one."""
+        found = {"sequence": self.stored(self.tokens), "features": self.stored(self.hidden)}
+        return found | ({"bias": (self.hidden,)} if self.bias else {})
+
+    def stored(self, size: int) -> tuple[int, ...]:
+        """The shape of what a matrix of this size is made of."""
+        if self.structure is Structure.DENSE:
+            return (size, size)
+        return (size,) if self.structure is Structure.CIRCULANT else (2 * size - 1,)
+
+    def flops(self, batch: int, tokens: int) -> int:
+        """Of both products, two for each multiplication."""
+        return 2 * batch * tokens * self.hidden * (tokens + self.hidden)
+
+
+class Activation(Enum):
+    """What a feed-forward block applies between its two products, element by element."""
+
+    RELU = "relu"
+    RELU_SQUARED = "relu_squared"
+    GELU = "gelu"
+    """``x Phi(x)``, by the error function."""
+    GELU_TANH = "gelu_tanh"
+    """Its usual approximation by tanh."""
+    QUICK_GELU = "quick_gelu"
+    """``x sigmoid(1.702 x)``."""
+    SILU = "silu"
+    TANH = "tanh"
+
+
+class Routing(Enum):
+    """Who chooses whom in a mixture of experts."""
+
+    EXPERTS_CHOOSE = "experts_choose"
+    """Each expert takes the tokens that want it most, up to its capacity (arXiv 2202.09368); not causal."""
+    TOKENS_CHOOSE = "tokens_choose"
+    """Each token asks for its best experts; within a group, tokens of higher probability are served first
+    (batch-prioritised, arXiv 2106.05974), until an expert's capacity is used up. Not causal either, where it is."""
+
+
+@dataclass(frozen=True)
+class MixtureOfExperts:
+    """A feed-forward block of which each token uses some experts only (Sparse Mixer, arXiv 2205.12399).
+
+    The operand x is [B, S, hidden]; its B S tokens, in order, are cut into groups of equal size. A router gives each
+    token a probability for each expert, ``softmax(x router_weight + router_bias)`` in float32 at least. The result of a
+    token is the sum over the experts that it was routed to of
+
+        probability · (activation(x up_weight + up_bias) down_weight + down_bias),
+
+    or, with `gated`, of ``activation(x gate_weight + gate_bias) * (x up_weight + up_bias)`` in the middle. The
+    probabilities are not renormalised, and a token may be routed nowhere: its result is then zero. Ties go to the lower
+    token and the lower expert. There is no mask, as in the paper's code: padded tokens take part in the routing.
+
+    Attributes:
+        hidden, expert_hidden: features outside, and within each of the `experts`.
+        routing: who chooses.
+        activation: of the experts.
+        capacity_factor: experts have room for ``capacity_factor · tokens / experts`` tokens of a group, rounded half to
+            even, but for `min_capacity` at least (and for no more than there are).
+        group_limit: groups have at most this many tokens; there are as few as divide all tokens evenly.
+        selected: experts that each token asks for, where tokens choose; first choices are served before second ones.
+        gated: experts multiply two projections.
+        router_bias, up_bias, down_bias: vectors are added there; `up_bias` speaks for the gate too.
+        bias: a vector [hidden] is added to the result of every token, wherever it was routed to.
+    """
+
+    hidden: int
+    expert_hidden: int
+    experts: int
+    routing: Routing = Routing.EXPERTS_CHOOSE
+    activation: Activation = Activation.GELU_TANH
+    capacity_factor: float = 1.0
+    min_capacity: int = 4
+    group_limit: int = 4096
+    selected: int = 1
+    gated: bool = False
+    router_bias: bool = True
+    up_bias: bool = True
+    down_bias: bool = True
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("hidden", "expert_hidden", "experts", "min_capacity", "group_limit", "selected"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not 0 < self.capacity_factor < math.inf:
+            raise ValueError(f"capacity_factor must be a positive number, not {self.capacity_factor}")
+        if self.selected > (self.experts if self.routing is Routing.TOKENS_CHOOSE else 1):
+            raise ValueError(f"selected={self.selected} experts of {self.experts}, with {self.routing.value}")
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every parameter's shape by its name, in the order in which bodies take them."""
+        outer, inner, experts = self.hidden, self.expert_hidden, self.experts
+        found: dict[str, tuple[int, ...]] = {"router_weight": (outer, experts)}
+        found |= {"router_bias": (experts,)} if self.router_bias else {}
+        for name in ("gate", "up") if self.gated else ("up",):
+            found[f"{name}_weight"] = (experts, outer, inner)
+            found |= {f"{name}_bias": (experts, inner)} if self.up_bias else {}
+        found["down_weight"] = (experts, inner, outer)
+        found |= {"down_bias": (experts, outer)} if self.down_bias else {}
+        return found | ({"bias": (outer,)} if self.bias else {})
+
+    def groups(self, tokens: int) -> int:
+        """The smallest number of groups within the limit that divides the tokens."""
+        if tokens <= self.group_limit:
+            return 1
+        least = -(-tokens // self.group_limit)
+        return next(n for n in range(least, tokens + 1) if tokens % n == 0)
+
+    def capacity(self, group: int) -> int:
+        """Tokens that an expert has room for, in a group of this many."""
+        return min(max(round(self.capacity_factor * group / self.experts), self.min_capacity), group)
+
+    @property
+    def drops_nothing(self) -> bool:
+        """Whether every token gets all experts that it asks for, at any length."""
+        return self.routing is Routing.TOKENS_CHOOSE and self.capacity_factor >= self.experts
+
+    def flops(self, tokens: int) -> int:
+        """Of the router and of experts that work at capacity, two for each multiplication."""
+        groups = self.groups(tokens)
+        slots = groups * self.experts * self.capacity(tokens // groups)
+        if self.routing is Routing.TOKENS_CHOOSE:
+            slots = min(slots, tokens * self.selected)
+        return 2 * self.hidden * (tokens * self.experts + slots * self.expert_hidden * (3 if self.gated else 2))
+
+
+TokenMixing = FourierMixing | LinearMixing
+"""What mixes the tokens of whole sequences without attention."""
+
+Spec = GroupedQueryAttention | FourierMixing | LinearMixing
 """Everything that can take an attention's place."""

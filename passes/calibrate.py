@@ -22,10 +22,9 @@ from passes.plan import Step
 from passes.protocols import Probe
 from passes.site import AttentionSite
 from passes.sublayer import NoSublayer
-from passes.targets.fourier import Fourier
 from passes.targets.grouped_query import GroupedQuery, merge_site, tied
+from passes.targets.mixing import Fit
 from passes.targets.replacement import Replacement
-from passes.weights.diagonal import DiagonalFit
 from passes.weights.group import Moments
 from passes.weights.merge import Freedom, Merged, contiguous, readers
 from passes.weights.moments import MomentSums
@@ -47,15 +46,15 @@ def calibrated(
     done: dict[str, Replacement] = {}
     refused: list[tuple[str, str]] = []
     pooled: dict[tuple[Value, Value], Merged] = {}
-    mixed: dict[tuple[Value, Value], DiagonalFit] = {}
+    mixed: dict[tuple[Value, Value], Fit] = {}
     for step in sorted(steps, key=lambda s: s.site.anchor):
         if tell is not None:
             tell(step.site.name)
         try:
-            if isinstance(step.target, Fourier):
-                done[step.site.name] = fit_mixing(pair, step.site, step.target, mixed)
-            else:
+            if isinstance(step.target, GroupedQuery):
                 done[step.site.name] = _merge(pair, step.site, step.target, pooled, steps)
+            else:
+                done[step.site.name] = fit_mixing(pair, step.site, step.target, mixed)
         except NoSublayer as reason:
             refused.append((step.site.name, str(reason)))
     return tuple(done[s.site.name] for s in steps if s.site.name in done), tuple(refused)

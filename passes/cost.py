@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from codegen.spec import FourierMixing
+from codegen.spec import TokenMixing
 from passes.dataflow import Flow, Node
 from passes.match.attention import Matches
 from passes.site import AttentionSite, Norm
@@ -66,7 +66,7 @@ def parameters_removed(flow: Flow, replacements: Sequence[Replacement]) -> int:
     return removed
 
 
-def _mixing_removes(flow: Flow, replacement: Replacement, spec: FourierMixing, seen: set[tuple[str, str]]) -> int:
+def _mixing_removes(flow: Flow, replacement: Replacement, spec: TokenMixing, seen: set[tuple[str, str]]) -> int:
     """All projections and q/k norms of the sublayer, less what the mix has of its own."""
     site = replacement.site
     rows = {role: (o.projection, o.columns.size) for role, o in (("q", site.q), ("k", site.k), ("v", site.v))}
@@ -90,7 +90,7 @@ def _norm_weights(flow: Flow, norm: Norm) -> list[tuple[str, int]]:
     return [(v, math.prod(flow.shape(v))) for v in read if flow.shape(v)]
 
 
-def _mixing_saves(flow: Flow, matches: Matches, site: AttentionSite, spec: FourierMixing) -> int:
+def _mixing_saves(flow: Flow, matches: Matches, site: AttentionSite, spec: TokenMixing) -> int:
     nodes = {o.projection.node for o in (site.q, site.k, site.v)} | ({site.out.node} if site.out is not None else set())
     projections = sum(_node_flops(flow, flow.nodes[i]) for i in nodes)
     batch, tokens = (int(n) for n in matches.evidence[site.name].q.tokens.rows.shape)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from codegen.ops.fourier_mixing.reference import fourier_mixing
-from codegen.spec import FourierMixing
+from codegen.ops.token_mixing import token_mixing
+from codegen.spec import TokenMixing
 from passes.dataflow import Array, Flow
 from passes.match.attention import Evidence
 from passes.match.operands import Traced
@@ -46,7 +46,7 @@ def site_error(flow: Flow, evidence: Evidence, replacement: Replacement) -> tupl
     return float(np.linalg.norm((output - reference)[alive])) / max(size, 1e-30), 1.0
 
 
-def _mixing_error(flow: Flow, replacement: Replacement, spec: FourierMixing) -> tuple[float, float] | None:
+def _mixing_error(flow: Flow, replacement: Replacement, spec: TokenMixing) -> tuple[float, float] | None:
     """Of the whole sublayer, on all recorded tokens. None where its output was not recorded."""
     around = replacement.around
     try:
@@ -54,7 +54,7 @@ def _mixing_error(flow: Flow, replacement: Replacement, spec: FourierMixing) -> 
     except KeyError:
         return None
     reference = np.asarray(around.by_token(output, hidden.shape), dtype=np.float64)
-    mixed = fourier_mixing(spec, around.by_token(hidden, hidden.shape), **replacement.tensors)
+    mixed = token_mixing(spec, around.by_token(hidden, hidden.shape), **replacement.tensors)
     size = float(np.linalg.norm(reference))
     return float(np.linalg.norm(mixed - reference)) / max(size, 1e-30), 1.0
 

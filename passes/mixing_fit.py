@@ -10,68 +10,68 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from codegen.ops.fourier_mixing.reference import fourier_mixing
-from codegen.spec import FourierMixing
 from passes.activations import Activations
 from passes.dataflow import Array, Value
 from passes.paired_runs import PairedRuns
 from passes.protocols import Trial
 from passes.site import AttentionSite
 from passes.sublayer import Sublayer, sublayer
-from passes.targets.fourier import Fourier
+from passes.targets.catalogue import Mixer
+from passes.targets.mixing import Fit, Fitting
 from passes.targets.replacement import Replacement
-from passes.weights.diagonal import DiagonalFit, DiagonalSums
 from passes.weights.projection import site_weights
 
 
 def fit_mixing(
-    pair: PairedRuns, site: AttentionSite, target: Fourier, shared: dict[tuple[Value, Value], DiagonalFit]
+    pair: PairedRuns, site: AttentionSite, target: Mixer, shared: dict[tuple[Value, Value], Fit]
 ) -> Replacement:
     """Fit one site and let the students go on from there; `shared` holds fits of sites that use the same weights.
 
-    Raises NoSublayer where the site is no map of hidden states, KeyError if its values cannot be followed.
+    Raises NoSublayer where the site is no map of hidden states that the target can stand for, KeyError if its values
+    cannot be followed.
     """
     evidence = pair.matches.evidence[site.name]
     around = sublayer(pair.flow, site, evidence)
-    spec = FourierMixing(around.hidden, hartley=target.hartley)
+    fitting = target.fitting(around.hidden)
     key = (site.k.projection.weight, site.v.projection.weight)
     unit = pair.sharing(site)
     if len(unit) > 1 and key not in shared:
-        shared[key] = _pooled(pair, unit, spec)
+        shared[key] = _pooled(pair, unit, target.fitting(around.hidden))
     reference = [_output(run, around) for run in pair.teachers]
     looked = pair.see(site, site_weights(pair.flow, site), pair.students)
-    mixes = [fourier_mixing(spec, _hidden(look)) for look in looked]
-    fit = shared[key] if len(unit) > 1 else _summed(DiagonalSums(), around, looked, mixes, reference).solve()
-    for run, mix, before in zip(pair.students, mixes, reference, strict=True):
-        run.put(around.output, around.laid_out(mix * fit.gain + fit.bias, before))
+    prepared = [fitting.prepare(_hidden(look)) for look in looked]
+    if len(unit) > 1:
+        fit = shared[key]
+    else:
+        _add(fitting, around, looked, prepared, reference)
+        fit = fitting.solve()
+    for run, given, before in zip(pair.students, prepared, reference, strict=True):
+        run.put(around.output, around.laid_out(fit.output(given), before))
     return target.fitted(pair.flow, site, evidence, fit)
 
 
-def _pooled(pair: PairedRuns, unit: Sequence[AttentionSite], spec: FourierMixing) -> DiagonalFit:
+def _pooled(pair: PairedRuns, unit: Sequence[AttentionSite], fitting: Fitting) -> Fit:
     """Sites that share weights get one fit, by the teacher's hidden states at all of them."""
     runs = pair.probe.trials()
-    total = DiagonalSums()
     for site in sorted(unit, key=lambda s: s.anchor):
         around = sublayer(pair.flow, site, pair.matches.evidence[site.name])
         looked = pair.see(site, site_weights(pair.flow, site), runs)
-        mixes = [fourier_mixing(spec, _hidden(look)) for look in looked]
-        _summed(total, around, looked, mixes, [_output(run, around) for run in runs])
-    return total.solve()
+        prepared = [fitting.prepare(_hidden(look)) for look in looked]
+        _add(fitting, around, looked, prepared, [_output(run, around) for run in runs])
+    return fitting.solve()
 
 
-def _summed(
-    sums: DiagonalSums,
+def _add(
+    fitting: Fitting,
     around: Sublayer,
     looked: Sequence[Activations],
-    mixes: Sequence[Array],
+    prepared: Sequence[Array],
     reference: Sequence[Array],
-) -> DiagonalSums:
-    """`sums`, with all tokens added that are no padding."""
-    for look, mix, output in zip(looked, mixes, reference, strict=True):
-        batch, tokens, _ = mix.shape
+) -> None:
+    for look, given, output in zip(looked, prepared, reference, strict=True):
+        batch, tokens = look.asking.shape
         order = (batch, tokens) if around.batch_first else (tokens, batch)
-        sums.add(mix[look.asking], around.by_token(output, order)[look.asking])
-    return sums
+        fitting.add(given, around.by_token(output, order), look.asking)
 
 
 def _hidden(look: Activations) -> Array:

@@ -21,7 +21,7 @@ PASSED = frozenset({"Reshape", "Flatten", "Identity", "Cast", "QuantizeLinear", 
 
 
 class NoSublayer(ValueError):
-    """Why a site is no map of hidden states, in words a person can act on."""
+    """Why a site is no map of hidden states, or none that a mix can stand for, in words a person can act on."""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from codegen.spec import Structure
 from passes.dataflow import Flow
 from passes.match.attention import Matches
 from passes.picture import Picture, refusal_picture, site_picture
@@ -16,6 +17,7 @@ from passes.sublayer import NoSublayer, sublayer
 from passes.targets.catalogue import CATALOGUE
 from passes.targets.fourier import HYBRID, Fourier
 from passes.targets.grouped_query import GroupedQuery
+from passes.targets.linear_mixing import LinearMixer
 from rewriter.errors import NotExportable, UsageError
 from rewriter.model_kinds import is_onnx, is_torch
 
@@ -200,6 +202,7 @@ def _targets(flow: Flow, matches: Matches, site: AttentionSite) -> tuple[str, ..
         with contextlib.suppress(NoSublayer):
             sublayer(flow, site, matches.evidence[site.name])
             names += [t.name for t in (Fourier(), Fourier(keep=HYBRID), Fourier(hartley=True))]
+            names += [LinearMixer(structure).name for structure in Structure]
     return tuple(names)
 
 

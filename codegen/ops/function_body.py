@@ -8,6 +8,11 @@ import numpy as np
 import onnx_ir as ir
 
 
+def computed_in(dtype: ir.DataType) -> ir.DataType:
+    """What sums over a whole sequence and softmaxes are computed in for operands of this dtype: float32 at least."""
+    return ir.DataType.DOUBLE if dtype == ir.DataType.DOUBLE else ir.DataType.FLOAT
+
+
 class FunctionBody:
     """Collects nodes in order. Numbers are Constant nodes, since functions have no initializers."""
 

@@ -2,5 +2,6 @@
 
 from passes.targets.fourier import Fourier
 from passes.targets.grouped_query import GroupedQuery
+from passes.targets.linear_mixing import LinearMixer
 
-__all__ = ["Fourier", "GroupedQuery"]
+__all__ = ["Fourier", "GroupedQuery", "LinearMixer"]

@@ -6,10 +6,15 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from codegen.spec import Structure
 from passes.targets.fourier import HYBRID, Fourier
 from passes.targets.grouped_query import GroupedQuery
+from passes.targets.linear_mixing import LONGEST, NAMES, LinearMixer
 
-Target = GroupedQuery | Fourier
+Mixer = Fourier | LinearMixer
+"""Targets that mix tokens without attention."""
+
+Target = GroupedQuery | Mixer
 """Every kind of target there is."""
 
 
@@ -55,6 +60,15 @@ def _parse_hartley(name: str) -> Target | None:
     return Fourier(hartley=True) if name == "hartley" else None
 
 
+def _parse_linear(structure: Structure) -> Callable[[str], Target | None]:
+    def parse(name: str) -> Target | None:
+        found = re.fullmatch(NAMES[structure] + r"(?::(\d{1,6}))?", name)
+        tokens = int(found.group(1) or LONGEST) if found else 0
+        return LinearMixer(structure, tokens) if tokens else None
+
+    return parse
+
+
 CATALOGUE: tuple[Entry, ...] = (
     Entry(
         "mqa",
@@ -95,6 +109,30 @@ CATALOGUE: tuple[Entry, ...] = (
         "as fnet",
         "as fnet",
         _parse_hartley,
+    ),
+    Entry(
+        "linear-mixer[:n]",
+        "one learned matrix over tokens and one over features, for up to n tokens (n = 512)",
+        "arXiv 2205.12399",
+        "the attention with all its projections; with calibration both matrices are fitted, without they are random",
+        "as fnet, and sequences of at most n tokens",
+        _parse_linear(Structure.DENSE),
+    ),
+    Entry(
+        "circulant[:n]",
+        "as linear-mixer, by circulant matrices: one vector each",
+        "arXiv 2205.12399",
+        "as linear-mixer",
+        "as linear-mixer",
+        _parse_linear(Structure.CIRCULANT),
+    ),
+    Entry(
+        "toeplitz[:n]",
+        "as linear-mixer, by Toeplitz matrices: one number for each distance",
+        "arXiv 2205.12399",
+        "as linear-mixer",
+        "as linear-mixer",
+        _parse_linear(Structure.TOEPLITZ),
     ),
 )
 

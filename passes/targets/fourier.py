@@ -13,20 +13,21 @@ say how much of the output's energy it explains, and how much of that a constant
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
+from codegen.ops.fourier_mixing.reference import fourier_mixing
 from codegen.spec import FourierMixing
 from passes.dataflow import Array, Flow
 from passes.match.attention import Evidence
 from passes.site import AttentionSite
-from passes.sublayer import Sublayer, sublayer
-from passes.targets.grouped_query import describe
+from passes.sublayer import sublayer
 from passes.targets.misfit import Misfit
+from passes.targets.mixing import Fit, Fitting, mixed, refusal, told
 from passes.targets.replacement import Replacement
-from passes.weights.diagonal import DiagonalFit
+from passes.weights.diagonal import DiagonalFit, DiagonalSums
 
 HYBRID = 2
 """Attentions that the paper's hybrid keeps."""
@@ -55,13 +56,7 @@ class Fourier:
 
     def refuses(self, site: AttentionSite) -> str | None:
         """Why this site cannot be mixed, as far as its description tells; `transform` may find more."""
-        if site.cross:
-            return "it is cross-attention, and mixing has one sequence"
-        if site.cached or site.k.presents or site.v.presents:
-            return "its keys and values are kept in a cache, and mixing needs all tokens at once"
-        if site.causal:
-            return "it is causal, and a transform mixes every token into every other"
-        return None
+        return refusal(site)
 
     def misfit(self, site: AttentionSite) -> Misfit | None:
         """There is no number that could be wrong."""
@@ -84,27 +79,36 @@ class Fourier:
     ) -> Replacement:
         """The bare transform. Raises NoSublayer where the site is no map of hidden states."""
         around = sublayer(flow, site, evidence)
-        spec = FourierMixing(around.hidden, hartley=self.hartley)
-        return self._replacement(site, spec, {}, around, "none", ())
+        return mixed(site, around, FourierMixing(around.hidden, hartley=self.hartley), {}, self._after, "none", ())
 
-    def fitted(self, flow: Flow, site: AttentionSite, evidence: Evidence, fit: DiagonalFit) -> Replacement:
-        """The transform with a factor and a constant for each feature. Raises NoSublayer as `transform`."""
+    def fitting(self, hidden: int) -> Fitting:
+        """Fits a factor and a constant for each of `hidden` features."""
+        return _Scales(FourierMixing(hidden, hartley=self.hartley))
+
+    def fitted(self, flow: Flow, site: AttentionSite, evidence: Evidence, fit: Fit) -> Replacement:
+        """The transform with what was fitted. Raises NoSublayer as `transform`."""
         around = sublayer(flow, site, evidence)
         spec = FourierMixing(around.hidden, hartley=self.hartley, gain=True, bias=True)
-        tensors = {"gain": fit.gain.astype(np.float32), "bias": fit.bias.astype(np.float32)}
-        told = f"the fit explains {fit.explained:.1%} of the output's energy, a constant alone {fit.constant:.1%}"
-        return self._replacement(site, spec, tensors, around, "diagonal", (told,))
+        tensors = {name: array.astype(np.float32) for name, array in fit.tensors.items()}
+        return mixed(site, around, spec, tensors, self._after, "diagonal", (told(fit),))
 
-    def _replacement(
-        self,
-        site: AttentionSite,
-        spec: FourierMixing,
-        tensors: Mapping[str, Array],
-        around: Sublayer,
-        fit: str,
-        notes: tuple[str, ...],
-    ) -> Replacement:
-        after = "hartley" if self.hartley else "fnet"
-        if any(m.kind in {"mask", "unmask", "bias"} for m in site.modifiers):
-            notes = (*notes, "its masks and score biases are dropped: padded tokens take part in the mix")
-        return Replacement(site, spec, tensors, False, describe(site), after, merge=fit, notes=notes, sublayer=around)
+    @property
+    def _after(self) -> str:
+        return "hartley" if self.hartley else "fnet"
+
+
+@dataclass
+class _Scales:
+    """What is prepared is the bare transform, which is worked out once."""
+
+    spec: FourierMixing
+    sums: DiagonalSums = field(default_factory=DiagonalSums)
+
+    def prepare(self, hidden: Array) -> Array:
+        return fourier_mixing(self.spec, hidden)
+
+    def add(self, prepared: Array, output: Array, asking: Array) -> None:
+        self.sums.add(prepared[asking], output[asking])
+
+    def solve(self) -> DiagonalFit:
+        return self.sums.solve()

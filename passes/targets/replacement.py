@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from codegen.spec import FourierMixing, GroupedQueryAttention, Spec
+from codegen.spec import GroupedQueryAttention, Spec, TokenMixing
 from passes.dataflow import Array
 from passes.site import AttentionSite
 from passes.sublayer import Sublayer
@@ -18,7 +18,7 @@ class Replacement:
     Attributes:
         spec: what it computes. Grouped attention takes the place of the contractions and the softmax, mixing that of
             the whole sublayer: all projections, that of the output included.
-        tensors: new parameters by role. For mixing ``gain`` [hidden] and ``bias`` [hidden] as the spec has them. For
+        tensors: new parameters by role. For mixing those of the spec's `shapes`. For
             grouped attention ``k_weight`` [kv_heads * head_dim, in], ``k_bias`` [kv_heads * head_dim], ``v_weight``,
             ``v_bias``; rows are head-major in the order of `Operand.columns`. Where queries and output
             follow the merge also ``q_weight`` [heads * head_dim, in], ``q_bias``, ``out_weight``
@@ -26,7 +26,7 @@ class Replacement:
         exact: True if the new mixer equals the old one up to rounding.
         before, after: short descriptions, e.g. ``"mha12"`` and ``"gqa4"``.
         merge: how heads became one: "mean", "aligned" or "joint"; for mixing how its result was fitted to the
-            attention's: "none" or "diagonal".
+            attention's: "none", "initialised", "diagonal" or "matrices".
         notes: what was done otherwise than `merge` says, and why.
         sublayer: for mixing what it takes the place of.
     """
@@ -49,9 +49,9 @@ class Replacement:
         return self.spec
 
     @property
-    def mixing(self) -> FourierMixing | None:
+    def mixing(self) -> TokenMixing | None:
         """The spec of a replacement that mixes tokens without attention, None for any other."""
-        return self.spec if isinstance(self.spec, FourierMixing) else None
+        return None if isinstance(self.spec, GroupedQueryAttention) else self.spec
 
     @property
     def around(self) -> Sublayer:

@@ -23,6 +23,15 @@ class DiagonalFit:
     explained: float
     constant: float
 
+    @property
+    def tensors(self) -> dict[str, Array]:
+        """By role."""
+        return {"gain": self.gain, "bias": self.bias}
+
+    def output(self, prepared: Array) -> Array:
+        """Of the signal x, the last axis its features."""
+        return np.asarray(prepared * self.gain + self.bias)
+
 
 @dataclass
 class DiagonalSums:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Interpreter
 from torch.fx import Node as FxNode
 
-from codegen.ops.fourier_mixing.reference import fourier_mixing
+from codegen.ops.token_mixing import token_mixing
 from passes.dataflow import Value
 from passes.replay import TOLERANCES
 from passes.targets.replacement import Replacement
@@ -145,7 +145,7 @@ class _Run(Interpreter):
         around, spec = replacement.around, replacement.mixing
         assert spec is not None
         hidden = self._hidden[around.input].detach().double().cpu().numpy()
-        mixed = fourier_mixing(spec, around.by_token(hidden, hidden.shape), **replacement.tensors)
+        mixed = token_mixing(spec, around.by_token(hidden, hidden.shape), **replacement.tensors)
         laid = around.laid_out(mixed, like.detach().double().cpu().numpy())
         return torch.from_numpy(laid).to(dtype=like.dtype, device=like.device)
 

@@ -332,7 +332,7 @@ class Editor:
         return self._parameters[key].node
 
     def vector(self, replacement: Replacement, part: str) -> FxNode:
-        """A node for the factors or constants by which a mix is fitted."""
+        """A node for a parameter of a mix."""
         array, out = replacement.tensors[part], replacement.site.out
         key = (out.weight if out is not None else "", part.encode(), array.tobytes())
         if key not in self._parameters:

@@ -1,14 +1,14 @@
-"""Mixing in a flat aten graph: an attention's whole sublayer becomes one Fourier transform of its input."""
+"""Mixing in a flat aten graph: an attention's whole sublayer becomes one mix of its input."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.fx import Node as FxNode
 
-from codegen.spec import FourierMixing
+from codegen.spec import FourierMixing, LinearMixing, Structure, TokenMixing
 from passes.targets.replacement import Replacement
 from rewriter.install.fx_emit import Emitter, aten
 
@@ -38,11 +38,9 @@ def apply_mixing(editor: Editor, plan: MixPlan) -> FxNode:
     spec = replacement.mixing
     assert spec is not None
     output = editor.node(around.output)
-    vectors = [editor.vector(replacement, name) for name in ("gain", "bias") if name in replacement.tensors]
+    held = {name: editor.vector(replacement, name) for name in spec.shapes}
     with editor.graph.inserting_before(output):
-        mixed = _mix(editor.emitter, output, editor.node(around.input), spec, around.batch_first)
-        for operation, vector in zip((aten.mul.Tensor, aten.add.Tensor), vectors, strict=False):
-            mixed = editor.emitter.call(output, operation, mixed, vector)
+        mixed = _mix(_Writer(editor.emitter, output, held), editor.node(around.input), spec, around.batch_first)
         recorded = editor.view.tensors[around.output]
         if recorded.dim() == 2:
             mixed = editor.emitter.call(output, aten.flatten.using_ints, mixed, 0, 1)
@@ -52,11 +50,61 @@ def apply_mixing(editor: Editor, plan: MixPlan) -> FxNode:
     return mixed
 
 
-def _mix(emitter: Emitter, like: FxNode, x: FxNode, spec: FourierMixing, batch_first: bool) -> FxNode:
+def _mix(write: _Writer, x: FxNode, spec: TokenMixing, batch_first: bool) -> FxNode:
     """[B, S, E] or [S, B, E] in float32, or in float64 where x is; contiguous, since views may follow."""
-    wide = x if x.meta["val"].dtype in WIDE else emitter.call(like, aten.to.dtype, x, torch.float32)
-    frequencies = emitter.call(like, aten.fft_fft2.default, wide, None, [1 if batch_first else 0, 2])
-    real = emitter.call(like, aten.real.default, frequencies)
-    if not spec.hartley:
-        return emitter.call(like, aten.contiguous.default, real)
-    return emitter.call(like, aten.sub.Tensor, real, emitter.call(like, aten.imag.default, frequencies))
+    wide = x if x.meta["val"].dtype in WIDE else write.call(aten.to.dtype, x, torch.float32)
+    if isinstance(spec, LinearMixing):
+        return _linear(write, wide, spec, batch_first)
+    return _fourier(write, wide, spec, batch_first)
+
+
+@dataclass(frozen=True)
+class _Writer:
+    """Attributes:
+    like: the node whose place the mix takes.
+    held: the mix's parameters.
+    """
+
+    emitter: Emitter
+    like: FxNode
+    held: dict[str, FxNode]
+
+    def call(self, target: Any, *arguments: Any) -> FxNode:
+        return self.emitter.call(self.like, target, *arguments)
+
+
+def _fourier(write: _Writer, x: FxNode, spec: FourierMixing, batch_first: bool) -> FxNode:
+    frequencies = write.call(aten.fft_fft2.default, x, None, [1 if batch_first else 0, 2])
+    found = write.call(aten.real.default, frequencies)
+    if spec.hartley:
+        found = write.call(aten.sub.Tensor, found, write.call(aten.imag.default, frequencies))
+    else:
+        found = write.call(aten.contiguous.default, found)
+    for name, operation in (("gain", aten.mul.Tensor), ("bias", aten.add.Tensor)):
+        found = write.call(operation, found, write.held[name]) if name in write.held else found
+    return found
+
+
+def _linear(write: _Writer, x: FxNode, spec: LinearMixing, batch_first: bool) -> FxNode:
+    """A sequence that is longer than the matrix ends in the product's error."""
+    x = x if batch_first else write.call(aten.transpose.int, x, 0, 1)
+    features = _matrix(write, spec.structure, write.held["features"], spec.hidden)
+    if spec.structure is not Structure.DENSE:
+        features = write.call(aten.transpose.int, features, 0, 1)
+    sequence = _matrix(write, spec.structure, write.held["sequence"], spec.tokens)
+    tokens = write.call(aten.sym_size.int, x, 1)
+    for axis in (0, 1):
+        sequence = write.call(aten.slice.Tensor, sequence, axis, 0, tokens)
+    found = write.call(aten.matmul.default, sequence, write.call(aten.matmul.default, x, features))
+    found = write.call(aten.add.Tensor, found, write.held["bias"]) if "bias" in write.held else found
+    return found if batch_first else write.call(aten.contiguous.default, write.call(aten.transpose.int, found, 0, 1))
+
+
+def _matrix(write: _Writer, structure: Structure, stored: FxNode, size: int) -> FxNode:
+    """[N, N] of what it is made of."""
+    if structure is Structure.DENSE:
+        return stored
+    if structure is Structure.CIRCULANT:
+        turned = write.call(aten.flip.default, stored, [0])
+        stored = write.call(aten.cat.default, [turned, write.call(aten.slice.Tensor, turned, 0, 0, size - 1)])
+    return write.call(aten.flip.default, write.call(aten.unfold.default, stored, 0, size, 1), [0])

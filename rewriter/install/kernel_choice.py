@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from codegen.spec import FourierMixing
 from rewriter.errors import UsageError
 from rewriter.install.attention_interface import attach, detach
 from rewriter.install.token_mixer import token_mixers
@@ -25,7 +26,8 @@ def choose_kernels(
 
     Raises UsageError if kernels are asked for by name and nothing in the model can call them.
     """
-    found: list[Any] = [*mixers(model).values(), *token_mixers(model).values()]
+    mixes = [m for m in token_mixers(model).values() if isinstance(m.spec, FourierMixing)]  # others have no kernels
+    found: list[Any] = [*mixers(model).values(), *mixes]
     for mixer in found:
         mixer.kernels = kernels
     detach(model)

@@ -1,7 +1,7 @@
 """Mixing in a file: an attention's whole sublayer becomes one call of a model-local function on its input.
 
-What depends on the length alone (see the function's body) is computed by a second function, once for all layers that
-were seen to have one length at both sizes of the recording.
+What a Fourier transform wants of the length alone (see the function's body) is computed by a second function, once for
+all layers that were seen to have one length at both sizes of the recording.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ import onnx_ir as ir
 from codegen.ops.fourier_mixing.onnx_body import (
     DOMAIN,
     attributes,
-    computed_in,
     feature_tables,
     function,
-    function_name,
     tables_attributes,
     tables_count,
     tables_function,
     tables_name,
 )
-from codegen.spec import FourierMixing
+from codegen.ops.function_body import computed_in
+from codegen.ops.linear_mixing import onnx_body as linear
+from codegen.spec import FourierMixing, LinearMixing, TokenMixing
 from passes.dataflow import Value
 from passes.sublayer import Sublayer
 from passes.targets.replacement import Replacement
@@ -96,25 +96,22 @@ class Mixing:
         self.editor.standing_in[name] = mixed
 
     def _call(
-        self, nodes: list[ir.Node], replacement: Replacement, spec: FourierMixing, x: ir.Value, kind: ir.DataType
+        self, nodes: list[ir.Node], replacement: Replacement, spec: TokenMixing, x: ir.Value, kind: ir.DataType
     ) -> ir.Value:
         editor, name = self.editor, replacement.site.name
-        self._declare(function(spec, editor.opset))
-        tables = self._lengths(nodes, replacement.around, spec, x, kind)
-        vectors = [
-            editor.write.constant(replacement.tensors[part].astype(computed_in(kind).numpy()), f"{name}.{part}")
-            for part in ("gain", "bias")
-            if part in replacement.tensors
+        if isinstance(spec, LinearMixing):
+            body, described, tables, stored = linear.function(spec, editor.opset), linear.attributes(spec), [], kind
+        else:
+            body, described = function(spec, editor.opset), attributes(spec, kind)
+            tables = [*self._features(spec, kind), *self._lengths(nodes, replacement.around, spec, x, kind)]
+            stored = computed_in(kind)
+        self._declare(body)
+        held = [
+            editor.write.constant(replacement.tensors[part].astype(stored.numpy()), f"{name}.{part}")
+            for part in spec.shapes
         ]
-        inputs = [x, *self._features(spec, kind), *tables, *vectors]
-        node = ir.Node(
-            DOMAIN,
-            function_name(spec),
-            inputs,
-            attributes(spec, kind),
-            num_outputs=1,
-            name=editor.write.unique(f"{name}/mixing"),  # a name that captures read the site off
-        )
+        unique = editor.write.unique(f"{name}/mixing")  # a name that captures read the site off
+        node = ir.Node(DOMAIN, body.name, [x, *tables, *held], described, num_outputs=1, name=unique)
         node.outputs[0].name = editor.write.unique(f"{name}.mixed")
         nodes.append(node)
         return node.outputs[0]

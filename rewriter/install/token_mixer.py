@@ -7,20 +7,20 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor, nn
 
-from codegen.launch.fourier_op import mix
-from codegen.spec import FourierMixing
+from codegen.launch.mixing_op import mix
+from codegen.ops.token_mixing import from_json, to_json
+from codegen.spec import TokenMixing
 from rewriter.install.mimicry import mimic_attributes
 from rewriter.install.mixer import stripped
 from rewriter.install.protocol import Protocol
 
 
 class TokenMixer(nn.Module):
-    """Fourier mixing that is called and answers like the attention module it replaces.
+    """A mix that is called and answers like the attention module it replaces.
 
     Masks and score biases that a caller gives have no effect, as the mix has no scores: padded tokens take part. There
     are no attention weights: where the original returned them there is None. In training mode nothing is dropped.
@@ -28,21 +28,22 @@ class TokenMixer(nn.Module):
 
     def __init__(
         self,
-        spec: FourierMixing,
+        spec: TokenMixing,
         protocol: Protocol,
+        parameters: Mapping[str, nn.Parameter],
         *,
-        gain: nn.Parameter | None = None,
-        bias: nn.Parameter | None = None,
         input_norm: nn.Module | None = None,
         output_norm: nn.Module | None = None,
         position: nn.Module | None = None,
     ) -> None:
-        """`gain` and `bias` are [E]; `input_norm` and `output_norm` are what the original normalised its input and its
-        result with; `position` computes the score bias that it handed on, with ``compute_bias(S, S, device=...)``."""
+        """`parameters` are those of the spec's `shapes`; `input_norm` and `output_norm` are what the original
+        normalised its input and its result with; `position` computes the score bias that it handed on, with
+        ``compute_bias(S, S, device=...)``."""
         super().__init__()
         self.spec, self.protocol = spec, protocol
         self.kernels = "auto"
-        self.gain, self.bias = gain, bias
+        for name, parameter in parameters.items():
+            self.register_parameter(name, parameter)
         self.input_norm, self.output_norm, self.position = input_norm, output_norm, position
 
     @property
@@ -61,7 +62,8 @@ class TokenMixer(nn.Module):
         x = hidden if self.input_norm is None else self.input_norm(hidden)
         turned = hidden.dim() == 3 and not self.protocol.batch_first
         batched = x[None] if hidden.dim() == 2 else x.transpose(0, 1) if turned else x
-        mixed = mix(self.spec, batched, self.gain, self.bias, kernels=self.kernels)
+        parameters: dict[str, Tensor] = {name: getattr(self, name) for name in self.spec.shapes}
+        mixed = mix(self.spec, batched, parameters, kernels=self.kernels)
         output = mixed[0] if hidden.dim() == 2 else mixed.transpose(0, 1) if turned else mixed
         output = output + hidden if self.protocol.adds_input else output
         output = output if self.output_norm is None else self.output_norm(output)
@@ -93,13 +95,13 @@ class TokenMixer(nn.Module):
     def describe(self) -> dict[str, Any]:
         """Everything but the weights, as JSON; `rebuild` reads it."""
         return {
-            "spec": asdict(self.spec),
+            "spec": to_json(self.spec),
             "protocol": self.protocol.to_json(),
             "position": self.position is not None,
         }
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value}" for name, value in asdict(self.spec).items())
+        return ", ".join(f"{name}={value}" for name, value in to_json(self.spec).items())
 
 
 class Absorbed(nn.Identity):
@@ -115,16 +117,15 @@ def rebuild(description: Mapping[str, Any], original: nn.Module) -> TokenMixer:
 
     Raises KeyError, TypeError, ValueError or AttributeError if the description is broken or fits another module.
     """
-    spec = FourierMixing(**description["spec"])
+    spec = from_json(description["spec"])
     protocol = Protocol.from_json(description["protocol"])
     like = next(original.parameters())
-    vectors: dict[str, Any] = {
-        name: nn.Parameter(like.new_empty(spec.hidden), requires_grad=like.requires_grad)
-        for name, wanted in (("gain", spec.gain), ("bias", spec.bias))
-        if wanted
+    parameters = {
+        name: nn.Parameter(like.new_empty(shape), requires_grad=like.requires_grad)
+        for name, shape in spec.shapes.items()
     }
     position = stripped(original) if description["position"] else None
-    return TokenMixer(spec, protocol, position=position, **norms(protocol, original), **vectors)
+    return TokenMixer(spec, protocol, parameters, position=position, **norms(protocol, original))
 
 
 def norms(protocol: Protocol, original: nn.Module) -> dict[str, Any]:

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from codegen.ops.fourier_mixing.reference import fourier_mixing
-from codegen.spec import FourierMixing
+from codegen.ops.token_mixing import token_mixing
+from codegen.spec import TokenMixing
 from passes.dataflow import Array
 from rewriter.errors import UnsupportedModel
 from rewriter.install.call_record import CallRecord, evaluating, snapshot
@@ -47,7 +47,7 @@ class Recorded:
 def install_mixing(
     model: nn.Module,
     owner: str,
-    spec: FourierMixing,
+    spec: TokenMixing,
     tensors: Mapping[str, Array],
     records: Mapping[str, CallRecord],
     seen: Recorded,
@@ -58,7 +58,7 @@ def install_mixing(
     """Replace `model.<owner>` in place, and the output projection too where it lies outside.
 
     Args:
-        tensors: ``gain`` and ``bias`` [E] as the spec has them.
+        tensors: parameters of the spec's `shapes`.
         records: recorded calls by path, of the owner and of `out`.
         heads: query heads of the original, to tell attention weights among its results.
         out: path of the output projection's module, None where it is no module of its own.
@@ -172,7 +172,7 @@ def _require_next(record: CallRecord, answer: Tensor, output: Array, protocol: P
 
 def _built(
     original: nn.Module,
-    spec: FourierMixing,
+    spec: TokenMixing,
     protocol: Protocol,
     tensors: Mapping[str, Array],
     record: CallRecord,
@@ -180,11 +180,9 @@ def _built(
 ) -> TokenMixer:
     trainable = any(p.requires_grad for p in original.parameters())
     like = next(original.parameters())
-    vectors: dict[str, Any] = {
-        n: owned_parameter(torch.from_numpy(np.array(a)), like, trainable) for n, a in tensors.items()
-    }
+    parameters = {n: owned_parameter(torch.from_numpy(np.array(a)), like, trainable) for n, a in tensors.items()}
     position = _position(original, protocol, record, owner)
-    return TokenMixer(spec, protocol, position=position, **norms(protocol, original), **vectors)
+    return TokenMixer(spec, protocol, parameters, position=position, **norms(protocol, original))
 
 
 def _position(original: nn.Module, protocol: Protocol, record: CallRecord, owner: str) -> nn.Module | None:
@@ -211,7 +209,7 @@ def _check(mixer: TokenMixer, record: CallRecord, hidden: Array, tensors: Mappin
     stored = {n: p.detach().double().cpu().numpy() for n in tensors if (p := getattr(mixer, n)) is not None}
     given = record.arguments[mixer.protocol.name("hidden") or ""]
     with torch.no_grad(), evaluating(mixer):
-        expected = _laid(fourier_mixing(mixer.spec, hidden, **stored), given, mixer.protocol)
+        expected = _laid(token_mixing(mixer.spec, hidden, **stored), given, mixer.protocol)
         expected = expected + given if mixer.protocol.adds_input else expected
         expected = expected if mixer.output_norm is None else mixer.output_norm(expected)
     overflown = not bool(expected.isfinite().all())  # of half precision, by the sum over a whole sequence

@@ -64,7 +64,7 @@ def _of_module(path: Path) -> list[Need]:
             found += [Need(computed(spec), DType(name)) for spec in mixer.specs()]
     for mixing in token_mixers(model).values():
         name = str(next(model.parameters()).dtype).removeprefix("torch.")
-        if name in {d.value for d in DType}:
+        if name in {d.value for d in DType} and isinstance(mixing.spec, FourierMixing):
             found.append(Need(mixing.spec, DType(name)))
     return found
 

@@ -23,7 +23,7 @@ class SiteRow:
         requantised: largest error that storing new weights as integers made, as a part of the largest weight; 0 where
             weights are stored as floats, None outside .onnx files.
         merge: how heads became one: "mean", "aligned" or "joint"; where tokens are mixed otherwise, how the result was
-            fitted: "none" or "diagonal".
+            fitted: "none", "initialised", "diagonal" or "matrices".
         notes: what was done otherwise than `merge` says, or is not saved, and why.
     """
 

@@ -31,7 +31,8 @@ from rewriter.errors import NothingToRewrite, UnsupportedModel
 from rewriter.install.token_mixer import Absorbed, TokenMixer, absorbed, token_mixers
 from rewriter.report.rewrite_report import note_lines
 from tests.match.doors import through_torch
-from tests.targets.lossless_twin import distance, run_file
+from tests.targets.lossless_twin import run_file
+from tests.targets.watched_mixes import Watched, off, relative, rewritten
 from tests.zoo.case import ZooCase
 from tests.zoo.exports import EXPORTERS
 from tests.zoo.models import ZOO
@@ -48,47 +49,6 @@ NAMES = (
 BIDIRECTIONAL = [pytest.param(ZOO[n], id=n) for n in NAMES]
 TWO_STACKS = [pytest.param(ZOO[n], id=n) for n in ("t5-sdpa", "bart-sdpa", "whisper-sdpa")]
 TARGETS = ("fnet", "hartley")
-
-
-def relative(a: Any, b: torch.Tensor) -> float:
-    a = a.detach() if isinstance(a, torch.Tensor) else a
-    return distance(a, b.detach()) / max(float(b.abs().max()), 1e-30)
-
-
-def rewritten(case: ZooCase, target: Any, **options: Any) -> Any:
-    return rewriter.optimize(case.build(), target, example_inputs=case.inputs(2, 7, 0), **options)
-
-
-class Watched:
-    """What every mixer of a model was called with and answered, [B, S, E], and what came behind it."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.mixes: dict[str, tuple[Array, Array]] = {}
-        self.passed: dict[str, Array] = {}
-        for path, mixer in token_mixers(model).items():
-            mixer.register_forward_hook(lambda *a, at=path, **k: self._mixed(at, *a, **k), with_kwargs=True)
-        for path in absorbed(model):
-            hook = self._absorbed(path)
-            model.get_submodule(path).register_forward_hook(hook)
-
-    def _mixed(self, path: str, mixer: TokenMixer, args: Any, kwargs: Any, output: Any) -> None:
-        hidden = mixer.protocol.read(args, kwargs)["hidden"]
-        hidden = hidden if mixer.input_norm is None else mixer.input_norm(hidden)
-        answer = output if isinstance(output, torch.Tensor) else output[0]
-        assert not (mixer.protocol.adds_input or mixer.output_norm)
-        pair = [x if mixer.protocol.batch_first else x.transpose(0, 1) for x in (hidden, answer)]
-        self.mixes[path] = (pair[0].detach().numpy(), pair[1].detach().numpy())
-
-    def _absorbed(self, path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: torch.Tensor) -> None:
-            self.passed[path] = output.detach().numpy()
-
-        return hook
-
-
-def off(found: Array, expected: Array) -> float:
-    assert found.shape == expected.shape
-    return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
 # ------------------------------------------------------------------ modules
@@ -257,7 +217,7 @@ def test_layers_that_share_weights_stay_together() -> None:
         assert len(token_mixers(model)) == 1 and len(model.rewrite_report.sites) == 3
         (mixer,) = token_mixers(model).values()
         assert mixer.protocol.adds_input and mixer.output_norm is not None  # both are inside ALBERT's attention
-        vectors = [v.detach().numpy() for v in (mixer.gain, mixer.bias) if v is not None]
+        vectors = [getattr(mixer, name).detach().numpy() for name in mixer.spec.shapes]
         assert len(vectors) == (0 if calibration is None else 2)
         x = torch.randn(2, 6, 32)
         expected = mixer.output_norm(torch.from_numpy(oracle(mixer.spec, x.numpy(), *vectors)).float() + x)

@@ -19,7 +19,6 @@ from codegen.ops.fourier_mixing import torch_body
 from codegen.ops.fourier_mixing.onnx_body import (
     DOMAIN,
     attributes,
-    computed_in,
     feature_tables,
     function,
     function_name,
@@ -29,6 +28,7 @@ from codegen.ops.fourier_mixing.onnx_body import (
     tables_name,
 )
 from codegen.ops.fourier_mixing.reference import fourier_mixing as oracle
+from codegen.ops.function_body import computed_in
 from codegen.spec import FourierMixing
 
 Array = NDArray[Any]

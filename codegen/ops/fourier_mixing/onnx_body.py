@@ -25,7 +25,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from codegen.ops.function_body import FunctionBody
+from codegen.ops.function_body import FunctionBody, computed_in
 from codegen.spec import FourierMixing
 
 DOMAIN = "rewriter.ops"
@@ -57,11 +57,6 @@ def attributes(spec: FourierMixing, dtype: ir.DataType) -> list[ir.Attr]:
 def tables_attributes(dtype: ir.DataType) -> list[ir.Attr]:
     """Attributes of a call of `tables_function` for x of this dtype."""
     return [ir.AttrInt64("compute", int(computed_in(dtype)))]
-
-
-def computed_in(dtype: ir.DataType) -> ir.DataType:
-    """The dtype of all tables, of gain and of bias: sums over a whole sequence want more than half precision."""
-    return ir.DataType.DOUBLE if dtype == ir.DataType.DOUBLE else ir.DataType.FLOAT
 
 
 def feature_tables(spec: FourierMixing, dtype: ir.DataType) -> tuple[NDArray[np.floating], NDArray[np.floating]]:

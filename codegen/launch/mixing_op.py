@@ -1,0 +1,25 @@
+"""Mixing of tokens in torch, whatever the spec: where a kernel was measured to be faster by that, else by torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from codegen.launch import fourier_op
+from codegen.ops.linear_mixing.torch_body import linear_mixing
+from codegen.spec import LinearMixing, TokenMixing
+
+
+def mix(spec: TokenMixing, x: Tensor, parameters: Mapping[str, Tensor], *, kernels: str = "auto") -> Tensor:
+    """[B, S, hidden] of x [B, S, hidden] and the spec's parameters, in x's dtype; for `kernels` see `fourier_op.mix`.
+
+    Linear mixing is two matrix products, which no kernel of ours does better than torch.
+
+    Raises:
+        NotLegal: kernels is "cpp" or "triton", and the spec is one of Fourier mixing that has no such kernel.
+        ValueError: operands that contradict the spec.
+    """
+    if isinstance(spec, LinearMixing):
+        return linear_mixing(spec, x, **parameters)
+    return fourier_op.mix(spec, x, **parameters, kernels=kernels)

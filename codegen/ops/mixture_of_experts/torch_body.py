@@ -1,0 +1,155 @@
+"""The mixture of experts in plain, differentiable torch: tokens are gathered for each expert, experts work as a batch.
+
+Shape legend: N = G T tokens in G groups, E experts, C capacity, K selected experts, H features, F features inside.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from codegen.ops.activation.torch_body import activate
+from codegen.ops.mixture_of_experts.reference import require_fitting
+from codegen.spec import MixtureOfExperts, Routing
+
+BALANCE_WEIGHT, Z_WEIGHT = 0.01, 1e-4
+"""What the paper multiplies both losses of the router by."""
+
+
+@dataclass(frozen=True)
+class Routed:
+    """What a mixture gives in training.
+
+    Attributes:
+        output: [B, S, H], in x's dtype.
+        balance, z: scalars in float32 at least, not yet weighted: the load-balancing loss, 0 where experts choose, and
+            the router's z-loss; see the oracle.
+        left_behind: which part of the tokens no expert worked on.
+    """
+
+    output: Tensor
+    balance: Tensor
+    z: Tensor
+    left_behind: Tensor
+
+    @property
+    def loss(self) -> Tensor:
+        """What is added to a model's loss, with the paper's weights."""
+        return BALANCE_WEIGHT * self.balance + Z_WEIGHT * self.z
+
+
+def mixture_of_experts(spec: MixtureOfExperts, x: Tensor, **parameters: Tensor) -> Tensor:
+    """[B, S, H] of x [B, S, H] and parameters of `MixtureOfExperts.shapes`; the output has x's dtype.
+
+    Raises:
+        ValueError: if x or a parameter contradicts the spec, or a parameter is given or missing against it.
+    """
+    return routed(spec, x, **parameters).output
+
+
+def routed(spec: MixtureOfExperts, x: Tensor, **parameters: Tensor) -> Routed:
+    """As `mixture_of_experts`, with the router's losses."""
+    require_fitting(spec, tuple(x.shape), {name: tuple(p.shape) for name, p in parameters.items()})
+    groups = spec.groups(x.shape[0] * x.shape[1])
+    grouped = x.reshape(groups, -1, spec.hidden)
+    wide = grouped if grouped.dtype == torch.float64 else grouped.float()
+    logits = wide @ parameters["router_weight"].to(wide.dtype)
+    if spec.router_bias:
+        logits = logits + parameters["router_bias"].to(wide.dtype)
+    probabilities = logits.softmax(dim=-1)
+    chosen = spec.routing is Routing.EXPERTS_CHOOSE
+    mixed, balance, used = (_by_experts if chosen else _by_tokens)(spec, grouped, probabilities, parameters)
+    if spec.bias:
+        mixed = mixed + parameters["bias"].to(x.dtype)
+    z = logits.logsumexp(dim=-1).square().mean()
+    return Routed(mixed.reshape(x.shape), balance, z, 1 - used.to(wide.dtype).mean())
+
+
+Mixed = tuple[Tensor, Tensor, Tensor]
+"""Tokens [N, H] without the common bias, the load-balancing loss, and [N] whether a token was routed anywhere."""
+
+
+def _by_experts(spec: MixtureOfExperts, x: Tensor, probabilities: Tensor, parameters: dict[str, Tensor]) -> Mixed:
+    """Each expert takes its C most probable tokens of each group."""
+    groups, tokens, _ = x.shape
+    capacity = _capacity(spec, tokens)
+    gates, index = probabilities.permute(2, 0, 1).sort(dim=-1, descending=True, stable=True)  # [E, G, T]
+    first = torch.arange(capacity, device=x.device)  # not a slice: captures would ask whether there are as many
+    gates, index = gates.index_select(2, first), index.index_select(2, first)
+    rows = _side_by_side(index + tokens * torch.arange(groups, device=x.device)[:, None])
+    flat = x.reshape(-1, spec.hidden)
+    weighted = _experts(spec, flat[rows], parameters) * _side_by_side(gates)[..., None].to(x.dtype)
+    mixed = torch.zeros_like(flat).index_put((rows,), weighted, accumulate=True)
+    used = flat.new_zeros(flat.shape[0], dtype=torch.bool).index_put((rows,), torch.ones_like(rows, dtype=torch.bool))
+    return mixed, probabilities.new_zeros(()), used
+
+
+def _side_by_side(groups: Tensor) -> Tensor:
+    """[E, G C] of [E, G, C], by no reshape: captures would ask how G and C divide each other."""
+    return torch.cat(groups.unbind(1), dim=1)
+
+
+def _by_tokens(spec: MixtureOfExperts, x: Tensor, probabilities: Tensor, parameters: dict[str, Tensor]) -> Mixed:
+    """Each token goes to its K most probable experts as long as they have room."""
+    groups, tokens, _ = x.shape
+    capacity = _capacity(spec, tokens)
+    gates, choices = probabilities.sort(dim=-1, descending=True, stable=True)
+    gates, choices = gates[..., : spec.selected], choices[..., : spec.selected]  # [G, T, K]
+    asked = functional.one_hot(choices, spec.experts).sum(dim=2).to(probabilities.dtype)  # [G, T, E]
+    balance = spec.experts * (asked.mean(dim=1) * probabilities.mean(dim=1)).sum(dim=-1).mean()
+    place = _places(spec, gates[..., 0], choices)  # [G, T, K]
+    kept = place < capacity
+    column = torch.where(kept, place + capacity * torch.arange(groups, device=x.device)[:, None, None], 0)
+    rows = _rows(spec, choices, column, kept, groups * capacity)
+    worked = _experts(spec, x.reshape(-1, spec.hidden)[rows], parameters)
+    weighted = worked[choices, column] * gates[..., None].to(x.dtype)  # [G, T, K, H]; without room, of another token
+    mixed = torch.where(kept[..., None], weighted, torch.zeros((), dtype=x.dtype, device=x.device)).sum(dim=2)
+    return mixed, balance, kept.any(dim=2)
+
+
+def _rows(spec: MixtureOfExperts, choices: Tensor, column: Tensor, kept: Tensor, block: int) -> Tensor:
+    """[E, G C]: the token that each place of an expert is for; the first one where there is room left.
+
+    Choices that found no room are written behind the end, each to a place of its own, and cut off.
+    """
+    groups, tokens, _ = choices.shape
+    token = torch.arange(groups * tokens, device=choices.device).reshape(groups, tokens, 1).expand_as(choices)
+    spare = spec.experts * block + torch.arange(choices.numel(), device=choices.device).reshape(choices.shape)
+    places = torch.where(kept, choices * block + column, spare)
+    rows = choices.new_zeros(spec.experts * block + choices.numel())
+    rows = rows.scatter(0, places.reshape(-1), token.reshape(-1))
+    return rows[: spec.experts * block].reshape(spec.experts, block)
+
+
+def _capacity(spec: MixtureOfExperts, group: Any) -> Any:
+    """`MixtureOfExperts.capacity`; of a symbolic size too, which a graph capture must not compare with numbers."""
+    if isinstance(group, int):
+        return spec.capacity(group)
+    wanted = torch.sym_max(round(spec.capacity_factor * group / spec.experts), spec.min_capacity)  # type: ignore[no-untyped-call]
+    return torch.sym_min(wanted, group)  # type: ignore[no-untyped-call]
+
+
+def _places(spec: MixtureOfExperts, best: Tensor, choices: Tensor) -> Tensor:
+    """[G, T, K]: how many choices of the same expert are served before; `best` [G, T] says who comes first."""
+    order = best.argsort(dim=1, descending=True, stable=True)
+    index = order[..., None].expand_as(choices)
+    ranked = choices.gather(1, index).transpose(1, 2)  # [G, K, T]: all first choices, then all second ones
+    counted = functional.one_hot(ranked.flatten(1), spec.experts)
+    before = ((counted.cumsum(dim=1) - 1) * counted).sum(dim=-1).reshape(ranked.shape).transpose(1, 2)
+    return torch.zeros_like(choices).scatter(1, index, before)
+
+
+def _experts(spec: MixtureOfExperts, x: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+    """[E, n, H] of x [E, n, H], expert by expert."""
+
+    def projected(name: str, given: Tensor) -> Tensor:
+        weight, bias = parameters[f"{name}_weight"].to(x.dtype), parameters.get(f"{name}_bias")
+        return given @ weight if bias is None else torch.baddbmm(bias[:, None].to(x.dtype), given, weight)
+
+    up = projected("up", x)
+    inner = activate(spec.activation, projected("gate", x)) * up if spec.gated else activate(spec.activation, up)
+    return projected("down", inner)

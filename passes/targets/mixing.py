@@ -1,0 +1,78 @@
+"""What targets that mix tokens without attention have in common: what they refuse, and how a fit becomes a row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from codegen.spec import TokenMixing
+from passes.dataflow import Array
+from passes.site import AttentionSite
+from passes.sublayer import Sublayer
+from passes.targets.grouped_query import describe
+from passes.targets.replacement import Replacement
+
+
+class Fit(Protocol):
+    """What was fitted to an attention's output.
+
+    Attributes:
+        explained: the part of the output's energy that the fit accounts for; constant: the part that a constant alone
+            would.
+    """
+
+    @property
+    def explained(self) -> float: ...
+
+    @property
+    def constant(self) -> float: ...
+
+    @property
+    def tensors(self) -> Mapping[str, Array]:
+        """The mix's parameters by role, float64."""
+
+    def output(self, prepared: Array) -> Array:
+        """[B, S, E]: what the mix gives."""
+
+
+class Fitting(Protocol):
+    """Collects batches, then fits."""
+
+    def prepare(self, hidden: Array) -> Array:
+        """What `add` and `Fit.output` work on, of hidden states [B, S, E]; raises NoSublayer if it takes none such."""
+
+    def add(self, prepared: Array, output: Array, asking: Array) -> None:
+        """[B, S, E] that the attention gave, and [B, S] which tokens are no padding."""
+
+    def solve(self) -> Fit: ...
+
+
+def refusal(site: AttentionSite) -> str | None:
+    """Why a site cannot be mixed, as far as its description tells."""
+    if site.cross:
+        return "it is cross-attention, and mixing has one sequence"
+    if site.cached or site.k.presents or site.v.presents:
+        return "its keys and values are kept in a cache, and mixing needs all tokens at once"
+    if site.causal:
+        return "it is causal, and a mix brings every token into every other"
+    return None
+
+
+def told(fit: Fit) -> str:
+    """For a report's row."""
+    return f"the fit explains {fit.explained:.1%} of the output's energy, a constant alone {fit.constant:.1%}"
+
+
+def mixed(
+    site: AttentionSite,
+    around: Sublayer,
+    spec: TokenMixing,
+    tensors: Mapping[str, Array],
+    after: str,
+    merge: str,
+    notes: tuple[str, ...],
+) -> Replacement:
+    """The replacement of an attention's sublayer by a mix."""
+    if any(m.kind in {"mask", "unmask", "bias"} for m in site.modifiers):
+        notes = (*notes, "its masks and score biases are dropped: padded tokens take part in the mix")
+    return Replacement(site, spec, tensors, False, describe(site), after, merge=merge, notes=notes, sublayer=around)
