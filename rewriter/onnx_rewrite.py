@@ -10,6 +10,7 @@ import onnx_ir as ir
 import rewriter
 from passes.match.attention import Matches, find_attention
 from passes.match.confirm import confirm
+from passes.match.feed_forward import FeedForwards, confirm_feed_forward, find_feed_forward
 from passes.protocols import Probe
 from passes.site import Refusal
 from rewriter.calibration.batches import batches
@@ -71,6 +72,14 @@ def match_capture(captured: OnnxCapture) -> Matches:
     )  # fmt: skip
     sites = tuple(s for s in matches.sites if s not in early)
     return replace(matches, sites=sites, refusals=(*matches.refusals, *refused, *hidden))
+
+
+def match_feed_forward(captured: OnnxCapture, matches: Matches) -> FeedForwards:
+    """The feed-forward blocks of a file, each replayed at two sizes, or at one if the file's sizes are fixed."""
+    found = find_feed_forward(captured.flow, matches.names)
+    if found.sites and (other := captured.other) is not None:
+        found = confirm_feed_forward(found, find_feed_forward(other.flow, matches.names))
+    return found
 
 
 def _in_body(operator: str) -> str:
