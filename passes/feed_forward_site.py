@@ -84,6 +84,11 @@ class FeedForwardSite:
         return self.down.node
 
     @property
+    def cross(self) -> bool:
+        """A block reads one sequence; layer selectors ask."""
+        return False
+
+    @property
     def style(self) -> str:
         """In words: "plain", "gated", or "gated, gate and up in one projection"."""
         if self.gate is None:

@@ -20,8 +20,11 @@ from passes.targets.catalogue import CATALOGUE
 from passes.targets.fourier import HYBRID, Fourier
 from passes.targets.grouped_query import GroupedQuery
 from passes.targets.linear_mixing import LinearMixer
+from passes.targets.sparse_mixer import sparse_mixer
 from rewriter.errors import NotExportable, UsageError
 from rewriter.model_kinds import is_onnx, is_torch
+
+SPARSE = (sparse_mixer(), sparse_mixer(fast=True))
 
 
 @dataclass(frozen=True)
@@ -173,6 +176,8 @@ def _inspection(
 ) -> Inspection:
     choices = {s.name: _targets(flow, matches, s) for s in matches.sites}
     reasons = {s.name: GroupedQuery(1).refuses(s) for s in matches.sites}
+    causal = any(s.causal and not s.cross for s in matches.sites)
+    choices |= {f.name: _block_targets(f, causal) for f in blocks.sites}
     good = tuple(s for s in matches.sites if choices[s.name] or reasons[s.name] is None)
     bad = tuple(
         Refusal(s.name, s.layer, reason, s.anchor, s.owner, s.heads, s.head_dim)
@@ -218,7 +223,12 @@ def _targets(flow: Flow, matches: Matches, site: AttentionSite) -> tuple[str, ..
             sublayer(flow, site, matches.evidence[site.name])
             names += [t.name for t in (Fourier(), Fourier(keep=HYBRID), Fourier(hartley=True))]
             names += [LinearMixer(structure).name for structure in Structure]
+            names += [t.name for t in SPARSE]
     return tuple(names)
+
+
+def _block_targets(site: FeedForwardSite, causal: bool) -> tuple[str, ...]:
+    return tuple(t.name for t in SPARSE if t.blocks.refuses(site, causal=causal) is None)
 
 
 def _layout(site: AttentionSite) -> str:

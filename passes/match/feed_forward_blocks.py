@@ -15,8 +15,11 @@ from passes.dataflow import LAYOUT, Flow, Node, Value
 from passes.provenance import CHOOSERS, NORMS, PASS_THROUGH, projection_at
 
 MIXTURES = frozenset(
-    {"com.microsoft.MoE", "com.microsoft.QMoE", "aten.grouped_mm", "aten._grouped_mm", "aten.grouped_mm_fallback"}
-)
+    {
+        "MixtureOfExperts", "com.microsoft.MoE", "com.microsoft.QMoE",
+        "aten.grouped_mm", "aten._grouped_mm", "aten.grouped_mm_fallback",
+    }
+)  # fmt: skip
 """Operators that are a mixture of experts, or the products in one."""
 
 _ENOUGH = 64

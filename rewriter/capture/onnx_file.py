@@ -467,8 +467,10 @@ def _canonical_op(node: ir.Node) -> str:
     # an attention of whatever kind has a softmax inside, unless it is linear
     if node.domain == "com.microsoft" and node.op_type.endswith("Attention") and not node.op_type.startswith("Linear"):
         return "MultiHeadAttention"
-    if node.domain == FUNCTION_DOMAIN:
+    if node.domain == FUNCTION_DOMAIN and "Attention" in node.op_type:
         return "GroupedQueryAttention"
+    if node.domain == FUNCTION_DOMAIN and node.op_type.startswith("mixture"):
+        return "MixtureOfExperts"
     return node.op_type if node.op_type in known else f"{node.domain}.{node.op_type}"
 
 
