@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from benchmarks.peers import by_onnxruntime, quiet
 from benchmarks.rows import Row, interleaved, timed
+from passes.dataflow import Flow
 from passes.match.attention import find_attention
+from passes.match.feed_forward import find_feed_forward
 from rewriter.capture.torch_export import view
 from rewriter.inspection import inspect
 from tests.zoo.exports import WithPast
@@ -53,10 +55,10 @@ def _beside_export(runs: int) -> list[Row]:
 
     program = export()
     flows = [view(program, (), inputs).flow for _ in range(runs + 1)]  # a flow keeps what it worked out
-    find_attention(flows.pop())
+    _match(flows.pop())
     spare = list(flows)
     exporting, matching, both = interleaved(
-        runs, export, lambda: find_attention(spare.pop()), lambda: find_attention(view(program, (), inputs).flow)
+        runs, export, lambda: _match(spare.pop()), lambda: _match(view(program, (), inputs).flow)
     )
     nodes = {"nodes": len(flows[0].nodes), "sites": len(find_attention(flows[0]).sites)}
     case = f"llama, {LAYERS} layers, torch"
@@ -64,6 +66,11 @@ def _beside_export(runs: int) -> list[Row]:
         _row("matching beside torch.export", case, matching, exporting, "torch.export", 1 / SHARE_OF_EXPORT, nodes),
         _row("recording and matching beside torch.export", case, both, exporting, "torch.export", None, nodes),
     ]
+
+
+def _match(flow: Flow) -> None:
+    """What `inspect` looks for: attentions and feed-forward blocks."""
+    find_feed_forward(flow, find_attention(flow).names)
 
 
 def _beside_optimizer(runs: int) -> list[Row]:

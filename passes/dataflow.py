@@ -191,6 +191,16 @@ class Flow:
         """(activation, weight) input positions if `node` multiplies fed data by a constant matrix."""
         if node.op not in CONTRACTIONS or len(node.inputs) < 2:
             return None
+        if node.outputs[0] not in self._operands:
+            self._operands[node.outputs[0]] = self._find_operands(node)
+        return self._operands[node.outputs[0]]
+
+    @cached_property
+    def _operands(self) -> dict[Value, tuple[int, int] | None]:
+        """What `projection_operands` found so far, by a contraction's result."""
+        return {}
+
+    def _find_operands(self, node: Node) -> tuple[int, int] | None:
         if node.op in {"MatMulInteger", "MatMulNBits", "Linear", "Conv"}:
             pairs: Iterable[tuple[int, int]] = ((0, 1),)
         elif node.op == "QLinearMatMul":

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from passes.dataflow import Flow
 from passes.site import AttentionSite
-from passes.targets.catalogue import Target
+from passes.targets.catalogue import AttentionTarget
 
 
 class PlanError(ValueError):
@@ -22,7 +23,7 @@ class PlanError(ValueError):
 @dataclass(frozen=True)
 class Step:
     site: AttentionSite
-    target: Target
+    target: AttentionTarget
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,23 @@ def select(selector: str, sites: Sequence[AttentionSite]) -> list[AttentionSite]
     return chosen
 
 
-def _predicate(selector: str, sites: Sequence[AttentionSite]) -> Callable[[AttentionSite], bool]:
+class Selectable(Protocol):
+    """What a selector looks at: an attention or a feed-forward block."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def layer(self) -> int: ...
+    @property
+    def cross(self) -> bool: ...
+
+
+def named_by(selector: str, sites: Sequence[Selectable]) -> set[str]:
+    """Names of the sites that a selector names; none is no error. Raises PlanError for a broken expression."""
+    return {s.name for s in sites if _predicate(selector.strip(), sites)(s)}
+
+
+def _predicate(selector: str, sites: Sequence[Selectable]) -> Callable[[Selectable], bool]:
     if selector == "all":
         return lambda s: True
     if selector == "cross":
@@ -83,12 +100,12 @@ def _layer_numbers(selector: str, layers: list[int]) -> set[int]:
     return wanted
 
 
-def make_plan(flow: Flow, sites: Sequence[AttentionSite], assignment: Mapping[str, Target]) -> Plan:
+def make_plan(flow: Flow, sites: Sequence[AttentionSite], assignment: Mapping[str, AttentionTarget]) -> Plan:
     """Assign targets by selector (later selectors win) and check every site.
 
     Raises PlanError for a number that does not fit a site, listing sites and legal choices.
     """
-    by_site: dict[str, Target] = {}
+    by_site: dict[str, AttentionTarget] = {}
     for selector, target in assignment.items():
         by_site.update({s.name: target for s in select(selector, sites)} if sites else {})
     reasons = _refusals(sites, by_site)
@@ -98,7 +115,7 @@ def make_plan(flow: Flow, sites: Sequence[AttentionSite], assignment: Mapping[st
     return Plan(tuple(steps), tuple((s.name, reasons[s.name]) for s in chosen if s.name in reasons))
 
 
-def _refusals(sites: Sequence[AttentionSite], by_site: Mapping[str, Target]) -> dict[str, str]:
+def _refusals(sites: Sequence[AttentionSite], by_site: Mapping[str, AttentionTarget]) -> dict[str, str]:
     """Why selected sites cannot be rewritten, by name; one refusal carries over to all that share its weights."""
     reasons = {s.name: r for s in sites if s.name in by_site and (r := by_site[s.name].refuses(s)) is not None}
     while True:
@@ -129,7 +146,9 @@ def _shortened(names: Sequence[str], most: int = 4) -> str:
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
-def _partial_sharing(site: AttentionSite, sites: Sequence[AttentionSite], chosen: Mapping[str, Target]) -> str | None:
+def _partial_sharing(
+    site: AttentionSite, sites: Sequence[AttentionSite], chosen: Mapping[str, AttentionTarget]
+) -> str | None:
     """Sites that share a stored projection are rewritten together or not at all."""
     for other in sharing(site, sites):
         if other.name != site.name and chosen.get(other.name) != chosen[site.name]:

@@ -151,7 +151,7 @@ def inspect(
     progress: Progress = False,
     debug: Debug = False,
 ) -> None:
-    """Show every attention site: what it is, what it can become, or why it cannot be rewritten."""
+    """Show every attention and feed-forward site: what it is, what it can become, or why it cannot be rewritten."""
     _require_model(model)
     if site is not None and graph is None:
         raise UsageError("--site names the site to draw, and nothing is drawn", hint="add --graph site.svg")

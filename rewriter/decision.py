@@ -12,14 +12,17 @@ from passes.calibrate import calibrated
 from passes.cost import costs, parameters_removed
 from passes.dataflow import Flow
 from passes.match.attention import Matches
+from passes.match.feed_forward import FeedForwards
 from passes.measure import site_error
 from passes.plan import Plan, PlanError, Step, make_plan, sharing
 from passes.protocols import Probe
 from passes.site import AttentionSite
 from passes.sublayer import NoSublayer
-from passes.targets.catalogue import CATALOGUE, Target, find
+from passes.targets.catalogue import CATALOGUE, AttentionTarget, Target, find
 from passes.targets.grouped_query import describe
 from passes.targets.replacement import Replacement
+from passes.targets.sparse_mixer import SparseMixer
+from rewriter.block_decision import BlockDecision, decide_blocks
 from rewriter.errors import NothingToRewrite, UnknownTarget, UsageError
 from rewriter.report.rewrite_report import Change, Refused, RewriteReport, SiteRow
 
@@ -46,12 +49,14 @@ class Decision:
     Attributes:
         refused: (name, reason).
         kept: sites that the target leaves as they are by its definition, with the reason.
+        blocks: the same for feed-forward blocks.
     """
 
     target: str
     replacements: tuple[Replacement, ...]
     refused: tuple[tuple[str, str], ...]
     kept: tuple[tuple[AttentionSite, str], ...] = ()
+    blocks: BlockDecision = field(default_factory=BlockDecision)
 
 
 def assignment(target: Any, layers: str | None) -> tuple[str, dict[str, Target]]:
@@ -89,17 +94,25 @@ def require_supported(kernels: str) -> None:
 
 
 def decide(
-    flow: Flow, matches: Matches, target: Any, layers: str | None, probe: Callable[[Matches], Probe] | None = None
+    flow: Flow,
+    matches: Matches,
+    target: Any,
+    layers: str | None,
+    probe: Callable[[Matches], Probe] | None = None,
+    blocks: Callable[[], FeedForwards] | None = None,
 ) -> Decision:
     """Plan and transform weights; with a probe, by statistics of calibration batches.
+
+    `blocks` finds feed-forward blocks, for targets that change them; without it they stay as they are.
 
     Raises UnknownTarget, UsageError (selector or head count that does not fit) and NothingToRewrite.
     """
     name, by_selector = assignment(target, layers)
     if not matches.sites:
         raise nothing(matches)
+    changed = _decide_blocks(flow, matches, by_selector, probe, blocks)
     try:
-        plan = make_plan(flow, matches.sites, by_selector)
+        plan = make_plan(flow, matches.sites, {s: _for_attentions(t) for s, t in by_selector.items()})
     except PlanError as error:
         raise UsageError(str(error), hint=error.hint) from error
     steps, refused = _drop_idle(plan)
@@ -111,10 +124,33 @@ def decide(
             _transform(flow, matches, steps) if probe is None else calibrated(flow, matches, steps, probe(matches))
         )
         done, refused = transformed[0], (*refused, *transformed[1])
-    if not done:
-        reasons = "; ".join(f"{n}: {r}" for n, r in (*refused, *((s.name, r) for s, r in kept))[:3])
+    if not done and not changed.replacements:
+        reasons = "; ".join(f"{n}: {r}" for n, r in (*changed.refused, *refused, *((s.name, r) for s, r in kept))[:3])
         raise NothingToRewrite(f"none of the selected sites can be rewritten to {name}: {reasons}")
-    return Decision(name, done, (*_selected_refusals(matches), *refused), kept)
+    return Decision(name, done, (*_selected_refusals(matches), *refused, *changed.refused), kept, changed)
+
+
+def _for_attentions(target: Target) -> AttentionTarget:
+    return target.mixing if isinstance(target, SparseMixer) else target
+
+
+def _decide_blocks(
+    flow: Flow,
+    matches: Matches,
+    by_selector: Mapping[str, Target],
+    probe: Callable[[Matches], Probe] | None,
+    blocks: Callable[[], FeedForwards] | None,
+) -> BlockDecision:
+    wanted = {s: t.blocks for s, t in by_selector.items() if isinstance(t, SparseMixer)}
+    if not wanted:
+        return BlockDecision()
+    if blocks is None:
+        raise UsageError(
+            "feed-forward blocks of a flat graph cannot become experts in this version",
+            hint="pass the module itself, or an .onnx file",
+        )
+    given = None if probe is None else lambda: probe(matches)
+    return decide_blocks(flow, wanted, blocks(), causal=is_causal(matches), probe=given)
 
 
 def _transform(
@@ -194,7 +230,8 @@ def with_kept(matches: Matches, decision: Decision, site_rows: Sequence[SiteRow]
         for s, r in decision.kept
     ]
     order = {site.name: site.anchor for site in matches.sites}
-    return tuple(sorted((*site_rows, *kept), key=lambda row: order[row.name]))
+    order |= {r.site.name: r.site.anchor for r in decision.blocks.replacements}
+    return tuple(sorted((*site_rows, *kept, *decision.blocks.rows), key=lambda row: order[row.name]))
 
 
 def report(
@@ -223,9 +260,12 @@ def report(
         target=decision.target,
         sites=with_kept(matches, decision, site_rows),
         refused=tuple(Refused(n, r) for n, r in decision.refused),
-        parameters=Change(parameters, parameters - parameters_removed(flow, decision.replacements)),
+        parameters=Change(
+            parameters,
+            parameters - parameters_removed(flow, decision.replacements) + decision.blocks.parameters_added,
+        ),
         kv_bytes_per_token=Change(before.kv_bytes_per_token, after.kv_bytes_per_token),
-        flops=Change(before.flops, after.flops),
+        flops=Change(before.flops, after.flops - decision.blocks.flops_saved(flow)),
         fidelity=fidelity,
         seconds=dict(seconds),
     )

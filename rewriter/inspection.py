@@ -10,7 +10,9 @@ from typing import Any
 
 from codegen.spec import Structure
 from passes.dataflow import Flow
+from passes.feed_forward_site import FeedForwardSite
 from passes.match.attention import Matches
+from passes.match.feed_forward import FeedForwards, find_feed_forward
 from passes.picture import Picture, refusal_picture, site_picture
 from passes.site import AttentionSite, NotAttention, Refusal
 from passes.sublayer import NoSublayer, sublayer
@@ -18,8 +20,11 @@ from passes.targets.catalogue import CATALOGUE
 from passes.targets.fourier import HYBRID, Fourier
 from passes.targets.grouped_query import GroupedQuery
 from passes.targets.linear_mixing import LinearMixer
+from passes.targets.sparse_mixer import sparse_mixer
 from rewriter.errors import NotExportable, UsageError
 from rewriter.model_kinds import is_onnx, is_torch
+
+SPARSE = (sparse_mixer(), sparse_mixer(fast=True))
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,7 @@ class Inspection:
         opset, producer: of an ONNX file; None for torch.
         sites: rewritable attentions, in execution order.
         refusals: attentions that cannot be rewritten, each with its reason.
+        feed_forward: feed-forward blocks that are understood, and those that are not, with reasons.
         not_attention: softmaxes that are something else.
         pictures: the subgraph of every site and refusal, in execution order; see `save_graph`.
         targets: by site name, the targets that would change the site.
@@ -46,6 +52,7 @@ class Inspection:
     not_attention: tuple[NotAttention, ...]
     pictures: tuple[Picture, ...] = field(default=(), repr=False)
     targets: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    feed_forward: FeedForwards = field(default_factory=FeedForwards)
 
     def save_graph(self, path: str | Path, *, site: str | None = None) -> None:
         """Draw the matched subgraphs: an .html page with every site, or an .svg of one.
@@ -63,8 +70,10 @@ class Inspection:
     def to_dict(self) -> dict[str, Any]:
         """The JSON of ``rewriter inspect``."""
         rows = [(s.anchor, _site_row(s, self.targets.get(s.name, ()))) for s in self.sites] + [
-            (r.anchor, _refusal_row(r)) for r in self.refusals
+            (r.anchor, _refusal_row(r, "attention")) for r in self.refusals
         ]
+        rows += [(f.anchor, _feed_forward_row(f, self.targets.get(f.name, ()))) for f in self.feed_forward.sites]
+        rows += [(r.anchor, _refusal_row(r, "feed_forward")) for r in self.feed_forward.refusals]
         return {
             "model": self.model,
             "format": self.format,
@@ -76,7 +85,7 @@ class Inspection:
 
 
 def inspect(model: Any, *, example_inputs: Any = None) -> Inspection:
-    """Find every attention of a model without changing it.
+    """Find every attention and every feed-forward block of a model without changing it.
 
     Args:
         model: as for `optimize`: a torch module or exported program, an ONNX model, or a path.
@@ -110,12 +119,13 @@ def inspect(model: Any, *, example_inputs: Any = None) -> Inspection:
 
 
 def _inspect_onnx(model: Any, name: str) -> Inspection:
-    from rewriter.onnx_rewrite import match_onnx
+    from rewriter.onnx_rewrite import match_feed_forward, match_onnx
 
     producer = " ".join(p for p in (model.producer_name, model.producer_version) if p) or None
     opset = model.opset_imports.get("")
     captured, matches = match_onnx(model)
-    return _inspection(name, "onnx", opset, producer, captured.flow, matches)
+    blocks = match_feed_forward(captured, matches)
+    return _inspection(name, "onnx", opset, producer, captured.flow, matches, blocks)
 
 
 def _inspect_torch(model: Any, example_inputs: Any, name: str) -> Inspection:
@@ -127,7 +137,8 @@ def _inspect_torch(model: Any, example_inputs: Any, name: str) -> Inspection:
 
         args, kwargs = model.example_inputs
         flow = view(model, args, kwargs).flow
-        return _inspection(name, "torch", None, None, flow, find_attention(flow))
+        matches = find_attention(flow)
+        return _inspection(name, "torch", None, None, flow, matches, find_feed_forward(flow, matches.names))
     from rewriter.torch_rewrite import match_torch
 
     try:
@@ -137,7 +148,8 @@ def _inspect_torch(model: Any, example_inputs: Any, name: str) -> Inspection:
         if not refusals:
             raise
         return Inspection(name, "torch", None, None, (), refusals, ())
-    return _inspection(name, "torch", None, None, captured.flow, matches)
+    blocks = find_feed_forward(captured.flow, matches.names)
+    return _inspection(name, "torch", None, None, captured.flow, matches, blocks)
 
 
 def _unexportable(model: Any, reason: str) -> Iterator[Refusal]:
@@ -154,10 +166,18 @@ def _unexportable(model: Any, reason: str) -> Iterator[Refusal]:
 
 
 def _inspection(
-    name: str, kind: str, opset: int | None, producer: str | None, flow: Flow, matches: Matches
+    name: str,
+    kind: str,
+    opset: int | None,
+    producer: str | None,
+    flow: Flow,
+    matches: Matches,
+    blocks: FeedForwards,
 ) -> Inspection:
     choices = {s.name: _targets(flow, matches, s) for s in matches.sites}
     reasons = {s.name: GroupedQuery(1).refuses(s) for s in matches.sites}
+    causal = any(s.causal and not s.cross for s in matches.sites)
+    choices |= {f.name: _block_targets(f, causal) for f in blocks.sites}
     good = tuple(s for s in matches.sites if choices[s.name] or reasons[s.name] is None)
     bad = tuple(
         Refusal(s.name, s.layer, reason, s.anchor, s.owner, s.heads, s.head_dim)
@@ -168,7 +188,7 @@ def _inspection(
     drawn = [(s.anchor, site_picture(flow, s)) for s in good]
     drawn += [(r.anchor, refusal_picture(flow, r)) for r in refusals if r.anchor >= 0]  # others lie in control flow
     pictures = tuple(picture for _, picture in sorted(drawn, key=lambda pair: pair[0]))
-    return Inspection(name, kind, opset, producer, good, refusals, matches.not_attention, pictures, choices)
+    return Inspection(name, kind, opset, producer, good, refusals, matches.not_attention, pictures, choices, blocks)
 
 
 def _site_row(site: AttentionSite, choices: Sequence[str]) -> dict[str, Any]:
@@ -203,7 +223,12 @@ def _targets(flow: Flow, matches: Matches, site: AttentionSite) -> tuple[str, ..
             sublayer(flow, site, matches.evidence[site.name])
             names += [t.name for t in (Fourier(), Fourier(keep=HYBRID), Fourier(hartley=True))]
             names += [LinearMixer(structure).name for structure in Structure]
+            names += [t.name for t in SPARSE]
     return tuple(names)
+
+
+def _block_targets(site: FeedForwardSite, causal: bool) -> tuple[str, ...]:
+    return tuple(t.name for t in SPARSE if t.blocks.refuses(site, causal=causal) is None)
 
 
 def _layout(site: AttentionSite) -> str:
@@ -214,16 +239,31 @@ def _layout(site: AttentionSite) -> str:
     return f"{fused}, {keys}"
 
 
-def _refusal_row(refusal: Refusal) -> dict[str, Any]:
+def _feed_forward_row(site: FeedForwardSite, choices: Sequence[str]) -> dict[str, Any]:
+    activation = site.activation.name or "an activation without a name"
+    shape = f"{site.width} → {site.hidden} → {site.width}"
+    described = {"layer": site.layer, "layout": f"{site.style}, {activation}, {shape}"}
+    measured = {"replay_error": site.replay_error, "targets": list(choices)}
+    return {**_blank_row(site.name, "feed_forward"), "status": "rewritable", **described, **measured}
+
+
+def _refusal_row(refusal: Refusal, kind: str) -> dict[str, Any]:
+    seen = {"heads": refusal.heads, "head_dim": refusal.head_dim}
+    why = {"layer": refusal.layer, "status": "refused", "reason": refusal.reason}
+    return {**_blank_row(refusal.name, kind), **why, **seen}
+
+
+def _blank_row(name: str, kind: str) -> dict[str, Any]:
+    """The keys of every row, empty: what has no meaning for a site, or is not known of it, stays so."""
     return {
-        "name": refusal.name,
-        "kind": "attention",
-        "layer": refusal.layer,
-        "status": "refused",
-        "reason": refusal.reason,
-        "heads": refusal.heads,
+        "name": name,
+        "kind": kind,
+        "layer": None,
+        "status": "",
+        "reason": None,
+        "heads": None,
         "kv_heads": None,
-        "head_dim": refusal.head_dim,
+        "head_dim": None,
         "causal": None,
         "cross": None,
         "cached": None,

@@ -10,6 +10,7 @@ import onnx_ir as ir
 import rewriter
 from passes.match.attention import Matches, find_attention
 from passes.match.confirm import confirm
+from passes.match.feed_forward import FeedForwards, confirm_feed_forward, find_feed_forward
 from passes.protocols import Probe
 from passes.site import Refusal
 from rewriter.calibration.batches import batches
@@ -47,7 +48,8 @@ def _unfuse_rewritable(
     if not fused_nodes(model):
         return {}, ()
     captured, matches = match_onnx(spare)
-    decision = _installable(captured, decide(captured.flow, matches, target, layers))
+    chosen = decide(captured.flow, matches, target, layers, blocks=FeedForwards)
+    decision = _installable(captured, chosen)
     return unfuse(model, {r.site.owner for r in decision.replacements}), decision.refused
 
 
@@ -73,6 +75,14 @@ def match_capture(captured: OnnxCapture) -> Matches:
     return replace(matches, sites=sites, refusals=(*matches.refusals, *refused, *hidden))
 
 
+def match_feed_forward(captured: OnnxCapture, matches: Matches) -> FeedForwards:
+    """The feed-forward blocks of a file, each replayed at two sizes, or at one if the file's sizes are fixed."""
+    found = find_feed_forward(captured.flow, matches.names)
+    if found.sites and (other := captured.other) is not None:
+        found = confirm_feed_forward(found, find_feed_forward(other.flow, matches.names))
+    return found
+
+
 def _in_body(operator: str) -> str:
     reason = f"a softmax stands in a body of {operator}, and control flow is not looked into"
     if operator != "If":
@@ -88,7 +98,7 @@ def _installable(captured: OnnxCapture, decision: Decision) -> Decision:
     reasons = {r.site.name: obstacle(captured, r) for r in decision.replacements}
     refused = [(name, reason) for name, reason in reasons.items() if reason is not None]
     kept = tuple(r for r in decision.replacements if reasons[r.site.name] is None)
-    if not kept:
+    if not kept and not decision.blocks.replacements:
         raise NothingToRewrite("; ".join(f"{n}: {r}" for n, r in (*decision.refused, *refused)[:3]))
     return replace(decision, replacements=kept, refused=(*decision.refused, *refused))
 
@@ -121,7 +131,14 @@ def rewrite_onnx(
             given = batches(calibration, causal=is_causal(found), tokenizer=tokenizer)
             return onnx_probe(captured, given)
 
-        chosen = decide(captured.flow, matches, target, layers, None if calibration is None else probe)
+        chosen = decide(
+            captured.flow,
+            matches,
+            target,
+            layers,
+            None if calibration is None else probe,
+            lambda: match_feed_forward(captured, matches),
+        )
         decision = _installable(captured, chosen)
         known = {name for name, _ in decision.refused}
         decision = replace(decision, refused=(*decision.refused, *(r for r in refused if r[0] not in known)))
@@ -136,7 +153,10 @@ def rewrite_onnx(
         seconds={},
     )
     with watch.stage("install"):
-        done = install(captured, decision.replacements, target=decision.target, version=rewriter.__version__)
+        blocks = decision.blocks.replacements
+        done = install(
+            captured, decision.replacements, target=decision.target, version=rewriter.__version__, blocks=blocks
+        )
     site_rows = tuple(
         replace(row, exact=d.exact, requantised=d.requantisation_error) for row, d in zip(site_rows, done, strict=True)
     )

@@ -12,6 +12,7 @@ import torch
 
 from passes.dataflow import Array, Flow
 from passes.match.attention import Matches, find_attention
+from passes.match.feed_forward import find_feed_forward
 from passes.protocols import Probe
 from passes.site import AttentionSite, Operand
 from passes.targets.grouped_query import specification
@@ -23,6 +24,7 @@ from rewriter.capture.torch_export import TorchCapture, capture
 from rewriter.decision import Decision, Stopwatch, decide, is_causal, report, rows
 from rewriter.errors import NothingToRewrite, UnsupportedModel, UsageError, VerificationFailed
 from rewriter.install.call_record import CallRecord, record_calls
+from rewriter.install.expert_mixing import install_experts, prove_experts
 from rewriter.install.huggingface import apply_knob, knob_applies
 from rewriter.install.kept import Kept, noted
 from rewriter.install.kernel_choice import choose_kernels
@@ -84,16 +86,28 @@ def rewrite_torch(
                 )
             return module_probe(module, (args, kwargs), captured.program, given)
 
-        decision = decide(captured.flow, matches, target, layers, None if calibration is None else probe)
+        decision = decide(
+            captured.flow,
+            matches,
+            target,
+            layers,
+            None if calibration is None else probe,
+            lambda: find_feed_forward(captured.flow, matches.names),
+        )
         site_rows = {r.name: r for r in rows(captured.flow, matches, decision.replacements)}
     parameters = sum(p.numel() for p in model.parameters())
     original = run(module, args, kwargs) if verify else None
     with watch.stage("install"):
+        blocks, unproved = prove_experts(module, captured.flow, decision.blocks.replacements, args, kwargs)
+        decision = replace(
+            decision, blocks=decision.blocks.without(unproved), refused=(*decision.refused, *unproved.items())
+        )
         decision, kept = _install(module, captured.flow, decision, args, kwargs)
+        install_experts(module, blocks)
     fidelity = None
     if verify:
         with watch.stage("verify"):
-            exact = all(r.exact for r in decision.replacements)
+            exact = all(r.exact for r in decision.replacements) and all(b.exact for b in decision.blocks.replacements)
             verification = verify_torch(original, run(module, args, kwargs), kwargs, exact=exact)
         if not verification.ok:
             failed = verification.failures[0]
@@ -167,7 +181,7 @@ def _install(
     }
     done = [r for r in decision.replacements if r.site.name not in failed]
     refused = (*decision.refused, *failed.items())
-    if not done:
+    if not done and not decision.blocks.replacements:
         raise NothingToRewrite(
             "; ".join(f"{n}: {r}" for n, r in refused[:3]),
             hint="a module that cannot be replaced can be rewritten as a graph: pass torch.export.export(model, ...)",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,9 +10,11 @@ from passes.dataflow import LAYOUT, Flow, Node, Value
 from passes.match.folded import unfolded
 from passes.match.groups import joined, require_groups
 from passes.match.learned_query import with_learned_queries
+from passes.match.linear_map import linear_map
+from passes.match.names import common_scope, exporter_scope, layer_of
 from passes.match.operands import HeadsApart, Traced, trace_operand
 from passes.match.scores import FreeQuery, NotUnderstood, ScorePath, Unrelated, anchors, score_path, total_bias
-from passes.provenance import PASS_THROUGH, Tracer, projection_at, rounded
+from passes.provenance import PASS_THROUGH, Tracer
 from passes.replay import TOLERANCES, replay
 from passes.site import AttentionSite, NotAttention, Projection, Refusal
 
@@ -37,6 +37,11 @@ class Matches:
     refusals: tuple[Refusal, ...]
     not_attention: tuple[NotAttention, ...]
     evidence: dict[str, Evidence]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of everything that is an attention, understood or not."""
+        return (*(s.name for s in self.sites), *(r.name for r in self.refusals))
 
 
 def find_attention(flow: Flow) -> Matches:
@@ -208,22 +213,10 @@ def _output_projection(flow: Flow, value: Value) -> tuple[Value | None, Projecti
         node = readers[0]
         operands = flow.projection_operands(node)
         if operands is not None and operands == (0, 1):
-            return value, _as_projection(flow, node)
+            return value, linear_map(flow, node)
         if node.op not in LAYOUT | PASS_THROUGH:
             return None, None
         value = node.outputs[0]
-
-
-def _as_projection(flow: Flow, node: Node) -> Projection:
-    output = node.outputs[0]
-    found = projection_at(flow, output)
-    if found is None:  # its bias is a separate node
-        output = flow.readers(rounded(flow, output))[0].outputs[0]
-        found = projection_at(flow, output)
-    assert found is not None
-    out_first = node.op == "Linear" or bool(node.attrs.get("transB", 0))
-    features = flow.shape(node.inputs[1])[0 if out_first else -1]
-    return Projection(node.index, node.inputs[0], output, node.inputs[1], out_first, found[1], features)
 
 
 class _Names:
@@ -235,46 +228,23 @@ class _Names:
 
     def of(self, anchor: Node) -> tuple[str, int]:
         count = len(self.taken)
-        base = anchor.owner or _scope(anchor.name) or f"attention.{count}"
+        base = anchor.owner or exporter_scope(anchor.name) or f"attention.{count}"
         number = self.taken.get(base, 0)
         self.taken[base] = number + 1
         name = base if number == 0 else f"{base}#{number}"
-        return name, _layer(name, count)
+        return name, layer_of(name, count)
 
     def settled(self, site: AttentionSite) -> AttentionSite:
         """A site that could only be numbered takes the name that its weights share, if they have a scope."""
         if site.owner or not site.name.startswith("attention."):
             return site
         roots = [self._stored(v) for o in (site.q, site.k, site.v) for v in (o.projection.bias, o.projection.weight)]
-        name = _common_scope([r for r in roots if "." in r][:6])
+        name = common_scope([r for r in roots if "." in r][:6])
         if not name or name in self.taken:
             return site
         self.taken[name] = 1
-        return replace(site, name=name, layer=_layer(name, site.layer))
+        return replace(site, name=name, layer=layer_of(name, site.layer))
 
     def _stored(self, value: Value | None) -> str:
         weight = self.flow.weights.get(value) if value is not None else None
         return weight.name if weight is not None else ""
-
-
-def _layer(name: str, fallback: int) -> int:
-    """The first number that stands alone in a dotted name."""
-    found = re.search(r"(?:^|[._/])(\d+)(?:[._/]|$)", name)
-    return int(found.group(1)) if found else fallback
-
-
-def _common_scope(names: Sequence[str]) -> str:
-    """The dotted prefix that these weight names share, "" if there is none or some are unnamed."""
-    if not all(names):
-        return ""
-    common: list[str] = []
-    for level in zip(*(n.split(".") for n in names), strict=False):
-        if len(set(level)) != 1:
-            break
-        common.append(level[0])
-    return ".".join(common)
-
-
-def _scope(name: str) -> str:
-    """The scope part of an exporter's node name: "/encoder/layer.0/attention/self/Softmax" without its last part."""
-    return name.rsplit("/", 1)[0].strip("/").replace("/", ".") if "/" in name.strip("/") else ""

@@ -1,7 +1,9 @@
 """Targets: one file per destination, what it accepts and how it transforms weights."""
 
+from passes.targets.experts import Experts
 from passes.targets.fourier import Fourier
 from passes.targets.grouped_query import GroupedQuery
 from passes.targets.linear_mixing import LinearMixer
+from passes.targets.sparse_mixer import SparseMixer
 
-__all__ = ["Fourier", "GroupedQuery", "LinearMixer"]
+__all__ = ["Experts", "Fourier", "GroupedQuery", "LinearMixer", "SparseMixer"]

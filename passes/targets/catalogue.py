@@ -10,11 +10,15 @@ from codegen.spec import Structure
 from passes.targets.fourier import HYBRID, Fourier
 from passes.targets.grouped_query import GroupedQuery
 from passes.targets.linear_mixing import LONGEST, NAMES, LinearMixer
+from passes.targets.sparse_mixer import SparseMixer, sparse_mixer
 
 Mixer = Fourier | LinearMixer
 """Targets that mix tokens without attention."""
 
-Target = GroupedQuery | Mixer
+AttentionTarget = GroupedQuery | Mixer
+"""What an attention can become."""
+
+Target = AttentionTarget | SparseMixer
 """Every kind of target there is."""
 
 
@@ -58,6 +62,11 @@ def _parse_hybrid(name: str) -> Target | None:
 
 def _parse_hartley(name: str) -> Target | None:
     return Fourier(hartley=True) if name == "hartley" else None
+
+
+def _parse_sparse_mixer(fast: bool) -> Callable[[str], Target | None]:
+    wanted = sparse_mixer(fast=fast)
+    return lambda name: wanted if name == wanted.name else None
 
 
 def _parse_linear(structure: Structure) -> Callable[[str], Target | None]:
@@ -133,6 +142,22 @@ CATALOGUE: tuple[Entry, ...] = (
         "as linear-mixer",
         "as linear-mixer",
         _parse_linear(Structure.TOEPLITZ),
+    ),
+    Entry(
+        "sparse-mixer",
+        "mixing below, attention in the top 4 layers, mixtures of experts in the middle 4 feed-forward blocks",
+        "arXiv 2205.12399",
+        "attentions as linear-mixer; feed-forward blocks split into 16 experts that do half of their work",
+        "as linear-mixer; hidden features in multiples of 16",
+        _parse_sparse_mixer(fast=False),
+    ),
+    Entry(
+        "fast-sparse-mixer",
+        "as sparse-mixer, with half of its experts' work",
+        "arXiv 2205.12399",
+        "as sparse-mixer; a quarter of the blocks' work",
+        "as sparse-mixer",
+        _parse_sparse_mixer(fast=True),
     ),
 )
 

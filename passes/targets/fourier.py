@@ -12,7 +12,6 @@ say how much of the output's energy it explains, and how much of that a constant
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -25,7 +24,7 @@ from passes.match.attention import Evidence
 from passes.site import AttentionSite
 from passes.sublayer import sublayer
 from passes.targets.misfit import Misfit
-from passes.targets.mixing import Fit, Fitting, mixed, refusal, told
+from passes.targets.mixing import Fit, Fitting, mixed, on_top, refusal, told
 from passes.targets.replacement import Replacement
 from passes.weights.diagonal import DiagonalFit, DiagonalSums
 
@@ -68,11 +67,7 @@ class Fourier:
 
     def keeps(self, sites: Sequence[AttentionSite]) -> dict[str, str]:
         """The top attentions of each stack: sites whose names differ in nothing but numbers."""
-        stacks: dict[str, list[AttentionSite]] = {}
-        for site in sorted(sites, key=lambda s: s.anchor):
-            stacks.setdefault(re.sub(r"\d+", "#", site.name), []).append(site)
-        top = [s for stack in stacks.values() for s in stack[max(len(stack) - self.keep, 0) :]]
-        return {s.name: f"it stays: {self.name} keeps the top {self.keep} attentions" for s in top}
+        return {s.name: f"it stays: {self.name} keeps the top {self.keep} attentions" for s in on_top(sites, self.keep)}
 
     def transform(
         self, flow: Flow, site: AttentionSite, evidence: Evidence, sharing: Sequence[AttentionSite] = ()

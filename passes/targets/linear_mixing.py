@@ -22,7 +22,7 @@ from passes.match.attention import Evidence
 from passes.site import AttentionSite
 from passes.sublayer import NoSublayer, sublayer
 from passes.targets.misfit import Misfit
-from passes.targets.mixing import Fit, Fitting, mixed, refusal, told
+from passes.targets.mixing import Fit, Fitting, mixed, on_top, refusal, told
 from passes.targets.replacement import Replacement
 from passes.weights.matrices import MatrixFitting
 
@@ -42,10 +42,12 @@ class LinearMixer:
     Attributes:
         structure: of both matrices.
         tokens: the longest sequence.
+        keep: how many attentions at the top of each stack of layers stay.
     """
 
     structure: Structure = Structure.DENSE
     tokens: int = LONGEST
+    keep: int = 0
 
     def __post_init__(self) -> None:
         if self.tokens < 1:
@@ -68,8 +70,8 @@ class LinearMixer:
         return None
 
     def keeps(self, sites: Sequence[AttentionSite]) -> dict[str, str]:
-        """None."""
-        return {}
+        """The top attentions of each stack."""
+        return {s.name: f"it stays: the top {self.keep} attentions do" for s in on_top(sites, self.keep)}
 
     def transform(
         self, flow: Flow, site: AttentionSite, evidence: Evidence, sharing: Sequence[AttentionSite] = ()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from codegen.spec import TokenMixing
@@ -56,6 +57,14 @@ def refusal(site: AttentionSite) -> str | None:
     if site.causal:
         return "it is causal, and a mix brings every token into every other"
     return None
+
+
+def on_top(sites: Sequence[AttentionSite], count: int) -> list[AttentionSite]:
+    """The top `count` attentions of each stack: sites whose names differ in nothing but numbers."""
+    stacks: dict[str, list[AttentionSite]] = {}
+    for site in sorted(sites, key=lambda s: s.anchor):
+        stacks.setdefault(re.sub(r"\d+", "#", site.name), []).append(site)
+    return [s for stack in stacks.values() for s in stack[max(len(stack) - count, 0) :]]
 
 
 def told(fit: Fit) -> str:

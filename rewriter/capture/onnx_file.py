@@ -18,11 +18,13 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from passes.dataflow import CONTRACTIONS, LAYOUT, Array, Flow, Node, Value, Weight
+from passes.match.feed_forward_blocks import recorded_values
 from passes.match.scores import anchors
 from passes.provenance import PASS_THROUGH
 from passes.softmaxes import with_softmaxes
 from rewriter.capture.feeds import MaskStyle, candidate_sizes, make_feeds
 from rewriter.capture.onnx_constants import constant_tensor
+from rewriter.capture.onnx_elementwise import single_node
 from rewriter.capture.onnx_vocabulary import OPERATORS
 from rewriter.capture.quantised import QuantisedProduct, quantised_product
 from rewriter.capture.sequences import OnTensors, on_tensors
@@ -112,7 +114,11 @@ def capture(model: ir.Model, written_out: Mapping[str, WrittenOut] | None = None
     constants = _Constants(model, {p.name: p for p in products.values()})
     flow = replace(flow, read=partial(_read, {}, constants))
     fused = written_out or {}
-    wanted = _wanted(flow) | {v.name for w in fused.values() for v in w.inputs if v is not None and v.name}
+    wanted = (
+        _wanted(flow)
+        | recorded_values(flow)
+        | {v.name for w in fused.values() for v in w.inputs if v is not None and v.name}
+    )
     session = _Session(model, sorted(wanted - set(flow.weights) - set(flow.inputs)), constants)
     recorded, feeds, sizes = _first_run(model, fused, session)
     return OnnxCapture(
@@ -461,8 +467,10 @@ def _canonical_op(node: ir.Node) -> str:
     # an attention of whatever kind has a softmax inside, unless it is linear
     if node.domain == "com.microsoft" and node.op_type.endswith("Attention") and not node.op_type.startswith("Linear"):
         return "MultiHeadAttention"
-    if node.domain == FUNCTION_DOMAIN:
+    if node.domain == FUNCTION_DOMAIN and "Attention" in node.op_type:
         return "GroupedQueryAttention"
+    if node.domain == FUNCTION_DOMAIN and node.op_type.startswith("mixture"):
+        return "MixtureOfExperts"
     return node.op_type if node.op_type in known else f"{node.domain}.{node.op_type}"
 
 
@@ -484,6 +492,8 @@ def _captured(node: ir.Node, explicit: tuple[str, ...]) -> tuple[str, ...]:
 
 def _evaluator(node: ir.Node, attrs: Mapping[str, Any]) -> Callable[[Sequence[Array | None]], tuple[Array, ...]]:
     count = len(node.outputs)
+    if node.op_type not in OPERATORS:
+        return single_node(node)
 
     def evaluate(arrays: Sequence[Array | None]) -> tuple[Array, ...]:
         return OPERATORS[node.op_type](attrs, arrays, count)

@@ -18,10 +18,12 @@ import onnx_ir as ir
 from codegen.ops.grouped_query_attention.onnx_body import DOMAIN, attributes, function, function_name
 from passes.dataflow import Array, Flow, Value
 from passes.site import AttentionSite, Modifier, Operand
+from passes.targets.experts import BlockReplacement
 from passes.targets.replacement import Replacement
 from passes.weights.projection import operand_bias, operand_weight
 from rewriter.capture.onnx_file import OnnxCapture
 from rewriter.capture.unfuse import WrittenOut
+from rewriter.install.onnx_experts import ExpertWriter
 from rewriter.install.onnx_mixing import Mixing
 from rewriter.install.onnx_obstacles import (
     HEADS_IN_BATCH,
@@ -54,10 +56,18 @@ class Installed:
     exact: bool
 
 
-def install(capture: OnnxCapture, replacements: Sequence[Replacement], *, target: str, version: str) -> list[Installed]:
-    """Edit ``capture.model`` in place and note in its metadata what was done."""
+def install(
+    capture: OnnxCapture,
+    replacements: Sequence[Replacement],
+    *,
+    target: str,
+    version: str,
+    blocks: Sequence[BlockReplacement] = (),
+) -> list[Installed]:
+    """Edit ``capture.model`` in place and note in its metadata what was done; the result is of `replacements`."""
     editor = _Editor(capture)
     done = [editor.replace(r) for r in replacements]
+    mixtures = [editor.replace_block(b) for b in blocks]
     metadata = capture.model.metadata_props
     metadata["rewriter.version"] = version
     metadata["rewriter.target"] = target
@@ -72,6 +82,17 @@ def install(capture: OnnxCapture, replacements: Sequence[Replacement], *, target
                 "caches": [list(port) for operand in (r.site.k, r.site.v) for port in operand.presents],
             }
             for r, d in zip(replacements, done, strict=True)
+        ]
+        + [
+            {
+                "name": b.site.name,
+                "from": b.before,
+                "to": b.after,
+                "exact": b.exact and d.exact,
+                "changed": list(d.removed),
+                "caches": [],
+            }
+            for b, d in zip(blocks, mixtures, strict=True)
         ]
     )
     return done
@@ -105,6 +126,7 @@ class _Editor:
         added = (w.constants for w in self.capture.written_out.values())
         self._rounded = any(n.op_type == "QuantizeLinear" for n in self.capture.nodes)
         self.mixing = Mixing(self)
+        self.experts = ExpertWriter(self)
         self._stored = frozenset(self.graph.initializers).difference(*added)
 
     # ------------------------------------------------------------ one site
@@ -134,6 +156,12 @@ class _Editor:
         removed += self._sweep(self._release_shapes(site))
         exact = replacement.exact and error < 1e-6 and not self._rounded
         return Installed(site.name, tuple(n for n in removed if n in self._stored), error, exact)
+
+    def replace_block(self, replacement: BlockReplacement) -> Installed:
+        site = replacement.site
+        last = self.experts.install(replacement)
+        removed = self._sweep([last, *(self.capture.nodes[i] for i in reversed(site.nodes))])
+        return Installed(site.name, tuple(n for n in removed if n in self._stored), 0.0, not self._rounded)
 
     def _reproject(
         self, site: AttentionSite, role: str, operand: Operand, heads: int, weight: Array, bias: Array | None

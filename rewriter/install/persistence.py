@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from rewriter.errors import InvalidModelFile, UsageError
-from rewriter.install import huggingface, repeated_projection, token_mixer
+from rewriter.install import expert_mixer, huggingface, repeated_projection, token_mixer
+from rewriter.install.expert_mixer import expert_mixers
 from rewriter.install.mixer import rebuild
 from rewriter.install.shared_cache import share, sharers
 from rewriter.install.token_mixer import Absorbed, absorbed, token_mixers
@@ -117,7 +118,7 @@ def copy_side_files(source: Path, target: Path) -> None:
 
 
 def _write(model: nn.Module, folder: Path, state_dict: Mapping[str, Tensor] | None, kwargs: Mapping[str, Any]) -> None:
-    replaced = mixers(model) or token_mixers(model)
+    replaced = mixers(model) or token_mixers(model) or expert_mixers(model)
     plain = not replaced and not repeated_projection.repeated(model)
     if huggingface.is_pretrained(model) and plain and huggingface.config_tells_all(model):
         model_class: Any = type(model)
@@ -140,6 +141,7 @@ def _write(model: nn.Module, folder: Path, state_dict: Mapping[str, Tensor] | No
 def _manifest(model: nn.Module, weights: str, tied: Mapping[str, str]) -> dict[str, Any]:
     owners: dict[str, Any] = {path: {"kind": "mixer", **m.describe()} for path, m in mixers(model).items()}
     owners |= {path: {"kind": "token mixer", **m.describe()} for path, m in token_mixers(model).items()}
+    owners |= {path: {"kind": "experts", **m.describe()} for path, m in expert_mixers(model).items()}
     owners |= {path: {"kind": "absorbed"} for path in absorbed(model)}
     for path, module in huggingface.turned(model).items():
         owners[path] = huggingface.describe(module)
@@ -290,6 +292,8 @@ def _rewrite(model: nn.Module, owners: Mapping[str, Any]) -> None:
             place(model, path, Absorbed())
         elif description["kind"] == "token mixer":
             place(model, path, token_mixer.rebuild(description, original))
+        elif description["kind"] == "experts":
+            place(model, path, expert_mixer.rebuild(description, original))
         else:
             details = {name: value for name, value in description.items() if name != "kind"}
             place(model, path, rebuild(details, original))

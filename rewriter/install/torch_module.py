@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from codegen.spec import GroupedQueryAttention
 from rewriter.errors import UnsupportedModel
 from rewriter.install.call_record import CallRecord, evaluating, snapshot
+from rewriter.install.expert_mixer import ExpertMixer
 from rewriter.install.huggingface import guard_saving, keep_output_capture, move_dispatch_hook
 from rewriter.install.mixer import MixerParameters, RewrittenMixer, stripped
 from rewriter.install.protocol import Protocol, read_protocol
@@ -72,7 +73,7 @@ def install(
     return mixer
 
 
-def place(model: nn.Module, owner: str, mixer: RewrittenMixer | TokenMixer | Absorbed) -> None:
+def place(model: nn.Module, owner: str, mixer: RewrittenMixer | TokenMixer | ExpertMixer | Absorbed) -> None:
     """Put `mixer` wherever `model.<owner>` stands, with its hooks, and keep surrounding code working."""
     original = _owned(model, owner)
     keep_output_capture(model, owner, mixer)

@@ -61,8 +61,13 @@ def inspection(found: Row) -> RenderableType:
     if sites:
         headers = ("site", "kind", "status", "heads", "kv", "dim", "traits", "targets, or why not")
         parts.append(table(headers, (_site_cells(site) for site in sites)))
-    good = sum(site["status"] == "rewritable" for site in sites)
-    parts.append(Text(f"{good} of {len(sites)} sites can be rewritten"))
+    attentions = [site for site in sites if site["kind"] == "attention"]
+    blocks = [site for site in sites if site["kind"] == "feed_forward"]
+    good = sum(site["status"] == "rewritable" for site in attentions)
+    parts.append(Text(f"{good} of {len(attentions)} attention sites can be rewritten"))
+    if blocks:
+        read = sum(site["status"] == "rewritable" for site in blocks)
+        parts.append(Text(f"{read} of {len(blocks)} feed-forward sites are understood"))
     parts += [Text(f"not attention: {printable(o['name'])}: {printable(o['reason'])}") for o in found["not_attention"]]
     return Group(*parts)
 
@@ -71,6 +76,7 @@ def _site_cells(site: Row) -> tuple[object, ...]:
     traits = [name.replace("_", "-") for name in ("causal", "cross", "cached", "qk_norm") if site.get(name)]
     traits += [f"{site['rotary']} rotary"] if site.get("rotary") else []
     traits += list(site.get("score_modifiers") or ())
+    traits += [site["layout"]] if site["kind"] == "feed_forward" and site["layout"] else []
     verdict = site["reason"] if site["status"] != "rewritable" else ", ".join(site.get("targets") or ())
     counts = ("-" if site.get(key) is None else site[key] for key in ("heads", "kv_heads", "head_dim"))
     return (site["name"], site["kind"], site["status"], *counts, ", ".join(traits), verdict)

@@ -129,7 +129,7 @@ def test_inspect_table_names_sites_and_reasons(model: Path, fake: Fake, capsys: 
     line = next(line for line in out.splitlines() if line.startswith("layer.0"))
     for word in ("rewritable", "causal", "half rotary", "qk-norm", "mask", "mqa, gqa2"):
         assert word in line, word
-    assert "its bias depends on x" in out and "1 of 2 sites" in out and "router: mixes no tokens" in out
+    assert "its bias depends on x" in out and "1 of 2 attention sites" in out and "router: mixes no tokens" in out
     assert "\x1b" not in out and err == ""
 
 
@@ -528,8 +528,9 @@ def export(zoo_onnx: Zoo, tmp_path: Path) -> Callable[..., Path]:
 def test_the_whole_job(name: str, past: bool, export: Callable[..., Path], tmp_path: Path) -> None:
     model, out = export(name, past=past), tmp_path / "out.onnx"
     found = answer("inspect", model)
-    assert found["format"] == "onnx" and found["opset"] == 18 and len(found["sites"]) == 2
-    for site in found["sites"]:
+    assert found["format"] == "onnx" and found["opset"] == 18 and len(found["sites"]) == 4
+    assert [site["kind"] for site in found["sites"]] == ["attention", "feed_forward"] * 2
+    for site in found["sites"][::2]:
         assert set(site) >= set(SITE) and site["status"] == "rewritable" and site["cached"] is past
         assert site["replay_error"] < 1e-4 and "gqa2" in site["targets"]
 

@@ -236,7 +236,7 @@ def test_a_rewritten_file_can_be_rewritten_again(name: str, exporter: str, zoo_o
     source = twin(case, exporter, zoo_onnx, tmp_path)
     direct = rewritten(source, "mqa")[0].rename(tmp_path / "direct.onnx")
     once, first = rewritten(source, "gqa2")
-    assert [row["kv_heads"] for row in rewriter.inspect(once).to_dict()["sites"]] == [2, 2]
+    assert [site.kv_heads for site in rewriter.inspect(once).sites] == [2, 2]
     twice, report = rewritten(once, "mqa")
     assert [(row.before, row.after) for row in report.sites] == [("gqa2", "mqa")] * 2
     assert [row.name for row in report.sites] == [row.name for row in first.sites]
@@ -327,8 +327,7 @@ def test_layer_selectors(layers: str, expected: list[int], zoo_onnx: ZooOnnx, tm
     assert [row.name.split("layer.")[1][0] for row in result.rewrite_report.sites] == [str(i) for i in expected]
     after = rewriter.inspect(ir.to_proto(result.model)) if expected == [1] else None
     if after is not None:  # the other layer is still what it was
-        untouched_row = next(row for row in after.to_dict()["sites"] if "layer.0" in row["name"])
-        assert untouched_row["kv_heads"] == 4
+        assert next(site for site in after.sites if "layer.0" in site.name).kv_heads == 4
 
 
 def test_a_mapping_gives_layers_different_targets(zoo_onnx: ZooOnnx) -> None:

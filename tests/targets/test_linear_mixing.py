@@ -146,8 +146,8 @@ def test_names_say_structure_and_length() -> None:
         assert find(f"{name}:0") is None and find(f"{name}:") is None
     with pytest.raises(ValueError, match="tokens"):
         LinearMixer(tokens=0)
-    bert = rewriter.inspect(ZOO["bert-sdpa"].build()).to_dict()["sites"]
-    assert all(set(NAMES.values()) <= set(site["targets"]) for site in bert)
+    bert = rewriter.inspect(ZOO["bert-sdpa"].build())
+    assert all(set(NAMES.values()) <= set(bert.targets[site.name]) for site in bert.sites)
 
 
 @pytest.mark.parametrize(

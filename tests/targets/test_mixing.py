@@ -530,10 +530,10 @@ def test_a_plain_module_is_saved_and_loaded(tmp_path: Path) -> None:
 
 
 def test_inspect_names_the_targets_that_fit() -> None:
-    bert = rewriter.inspect(ZOO["bert-sdpa"].build()).to_dict()["sites"]
-    assert all({"fnet", "fnet-hybrid", "hartley", "mqa"} <= set(site["targets"]) for site in bert)
-    gpt2 = rewriter.inspect(ZOO["gpt2-sdpa"].build()).to_dict()["sites"]
-    assert not any("fnet" in site["targets"] for site in gpt2)
+    bert = rewriter.inspect(ZOO["bert-sdpa"].build())
+    assert all({"fnet", "fnet-hybrid", "hartley", "mqa"} <= set(bert.targets[site.name]) for site in bert.sites)
+    gpt2 = rewriter.inspect(ZOO["gpt2-sdpa"].build())
+    assert gpt2.sites and not any("fnet" in row["targets"] for row in gpt2.to_dict()["sites"])
 
 
 def test_the_command_line_mixes_a_file(zoo_onnx: ZooOnnx, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -44,8 +44,7 @@ def mixture_of_experts(spec: MixtureOfExperts, x: NDArray[Any], **parameters: ND
     exponentials = np.exp(logits - highest)
     probabilities = exponentials / exponentials.sum(axis=1, keepdims=True)
     groups = np.split(probabilities, spec.groups(len(tokens)))
-    wanted = np.concatenate([_routed(spec, group) for group in groups])
-    gates = probabilities * wanted
+    gates = routed_gates(spec, probabilities)
     output = np.zeros_like(tokens)
     for expert in range(spec.experts):
         output += gates[:, expert, None] * _expert(spec, expert, tokens, held)
@@ -56,6 +55,12 @@ def mixture_of_experts(spec: MixtureOfExperts, x: NDArray[Any], **parameters: ND
         balance = float(np.mean([_balance(spec, group) for group in groups]))
     shape = x.shape[:2]
     return Mixture(output.reshape(x.shape), gates.reshape(*shape, -1), balance, float(np.mean(z**2)))
+
+
+def routed_gates(spec: MixtureOfExperts, probabilities: Float64) -> Float64:
+    """[N, experts]: each token's probabilities [N, experts] where it was routed, 0 elsewhere."""
+    groups = np.split(probabilities, spec.groups(len(probabilities)))
+    return np.asarray(probabilities * np.concatenate([_routed(spec, group) for group in groups]))
 
 
 def require_fitting(spec: MixtureOfExperts, x: tuple[int, ...], parameters: dict[str, tuple[int, ...]]) -> None:

@@ -1,0 +1,218 @@
+"""A dense feed-forward block becomes a mixture of experts (Sparse Mixer, arXiv 2205.12399).
+
+Split: the block's hidden features in clusters, one for each expert, so that the mixture has the block's weights, a
+router and nothing else. The paper's experts are whole blocks, each token visiting one of them on average; of a split
+block that would be a fraction ``1 / experts``. So work is given as a share of the dense block's: with half of it, a
+token visits half of the experts on average. With all of it every expert works on every token: the router is then
+even, and the mixture computes what the block did. Copies: every expert starts as the whole block (upcycling), at the
+paper's capacities and with a random router, for training on.
+
+Probabilities are not renormalised, as in the paper's code, so split experts are scaled up: by the number of experts
+without calibration, by least squares with it. Without calibration the router points at each expert's own columns; with
+it, it is fitted to how much each expert contributes to the original's result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from codegen.ops.activation.reference import activate
+from codegen.ops.mixture_of_experts.reference import mixture_of_experts, routed_gates
+from codegen.spec import Activation, MixtureOfExperts, Routing
+from passes.dataflow import Array, Flow
+from passes.feed_forward_site import FeedForwardSite
+from passes.weights.experts import (
+    DenseBlock,
+    Products,
+    balanced_clusters,
+    central_router,
+    copies,
+    dense_block,
+    fitted_router,
+    split,
+)
+
+ACTIVATIONS: Mapping[str, Activation] = {
+    "relu": Activation.RELU,
+    "relu2": Activation.RELU_SQUARED,
+    "gelu": Activation.GELU,
+    "gelu_tanh": Activation.GELU_TANH,
+    "gelu_quick": Activation.QUICK_GELU,
+    "silu": Activation.SILU,
+    "tanh": Activation.TANH,
+}
+"""What experts can apply, by the names of `passes.nonlinearities`."""
+
+WARMTHS = (1.0, 0.3, 0.1, 0.03)
+"""What a fitted router's logits may be multiplied by. A cool router says who is served as a warm one does, and weighs
+experts more evenly."""
+
+PROFILE_TOKENS = 512
+"""Calibration tokens by whose hidden features clusters are found."""
+
+
+@dataclass(frozen=True)
+class BlockReplacement:
+    """A feed-forward site's mixture of experts.
+
+    Attributes:
+        exact: whether the mixture computes what the block did, up to rounding.
+        tensors: parameters by the names of `MixtureOfExperts.shapes`, float32.
+        before, after: short descriptions, e.g. ``"ffn3072"`` and ``"moe16"``.
+        merge: how experts were made: "split", "split, fitted" or "copies".
+    """
+
+    site: FeedForwardSite
+    spec: MixtureOfExperts
+    tensors: Mapping[str, Array]
+    before: str
+    after: str
+    merge: str
+    exact: bool = False
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Make experts of feed-forward blocks.
+
+    Attributes:
+        experts: how many.
+        work: share of the dense block's products that split experts do, in (0, 1]; the capacity factor of copies.
+        method: "split" or "copies".
+        middle: how many blocks in the middle of all that are selected; None for all.
+    """
+
+    experts: int = 16
+    work: float = 0.5
+    method: Literal["split", "copies"] = "split"
+    routing: Routing = Routing.EXPERTS_CHOOSE
+    middle: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.experts < 2:
+            raise ValueError(f"there must be two experts at least, not {self.experts}")
+        if self.method not in ("split", "copies"):
+            raise ValueError(f'method must be "split" or "copies", not {self.method!r}')
+        if not 0 < self.work <= 1:
+            raise ValueError(f"work must be in (0, 1], not {self.work}")
+
+    def chosen(self, sites: Sequence[FeedForwardSite]) -> tuple[FeedForwardSite, ...]:
+        """Those in the middle: blocks 5 to 8 of the paper's 14."""
+        if self.middle is None or len(sites) <= self.middle:
+            return tuple(sites)
+        start = (len(sites) - self.middle) // 2
+        return tuple(sites[start : start + self.middle])
+
+    def refuses(self, site: FeedForwardSite, *, causal: bool) -> str | None:
+        """Why this block stays dense."""
+        if causal:
+            return "the model is causal, and who is served depends on later tokens"
+        if site.activation.name not in ACTIVATIONS:
+            return f"no expert applies its activation ({site.activation.name or 'one without a name'})"
+        if self.method == "split" and site.hidden % self.experts:
+            return f"{self.experts} experts do not divide its {site.hidden} hidden features"
+        return None
+
+    def spec(self, site: FeedForwardSite, block: DenseBlock) -> MixtureOfExperts:
+        name = site.activation.name
+        assert name is not None
+        is_split = self.method == "split"
+        return MixtureOfExperts(
+            site.width,
+            site.hidden // self.experts if is_split else site.hidden,
+            self.experts,
+            routing=self.routing,
+            activation=ACTIVATIONS[name],
+            capacity_factor=self.experts * self.work if is_split else self.work,
+            selected=1 if self.routing is Routing.EXPERTS_CHOOSE else max(1, round(self.experts * self.work)),
+            gated=block.gate is not None,
+            up_bias=block.up_bias is not None,
+            down_bias=False,
+            bias=block.down_bias is not None,
+        )
+
+    def transform(self, flow: Flow, site: FeedForwardSite) -> BlockReplacement:
+        """Without data: clusters by the weights (MoEfication's parameter clustering), a router that points at them."""
+        block = dense_block(flow, site)
+        scale = np.full(self.experts, float(self.experts))
+        if self.method == "copies":
+            return self._replacement(site, block, copies(block, self.experts, scale), "copies", ())
+        weights = block.up if block.gate is None else block.gate
+        tensors = split(block, balanced_clusters(weights.T, self.experts), scale)
+        return self._replacement(site, block, tensors, "split", ())
+
+    def fitted(self, flow: Flow, site: FeedForwardSite, x: Array) -> BlockReplacement:
+        """By the block's hidden states x [N, width] on calibration data."""
+        if self.method == "copies" or self.work == 1:
+            return self.transform(flow, site)
+        block = dense_block(flow, site)
+        kind = ACTIVATIONS[site.activation.name or ""]
+        hidden = _hidden(block, kind, x)
+        profile = np.abs(hidden[:: max(1, len(x) // PROFILE_TOKENS)])
+        clusters = balanced_clusters(profile.T, self.experts)
+        outputs = np.stack([hidden[:, members] @ block.down[members] for members in clusters])
+        products = Products.of(outputs, hidden @ block.down)
+        spec = self.spec(site, block)
+        router = fitted_router(x, np.linalg.norm(outputs, axis=2).T)
+        logits = x @ router["router_weight"] + router["router_bias"]
+        tried = []
+        for warmth in WARMTHS:
+            gates = routed_gates(spec, _softmax(warmth * logits))
+            tried.append((*products.scales(gates), warmth, float((gates.sum(axis=1) == 0).mean())))
+        scale, explained, warmth, left = max(tried, key=lambda t: t[1])
+        tensors = split(block, clusters, scale) | {n: (warmth * a).astype(np.float32) for n, a in router.items()}
+        told = f"the fit explains {explained:.1%} of the output's energy, token by token"
+        lost = (f"{left:.1%} of the calibration tokens are left to no expert",) if left else ()
+        return self._replacement(site, block, tensors, "split, fitted", (told, *lost))
+
+    def _replacement(
+        self, site: FeedForwardSite, block: DenseBlock, tensors: dict[str, Array], how: str, notes: tuple[str, ...]
+    ) -> BlockReplacement:
+        spec = self.spec(site, block)
+        exact = self.method == "split" and self.work == 1
+        router = {} if "router_weight" in tensors else self._router(tensors)
+        ordered = {name: (tensors | router)[name] for name in spec.shapes}
+        notes = notes if exact else (*notes, "padded tokens are routed too")
+        return BlockReplacement(
+            site, spec, ordered, f"ffn{site.hidden}", f"moe{self.experts}", how, exact=exact, notes=notes
+        )
+
+    def _router(self, tensors: Mapping[str, Array]) -> dict[str, Array]:
+        """Without data."""
+        router = central_router(tensors)
+        if self.method == "split" and self.work == 1:
+            return {name: np.zeros_like(array) for name, array in router.items()}
+        if self.method == "split":
+            return router
+        random = np.random.default_rng(0)  # copies are alike: chance tells them apart until they are trained
+        return {name: (0.02 * random.normal(size=a.shape)).astype(np.float32) for name, a in router.items()}
+
+
+def _softmax(logits: Array) -> Array:
+    raised = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
+    return np.asarray(raised / raised.sum(axis=1, keepdims=True))
+
+
+def _hidden(block: DenseBlock, kind: Activation, x: Array) -> Array:
+    """[N, F], float32."""
+    wide = np.asarray(x, dtype=np.float32)
+    up = wide @ block.up + (0 if block.up_bias is None else block.up_bias)
+    if block.gate is None:
+        return np.asarray(activate(kind, up), dtype=np.float32)
+    gate = wide @ block.gate + (0 if block.gate_bias is None else block.gate_bias)
+    return np.asarray(activate(kind, gate) * up, dtype=np.float32)
+
+
+def block_error(flow: Flow, replacement: BlockReplacement) -> tuple[float, float]:
+    """(error, floor): relative root-mean-square error of the block's output on the recording, and of zeros."""
+    site = replacement.site
+    reference = np.asarray(flow.value(site.output), dtype=np.float64).reshape(-1, site.width)
+    x = np.asarray(flow.value(site.up.projection.input), dtype=np.float64).reshape(1, -1, site.width)
+    got = mixture_of_experts(replacement.spec, x, **replacement.tensors).output[0]
+    size = max(float(np.linalg.norm(reference)), 1e-30)
+    return float(np.linalg.norm(got - reference)) / size, 1.0

@@ -1,0 +1,117 @@
+"""Which feed-forward blocks become mixtures of experts, and of which weights: the same for all doors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from passes.dataflow import Array, Flow
+from passes.feed_forward_site import FeedForwardSite
+from passes.match.feed_forward import FeedForwards
+from passes.plan import named_by
+from passes.protocols import Probe
+from passes.targets.experts import BlockReplacement, Experts, block_error
+from rewriter.report.rewrite_report import SiteRow
+
+MOST_TOKENS = 2048
+"""Calibration tokens that a fit of experts looks at."""
+
+
+@dataclass(frozen=True)
+class BlockDecision:
+    """What will be installed at feed-forward blocks, a report row for each, and (name, reason) of what stays."""
+
+    replacements: tuple[BlockReplacement, ...] = ()
+    rows: tuple[SiteRow, ...] = ()
+    refused: tuple[tuple[str, str], ...] = ()
+
+    def without(self, failed: Mapping[str, str]) -> BlockDecision:
+        """With these sites refused, by name with the reason."""
+        return BlockDecision(
+            tuple(r for r in self.replacements if r.site.name not in failed),
+            tuple(r for r in self.rows if r.name not in failed),
+            (*self.refused, *failed.items()),
+        )
+
+    @property
+    def parameters_added(self) -> int:
+        return sum(sum(t.size for t in r.tensors.values()) - _dense_size(r.site) for r in self.replacements)
+
+    def flops_saved(self, flow: Flow) -> int:
+        """On the recorded inputs, two for each multiplication."""
+        return sum(_dense_flops(flow, r.site) - r.spec.flops(_tokens(flow, r.site)) for r in self.replacements)
+
+
+def decide_blocks(
+    flow: Flow,
+    wanted: Mapping[str, Experts],
+    found: FeedForwards,
+    *,
+    causal: bool,
+    probe: Callable[[], Probe] | None = None,
+) -> BlockDecision:
+    """`wanted` are targets by layer selector, later ones win; with a probe, experts are fitted."""
+    by_site: dict[str, Experts] = {}
+    for selector, target in wanted.items():
+        for stack in _stacks([s for s in found.sites if s.name in named_by(selector, found.sites)]):
+            by_site.update({s.name: target for s in target.chosen(stack)})
+    refused = {
+        s.name: reason
+        for s in found.sites
+        if s.name in by_site and (reason := by_site[s.name].refuses(s, causal=causal) or _shared(s, found.sites))
+    }
+    left = [s for s in found.sites if s.name in by_site and s.name not in refused]
+    inputs = _inputs(left, probe()) if probe is not None and left else {}
+    done = [
+        by_site[s.name].transform(flow, s) if s.name not in inputs else by_site[s.name].fitted(flow, s, inputs[s.name])
+        for s in left
+    ]
+    rows = [
+        SiteRow(r.site.name, r.before, r.after, r.exact, *block_error(flow, r), merge=r.merge, notes=r.notes)
+        for r in done
+    ]
+    selected = {r.name: r.reason for r in found.refusals}
+    return BlockDecision(tuple(done), tuple(rows), (*selected.items(), *refused.items()))
+
+
+def _stacks(sites: Sequence[FeedForwardSite]) -> list[list[FeedForwardSite]]:
+    """Sites whose names differ in nothing but numbers are one stack of layers."""
+    stacks: dict[str, list[FeedForwardSite]] = {}
+    for site in sorted(sites, key=lambda s: s.anchor):
+        stacks.setdefault(re.sub(r"\d+", "#", site.name), []).append(site)
+    return list(stacks.values())
+
+
+def _shared(site: FeedForwardSite, sites: Sequence[FeedForwardSite]) -> str | None:
+    others = (s for s in sites if s is not site and s.down.weight == site.down.weight)
+    other = next(others, None)
+    return None if other is None else f"it shares its weights with {other.name}"
+
+
+def _inputs(sites: Sequence[FeedForwardSite], probe: Probe) -> dict[str, Array]:
+    """[N, width] by site: what the original's blocks read on calibration batches."""
+    seen: dict[str, list[Array]] = {s.name: [] for s in sites}
+    for trial in probe.trials():
+        for site in sites:
+            value = site.up.projection.input
+            held = trial.advance(site.up.projection.output, {value})[value]
+            seen[site.name].append(np.asarray(held, dtype=np.float32).reshape(-1, site.width))
+    joined = {name: np.concatenate(arrays) for name, arrays in seen.items()}
+    return {name: x[:: max(1, -(-len(x) // MOST_TOKENS))] for name, x in joined.items()}
+
+
+def _dense_size(site: FeedForwardSite) -> int:
+    parts = [site.up] if site.gate is None else [site.up, site.gate]
+    inner = sum(site.hidden * (site.width + (p.projection.bias is not None)) for p in parts)
+    return inner + site.width * (site.hidden + (site.down.bias is not None))
+
+
+def _tokens(flow: Flow, site: FeedForwardSite) -> int:
+    return int(np.prod(flow.shape(site.up.projection.input)[:-1], dtype=np.int64))
+
+
+def _dense_flops(flow: Flow, site: FeedForwardSite) -> int:
+    return 2 * _tokens(flow, site) * site.width * site.hidden * (2 if site.gate is None else 3)

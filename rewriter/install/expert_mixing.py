@@ -1,0 +1,135 @@
+"""The module door for experts: a feed-forward block's module is replaced once it is proved to be the block.
+
+Proof is by recorded values, before anything is replaced. A module that reads the block's input and answers its output
+is the block. Where the block is two modules, one that answers the hidden layer and one that projects it (as in BERT),
+the experts stand in the place of the first and nothing in that of the second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from passes.dataflow import Array, Flow, Value
+from passes.targets.experts import BlockReplacement
+from rewriter.errors import UnsupportedModel
+from rewriter.install.call_record import CallRecord, record_calls
+from rewriter.install.expert_mixer import ExpertMixer, parameters_like
+from rewriter.install.reproduction import TOLERANCE
+from rewriter.install.token_mixer import Absorbed
+from rewriter.install.torch_module import place
+
+NO_MODULE = "no module of its own computes it"
+
+
+@dataclass(frozen=True)
+class Proved:
+    """Where one block's experts go.
+
+    Attributes:
+        path: of the module whose place they take.
+        projection: path of the output projection's module where that lies outside, else None.
+    """
+
+    replacement: BlockReplacement
+    path: str
+    projection: str | None
+
+
+def prove_experts(
+    model: nn.Module,
+    flow: Flow,
+    replacements: Sequence[BlockReplacement],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> tuple[list[Proved], dict[str, str]]:
+    """Modules that are proved to be the blocks, and the reason by site name for the others. Nothing is changed."""
+    paths = {r.site.name: _paths(model, flow, r) for r in replacements}
+    wanted = {p for candidates in paths.values() for p in candidates if p is not None}
+    records = record_calls(model, sorted(wanted), args, kwargs) if wanted else {}
+    proved: list[Proved] = []
+    failed: dict[str, str] = {}
+    for replacement in replacements:
+        whole, first, last = paths[replacement.site.name]
+        if _is_block(flow, records.get(whole or ""), replacement.site.up.projection.input, replacement.site.output):
+            proved.append(Proved(replacement, whole or "", None))
+        elif _is_pair(flow, records, first, last, replacement):
+            proved.append(Proved(replacement, first or "", last))
+        else:
+            failed[replacement.site.name] = f"{NO_MODULE}; an .onnx file of the model can be rewritten"
+    return proved, failed
+
+
+def install_experts(model: nn.Module, proved: Sequence[Proved]) -> None:
+    """Put every mixture where it was proved to belong."""
+    for one in proved:
+        original = model.get_submodule(one.path)
+        like = next(original.parameters(), None)
+        if like is None:
+            raise UnsupportedModel(f"{one.path} holds no parameters of its own")
+        tensors = parameters_like(one.replacement.tensors, like)
+        place(model, one.path, ExpertMixer(one.replacement.spec, tensors))
+        if one.projection is not None:
+            place(model, one.projection, Absorbed())
+
+
+def _paths(model: nn.Module, flow: Flow, replacement: BlockReplacement) -> tuple[str | None, str | None, str | None]:
+    """Paths of what may be the block, of what may compute its hidden layer, and of what may project that."""
+    site = replacement.site
+    up, down = (_module_of(flow, v) for v in (site.up.projection.weight, site.down.weight))
+    if up is None or down is None:
+        return None, None, None
+    common: list[str] = []
+    for a, b in zip(up.split("."), down.split("."), strict=False):
+        if a != b:
+            break
+        common.append(a)
+    whole = ".".join(common)
+    known = {name for name, _ in model.named_modules() if name}
+    first = ".".join(up.split(".")[: len(common) + 1])
+    return tuple(p if p in known else None for p in (whole, first, down))  # type: ignore[return-value]
+
+
+def _module_of(flow: Flow, value: Value) -> str | None:
+    weight = flow.weights.get(value)
+    return weight.name.rpartition(".")[0] if weight is not None and "." in weight.name else None
+
+
+def _is_block(flow: Flow, record: CallRecord | None, given: Value, answered: Value) -> bool:
+    """Whether a module was called with this value alone, once, and answered that one."""
+    if record is None or record.calls != 1 or not isinstance(record.output, Tensor):
+        return False
+    tensors = [v for v in record.arguments.values() if isinstance(v, Tensor)]
+    others = [v for v in record.arguments.values() if not isinstance(v, Tensor) and v is not None]
+    if len(tensors) != 1 or others:
+        return False
+    return _holds(tensors[0], flow.value(given)) and _holds(record.output, flow.value(answered))
+
+
+def _is_pair(
+    flow: Flow,
+    records: Mapping[str, CallRecord],
+    first: str | None,
+    last: str | None,
+    replacement: BlockReplacement,
+) -> bool:
+    if first is None or last is None or last.startswith(f"{first}."):
+        return False
+    site, hidden = replacement.site, replacement.site.down.input
+    return _is_block(flow, records.get(first), site.up.projection.input, hidden) and _is_block(
+        flow, records.get(last), hidden, site.output
+    )
+
+
+def _holds(tensor: Tensor, array: Array) -> bool:
+    """Whether a recorded tensor holds these numbers, in this order."""
+    if tensor.numel() != array.size or tensor.shape[-1] != array.shape[-1]:
+        return False
+    mine = tensor.detach().double().cpu().numpy().reshape(array.shape)
+    limit = TOLERANCE.get(tensor.dtype, TOLERANCE[torch.float32])
+    return bool(np.abs(mine - array).max() <= limit * max(float(np.abs(array).max()), 1e-30))
