@@ -109,6 +109,9 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.
 Progress = Annotated[bool, typer.Option("--progress", help="Report progress even without a terminal.")]
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="An .onnx file or a Hugging Face directory.")]
 MaxKl = Annotated[float | None, typer.Option("--max-kl", help="Fail if the mean KL divergence is larger (nats).")]
+Html = Annotated[
+    Path | None, typer.Option("--html", metavar="FILE", help="Write the report as one self-contained page, too.")
+]
 MinCosine = Annotated[float | None, typer.Option("--min-cosine", help="Fail if the mean cosine is smaller.")]
 
 
@@ -192,6 +195,7 @@ def rewrite(
     external_data: Annotated[
         ExternalData, typer.Option("--external-data", help="Keep weights in a file beside the .onnx.")
     ] = ExternalData.AUTO,
+    html: Html = None,
     as_json: Json = False,
     progress: Progress = False,
     debug: Debug = False,
@@ -199,6 +203,7 @@ def rewrite(
     """Rewrite a model's attention and write the result."""
     _require_model(model)
     _require_output(model, output)
+    _require_page(html)
     if not verify and (max_kl is not None or min_cosine is not None):
         raise UsageError("--max-kl and --min-cosine need the verification", hint="drop --no-verify")
     with _working(f"rewriting to {target}"):
@@ -217,6 +222,8 @@ def rewrite(
         _refuse_drift(report["fidelity"], max_kl, min_cosine)
         if not dry_run:
             done.save(output, **({} if model.is_dir() else {"external_data": external_data.value}))
+        if html is not None:
+            done.rewrite_report.save_html(html)
     places = {"target": report.pop("target"), "input": str(model), "output": str(output), "dry_run": dry_run}
     _show({**places, **report}, "rewrite")
     if report["refused"]:
@@ -267,6 +274,7 @@ def profile(
         str | None,
         typer.Option("--kernels", metavar="DIR|off", help="Kernels to use: what `rewriter kernels` wrote, or none."),
     ] = None,
+    html: Html = None,
     as_json: Json = False,
     progress: Progress = False,
     debug: Debug = False,
@@ -274,6 +282,7 @@ def profile(
     """Time two models in turn on the same inputs, with memory and time by operator."""
     _require_model(before)
     _require_model(after)
+    _require_page(html)
     shapes = _shapes(shape or ())
     with _working("profiling"):
         import rewriter
@@ -286,8 +295,20 @@ def profile(
             runs=runs,
             threads=threads,
             kernels=kernel_folder,
-        ).to_dict()
-    _show(found, "profile")
+        )
+        if html is not None:
+            found.save_html(html, _pictures(before))
+    _show(found.to_dict(), "profile")
+
+
+def _pictures(model: Path) -> Sequence[Any]:
+    """Drawings of a model's sites; none where it can be run and not be read."""
+    import rewriter
+
+    try:
+        return rewriter.inspect(str(model)).pictures
+    except RewriteError:
+        return ()
 
 
 @app.command()
@@ -363,6 +384,7 @@ def uptrain(
     twin: Annotated[
         Path | None, typer.Option("--twin", help="The torch model that an .onnx student was exported from.")
     ] = None,
+    html: Html = None,
     as_json: Json = False,
     progress: Progress = False,
     debug: Debug = False,
@@ -374,6 +396,7 @@ def uptrain(
         _require_model(model)
     places = Places.of(student, output, checkpoints, resume)
     _require_output(student, places.output)
+    _require_page(html)
     settings = {
         "steps": steps, "fraction": fraction, "pretraining_tokens": pretraining_tokens, "batch": batch,
         "window": window, "learning_rate": learning_rate, "layer_phase": layer_phase, "language_model": language_model,
@@ -391,6 +414,7 @@ def uptrain(
             validation=validation,
             twin=twin,
             progress=_flags.progress,
+            html=html,
         )
     if found is not None:
         _show(found, "uptrained")
@@ -435,6 +459,13 @@ def _require_output(model: Path, output: Path, *, folder: bool = False) -> None:
         raise UsageError(f"{output} is a folder", hint="name the output file, e.g. out.onnx")
     if model.is_dir() and output.is_file():
         raise UsageError(f"{output} is a file", hint="name a folder: the input is one")
+
+
+def _require_page(path: Path | None) -> None:
+    if path is not None:
+        from rewriter.report.html_page import require_page
+
+        require_page(path)
 
 
 def _calibration(path: Path | None) -> Any:

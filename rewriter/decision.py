@@ -8,11 +8,13 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from passes.arithmetic import arithmetic
 from passes.calibrate import calibrated
 from passes.cost import costs, parameters_removed
 from passes.dataflow import Flow
 from passes.match.attention import Matches
 from passes.measure import site_error
+from passes.picture import Drawing, distinct, refusal_picture, site_picture
 from passes.plan import Plan, PlanError, Step, make_plan, sharing
 from passes.protocols import Probe
 from passes.site import AttentionSite
@@ -228,4 +230,20 @@ def report(
         flops=Change(before.flops, after.flops),
         fidelity=fidelity,
         seconds=dict(seconds),
+        arithmetic=arithmetic(
+            flow, matches, decision.replacements, (before, after), bytes_per_number, whole_caches=whole_caches
+        ),
+        drawings=_drawings(flow, matches, decision),
     )
+
+
+def _drawings(flow: Flow, matches: Matches, decision: Decision) -> tuple[Drawing, ...]:
+    """Of what the report speaks of: sites that are rewritten, and attentions that are not understood."""
+    refused = {name for name, _ in decision.refused}
+    shown = [(r.site.anchor, site_picture(flow, r.site)) for r in decision.replacements]
+    shown += [
+        (r.anchor, refusal_picture(flow, r))
+        for r in matches.refusals
+        if r.name in refused and r.anchor >= 0  # others lie in control flow
+    ]
+    return distinct(picture for _, picture in sorted(shown, key=lambda pair: pair[0]))

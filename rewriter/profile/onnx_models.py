@@ -22,6 +22,7 @@ from rewriter.errors import UnsupportedModel, first_line
 from rewriter.profile.interleaved import time_in_turn
 from rewriter.profile.providers import device_name, open_session
 from rewriter.profile.result import Measured, Milliseconds, Profile
+from rewriter.report import stored
 from rewriter.verify.kv_cache import cache_ports
 
 Feeds = dict[str, NDArray[Any]]
@@ -65,8 +66,9 @@ def profile_onnx(
     times = time_in_turn(_call(old_session, old.feeds, provider), _call(new_session, new.feeds, provider), runs)
     del old_session, new_session
     measured = [_measure(s, ms, provider, threads, library) for s, ms in zip((old, new), times, strict=True)]
+    made = stored.from_text(load(after).metadata_props.get(stored.PROPERTY))
     return Profile(
-        provider, device_name(provider), threads, runs, ort.__version__, measured[0], measured[1], old.shapes
+        provider, device_name(provider), threads, runs, ort.__version__, measured[0], measured[1], old.shapes, made
     )
 
 

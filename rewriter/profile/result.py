@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from passes.picture import Picture
+    from rewriter.report.rewrite_report import RewriteReport
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,7 @@ class Profile:
     Attributes:
         onnxruntime: its version; None for PyTorch models.
         shapes: of the inputs that both were fed.
+        rewrite: how the second model was made, where it says so itself.
     """
 
     provider: str
@@ -59,6 +65,7 @@ class Profile:
     before: Measured
     after: Measured
     shapes: Mapping[str, tuple[int, ...]]
+    rewrite: RewriteReport | None = field(default=None, repr=False)
 
     @property
     def speedup(self) -> dict[str, float]:
@@ -67,6 +74,19 @@ class Profile:
             "min": self.before.ms.min / self.after.ms.min,
             "median": self.before.ms.median / self.after.ms.median,
         }
+
+    def save_html(self, path: str | Path, pictures: Sequence[Picture] = ()) -> None:
+        """Write everything as one .html file that loads nothing from elsewhere.
+
+        Args:
+            pictures: of the first model's sites, as in `Inspection.pictures`, to be shown as well.
+
+        Raises UsageError for another ending or a folder that does not exist.
+        """
+        from rewriter.report.html_page import save
+        from rewriter.report.html_profile import profile_page
+
+        save(profile_page(self, pictures), Path(path))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON of ``rewriter profile``."""

@@ -44,7 +44,8 @@ def profile_torch(
         torch.set_num_threads(threads_before)
     fed = {**{f"args[{i}]": a for i, a in enumerate(args)}, **kwargs}
     used = {name: tuple(value.shape) for name, value in fed.items() if isinstance(value, torch.Tensor)}
-    return Profile(provider, device_name(provider), threads, runs, None, measured[0], measured[1], used)
+    made = getattr(after, "rewrite_report", None)
+    return Profile(provider, device_name(provider), threads, runs, None, measured[0], measured[1], used, made)
 
 
 def _device(provider: str) -> torch.device:
