@@ -78,6 +78,14 @@ class Precision(StrEnum):
     FP16 = "fp16"
 
 
+class Mode(StrEnum):
+    """What a profile measures."""
+
+    FORWARD = "forward"
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
 class Provider(StrEnum):
     """What the models run on."""
 
@@ -274,6 +282,14 @@ def profile(
         str | None,
         typer.Option("--kernels", metavar="DIR|off", help="Kernels to use: what `rewriter kernels` wrote, or none."),
     ] = None,
+    mode: Annotated[
+        Mode, typer.Option("--mode", help="One call, a prompt into an empty cache, or the tokens behind it.")
+    ] = Mode.FORWARD,
+    prompt: Annotated[int | None, typer.Option("--prompt", help="Tokens of a prompt; 512 by default.")] = None,
+    new_tokens: Annotated[
+        int | None, typer.Option("--new-tokens", help="Tokens generated in mode decode; 32 by default.")
+    ] = None,
+    batch: Annotated[int | None, typer.Option("--batch", help="Prompts at once; 1 by default.")] = None,
     html: Html = None,
     as_json: Json = False,
     progress: Progress = False,
@@ -295,6 +311,10 @@ def profile(
             runs=runs,
             threads=threads,
             kernels=kernel_folder,
+            mode=mode.value,
+            prompt=prompt,
+            new_tokens=new_tokens,
+            batch=batch,
         )
         if html is not None:
             found.save_html(html, _pictures(before))

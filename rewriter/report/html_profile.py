@@ -24,6 +24,8 @@ def profile_page(profile: Profile, pictures: Sequence[Picture] = ()) -> Page:
     slowest = sorted({*before.ops, *after.ops}, key=lambda op: -max(_ms(before, op), _ms(after, op)))
     ops = {op: (_ms(before, op), _ms(after, op)) for op in slowest}
     times = {which: (getattr(before.ms, which), getattr(after.ms, which)) for which in ("min", "median", "max")}
+    if before.cpu_ms is not None and after.cpu_ms is not None:
+        times["processors, median"] = (before.cpu_ms.median, after.cpu_ms.median)
     values: dict[str, Any] = {
         "cards": _cards(profile),
         "facts": _facts(profile),
@@ -45,8 +47,9 @@ def _ms(measured: Measured, op: str) -> float:
 
 def _lead(profile: Profile) -> str:
     factor = profile.speedup["median"]
+    what = "new token" if profile.workload.mode == "decode" else "call"
     verdict = f"{factor:.2f} times as fast" if factor >= 1 else f"slower: {factor:.2f} times as fast"
-    return f"By the median of {profile.runs} runs of each model in turn, the second is {verdict} on {profile.device}."
+    return f"The second model is {verdict} by the median {what} of {profile.runs} runs in turn, on {profile.device}."
 
 
 def _cards(profile: Profile) -> tuple[Card, ...]:
@@ -54,9 +57,12 @@ def _cards(profile: Profile) -> tuple[Card, ...]:
         Card(f"speed, {which}", f"× {profile.speedup[which]:.2f}", _arrow(profile, which))
         for which in ("median", "min")
     ]
-    before, after = profile.before.peak_bytes, profile.after.peak_bytes
-    if before and after is not None:
-        cards.append(Card("peak memory", f"× {after / before:.2f}", f"{short(before, 'B')} → {short(after, 'B')}"))
+    for label, before, after in (
+        ("peak memory", profile.before.peak_bytes, profile.after.peak_bytes),
+        ("K/V cache", profile.before.kv_bytes, profile.after.kv_bytes),
+    ):
+        if before and after is not None:
+            cards.append(Card(label, f"× {after / before:.2f}", f"{short(before, 'B')} → {short(after, 'B')}"))
     return tuple(cards)
 
 
@@ -65,13 +71,13 @@ def _arrow(profile: Profile, which: str) -> str:
 
 
 def _facts(profile: Profile) -> tuple[tuple[str, str], ...]:
-    runtime = f"onnxruntime {profile.onnxruntime}" if profile.onnxruntime else "PyTorch"
     inputs = ", ".join(f"{name} {' × '.join(map(str, shape))}" for name, shape in profile.shapes.items())
     return (
         ("device", profile.device),
         ("provider", profile.provider),
         ("threads", str(profile.threads)),
         ("runs", str(profile.runs)),
-        ("runtime", runtime),
+        ("measured", str(profile.workload)),
         ("inputs", inputs),
+        *((name, version) for name, version in profile.versions.items()),
     )

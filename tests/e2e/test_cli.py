@@ -368,7 +368,8 @@ def test_profile(model: Path, fake: Fake, capsys: Capture) -> None:
     assert run([*command, "--json"]) == 0
     assert only_json(capsys)["before"] == side
     shapes = {"a": (2, 128), "b": (1,)}
-    assert calls[0][1] == {"provider": "cpu", "shapes": shapes, "runs": 4, "threads": 3, "kernels": None}
+    sizes = {"mode": "forward", "prompt": None, "new_tokens": None, "batch": None}
+    assert calls[0][1] == {"provider": "cpu", "shapes": shapes, "runs": 4, "threads": 3, "kernels": None, **sizes}
     assert run(command) == 0
     assert "MatMul" in capsys.readouterr().out
     for wrong in ("p.pdf", "no/p.html"):
