@@ -13,7 +13,6 @@ from rewriter.errors import UnsupportedModel
 from rewriter.profile.interleaved import Job
 from rewriter.profile.workload import Workload
 
-
 _CACHES = ("past_key_values", "cache")
 """What a cache is called, as an argument and in the answer."""
 
