@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from codegen.errors import KernelError
+from rewriter import progress as progress_bars
 from rewriter.errors import RewriteError, UsageError, VerificationFailed
 from rewriter.report.printable import jsonable, printable
 
@@ -591,13 +592,7 @@ def _working(what: str) -> Iterator[None]:
     """Progress on standard error, and whatever libraries print kept off standard output."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(_quiet())
-        if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.text import Text
-
-            stack.enter_context(Console(stderr=True).status(Text(printable(f"{what} …"))))
-        elif _flags.progress:
-            print(printable(f"{what} …"), file=sys.stderr, flush=True)
+        stack.enter_context(progress_bars.showing(what, asked=_flags.progress))
         yield
 
 

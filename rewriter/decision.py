@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from passes.sublayer import NoSublayer
 from passes.targets.catalogue import CATALOGUE, Target, find
 from passes.targets.grouped_query import describe
 from passes.targets.replacement import Replacement
+from rewriter import progress
 from rewriter.errors import NothingToRewrite, UnknownTarget, UsageError
 from rewriter.report.rewrite_report import Change, Refused, RewriteReport, SiteRow
 
@@ -36,7 +38,8 @@ class Stopwatch:
     def stage(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
         try:
-            yield
+            with progress.task(name):
+                yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
@@ -110,13 +113,22 @@ def decide(
     done: tuple[Replacement, ...] = ()
     if steps:
         transformed = (
-            _transform(flow, matches, steps) if probe is None else calibrated(flow, matches, steps, probe(matches))
+            _transform(flow, matches, steps) if probe is None else _calibrated(flow, matches, steps, probe(matches))
         )
         done, refused = transformed[0], (*refused, *transformed[1])
     if not done:
         reasons = "; ".join(f"{n}: {r}" for n, r in (*refused, *((s.name, r) for s, r in kept))[:3])
         raise NothingToRewrite(f"none of the selected sites can be rewritten to {name}: {reasons}")
     return Decision(name, done, (*_selected_refusals(matches), *refused), kept)
+
+
+def _calibrated(
+    flow: Flow, matches: Matches, steps: Sequence[Step], probe: Probe
+) -> tuple[tuple[Replacement, ...], tuple[tuple[str, str], ...]]:
+    """Site after site; how many are done is shown when the next one begins."""
+    begun = itertools.count()
+    with progress.task("calibrating", len(steps), "sites") as advance:
+        return calibrated(flow, matches, steps, probe, lambda _: advance(next(begun)))
 
 
 def _transform(
