@@ -16,7 +16,7 @@ export MKL_NUM_THREADS ?= 1
 export OPENBLAS_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup test quick lint demo bench clean
+.PHONY: setup test quick lint demo docs bench clean
 .DEFAULT_GOAL := test
 
 setup: $(STAMP)
@@ -46,8 +46,11 @@ lint: setup
 demo: setup
 	$(BIN)/rewriter demo
 
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -f .ci/mkdocs.yml
+
 bench: setup
 	for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name --markdown docs/benchmarks.md || exit 1; done
 
 clean:
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv .site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
