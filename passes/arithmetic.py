@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
-from codegen.spec import GroupedQueryAttention, Spec
+from codegen.spec import GroupedQueryAttention, LinearMixing, Spec
 from passes.cost import Cost
 from passes.dataflow import Flow
 from passes.match.attention import Matches
@@ -65,7 +65,8 @@ class Arithmetic:
         bytes_per_number: of a cached number.
         cache: terms that add up to the cache per token.
         recorded: the pass that the model was captured with.
-        curve: one sequence of growing length without a past, both sides of a cross-attention equally long.
+        curve: one sequence of growing length without a past, both sides of a cross-attention equally long; up to the
+            longest that every mixing matrix reaches.
     """
 
     bytes_per_number: int
@@ -94,8 +95,15 @@ def arithmetic(
     old = sum(_recorded(flow, matches, s, None) for s in matches.sites)
     new = sum(_recorded(flow, matches, s, specs.get(s.name)) for s in matches.sites)
     recorded = Work(tokens, (old, new), (costs[0].flops - old, costs[1].flops - new), batch)
-    curve = tuple(_at(n, recorded, matches.sites, specs) for n in LENGTHS)
+    curve = tuple(_at(n, recorded, matches.sites, specs) for n in lengths(specs.values()))
     return Arithmetic(bytes_per_number, _cache_terms(matches.sites, specs, whole_caches), recorded, curve)
+
+
+def lengths(specs: Iterable[Spec]) -> tuple[int, ...]:
+    """At least two of what sequences may be long, in tokens, in ascending order."""
+    limit = min((spec.tokens for spec in specs if isinstance(spec, LinearMixing)), default=LENGTHS[-1])
+    usual = tuple(n for n in LENGTHS if n < limit)
+    return (*usual, limit) if usual else (max(limit // 2, 1), max(limit, 2))
 
 
 def _recorded(flow: Flow, matches: Matches, site: AttentionSite, spec: Spec | None) -> int:

@@ -161,4 +161,4 @@ def _line(name: str, style: str, points: Sequence[tuple[float, float]]) -> Line:
 
 
 def _tokens(count: int) -> str:
-    return f"{count // 1024}k" if count >= 1024 else str(count)
+    return f"{count // 1024}k" if count >= 1024 and count % 1024 == 0 else str(count)

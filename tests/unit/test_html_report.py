@@ -15,6 +15,8 @@ import pytest
 import torch
 
 import rewriter
+from codegen.spec import LinearMixing
+from passes.arithmetic import LENGTHS, lengths
 from passes.picture import Box, Drawing, Picture, distinct
 from rewriter.errors import UsageError
 from rewriter.profile.result import Measured, Milliseconds, Profile
@@ -87,6 +89,17 @@ def test_mixing_grows_with_the_square_and_the_rest_with_the_length(report: Rewri
     first, second = report.arithmetic.curve[:2]
     assert second.tokens == 2 * first.tokens
     assert second.mixing[0] == 4 * first.mixing[0] and second.projections[0] == 2 * first.projections[0]
+
+
+def test_the_curve_ends_where_a_mixing_matrix_does() -> None:
+    assert lengths([]) == LENGTHS
+    assert lengths([LinearMixing(8, 512), LinearMixing(8, 300)]) == (128, 256, 300)
+    assert lengths([LinearMixing(8, 9)]) == (4, 9) and lengths([LinearMixing(8, 1)]) == (1, 2)
+    torch.manual_seed(0)
+    done = rewriter.optimize(Stack().eval(), "toeplitz:200", example_inputs=(torch.randn(2, 9, 32),))
+    found = done.rewrite_report.arithmetic
+    assert found is not None and [work.tokens for work in found.curve] == [128, 200]
+    assert found.recorded.total == (done.rewrite_report.flops.before, done.rewrite_report.flops.after)
 
 
 def test_a_transform_grows_more_slowly_than_attention() -> None:
