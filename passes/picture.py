@@ -43,6 +43,26 @@ class Picture:
     edges: tuple[tuple[str, str], ...]
 
 
+@dataclass(frozen=True)
+class Drawing:
+    """A picture that stands for all sites whose subgraphs are alike; `also` are the names of the others."""
+
+    picture: Picture
+    also: tuple[str, ...] = ()
+
+
+def distinct(pictures: Iterable[Picture]) -> tuple[Drawing, ...]:
+    """One drawing for each structure (operators, parts and edges), in order of first appearance."""
+    groups: dict[object, list[Picture]] = {}
+    for picture in pictures:
+        place = {box.key: number for number, box in enumerate(picture.boxes)}
+        edges = tuple((place[a], place[b]) for a, b in picture.edges)
+        kinds = tuple((box.role, "" if box.role in {"input", "mask"} else box.title) for box in picture.boxes)
+        reason = "" if picture.rewritable else picture.caption
+        groups.setdefault((picture.rewritable, reason, kinds, edges), []).append(picture)
+    return tuple(Drawing(first, tuple(p.name for p in others)) for first, *others in groups.values())
+
+
 def site_picture(flow: Flow, site: AttentionSite) -> Picture:
     """The nodes that matching read as one attention, from the projections' inputs to the output projection."""
     roles: dict[int, Role] = {index: "score" for index in site.nodes}

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from codegen.errors import KernelError
+from rewriter import progress as progress_bars
 from rewriter.errors import RewriteError, UsageError, VerificationFailed
 from rewriter.report.printable import jsonable, printable
 
@@ -78,6 +79,14 @@ class Precision(StrEnum):
     FP16 = "fp16"
 
 
+class Mode(StrEnum):
+    """What a profile measures."""
+
+    FORWARD = "forward"
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
 class Provider(StrEnum):
     """What the models run on."""
 
@@ -109,6 +118,9 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.
 Progress = Annotated[bool, typer.Option("--progress", help="Report progress even without a terminal.")]
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="An .onnx file or a Hugging Face directory.")]
 MaxKl = Annotated[float | None, typer.Option("--max-kl", help="Fail if the mean KL divergence is larger (nats).")]
+Html = Annotated[
+    Path | None, typer.Option("--html", metavar="FILE", help="Write the report as one self-contained page, too.")
+]
 MinCosine = Annotated[float | None, typer.Option("--min-cosine", help="Fail if the mean cosine is smaller.")]
 
 
@@ -192,6 +204,7 @@ def rewrite(
     external_data: Annotated[
         ExternalData, typer.Option("--external-data", help="Keep weights in a file beside the .onnx.")
     ] = ExternalData.AUTO,
+    html: Html = None,
     as_json: Json = False,
     progress: Progress = False,
     debug: Debug = False,
@@ -199,6 +212,7 @@ def rewrite(
     """Rewrite a model's attention and write the result."""
     _require_model(model)
     _require_output(model, output)
+    _require_page(html)
     if not verify and (max_kl is not None or min_cosine is not None):
         raise UsageError("--max-kl and --min-cosine need the verification", hint="drop --no-verify")
     with _working(f"rewriting to {target}"):
@@ -217,6 +231,8 @@ def rewrite(
         _refuse_drift(report["fidelity"], max_kl, min_cosine)
         if not dry_run:
             done.save(output, **({} if model.is_dir() else {"external_data": external_data.value}))
+        if html is not None:
+            done.rewrite_report.save_html(html)
     places = {"target": report.pop("target"), "input": str(model), "output": str(output), "dry_run": dry_run}
     _show({**places, **report}, "rewrite")
     if report["refused"]:
@@ -267,6 +283,15 @@ def profile(
         str | None,
         typer.Option("--kernels", metavar="DIR|off", help="Kernels to use: what `rewriter kernels` wrote, or none."),
     ] = None,
+    mode: Annotated[
+        Mode, typer.Option("--mode", help="One call, a prompt into an empty cache, or the tokens behind it.")
+    ] = Mode.FORWARD,
+    prompt: Annotated[int | None, typer.Option("--prompt", help="Tokens of a prompt; 512 by default.")] = None,
+    new_tokens: Annotated[
+        int | None, typer.Option("--new-tokens", help="Tokens generated in mode decode; 32 by default.")
+    ] = None,
+    batch: Annotated[int | None, typer.Option("--batch", help="Prompts at once; 1 by default.")] = None,
+    html: Html = None,
     as_json: Json = False,
     progress: Progress = False,
     debug: Debug = False,
@@ -274,6 +299,7 @@ def profile(
     """Time two models in turn on the same inputs, with memory and time by operator."""
     _require_model(before)
     _require_model(after)
+    _require_page(html)
     shapes = _shapes(shape or ())
     with _working("profiling"):
         import rewriter
@@ -286,8 +312,24 @@ def profile(
             runs=runs,
             threads=threads,
             kernels=kernel_folder,
-        ).to_dict()
-    _show(found, "profile")
+            mode=mode.value,
+            prompt=prompt,
+            new_tokens=new_tokens,
+            batch=batch,
+        )
+        if html is not None:
+            found.save_html(html, _pictures(before))
+    _show(found.to_dict(), "profile")
+
+
+def _pictures(model: Path) -> Sequence[Any]:
+    """Drawings of a model's sites; none where it can be run and not be read."""
+    import rewriter
+
+    try:
+        return rewriter.inspect(str(model)).pictures
+    except RewriteError:
+        return ()
 
 
 @app.command()
@@ -363,6 +405,7 @@ def uptrain(
     twin: Annotated[
         Path | None, typer.Option("--twin", help="The torch model that an .onnx student was exported from.")
     ] = None,
+    html: Html = None,
     as_json: Json = False,
     progress: Progress = False,
     debug: Debug = False,
@@ -374,6 +417,7 @@ def uptrain(
         _require_model(model)
     places = Places.of(student, output, checkpoints, resume)
     _require_output(student, places.output)
+    _require_page(html)
     settings = {
         "steps": steps, "fraction": fraction, "pretraining_tokens": pretraining_tokens, "batch": batch,
         "window": window, "learning_rate": learning_rate, "layer_phase": layer_phase, "language_model": language_model,
@@ -391,6 +435,7 @@ def uptrain(
             validation=validation,
             twin=twin,
             progress=_flags.progress,
+            html=html,
         )
     if found is not None:
         _show(found, "uptrained")
@@ -435,6 +480,13 @@ def _require_output(model: Path, output: Path, *, folder: bool = False) -> None:
         raise UsageError(f"{output} is a folder", hint="name the output file, e.g. out.onnx")
     if model.is_dir() and output.is_file():
         raise UsageError(f"{output} is a file", hint="name a folder: the input is one")
+
+
+def _require_page(path: Path | None) -> None:
+    if path is not None:
+        from rewriter.report.html_page import require_page
+
+        require_page(path)
 
 
 def _calibration(path: Path | None) -> Any:
@@ -540,13 +592,7 @@ def _working(what: str) -> Iterator[None]:
     """Progress on standard error, and whatever libraries print kept off standard output."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(_quiet())
-        if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.text import Text
-
-            stack.enter_context(Console(stderr=True).status(Text(printable(f"{what} …"))))
-        elif _flags.progress:
-            print(printable(f"{what} …"), file=sys.stderr, flush=True)
+        stack.enter_context(progress_bars.showing(what, asked=_flags.progress))
         yield
 
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from passes.arithmetic import arithmetic
 from passes.calibrate import calibrated
 from passes.cost import costs, parameters_removed
 from passes.dataflow import Flow
 from passes.match.attention import Matches
 from passes.match.feed_forward import FeedForwards
 from passes.measure import site_error
+from passes.picture import Drawing, distinct, refusal_picture, site_picture
 from passes.plan import Plan, PlanError, Step, make_plan, sharing
 from passes.protocols import Probe
 from passes.site import AttentionSite
@@ -22,6 +25,7 @@ from passes.targets.catalogue import CATALOGUE, AttentionTarget, Target, find
 from passes.targets.grouped_query import describe
 from passes.targets.replacement import Replacement
 from passes.targets.sparse_mixer import SparseMixer
+from rewriter import progress
 from rewriter.block_decision import BlockDecision, decide_blocks
 from rewriter.errors import NothingToRewrite, UnknownTarget, UsageError
 from rewriter.report.rewrite_report import Change, Refused, RewriteReport, SiteRow
@@ -37,7 +41,8 @@ class Stopwatch:
     def stage(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
         try:
-            yield
+            with progress.task(name):
+                yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
@@ -121,7 +126,7 @@ def decide(
     done: tuple[Replacement, ...] = ()
     if steps:
         transformed = (
-            _transform(flow, matches, steps) if probe is None else calibrated(flow, matches, steps, probe(matches))
+            _transform(flow, matches, steps) if probe is None else _calibrated(flow, matches, steps, probe(matches))
         )
         done, refused = transformed[0], (*refused, *transformed[1])
     if not done and not changed.replacements:
@@ -151,6 +156,15 @@ def _decide_blocks(
         )
     given = None if probe is None else lambda: probe(matches)
     return decide_blocks(flow, wanted, blocks(), causal=is_causal(matches), probe=given)
+
+
+def _calibrated(
+    flow: Flow, matches: Matches, steps: Sequence[Step], probe: Probe
+) -> tuple[tuple[Replacement, ...], tuple[tuple[str, str], ...]]:
+    """Site after site; how many are done is shown when the next one begins."""
+    begun = itertools.count()
+    with progress.task("calibrating", len(steps), "sites") as advance:
+        return calibrated(flow, matches, steps, probe, lambda _: advance(next(begun)))
 
 
 def _transform(
@@ -268,4 +282,20 @@ def report(
         flops=Change(before.flops, after.flops - decision.blocks.flops_saved(flow)),
         fidelity=fidelity,
         seconds=dict(seconds),
+        arithmetic=arithmetic(
+            flow, matches, decision.replacements, (before, after), bytes_per_number, whole_caches=whole_caches
+        ),
+        drawings=_drawings(flow, matches, decision),
     )
+
+
+def _drawings(flow: Flow, matches: Matches, decision: Decision) -> tuple[Drawing, ...]:
+    """Of what the report speaks of: sites that are rewritten, and attentions that are not understood."""
+    refused = {name for name, _ in decision.refused}
+    shown = [(r.site.anchor, site_picture(flow, r.site)) for r in decision.replacements]
+    shown += [
+        (r.anchor, refusal_picture(flow, r))
+        for r in matches.refusals
+        if r.name in refused and r.anchor >= 0  # others lie in control flow
+    ]
+    return distinct(picture for _, picture in sorted(shown, key=lambda pair: pair[0]))

@@ -23,6 +23,7 @@ from rewriter.decision import Decision, Stopwatch, decide, is_causal, report, ro
 from rewriter.errors import NothingToRewrite, VerificationFailed
 from rewriter.install.onnx_function import install
 from rewriter.install.onnx_obstacles import obstacle
+from rewriter.report import stored
 from rewriter.report.rewrite_report import RewriteReport
 from rewriter.verify.onnx_pair import verify_onnx
 
@@ -172,7 +173,9 @@ def rewrite_onnx(
             )
         fidelity = verification.fidelity
     site_rows = with_kept(matches, decision, site_rows)
-    return replace(summary, sites=site_rows, fidelity=fidelity, seconds=watch.seconds)
+    done_report = replace(summary, sites=site_rows, fidelity=fidelity, seconds=watch.seconds)
+    model.metadata_props[stored.PROPERTY] = stored.to_text(done_report)
+    return done_report
 
 
 def count_parameters(model: ir.Model) -> int:

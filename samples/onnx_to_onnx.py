@@ -1,4 +1,4 @@
-"""An .onnx file that somebody else exported: inspect, rewrite, verify, profile; no PyTorch code of the model needed.
+"""An .onnx file that somebody else exported: inspect, rewrite, verify, profile, report; no PyTorch code of it needed.
 
     python samples/onnx_to_onnx.py [MODEL.onnx [OUT.onnx [TARGET]]]
 
@@ -36,6 +36,9 @@ def main(source: Path, target_file: Path, target: str) -> None:
     timed = rewriter.profile(source, target_file, shapes={"input_ids": (1, 128)}, runs=10)
     print(f"\n{timed.device}, {timed.threads} threads: median {timed.before.ms.median:.2f} ms before,", end=" ")
     print(f"{timed.after.ms.median:.2f} ms after; x {timed.speedup['median']:.2f}")
+    page = target_file.with_suffix(".html")
+    timed.save_html(page, found.pictures)
+    print(f"everything on one page: {page}")
 
 
 if __name__ == "__main__":

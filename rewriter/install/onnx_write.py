@@ -20,6 +20,7 @@ from typing import IO, TYPE_CHECKING, Literal
 
 import onnx_ir as ir
 
+from rewriter import progress
 from rewriter.errors import UnsupportedModel, UsageError
 
 if TYPE_CHECKING:
@@ -192,10 +193,12 @@ def _write_embedded(proto: onnx.ModelProto, placed: list[Placed], file: IO[bytes
     sizes = [len(record) + (0 if tensor is None else tensor.nbytes) for record, tensor in records]
     total = len(head) + sum(1 + len(_varint(size)) + size for size in sizes)
     file.write(proto.SerializeToString() + b"\x3a" + _varint(total) + head)  # field 7: graph
-    for (record, tensor), size in zip(records, sizes, strict=True):
-        file.write(b"\x2a" + _varint(size) + record)  # field 5: initializer
-        if tensor is not None:
-            _write_tensor(tensor, file)
+    with progress.task("writing", sum(sizes), "B") as advance:
+        for (record, tensor), size in zip(records, sizes, strict=True):
+            file.write(b"\x2a" + _varint(size) + record)  # field 5: initializer
+            if tensor is not None:
+                _write_tensor(tensor, file)
+            advance(file.tell())
 
 
 def _varint(value: int) -> bytes:
@@ -225,10 +228,12 @@ def _save_pair(model: ir.Model, target: _Target) -> None:
     proto, placed = skeleton(model, name)
     with target.open_model() as file:
         file.write(proto.SerializeToString())
-    with target.open_data() as file:
+    size = placed[-1].offset + placed[-1].tensor.nbytes if placed else 0
+    with target.open_data() as file, progress.task("writing", size, "B") as advance:
         for item in placed:
             file.write(bytes(item.offset - file.tell()))
             _write_tensor(item.tensor, file)
+            advance(file.tell())
     _publish(model, target, placed, name if placed else None)
 
 

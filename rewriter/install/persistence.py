@@ -27,6 +27,8 @@ from rewriter.install.mixer import rebuild
 from rewriter.install.shared_cache import share, sharers
 from rewriter.install.token_mixer import Absorbed, absorbed, token_mixers
 from rewriter.install.torch_module import mixers, place
+from rewriter.report import stored
+from rewriter.report.rewrite_report import RewriteReport
 from rewriter.whole_file import write_whole
 
 FORMAT = 1
@@ -80,6 +82,18 @@ def load(path: str | os.PathLike[str], *, module: nn.Module | None = None) -> nn
     folder = Path(path)
     if not folder.is_dir():
         raise UsageError(f"{folder} is not a folder", hint="Give the folder that rewriter.save wrote.")
+    found = _load(folder, module)
+    report = stored.from_text((folder / stored.FILE).read_text("utf-8", "replace")) if _has_report(folder) else None
+    if report is not None:
+        found.rewrite_report = report  # type: ignore[assignment]
+    return found
+
+
+def _has_report(folder: Path) -> bool:
+    return (folder / stored.FILE).is_file()
+
+
+def _load(folder: Path, module: nn.Module | None) -> nn.Module:
     if not (folder / MANIFEST).is_file():
         return _load_plain(folder, module)
     manifest = _read_json(folder / MANIFEST)
@@ -99,7 +113,7 @@ def load(path: str | os.PathLike[str], *, module: nn.Module | None = None) -> nn
 
 
 NOT_COPIED = (
-    *(CONFIG, GENERATION, MANIFEST),
+    *(CONFIG, GENERATION, MANIFEST, stored.FILE),
     *("*.safetensors*", "*.bin*", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.gguf", "*.onnx*"),
     *("README.md", ".git*"),
 )
@@ -118,6 +132,17 @@ def copy_side_files(source: Path, target: Path) -> None:
 
 
 def _write(model: nn.Module, folder: Path, state_dict: Mapping[str, Tensor] | None, kwargs: Mapping[str, Any]) -> None:
+    _write_weights_and_config(model, folder, state_dict, kwargs)
+    report = getattr(model, "rewrite_report", None)
+    if isinstance(report, RewriteReport):
+        write_whole(stored.to_text(report) + "\n", folder / stored.FILE)
+    else:
+        (folder / stored.FILE).unlink(missing_ok=True)
+
+
+def _write_weights_and_config(
+    model: nn.Module, folder: Path, state_dict: Mapping[str, Tensor] | None, kwargs: Mapping[str, Any]
+) -> None:
     replaced = mixers(model) or token_mixers(model) or expert_mixers(model)
     plain = not replaced and not repeated_projection.repeated(model)
     if huggingface.is_pretrained(model) and plain and huggingface.config_tells_all(model):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +20,7 @@ from codegen.registry import Choice, select, why_not
 from codegen.spec import FourierMixing
 from codegen.toolchain import triton_aot
 from codegen.toolchain.cxx import find_compiler
+from rewriter import progress
 from rewriter.errors import RewriteError, UnsupportedModel, UsageError
 from rewriter.kernels import triton_files
 from rewriter.kernels.folder import LIBRARY, MANIFEST, copy, digest
@@ -69,28 +71,45 @@ def _choice(need: Need, device: Device) -> Choice:
 
 
 def _write(choices: Mapping[str, Sequence[Choice]], output: Path, *, ort: bool) -> dict[str, Any]:
-    """Each file appears whole; the manifest, which vouches for the others, comes last."""
+    """Each file appears whole; the manifest, which vouches for the others, comes last.
+
+    What is interrupted leaves no folder that was not there before.
+    """
+    there = output.exists()
     output.mkdir(exist_ok=True)
+    try:
+        return _build(choices, output, ort=ort)
+    except BaseException:
+        if not there:
+            shutil.rmtree(output, ignore_errors=True)
+        raise
+
+
+def _build(choices: Mapping[str, Sequence[Choice]], output: Path, *, ort: bool) -> dict[str, Any]:
     kernels: list[dict[str, Any]] = []
     library: dict[str, Any] | None = None
     tools: dict[str, str] = {}
-    for arch, own in choices.items():
-        if own[0].device.kind != "cpu":
-            kernels += [row for choice in own for row in triton_files.write(choice, output, arch)]
-            tools["triton"] = triton_aot.version()
-            continue
-        tools["compiler"] = find_compiler().version
-        if ort:
-            built = ort_op.build(own)
-            name = LIBRARY if library is None else f"rewriter_ops.{own[0].device.arch}.so"
-            binary = copy(built.path, output / name)
-            copy(built.sources["library"], output / f"{name.removesuffix('.so')}.cpp")
-            library = library or {"file": name, "arch": arch, "sha256": digest(binary)}
-        for choice in own:
-            source = write_whole(choice.source(), output / f"{choice.name}.cpp")
-            if not ort:
-                binary = copy(host_kernels.built(choice).file(host_kernels.BINARY), output / f"{choice.name}.so")
-            kernels.append(_row(arch, choice, source, binary))
+    with progress.task("building", sum(map(len, choices.values())), "kernels") as advance:
+        for arch, own in choices.items():
+            if own[0].device.kind != "cpu":
+                for choice in own:
+                    kernels += triton_files.write(choice, output, arch)
+                    advance(len(kernels))
+                tools["triton"] = triton_aot.version()
+                continue
+            tools["compiler"] = find_compiler().version
+            if ort:
+                built = ort_op.build(own)
+                name = LIBRARY if library is None else f"rewriter_ops.{own[0].device.arch}.so"
+                binary = copy(built.path, output / name)
+                copy(built.sources["library"], output / f"{name.removesuffix('.so')}.cpp")
+                library = library or {"file": name, "arch": arch, "sha256": digest(binary)}
+            for choice in own:
+                source = write_whole(choice.source(), output / f"{choice.name}.cpp")
+                if not ort:
+                    binary = copy(host_kernels.built(choice).file(host_kernels.BINARY), output / f"{choice.name}.so")
+                kernels.append(_row(arch, choice, source, binary))
+                advance(len(kernels))
     found: dict[str, Any] = {"kernels": kernels, "library": library, **tools}
     write_whole(json.dumps(found, indent=1) + "\n", output / MANIFEST)
     return {**found, "output": str(output), "manifest": str(output / MANIFEST)}

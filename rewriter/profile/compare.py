@@ -9,6 +9,7 @@ from typing import Any
 from rewriter.errors import UsageError
 from rewriter.profile.providers import provider_name
 from rewriter.profile.result import Profile
+from rewriter.profile.workload import Workload
 
 
 def profile(
@@ -21,6 +22,10 @@ def profile(
     threads: int = 2,
     example_inputs: Any = None,
     kernels: str | Path | None = None,
+    mode: str = "forward",
+    prompt: int | None = None,
+    new_tokens: int | None = None,
+    batch: int | None = None,
 ) -> Profile:
     """Measure two models on the same inputs, in turn, so that the machine's other work falls on both.
 
@@ -34,11 +39,16 @@ def profile(
         example_inputs: what to call PyTorch modules with; Hugging Face models have defaults.
         kernels: for .onnx files a folder that `rewriter kernels` wrote, or "off", which is the default; for PyTorch
             modules "off" to leave generated kernels out, which otherwise are used as `optimize` was told.
+        mode: "forward" calls the models on the inputs above. "prefill" runs `batch` prompts of `prompt` tokens into an
+            empty key/value cache. "decode" then generates `new_tokens` tokens one by one, the cache staying on the
+            device; times are of one of them, without the prefill. Models must take and return a cache: .onnx files
+            with past and present, decoders of transformers.
+        prompt, new_tokens, batch: 512, 32 and 1 by default.
 
-    Times are of whole calls, from sessions that nothing instruments. Operator times come from separate profiled
-    runs. Peak memory of .onnx files is measured in a child process that does nothing else: its private memory on
-    the CPU, the card's on a graphics card. Of PyTorch modules it is parameters and buffers plus the tensors that
-    live at once during a call.
+    Times are of whole calls, from sessions that nothing instruments, on the wall and of all processors used. Operator
+    times come from separate profiled runs. Peak memory of .onnx files is measured in a child process that does nothing
+    else: its private memory on the CPU, the card's on a graphics card. Of PyTorch modules it is parameters and buffers
+    plus the tensors that live at once during a call.
 
     Raises:
         UnsupportedModel: the provider is not there (onnxruntime falling back to the CPU is never accepted), or a
@@ -49,6 +59,7 @@ def profile(
     provider_name(provider)
     if runs < 1 or threads < 1:
         raise UsageError("runs and threads must be at least 1", hint="e.g. --runs 20 --threads 2")
+    workload = Workload.of(mode, batch, prompt, new_tokens, shaped=bool(shapes) or example_inputs is not None)
     kinds = [_kind(model) for model in (before, after)]
     if kinds[0] != kinds[1]:
         raise UsageError("the two models are of different kinds", hint="give two .onnx files or two PyTorch models")
@@ -58,7 +69,14 @@ def profile(
 
         library = None if kernels in (None, "off") else library_in(Path(kernels))
         return profile_onnx(
-            Path(before), Path(after), provider=provider, shapes=shapes, runs=runs, threads=threads, library=library
+            Path(before),
+            Path(after),
+            provider=provider,
+            shapes=shapes,
+            runs=runs,
+            threads=threads,
+            library=library,
+            workload=workload,
         )
     from rewriter.profile.torch_models import profile_torch
 
@@ -75,6 +93,7 @@ def profile(
         runs=runs,
         threads=threads,
         example_inputs=example_inputs,
+        workload=workload,
     )
 
 

@@ -46,5 +46,11 @@ class PeakSampler:
         self._peak = max(self._peak, self._read())
 
     @property
+    def so_far(self) -> int:
+        """The growth at most until now."""
+        self._peak = max(self._peak, self._read())
+        return self._peak - self._start
+
+    @property
     def bytes(self) -> int:
         return self._peak - self._start

@@ -17,11 +17,16 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from rewriter.capture.feeds import candidate_sizes, make_feeds
+from rewriter.capture.input_roles import input_roles
 from rewriter.capture.onnx_load import load
 from rewriter.errors import UnsupportedModel, first_line
-from rewriter.profile.interleaved import time_in_turn
+from rewriter.profile.interleaved import Job, Timed, time_in_turn
+from rewriter.profile.onnx_decode import Generation
 from rewriter.profile.providers import device_name, open_session
-from rewriter.profile.result import Measured, Milliseconds, Profile
+from rewriter.profile.result import Measured, Profile
+from rewriter.profile.versions import versions
+from rewriter.profile.workload import FORWARD, Workload
+from rewriter.report import stored
 from rewriter.verify.kv_cache import cache_ports
 
 Feeds = dict[str, NDArray[Any]]
@@ -32,11 +37,32 @@ _DEFAULT_LENGTH, _DEFAULT_PAST = 128, 512
 
 
 @dataclass(frozen=True)
+class Conditions:
+    """What both models run under; `library` holds operators that their sessions may use."""
+
+    provider: str
+    threads: int
+    library: Path | None = None
+
+    def open(self, path: Path, *, profile_prefix: Path | None = None) -> Any:
+        """A session; raises UnsupportedModel as `open_session` does."""
+        return open_session(path, self.provider, self.threads, profile_prefix=profile_prefix, library=self.library)
+
+
+@dataclass(frozen=True)
 class _Subject:
-    """One model: its file and what it is fed."""
+    """One model: its file, what it is fed, and how it generates where that is what is measured."""
 
     path: Path
     feeds: Feeds
+    kv_bytes: int | None
+    generation: Generation | None = None
+
+    def job(self, session: Any, provider: str) -> Job:
+        if self.generation is not None:
+            return self.generation.job(session)
+        call = _call(session, self.feeds, provider)
+        return Job(lambda _: call())
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -52,6 +78,7 @@ def profile_onnx(
     runs: int,
     threads: int,
     library: Path | None = None,
+    workload: Workload = FORWARD,
 ) -> Profile:
     """Time `before` and `after` on the same inputs; see `rewriter.profile.compare.profile`.
 
@@ -59,31 +86,44 @@ def profile_onnx(
     """
     import onnxruntime as ort
 
-    old, new = _subjects(before, after, provider, shapes, threads)
-    old_session = open_session(old.path, provider, threads, library=library)
-    new_session = open_session(new.path, provider, threads, library=library)
-    times = time_in_turn(_call(old_session, old.feeds, provider), _call(new_session, new.feeds, provider), runs)
+    conditions = Conditions(provider, threads, library)
+    if workload.mode == "forward":
+        subjects = _subjects(before, after, conditions, shapes)
+    else:
+        subjects = _generating(before, workload, provider), _generating(after, workload, provider)
+    old, new = subjects
+    old_session, new_session = (conditions.open(subject.path) for subject in subjects)
+    times = time_in_turn(old.job(old_session, provider), new.job(new_session, provider), runs)
     del old_session, new_session
-    measured = [_measure(s, ms, provider, threads, library) for s, ms in zip((old, new), times, strict=True)]
+    measured = [_measure(s, timed, conditions, workload) for s, timed in zip(subjects, times, strict=True)]
+    made = stored.from_text(load(after).metadata_props.get(stored.PROPERTY))
     return Profile(
-        provider, device_name(provider), threads, runs, ort.__version__, measured[0], measured[1], old.shapes
-    )
+        provider, device_name(provider), threads, runs, ort.__version__, measured[0], measured[1], old.shapes, made,
+        workload, versions("onnx"),
+    )  # fmt: skip
 
 
-def _measure(subject: _Subject, ms: Milliseconds, provider: str, threads: int, library: Path | None) -> Measured:
-    ops = operator_times(subject.path, subject.feeds, provider, threads, library)
-    return Measured(ms, peak_bytes(subject.path, subject.shapes, provider, threads, library), ops)
+def _measure(subject: _Subject, timed: Timed, conditions: Conditions, workload: Workload) -> Measured:
+    if subject.generation is None:
+        ops = operator_times(subject.path, subject.feeds, conditions)
+    else:
+        ops = _generation_operators(subject.path, subject.generation, conditions)
+    peak = peak_bytes(subject.path, subject.shapes, conditions, workload)
+    return Measured(timed.wall, peak, ops, timed.cpu, subject.kv_bytes)
 
 
 # --- inputs --------------------------------------------------------------------------------------
 
 
-def _subjects(
-    before: Path, after: Path, provider: str, shapes: Shapes | None, threads: int
-) -> tuple[_Subject, _Subject]:
+def _generating(path: Path, workload: Workload, provider: str) -> _Subject:
+    generation = Generation.of(load(path), workload, provider)
+    return _Subject(path, generation.prompt, generation.cache_bytes, generation)
+
+
+def _subjects(before: Path, after: Path, conditions: Conditions, shapes: Shapes | None) -> tuple[_Subject, _Subject]:
     """Both models with inputs that the first accepts: the shapes given, else the first usual size that runs."""
     old, new = load(before), load(after)
-    session = open_session(before, provider, threads)
+    session = conditions.open(before)
     trouble = ""
     for size in _sizes(old, shapes):
         feeds = cache_ports(old).neutral(make_feeds(old, batch=size[0], length=size[1], past=size[2], shapes=shapes))
@@ -92,7 +132,8 @@ def _subjects(
         except Exception as error:  # onnxruntime's errors share no public base class
             trouble = trouble or first_line(error)
             continue
-        return _Subject(before, feeds), _Subject(after, cache_ports(new).neutral(feeds))
+        narrowed = cache_ports(new).neutral(feeds)
+        return _Subject(before, feeds, _kept(old, feeds)), _Subject(after, narrowed, _kept(new, narrowed))
     raise UnsupportedModel(
         f"{before.name} runs at no size that was tried: {trouble}",
         hint="give the inputs' sizes, e.g. --shape input_ids=1x128",
@@ -105,6 +146,15 @@ def _sizes(model: ir.Model, shapes: Shapes | None) -> list[tuple[int, int, int]]
     if shapes:
         return [*usual, *candidate_sizes(model)]
     return [*usual, *sorted(candidate_sizes(model), key=lambda size: -size[1])]
+
+
+def _kept(model: ir.Model, feeds: Feeds) -> int | None:
+    """Bytes of the caches behind one call; None without caches."""
+    ports = cache_ports(model)
+    past = ports.length({name: feeds[name] for name in ports.roles if name in feeds})
+    ids = next((feeds[r.name] for r in input_roles(model) if r.kind == "ids" and r.name in feeds), None)
+    new = int(ids.shape[-1]) if ids is not None and ids.ndim else 0
+    return ports.bytes_at(feeds, past + new) if ports.roles else None
 
 
 def _call(session: Any, feeds: Feeds, provider: str) -> Callable[[], object]:
@@ -131,21 +181,33 @@ def _call(session: Any, feeds: Feeds, provider: str) -> Callable[[], object]:
 # --- operators -----------------------------------------------------------------------------------
 
 
-def operator_times(
-    path: Path, feeds: Feeds, provider: str, threads: int, library: Path | None = None
-) -> dict[str, float]:
+def operator_times(path: Path, feeds: Feeds, conditions: Conditions) -> dict[str, float]:
     """Milliseconds of one run by operator type, slowest first, from an instrumented session of its own.
 
     Raises:
         UnsupportedModel: not one operator ran on the provider that was asked for.
     """
     with tempfile.TemporaryDirectory() as folder:
-        session = open_session(path, provider, threads, profile_prefix=Path(folder) / "ort", library=library)
-        call = _call(session, feeds, provider)
+        session = conditions.open(path, profile_prefix=Path(folder) / "ort")
+        call = _call(session, feeds, conditions.provider)
         for _ in range(_PROFILED_RUNS + 1):
             call()
         events = json.loads(Path(session.end_profiling()).read_text())
-    return _by_operator(_after_first_run(events), provider)
+    return _by_operator(_after_first_run(events), conditions.provider, _PROFILED_RUNS)
+
+
+def _generation_operators(path: Path, generation: Generation, conditions: Conditions) -> dict[str, float]:
+    """Milliseconds of one new token by operator type or, where a prefill is measured, of one prompt."""
+    with tempfile.TemporaryDirectory() as folder:
+        session = conditions.open(path, profile_prefix=Path(folder) / "ort")
+        cache = generation.fill(session)
+        if generation.workload.new_tokens:
+            generation.go_on(session, cache)
+        else:
+            for _ in range(_PROFILED_RUNS):
+                generation.fill(session)
+        events = json.loads(Path(session.end_profiling()).read_text())
+    return _by_operator(_after_first_run(events), conditions.provider, generation.workload.new_tokens or _PROFILED_RUNS)
 
 
 def _after_first_run(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -155,12 +217,12 @@ def _after_first_run(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [e for e in events if str(e.get("name", "")).endswith("_kernel_time") and e["ts"] >= start]
 
 
-def _by_operator(kernels: list[dict[str, Any]], provider: str) -> dict[str, float]:
+def _by_operator(kernels: list[dict[str, Any]], provider: str, runs: int) -> dict[str, float]:
     totals: dict[str, float] = defaultdict(float)
     used: set[str] = set()
     for event in kernels:
         arguments = event.get("args", {})
-        totals[str(arguments.get("op_name", "?"))] += event["dur"] / 1000 / _PROFILED_RUNS
+        totals[str(arguments.get("op_name", "?"))] += event["dur"] / 1000 / runs
         used.add(str(arguments.get("provider", "")))
     if provider != "cpu" and used <= {"CPUExecutionProvider"}:
         raise UnsupportedModel(
@@ -172,7 +234,7 @@ def _by_operator(kernels: list[dict[str, Any]], provider: str) -> dict[str, floa
 # --- memory --------------------------------------------------------------------------------------
 
 
-def peak_bytes(path: Path, shapes: Shapes, provider: str, threads: int, library: Path | None = None) -> int | None:
+def peak_bytes(path: Path, shapes: Shapes, conditions: Conditions, workload: Workload = FORWARD) -> int | None:
     """Memory that a fresh process needs at most to open and run the model; None if it could not be measured.
 
     Measured in a child process: on the CPU the growth of its private memory (mapped weight files are not in it),
@@ -181,9 +243,10 @@ def peak_bytes(path: Path, shapes: Shapes, provider: str, threads: int, library:
     request = {
         "model": str(path),
         "shapes": {name: list(shape) for name, shape in shapes.items()},
-        "provider": provider,
-        "threads": threads,
-        "library": None if library is None else str(library),
+        "provider": conditions.provider,
+        "threads": conditions.threads,
+        "library": None if conditions.library is None else str(conditions.library),
+        "workload": workload.to_dict(),
     }
     command = [sys.executable, "-m", "rewriter.profile.peak_process", json.dumps(request)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -19,11 +19,16 @@ def main(request: dict[str, Any]) -> int | None:
 
     from rewriter.capture.feeds import make_feeds
     from rewriter.capture.onnx_load import load
+    from rewriter.profile.onnx_decode import Generation
     from rewriter.profile.providers import open_session
+    from rewriter.profile.workload import Workload
 
     path, provider = Path(request["model"]), request["provider"]
     library = None if request.get("library") is None else Path(request["library"])
-    feeds = make_feeds(load(path), shapes=request["shapes"])
+    workload = Workload.read(request["workload"])
+    model = load(path)
+    generation = None if workload.mode == "forward" else Generation.of(model, workload, provider)
+    feeds = make_feeds(model, shapes=request["shapes"]) if generation is None else generation.prompt
     onnxruntime.get_available_providers()  # loading the library is not the model's cost
     read = private_bytes if provider == "cpu" else used_device_bytes
     try:
@@ -32,6 +37,9 @@ def main(request: dict[str, Any]) -> int | None:
         return None
     with PeakSampler(read) as peak:
         session = open_session(path, provider, request["threads"], library=library)
+        if generation is not None:
+            generation.job(session).run()
+            return peak.so_far
         wanted = {value.name for value in session.get_inputs()}
         for _ in range(_RUNS):
             session.run(None, {name: array for name, array in feeds.items() if name in wanted})

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from rewriter.profile.workload import Workload
+
+if TYPE_CHECKING:
+    from passes.picture import Picture
+    from rewriter.report.rewrite_report import RewriteReport
 
 
 @dataclass(frozen=True)
@@ -29,17 +36,27 @@ class Measured:
     """One model's figures.
 
     Attributes:
-        ms: of one call.
+        ms: of one call, or of one new token in mode "decode".
         peak_bytes: memory that opening and running the model takes at most; None where it cannot be measured.
-        ops: milliseconds of one call by operator type, from separate, instrumented runs.
+        ops: milliseconds of the same by operator type, from separate, instrumented runs.
+        cpu_ms: time of all processors that this process used meanwhile, which tells work from waiting.
+        kv_bytes: of the key/value cache at the end of the call; None for a model without.
     """
 
     ms: Milliseconds
     peak_bytes: int | None
     ops: Mapping[str, float]
+    cpu_ms: Milliseconds | None = None
+    kv_bytes: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        return {"ms": self.ms.to_dict(), "peak_bytes": self.peak_bytes, "ops": dict(self.ops)}
+        return {
+            "ms": self.ms.to_dict(),
+            "cpu_ms": None if self.cpu_ms is None else self.cpu_ms.to_dict(),
+            "peak_bytes": self.peak_bytes,
+            "kv_bytes": self.kv_bytes,
+            "ops": dict(self.ops),
+        }
 
 
 @dataclass(frozen=True)
@@ -49,6 +66,9 @@ class Profile:
     Attributes:
         onnxruntime: its version; None for PyTorch models.
         shapes: of the inputs that both were fed.
+        rewrite: how the second model was made, where it says so itself.
+        workload: what one call is.
+        versions: of everything that took part, by name.
     """
 
     provider: str
@@ -59,6 +79,9 @@ class Profile:
     before: Measured
     after: Measured
     shapes: Mapping[str, tuple[int, ...]]
+    rewrite: RewriteReport | None = field(default=None, repr=False)
+    workload: Workload = field(default_factory=Workload)
+    versions: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def speedup(self) -> dict[str, float]:
@@ -68,6 +91,19 @@ class Profile:
             "median": self.before.ms.median / self.after.ms.median,
         }
 
+    def save_html(self, path: str | Path, pictures: Sequence[Picture] = ()) -> None:
+        """Write everything as one .html file that loads nothing from elsewhere.
+
+        Args:
+            pictures: of the first model's sites, as in `Inspection.pictures`, to be shown as well.
+
+        Raises UsageError for another ending or a folder that does not exist.
+        """
+        from rewriter.report.html_page import save
+        from rewriter.report.html_profile import profile_page
+
+        save(profile_page(self, pictures), Path(path))
+
     def to_dict(self) -> dict[str, Any]:
         """JSON of ``rewriter profile``."""
         return {
@@ -76,6 +112,8 @@ class Profile:
             "threads": self.threads,
             "runs": self.runs,
             "onnxruntime": self.onnxruntime,
+            "versions": dict(self.versions),
+            "workload": self.workload.to_dict(),
             "before": self.before.to_dict(),
             "after": self.after.to_dict(),
             "speedup": self.speedup,

@@ -9,9 +9,12 @@ import torch
 
 from rewriter.capture.example_inputs import default_inputs, prepare
 from rewriter.errors import UnsupportedModel, UsageError
-from rewriter.profile.interleaved import time_in_turn
+from rewriter.profile.interleaved import Job, Timed, time_in_turn
 from rewriter.profile.providers import device_name
-from rewriter.profile.result import Measured, Milliseconds, Profile
+from rewriter.profile.result import Measured, Profile
+from rewriter.profile.torch_decode import cache_bytes, generation
+from rewriter.profile.versions import versions
+from rewriter.profile.workload import FORWARD, Workload
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -27,24 +30,36 @@ def profile_torch(
     runs: int,
     threads: int,
     example_inputs: Any = None,
+    workload: Workload = FORWARD,
 ) -> Profile:
     """Time ``before(...)`` and ``after(...)`` without gradients; see `rewriter.profile.compare.profile`."""
     device = _device(provider)
-    given = example_inputs if example_inputs is not None else _inputs(before, shapes)
-    args, kwargs = _moved(prepare(before, given), device)
+    forward = workload.mode == "forward"
+    args, kwargs = _moved(prepare(before, _given(before, shapes, example_inputs)), device) if forward else ((), {})
     threads_before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        calls = [_call(module.to(device).eval(), args, kwargs, device) for module in (before, after)]
-        times = time_in_turn(calls[0], calls[1], runs)
+        modules = [module.to(device).eval() for module in (before, after)]
+        if forward:
+            jobs = [Job(_call(module, args, kwargs, device)) for module in modules]
+        else:
+            jobs = [generation(module, workload, device) for module in modules]
+        times = time_in_turn(jobs[0], jobs[1], runs)
         measured = [
-            _measure(module, call, ms, device) for module, call, ms in zip((before, after), calls, times, strict=True)
+            _measure(module, job, timed, device, None if forward else cache_bytes(job))
+            for module, job, timed in zip(modules, jobs, times, strict=True)
         ]
     finally:
         torch.set_num_threads(threads_before)
     fed = {**{f"args[{i}]": a for i, a in enumerate(args)}, **kwargs}
     used = {name: tuple(value.shape) for name, value in fed.items() if isinstance(value, torch.Tensor)}
-    return Profile(provider, device_name(provider), threads, runs, None, measured[0], measured[1], used)
+    if not forward:
+        used = {"input_ids": (workload.batch, workload.total)}
+    made = getattr(after, "rewrite_report", None)
+    return Profile(
+        provider, device_name(provider), threads, runs, None, measured[0], measured[1], used, made, workload,
+        versions("torch"),
+    )  # fmt: skip
 
 
 def _device(provider: str) -> torch.device:
@@ -55,6 +70,10 @@ def _device(provider: str) -> torch.device:
     if not torch.cuda.is_available():
         raise UnsupportedModel("this PyTorch sees no CUDA device", hint="use --provider cpu")
     return torch.device("cuda", 0)
+
+
+def _given(module: torch.nn.Module, shapes: Shapes | None, example_inputs: Any) -> Any:
+    return example_inputs if example_inputs is not None else _inputs(module, shapes)
 
 
 def _inputs(module: torch.nn.Module, shapes: Shapes | None) -> dict[str, torch.Tensor]:
@@ -90,8 +109,8 @@ def _moved(call: Any, device: torch.device) -> Any:
 
 def _call(
     module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device
-) -> Callable[[], object]:
-    def run() -> None:
+) -> Callable[[Any], object]:
+    def run(_: Any) -> None:
         with torch.inference_mode():
             module(*args, **kwargs)
         if device.type == "cuda":
@@ -100,10 +119,12 @@ def _call(
     return run
 
 
-def _measure(module: torch.nn.Module, call: Callable[[], object], ms: Milliseconds, device: torch.device) -> Measured:
+def _measure(module: torch.nn.Module, job: Job, timed: Timed, device: torch.device, kv_bytes: int | None) -> Measured:
+    call = job.run
     held = sum(t.nbytes for t in [*module.parameters(), *module.buffers()])
     grown = _device_growth(call, device) if device.type == "cuda" else _allocated_at_most(call)
-    return Measured(ms, None if grown is None else held + grown, _operators(call, device))
+    peak = None if grown is None else held + grown
+    return Measured(timed.wall, peak, _operators(job, device), timed.cpu, kv_bytes)
 
 
 def _device_growth(call: Callable[[], object], device: torch.device) -> int:
@@ -130,14 +151,16 @@ def _allocated_at_most(call: Callable[[], object]) -> int | None:
     return peak
 
 
-def _operators(call: Callable[[], object], device: torch.device) -> dict[str, float]:
-    """Milliseconds of one call by operator, slowest first."""
+def _operators(job: Job, device: torch.device) -> dict[str, float]:
+    """Milliseconds of one piece of the job by operator, slowest first; what prepares it is left out."""
     from torch.profiler import ProfilerActivity, profile
 
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
+    runs = _PROFILED_RUNS if job.pieces == 1 else 1
+    ready = [job.prepare() for _ in range(runs)]
     with profile(activities=activities) as seen:
-        for _ in range(_PROFILED_RUNS):
-            call()
+        for item in ready:
+            job.call(item)
     field = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    times = {event.key: getattr(event, field) / 1000 / _PROFILED_RUNS for event in seen.key_averages()}
+    times = {event.key: getattr(event, field) / 1000 / (runs * job.pieces) for event in seen.key_averages()}
     return dict(sorted(((k, v) for k, v in times.items() if v > 0), key=lambda item: -item[1]))

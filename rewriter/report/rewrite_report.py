@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rewriter.report.printable import printable
 from rewriter.verify.result import Fidelity
+
+if TYPE_CHECKING:
+    from passes.arithmetic import Arithmetic
+    from passes.picture import Drawing
 
 
 @dataclass(frozen=True)
@@ -100,6 +105,8 @@ class RewriteReport:
         flops: of one forward pass on the example inputs.
         fidelity: end to end; None if verification was off.
         seconds: wall time by stage: capture, match, transform, install, verify.
+        arithmetic: where cache and flops come from, and how they grow with length.
+        drawings: the subgraphs that were rewritten or refused, one of each kind.
     """
 
     target: str
@@ -110,6 +117,18 @@ class RewriteReport:
     flops: Change
     fidelity: Fidelity | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
+    arithmetic: Arithmetic | None = field(default=None, repr=False)
+    drawings: tuple[Drawing, ...] = field(default=(), repr=False)
+
+    def save_html(self, path: str | Path) -> None:
+        """Write the report as one .html file that loads nothing from elsewhere.
+
+        Raises UsageError for another ending or a folder that does not exist.
+        """
+        from rewriter.report.html_page import save
+        from rewriter.report.html_rewrite import rewrite_page
+
+        save(rewrite_page(self), Path(path))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON of ``rewriter rewrite`` without the paths."""

@@ -23,7 +23,7 @@ _LEGEND = {
     "query": "query", "key": "key", "value": "value", "score": "score and softmax", "mask": "mask or bias",
     "output": "output", "input": "comes in", "unread": "not understood",
 }  # fmt: skip
-_STYLE = """
+STYLE = """
 svg { font: 11px ui-monospace, Menlo, Consolas, monospace; }
 .paper { fill: #ffffff } .ink { fill: #1f2430 } .faint { fill: #5b6270 }
 .edge { fill: none; stroke: #8a91a0; stroke-width: 1.2 } .tip { fill: #8a91a0 }
@@ -72,8 +72,8 @@ def require_drawable(path: Path) -> None:
 
 def svg(picture: Picture) -> str:
     """One site as an SVG document, light or dark as the viewer prefers."""
-    root = _drawing(picture)
-    root.insert(0, _text_element("style", _STYLE))
+    root = drawing(picture)
+    root.insert(0, _text_element("style", STYLE))
     return _document(root)
 
 
@@ -84,7 +84,7 @@ def html(title: str, pictures: Sequence[Picture]) -> str:
     Tree.SubElement(head, "meta", charset="utf-8")
     Tree.SubElement(head, "meta", name="viewport", content="width=device-width, initial-scale=1")
     head.append(_text_element("title", f"{printable(title)}: attention sites"))
-    head.append(_text_element("style", _PAGE + _STYLE))
+    head.append(_text_element("style", _PAGE + STYLE))
     body = Tree.SubElement(page, "body")
     body.append(_text_element("h1", printable(title)))
     good = sum(p.rewritable for p in pictures)
@@ -92,12 +92,12 @@ def html(title: str, pictures: Sequence[Picture]) -> str:
     for picture in pictures:
         section = Tree.SubElement(body, "section")
         section.append(_text_element("h2", printable(picture.name)))
-        section.append(_text_element("p", _verdict(picture)))
-        Tree.SubElement(section, "div", {"class": "scroll"}).append(_drawing(picture))
+        section.append(_text_element("p", verdict(picture)))
+        Tree.SubElement(section, "div", {"class": "scroll"}).append(drawing(picture))
     return "<!DOCTYPE html>\n" + Tree.tostring(page, encoding="unicode", method="html")
 
 
-def _verdict(picture: Picture) -> str:
+def verdict(picture: Picture) -> str:
     return printable(picture.caption) if picture.rewritable else f"refused: {printable(picture.caption)}"
 
 
@@ -106,14 +106,15 @@ def _document(root: Tree.Element) -> str:
     return Tree.tostring(root, encoding="unicode")
 
 
-def _drawing(picture: Picture) -> Tree.Element:
+def drawing(picture: Picture) -> Tree.Element:
+    """The <svg> element of one site; a page that holds it needs `STYLE`."""
     widths = {box.key: _width(box) for box in picture.boxes}
     layout = lay_out(widths, picture.edges)
-    width = max(layout.width, _CHARACTER * 1.1 * max(len(picture.name), 60))
+    width = max(layout.width, _legend_width([box.role for box in picture.boxes]))
     height = layout.height + _TOP
     root = Tree.Element("svg", viewBox=f"0 0 {width:.0f} {height:.0f}", width=f"{width:.0f}", height=f"{height:.0f}")
     root.set("role", "img")
-    root.append(_text_element("title", f"{printable(picture.name)}: {_verdict(picture)}"))
+    root.append(_text_element("title", f"{printable(picture.name)}: {verdict(picture)}"))
     Tree.SubElement(root, "rect", {"class": "paper", "width": "100%", "height": "100%"})
     _legend(root, [box.role for box in picture.boxes])
     for edge in picture.edges:
@@ -121,6 +122,10 @@ def _drawing(picture: Picture) -> Tree.Element:
     for box in picture.boxes:
         _box(root, box, *layout.centres[box.key], widths[box.key])
     return root
+
+
+def _legend_width(roles: Sequence[str]) -> float:
+    return 36 + sum(34 + _CHARACTER * len(label) for role, label in _LEGEND.items() if role in roles)
 
 
 def _legend(root: Tree.Element, roles: Sequence[str]) -> None:

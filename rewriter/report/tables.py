@@ -126,20 +126,41 @@ def verification(found: Row) -> RenderableType:
 def profile(found: Row, *, operators: int = 12) -> RenderableType:
     """Times, memory and the slowest operators of both models."""
     before, after = found["before"], found["after"]
-    runtime = f"onnxruntime {found['onnxruntime']}" if found["onnxruntime"] else "PyTorch"
+    runtime = f"onnxruntime {found['onnxruntime']}" if found["onnxruntime"] else f"PyTorch {_version(found, 'torch')}"
     title = f"{found['device']} · {found['provider']} · {found['threads']} threads · {found['runs']} runs · {runtime}"
+    mode = _mode(found.get("workload") or {})
     rows: list[tuple[object, ...]] = [
         (f"{which} ms", *_ratio_cells(before["ms"][which], after["ms"][which], "{:.3f}"))
         for which in ("min", "median", "max")
     ]
     rows.append(("peak MB", *_ratio_cells(_megabytes(before), _megabytes(after), "{:.1f}")))
+    if before.get("kv_bytes") is not None:
+        rows.append(("K/V cache MB", *_ratio_cells(before["kv_bytes"] / 1e6, after["kv_bytes"] / 1e6, "{:.3f}")))
+    if before.get("cpu_ms") is not None:
+        used = [side["cpu_ms"]["median"] for side in (before, after)]
+        rows.append(("processor ms, median", *_ratio_cells(used[0], used[1], "{:.3f}")))
     slowest = sorted({*before["ops"], *after["ops"]}, key=lambda op: -max(_ms(before, op), _ms(after, op)))
     ops = ((op, *_ratio_cells(_ms(before, op), _ms(after, op), "{:.3f}")) for op in slowest[:operators])
     return Group(
         Text(printable(title)),
+        *([Text(printable(mode))] if mode else []),
         table(("", "before", "after", "before / after"), rows),
         table(("operator, ms", "before", "after", "before / after"), ops),
     )
+
+
+def _version(found: Row, name: str) -> str:
+    return str((found.get("versions") or {}).get(name, ""))
+
+
+def _mode(workload: Row) -> str:
+    """What was measured where it is not one call on given inputs."""
+    if workload.get("mode") == "decode":
+        size = f"{workload['batch']} x {workload['prompt']}"
+        return f"one new token, of {workload['new_tokens']} behind a prompt of {size} tokens"
+    if workload.get("mode") == "prefill":
+        return f"a prompt of {workload['batch']} x {workload['prompt']} tokens"
+    return ""
 
 
 def _ms(measured: Row, op: str) -> float:

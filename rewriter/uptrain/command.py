@@ -45,10 +45,12 @@ def run_command(
     validation: Path | None,
     twin: Path | None,
     progress: bool,
+    html: Path | None = None,
 ) -> dict[str, Any] | None:
     """Train, write the student, and return the report with the paths; None in all processes but the first.
 
     `settings` are the recipe's, None where they were not given: then a resumed run's own hold, else the defaults.
+    `html` is where a page about the run goes.
     """
     from rewriter.uptrain.progress import shown
     from rewriter.uptrain.run import uptrain
@@ -68,6 +70,8 @@ def run_command(
     done.save(places.output)
     if int(os.environ.get("RANK", "0")):
         return None
+    if html is not None:
+        done.save_html(html)
     where = {"student": student, "teacher": teacher, "output": places.output, "checkpoints": places.checkpoints}
     return {**{k: str(v) for k, v in where.items()}, "data": [str(d) for d in data], **done.to_dict()}
 

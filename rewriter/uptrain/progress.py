@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Iterator, Mapping
 
+from rewriter.progress import rate, rate_column
 from rewriter.uptrain.loop import Progress
 
 LINES = 50
@@ -22,7 +24,7 @@ def shown(asked: bool) -> Iterator[Progress | None]:
         with _bar() as show:
             yield show
     else:
-        yield _line if asked else None
+        yield _lines() if asked else None
 
 
 @contextlib.contextmanager
@@ -30,9 +32,15 @@ def _bar() -> Iterator[Progress]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        rate_column(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=None)
+        task = bar.add_task("", total=None, unit="steps")
 
         def show(step: int, total: int, terms: Mapping[str, float]) -> None:
             bar.update(task, completed=step, total=total, description=_terms(terms))
@@ -40,9 +48,19 @@ def _bar() -> Iterator[Progress]:
         yield show
 
 
-def _line(step: int, total: int, terms: Mapping[str, float]) -> None:
-    if step % max(1, total // LINES) == 0 or step == total:
-        print(f"step {step}/{total}: {_terms(terms)}", file=sys.stderr, flush=True)
+def _lines() -> Progress:
+    started = time.monotonic()
+    first: int | None = None  # a resumed run begins in the middle
+
+    def show(step: int, total: int, terms: Mapping[str, float]) -> None:
+        nonlocal first
+        first = step - 1 if first is None else first
+        if step % max(1, total // LINES) == 0 or step == total:
+            each = (time.monotonic() - started) / (step - first)
+            pace = f"{rate(1 / max(each, 1e-9), 'steps')}, {each * (total - step):.0f} s left"
+            print(f"step {step}/{total}: {_terms(terms)}; {pace}", file=sys.stderr, flush=True)
+
+    return show
 
 
 def _terms(terms: Mapping[str, float]) -> str:

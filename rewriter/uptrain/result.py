@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rewriter.uptrain.recipe import Recipe
+
+if TYPE_CHECKING:
+    from rewriter.report.rewrite_report import RewriteReport
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,16 @@ class Uptrained:
 
         save(self, Path(path))
 
+    def save_html(self, path: str | Path) -> None:
+        """Write loss, drift and, where it is known, how the student was made, as one .html file.
+
+        Raises UsageError for another ending or a folder that does not exist.
+        """
+        from rewriter.report.html_page import save
+        from rewriter.report.html_uptrain import uptrain_page
+
+        save(uptrain_page(self, rewrite_of(self.model)), Path(path))
+
     def to_dict(self) -> dict[str, Any]:
         """JSON of ``rewriter uptrain`` without the paths."""
         return {
@@ -116,3 +129,15 @@ class Uptrained:
             "resumed_from": self.resumed_from,
             "seconds": round(self.seconds, 3),
         }
+
+
+def rewrite_of(student: Any) -> RewriteReport | None:
+    """How a student was made: its own report, or what an .onnx file says in its metadata."""
+    from rewriter.report import stored
+    from rewriter.report.rewrite_report import RewriteReport
+
+    report = getattr(student, "rewrite_report", None)
+    if isinstance(report, RewriteReport):
+        return report
+    metadata = getattr(student, "metadata_props", None)
+    return stored.from_text(metadata.get(stored.PROPERTY)) if isinstance(metadata, Mapping) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -51,6 +52,15 @@ class CachePorts:
         template = feeds[role.name].shape
         shape = [own if isinstance(own, int) else size for own, size in zip(role.shape, template, strict=True)]
         return np.zeros(shape, dtype=role.dtype.numpy())
+
+    def shape_at(self, name: str, feeds: Feeds, tokens: int) -> tuple[int, ...]:
+        """What a cache's shape is with `tokens` tokens in it; `feeds` tell the other sizes."""
+        axis = self._growing_axis(self.roles[name]) if name in self.present else None
+        return tuple(tokens if i == axis else size for i, size in enumerate(feeds[name].shape))
+
+    def bytes_at(self, feeds: Feeds, tokens: int) -> int:
+        """Of all caches with `tokens` tokens in those that grow."""
+        return sum(math.prod(self.shape_at(n, feeds, tokens)) * feeds[n].itemsize for n in self.roles if n in feeds)
 
     def next(self, outputs: Mapping[str, Array], feeds: Feeds) -> Feeds:
         """The cache that a step left; where it left nothing (a cross-attention's), the one it was given."""

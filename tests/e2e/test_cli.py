@@ -246,6 +246,20 @@ def test_a_directory_is_saved_as_one(tmp_path: Path, fake: Fake) -> None:
     assert done.saved == [(tmp_path / "out", {})]
 
 
+def test_a_page_is_written_where_it_was_asked_for(model: Path, tmp_path: Path, fake: Fake, capsys: Capture) -> None:
+    calls = fake("optimize", Rewritten())
+    command = ["rewrite", str(model), str(tmp_path / "out.onnx"), "-t", "gqa2", "--html"]
+    assert run([*command, str(tmp_path / "r.html")]) == 0
+    assert "layer.0" in (tmp_path / "r.html").read_text()
+    (tmp_path / "r.html").unlink()
+    for wrong in ("r.pdf", "no/r.html"):
+        assert run([*command, str(tmp_path / wrong)]) == 2
+    assert len(calls) == 1, "a wrong name is refused before any work"
+    fake("optimize", Rewritten(fidelity=Fidelity(9.0, 0.1)))
+    assert run([*command, str(tmp_path / "r.html"), "--min-cosine", "0.9"]) == 1
+    assert not (tmp_path / "r.html").exists(), "nothing is written when the rewrite is refused"
+
+
 def test_dry_run_writes_nothing(model: Path, tmp_path: Path, fake: Fake, capsys: Capture) -> None:
     fake("optimize", done := Rewritten(fidelity=Fidelity(0.5, 0.9)))
     assert run(["rewrite", str(model), str(tmp_path / "o.onnx"), "-t", "gqa2", "--dry-run", "--json"]) == 0
@@ -354,9 +368,12 @@ def test_profile(model: Path, fake: Fake, capsys: Capture) -> None:
     assert run([*command, "--json"]) == 0
     assert only_json(capsys)["before"] == side
     shapes = {"a": (2, 128), "b": (1,)}
-    assert calls[0][1] == {"provider": "cpu", "shapes": shapes, "runs": 4, "threads": 3, "kernels": None}
+    sizes = {"mode": "forward", "prompt": None, "new_tokens": None, "batch": None}
+    assert calls[0][1] == {"provider": "cpu", "shapes": shapes, "runs": 4, "threads": 3, "kernels": None, **sizes}
     assert run(command) == 0
     assert "MatMul" in capsys.readouterr().out
+    for wrong in ("p.pdf", "no/p.html"):
+        assert run([*command, "--html", wrong]) == 2
     assert run([*command, "--shape", "c=2xy"]) == 2
     assert run([*command, "--shape", "2x128"]) == 2
 

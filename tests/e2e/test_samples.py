@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import json
 import os
 import re
 import subprocess
@@ -67,6 +70,8 @@ def test_a_foreign_file_is_inspected_rewritten_verified_and_profiled(tmp_path: P
     assert "target gqa3: 6 rewritten, 0 refused" in printed
     assert "FAILED" not in printed and re.search(r"^ok +untouched", printed, re.MULTILINE)
     assert re.search(r"median \d+\.\d\d ms before, \d+\.\d\d ms after; x \d", printed)
+    page = (tmp_path / "out.html").read_text(encoding="utf-8")
+    assert all(f'id="{part}"' in page for part in ("times", "operators", "sites", "growth", "drawings"))
     assert [site.kv_heads for site in inspect(out).sites] == [3] * 6
 
 
@@ -75,3 +80,45 @@ def test_a_sample_with_an_impossible_target_fails(tmp_path: Path) -> None:
 
     run("onnx_to_onnx.py", str(minilm_int8_onnx()), str(tmp_path / "out.onnx"), "gqa5", expect=1)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_hybrid_loses_more_the_fewer_attentions_stay() -> None:
+    printed = run("minilm_to_fnet_hybrid.py")
+    rows = [tuple(map(float, row)) for row in re.findall(r"^ +(\d) +(\S+) +(\S+) +(\S+)$", printed, re.M)]
+    assert [row[0] for row in rows] == [5, 4, 2] and "two different texts" in printed
+    assert rows[0][2] > rows[-1][2] and rows[0][3] > rows[-1][3]
+    assert all(fitted > plain for _, plain, fitted, _ in rows), "calibration is a better start"
+
+
+def test_a_target_of_ones_own_is_worse_than_the_mean_as_the_paper_says() -> None:
+    printed = run("custom_target.py")
+    cosines = dict(re.findall(r"^(.*?) +sentence cosine (\S+)$", printed, re.M))
+    assert list(cosines) == ["gqa6", "strongest6", "0-2: strongest6, 3-5: gqa6"]
+    mean, own, mixed = map(float, cosines.values())
+    assert own < mixed < mean
+
+
+def test_two_processes_heal(tmp_path: Path) -> None:
+    printed = run("uptrain_two_processes.py", str(tmp_path))
+    assert "processes 2, steps 12" in printed
+    before, after = map(float, re.findall(r"sentence cosine (\S+)", printed))
+    assert after > before
+    page = (tmp_path / "healing.html").read_text(encoding="utf-8")
+    assert 'id="training"' in page and 'id="sites"' in page, "how the student was made came with its checkpoint"
+    assert (tmp_path / "healed").is_dir()
+
+
+def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    notebook = json.loads((SAMPLES / "first_look.ipynb").read_text(encoding="utf-8"))
+    cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert len(cells) >= 5 and not any(cell.get("outputs") for cell in notebook["cells"])
+    names: dict[str, object] = {"__name__": "notebook"}
+    printed = io.StringIO()
+    for number, cell in enumerate(cells):
+        with contextlib.redirect_stdout(printed):
+            exec(compile(cell, f"first_look.ipynb, cell {number}", "exec"), names)
+    cosines = names["cosines"]
+    assert isinstance(cosines, dict) and len(cosines) == 3 and all(0 < c < 1 for c in cosines.values())
+    assert {"site.svg", "report.html"} <= {path.name for path in tmp_path.iterdir()}
+    assert "of the flops are left" in printed.getvalue()

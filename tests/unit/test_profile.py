@@ -16,9 +16,9 @@ import torch
 
 from rewriter.errors import UnsupportedModel, UsageError
 from rewriter.profile.compare import profile
-from rewriter.profile.interleaved import WARM_UP, time_in_turn
+from rewriter.profile.interleaved import WARM_UP, Job, Timed, time_in_turn
 from rewriter.profile.memory import PeakSampler, private_bytes
-from rewriter.profile.onnx_models import _after_first_run, _by_operator, operator_times, peak_bytes
+from rewriter.profile.onnx_models import Conditions, _after_first_run, _by_operator, operator_times, peak_bytes
 from rewriter.profile.providers import refuse_fallback
 from rewriter.profile.result import Measured, Milliseconds, Profile
 
@@ -91,12 +91,15 @@ def test_json_has_the_documented_keys(tmp_path: Path) -> None:
     shown = profile(str(path), path, runs=3, threads=1, shapes={"h0": (2, 5, 64)}).to_dict()
     assert {"provider", "device", "threads", "runs", "onnxruntime", "before", "after", "speedup"} <= set(shown)
     for side in ("before", "after"):
-        assert set(shown[side]) == {"ms", "peak_bytes", "ops"}
+        assert set(shown[side]) == {"ms", "cpu_ms", "peak_bytes", "kv_bytes", "ops"}
+        assert shown[side]["cpu_ms"]["min"] > 0 and shown[side]["kv_bytes"] is None
         assert shown[side]["ms"]["min"] <= shown[side]["ms"]["median"] <= shown[side]["ms"]["max"]
     assert set(shown["speedup"]) == {"min", "median"}
     assert (shown["provider"], shown["runs"], shown["threads"]) == ("cpu", 3, 1)
     assert shown["onnxruntime"] == onnxruntime.__version__ and shown["device"]
     assert shown["shapes"] == {"h0": [2, 5, 64]}
+    assert {"rewriter", "python", "numpy", "onnxruntime"} == set(shown["versions"])
+    assert shown["workload"]["mode"] == "forward"
 
 
 def test_default_sizes_are_a_sentence_or_one_token_behind_a_past(tmp_path: Path) -> None:
@@ -105,11 +108,12 @@ def test_default_sizes_are_a_sentence_or_one_token_behind_a_past(tmp_path: Path)
     four, two = cached_decoder(tmp_path / "four.onnx", 4), cached_decoder(tmp_path / "two.onnx", 2)
     found = profile(four, two, runs=1)
     assert found.shapes == {"ids": (1, 1), "past_key": (1, 4, 512, 4)}
+    assert (found.before.kv_bytes, found.after.kv_bytes) == (4 * 513 * 4 * 4, 2 * 513 * 4 * 4)
 
 
 def test_operator_times_are_of_one_run_without_the_first(tmp_path: Path) -> None:
     path = stack(tmp_path / "m.onnx", 3)
-    times = operator_times(path, {"h0": np.zeros((1, 8, 64), np.float32)}, "cpu", 1)
+    times = operator_times(path, {"h0": np.zeros((1, 8, 64), np.float32)}, Conditions("cpu", 1))
     assert set(times) == {"MatMul", "Tanh"}
     assert list(times.values()) == sorted(times.values(), reverse=True)
 
@@ -120,15 +124,15 @@ def event(name: str, start: int, microseconds: int, op: str = "MatMul", provider
 
 def test_the_first_run_of_a_trace_is_left_out() -> None:
     trace = [event("a_kernel_time", 10, 9000), event("model_run", 0, 9999), event("a_kernel_time", 20000, 500)]
-    assert _by_operator(_after_first_run(trace), "cpu") == {"MatMul": pytest.approx(0.1)}
+    assert _by_operator(_after_first_run(trace), "cpu", 5) == {"MatMul": pytest.approx(0.1)}
 
 
 def test_a_trace_without_the_provider_asked_for_is_refused() -> None:
     on_cpu = [event("a_kernel_time", 1, 5)]
     with pytest.raises(UnsupportedModel, match="not one operator"):
-        _by_operator(on_cpu, "cuda")
+        _by_operator(on_cpu, "cuda", 5)
     mixed = [*on_cpu, event("b_kernel_time", 1, 5, "Gemm", "CUDAExecutionProvider")]
-    assert set(_by_operator(mixed, "cuda")) == {"MatMul", "Gemm"}
+    assert set(_by_operator(mixed, "cuda", 5)) == {"MatMul", "Gemm"}
 
 
 def test_a_silent_fallback_is_refused() -> None:
@@ -152,14 +156,14 @@ def test_no_gpu_no_figures(tmp_path: Path, provider: str, capfd: pytest.CaptureF
 
 def test_peak_memory_counts_activations(tmp_path: Path) -> None:
     path = stack(tmp_path / "m.onnx", 2)
-    short = peak_bytes(path, {"h0": (1, 16, 64)}, "cpu", 1)
-    long = peak_bytes(path, {"h0": (1, 1 << 16, 64)}, "cpu", 1)
+    short = peak_bytes(path, {"h0": (1, 16, 64)}, Conditions("cpu", 1))
+    long = peak_bytes(path, {"h0": (1, 1 << 16, 64)}, Conditions("cpu", 1))
     assert short is not None and long is not None
     assert long - short >= (1 << 16) * 64 * 4
 
 
 def test_peak_memory_of_what_does_not_run_is_unknown(tmp_path: Path) -> None:
-    assert peak_bytes(tmp_path / "none.onnx", {}, "cpu", 1) is None
+    assert peak_bytes(tmp_path / "none.onnx", {}, Conditions("cpu", 1)) is None
 
 
 # --- torch ---------------------------------------------------------------------------------------
@@ -177,7 +181,9 @@ class Stack(torch.nn.Module):
 def test_modules_are_profiled_alike() -> None:
     threads = torch.get_num_threads()
     found = profile(Stack(24), Stack(1), runs=9, threads=1, example_inputs=torch.randn(1, 64, 256))
-    assert found.onnxruntime is None and found.provider == "cpu"
+    assert found.onnxruntime is None and found.provider == "cpu" and found.versions["torch"]
+    assert found.before.cpu_ms is not None and found.after.cpu_ms is not None
+    assert found.before.cpu_ms.min > 2 * found.after.cpu_ms.min
     assert found.speedup["min"] > 2
     assert found.before.ops["aten::addmm"] > found.after.ops["aten::addmm"] > 0
     held = 24 * (256 * 256 + 256) * 4
@@ -225,9 +231,24 @@ def test_calls_alternate_and_warm_ups_do_not_count() -> None:
         order.append(name)
         nanoseconds += 1_000_000 * (20 if order.count(name) <= WARM_UP else milliseconds)
 
-    timed = time_in_turn(lambda: call("b", 3), lambda: call("a", 1), 4, clock=lambda: nanoseconds)
+    clocks = {"clock": lambda: nanoseconds, "cpu_clock": lambda: 2 * nanoseconds}
+    timed = time_in_turn(Job(lambda _: call("b", 3)), Job(lambda _: call("a", 1)), 4, **clocks)
     assert "".join(order[2 * WARM_UP :]) == "baabbaab"
-    assert timed == (Milliseconds(3.0, 3.0, 3.0), Milliseconds(1.0, 1.0, 1.0))
+    before, after = Milliseconds(3.0, 3.0, 3.0), Milliseconds(1.0, 1.0, 1.0)
+    assert timed == (Timed(before, Milliseconds(6.0, 6.0, 6.0)), Timed(after, Milliseconds(2.0, 2.0, 2.0)))
+
+
+def test_what_prepares_a_call_does_not_count_and_a_call_may_be_of_many_pieces() -> None:
+    nanoseconds = 0
+
+    def wait(milliseconds: int) -> int:
+        nonlocal nanoseconds
+        nanoseconds += 1_000_000 * milliseconds
+        return milliseconds
+
+    job = Job(lambda ready: wait(ready + 8), lambda: wait(100), 4)
+    timed, _ = time_in_turn(job, job, 2, clock=lambda: nanoseconds, cpu_clock=lambda: 0)
+    assert timed.wall == Milliseconds(27.0, 27.0, 27.0)
 
 
 def test_figures_from_samples() -> None:
