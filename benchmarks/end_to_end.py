@@ -1,4 +1,4 @@
-"""Whole rewritten models beside the best that runs the originals: encoders of BERT-base's shape with Fourier mixing.
+"""Whole models beside the best that runs BERT-base's shape: such encoders with Fourier mixing, and Sparse Mixer.
 
     python -m benchmarks.end_to_end [--quick] [--threads N | --cpu-time] [--tokens N ...] [--runs N] [--json F]
                                     [--markdown F]
@@ -9,6 +9,9 @@ the faster of two rewritten files, of the export and of the one that onnxruntime
 scores are left out where these would take more than an eighth of the memory. In torch the peer is the model with sdpa.
 All are timed by turns in one run; --cpu-time takes processor time of one thread, which the machine's other work
 disturbs less.
+
+Sparse Mixer and its fast variant (`benchmarks/sparse_mixers.py`) stand beside a whole BERT-base at 512 tokens, always
+on one thread; --quick takes all of them at half the width and depth, without goals.
 """
 
 from __future__ import annotations
@@ -38,6 +41,7 @@ import rewriter  # noqa: E402
 from benchmarks import peers  # noqa: E402
 from benchmarks.machine import machine  # noqa: E402
 from benchmarks.rows import Clock, Row, Times, interleaved, markdown_table, put_section, write_json  # noqa: E402
+from benchmarks.sparse_mixers import sparse_mixer_rows  # noqa: E402
 
 Call = Callable[[], Any]
 GOALS: Mapping[int, float] = {512: 1.6, 2048: 1.9, 8192: 3.0}
@@ -233,7 +237,8 @@ def report(rows: Sequence[Row], threads: int, *, cpu_time: bool) -> str:
     return text + "\n\n" + markdown_table(["case", "error", "limit", "met"], found)
 
 
-def main(arguments: Sequence[str] | None = None, *, shape: Shape | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, *, shape: Shape | None = None, part: int | None = None) -> int:
+    """`shape` and `part` (see `benchmarks.sparse_mixers.Sizes`) make smaller models."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="up to 2,048 tokens, fewer runs")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
@@ -254,6 +259,8 @@ def main(arguments: Sequence[str] | None = None, *, shape: Shape | None = None) 
         with tempfile.TemporaryDirectory() as folder, torch.no_grad():
             made = files(shape, Path(folder))
             rows += errors(made, shape, 100)
+            repeated = options.runs or (3 if options.quick else 7)
+            rows += sparse_mixer_rows(Path(folder), repeated, clock, part or (2 if options.quick else 1))
             for tokens in lengths:
                 runs = options.runs or (3 if tokens > 4096 else 5 if options.quick else 11)
                 pairs = {

@@ -77,9 +77,7 @@ def _by_experts(spec: MixtureOfExperts, x: Tensor, probabilities: Tensor, parame
     """Each expert takes its C most probable tokens of each group."""
     groups, tokens, _ = x.shape
     capacity = _capacity(spec, tokens)
-    gates, index = probabilities.permute(2, 0, 1).sort(dim=-1, descending=True, stable=True)  # [E, G, T]
-    first = torch.arange(capacity, device=x.device)  # not a slice: captures would ask whether there are as many
-    gates, index = gates.index_select(2, first), index.index_select(2, first)
+    gates, index = _best(probabilities.permute(2, 0, 1), capacity)  # [E, G, C]
     rows = _side_by_side(index + tokens * torch.arange(groups, device=x.device)[:, None])
     flat = x.reshape(-1, spec.hidden)
     weighted = _experts(spec, flat[rows], parameters) * _side_by_side(gates)[..., None].to(x.dtype)
@@ -97,8 +95,7 @@ def _by_tokens(spec: MixtureOfExperts, x: Tensor, probabilities: Tensor, paramet
     """Each token goes to its K most probable experts as long as they have room."""
     groups, tokens, _ = x.shape
     capacity = _capacity(spec, tokens)
-    gates, choices = probabilities.sort(dim=-1, descending=True, stable=True)
-    gates, choices = gates[..., : spec.selected], choices[..., : spec.selected]  # [G, T, K]
+    gates, choices = _best(probabilities, spec.selected)  # [G, T, K]
     asked = functional.one_hot(choices, spec.experts).sum(dim=2).to(probabilities.dtype)  # [G, T, E]
     balance = spec.experts * (asked.mean(dim=1) * probabilities.mean(dim=1)).sum(dim=-1).mean()
     place = _places(spec, gates[..., 0], choices)  # [G, T, K]
@@ -125,6 +122,16 @@ def _rows(spec: MixtureOfExperts, choices: Tensor, column: Tensor, kept: Tensor,
     return rows[: spec.experts * block].reshape(spec.experts, block)
 
 
+def _best(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The highest along the last axis and where they stand, in order; of equal ones the lower index comes first."""
+    if torch.onnx.is_in_onnx_export():  # whose TopK is so by definition, and which has no stable sort
+        found = values.topk(count, dim=-1)
+        return found.values, found.indices
+    ordered, index = values.sort(dim=-1, descending=True, stable=True)
+    first = torch.arange(count, device=values.device)  # not a slice: captures would ask whether there are as many
+    return ordered.index_select(-1, first), index.index_select(-1, first)
+
+
 def _capacity(spec: MixtureOfExperts, group: Any) -> Any:
     """`MixtureOfExperts.capacity`; of a symbolic size too, which a graph capture must not compare with numbers."""
     if isinstance(group, int):
@@ -135,7 +142,7 @@ def _capacity(spec: MixtureOfExperts, group: Any) -> Any:
 
 def _places(spec: MixtureOfExperts, best: Tensor, choices: Tensor) -> Tensor:
     """[G, T, K]: how many choices of the same expert are served before; `best` [G, T] says who comes first."""
-    order = best.argsort(dim=1, descending=True, stable=True)
+    order = _best(best, best.shape[1])[1]
     index = order[..., None].expand_as(choices)
     ranked = choices.gather(1, index).transpose(1, 2)  # [G, K, T]: all first choices, then all second ones
     counted = functional.one_hot(ranked.flatten(1), spec.experts)
