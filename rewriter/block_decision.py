@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -35,6 +35,11 @@ class BlockDecision:
             tuple(r for r in self.rows if r.name not in failed),
             (*self.refused, *failed.items()),
         )
+
+    def noting(self, names: Collection[str], note: str) -> BlockDecision:
+        """With a further note in the rows of these sites."""
+        rows = (replace(r, notes=(*r.notes, note)) if r.name in names else r for r in self.rows)
+        return replace(self, rows=tuple(rows))
 
     @property
     def parameters_added(self) -> int:

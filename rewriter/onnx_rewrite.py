@@ -8,11 +8,13 @@ from typing import Any
 import onnx_ir as ir
 
 import rewriter
+from passes.dataflow import Flow, Value
 from passes.match.attention import Matches, find_attention
 from passes.match.confirm import confirm
 from passes.match.feed_forward import FeedForwards, confirm_feed_forward, find_feed_forward
 from passes.protocols import Probe
 from passes.site import Refusal
+from rewriter.block_decision import BlockDecision
 from rewriter.calibration.batches import batches
 from rewriter.calibration.onnx_trial import onnx_probe
 from rewriter.capture.faithful import without_unfaithful
@@ -84,6 +86,20 @@ def match_feed_forward(captured: OnnxCapture, matches: Matches) -> FeedForwards:
     return found
 
 
+def _noting_floats(captured: OnnxCapture, blocks: BlockDecision) -> BlockDecision:
+    """Experts are stored as floating-point numbers, whatever the block's matrices were stored as."""
+    stored = {r.site.name for r in blocks.replacements if _of_integers(captured.flow, r.site.down.weight)}
+    return blocks.noting(stored, "its matrices were stored as integers, its experts are not")
+
+
+def _of_integers(flow: Flow, value: Value) -> bool:
+    """Whether a constant matrix is made of stored integers."""
+    weight, node = flow.weights.get(value), flow.producer(value)
+    if weight is not None:
+        return "int" in weight.dtype and len(weight.shape) > 1
+    return node is not None and any(_of_integers(flow, v) for v in node.inputs if v)
+
+
 def _in_body(operator: str) -> str:
     reason = f"a softmax stands in a body of {operator}, and control flow is not looked into"
     if operator != "If":
@@ -143,6 +159,7 @@ def rewrite_onnx(
         decision = _installable(captured, chosen)
         known = {name for name, _ in decision.refused}
         decision = replace(decision, refused=(*decision.refused, *(r for r in refused if r[0] not in known)))
+        decision = replace(decision, blocks=_noting_floats(captured, decision.blocks))
         site_rows = rows(captured.flow, matches, decision.replacements)
     summary = report(
         captured.flow,

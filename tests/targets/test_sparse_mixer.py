@@ -11,6 +11,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
+from onnxruntime.quantization import QuantType, quantize_dynamic
 from torch import Tensor, nn
 
 import rewriter
@@ -260,3 +261,11 @@ def test_copies_start_as_the_whole_block() -> None:
     assert all(torch.equal(mixer.up_weight[0], expert) for expert in mixer.up_weight)
     assert {row.merge for row in done.rewrite_report.sites if row.before != row.after} == {"copies"}
     assert done.rewrite_report.parameters.after > done.rewrite_report.parameters.before
+
+
+def test_experts_of_integers_are_stored_as_floats_and_rows_say_so(zoo_onnx: ZooOnnx, tmp_path: Path) -> None:
+    source, small = zoo_onnx(ZOO["bert-sdpa"], "torchscript17"), tmp_path / "int8.onnx"
+    quantize_dynamic(source, small, weight_type=QuantType.QInt8)
+    for path, told in ((source, False), (small, True)):
+        rows = rewriter.optimize(path, blocks_only(work=0.5)).rewrite_report.sites
+        assert [any("stored as integers" in n for n in r.notes) for r in rows if r.before != r.after] == [told] * 2
