@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from passes.arithmetic import arithmetic
@@ -270,6 +270,12 @@ def report(
         whole_caches=whole_caches,
         whole_projections=whole_projections,
     )
+    after = replace(after, flops=after.flops - decision.blocks.flops_saved(flow))
+    explained = (
+        arithmetic(flow, matches, decision.replacements, (before, after), bytes_per_number, whole_caches=whole_caches)
+        if matches.sites
+        else None
+    )
     return RewriteReport(
         target=decision.target,
         sites=with_kept(matches, decision, site_rows),
@@ -279,12 +285,10 @@ def report(
             parameters - parameters_removed(flow, decision.replacements) + decision.blocks.parameters_added,
         ),
         kv_bytes_per_token=Change(before.kv_bytes_per_token, after.kv_bytes_per_token),
-        flops=Change(before.flops, after.flops - decision.blocks.flops_saved(flow)),
+        flops=Change(before.flops, after.flops),
         fidelity=fidelity,
         seconds=dict(seconds),
-        arithmetic=arithmetic(
-            flow, matches, decision.replacements, (before, after), bytes_per_number, whole_caches=whole_caches
-        ),
+        arithmetic=explained,
         drawings=_drawings(flow, matches, decision),
     )
 

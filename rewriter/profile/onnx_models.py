@@ -222,8 +222,10 @@ def _by_operator(kernels: list[dict[str, Any]], provider: str, runs: int) -> dic
     used: set[str] = set()
     for event in kernels:
         arguments = event.get("args", {})
-        totals[str(arguments.get("op_name", "?"))] += event["dur"] / 1000 / runs
-        used.add(str(arguments.get("provider", "")))
+        name, ran_on = str(arguments.get("op_name", "?")), str(arguments.get("provider", ""))
+        elsewhere = provider != "cpu" and ran_on == "CPUExecutionProvider"
+        totals[f"{name} (on the CPU)" if elsewhere else name] += event["dur"] / 1000 / runs
+        used.add(ran_on)
     if provider != "cpu" and used <= {"CPUExecutionProvider"}:
         raise UnsupportedModel(
             f"not one operator of the model ran on {provider}", hint="the provider supports none of them; use cpu"

@@ -28,6 +28,7 @@ from rewriter.report.html_uptrain import uptrain_page
 from rewriter.report.rewrite_report import Change, Refused, RewriteReport
 from rewriter.uptrain.recipe import Recipe
 from rewriter.uptrain.result import Drift, Point, Uptrained
+from tests.targets.test_sparse_mixer import blocks_only, encoder
 from tests.unit.test_site_drawing import Attention
 from tests.unit.test_site_drawing import Refused as RefusedAttention
 
@@ -100,6 +101,14 @@ def test_the_curve_ends_where_a_mixing_matrix_does() -> None:
     found = done.rewrite_report.arithmetic
     assert found is not None and [work.tokens for work in found.curve] == [128, 200]
     assert found.recorded.total == (done.rewrite_report.flops.before, done.rewrite_report.flops.after)
+
+
+def test_what_experts_save_is_in_the_arithmetic() -> None:
+    found = rewriter.optimize(encoder(3), blocks_only(work=0.5)).rewrite_report
+    assert found.arithmetic is not None and found.flops.after < found.flops.before
+    assert found.arithmetic.recorded.total == (found.flops.before, found.flops.after)
+    assert found.arithmetic.recorded.mixing[0] == found.arithmetic.recorded.mixing[1]
+    assert render(rewrite_page(found))
 
 
 def test_a_transform_grows_more_slowly_than_attention() -> None:
