@@ -19,7 +19,7 @@ from codegen.ops.gated_attention.reference import check
 from codegen.ops.gated_attention.torch_body import Weights, expanded, gated, heads, kernel, score_bias, wide
 from codegen.spec import MixedChunkAttention
 
-BLOCK = 2048
+BLOCK = 1024
 """Tokens of a block, rounded down to whole chunks, at least one."""
 
 
