@@ -32,11 +32,10 @@ def ids(batch: int, tokens: int, seed: int = 0) -> torch.Tensor:
 def test_two_units_are_a_transformer_layer() -> None:
     """The paper replaces each layer, of 12 hidden² weights, by two units of 3 · 2 hidden² and small parts."""
     with torch.device("meta"):
-        made = Flash(FlashConfig())
+        made, layer = Flash(FlashConfig()), torch.nn.TransformerEncoderLayer(768, 12, 3072)
     assert len(made.layers) == 24
     unit = sum(p.numel() for p in made.layers[0].parameters())
     assert unit == 768 * (2 * 1536 + 128) + 3200 + 1536 * 768 + 768 + 2 * 4 * 128 + 511 + 1
-    layer = torch.nn.TransformerEncoderLayer(768, 12, 3072)
     assert 1.0 < 2 * unit / sum(p.numel() for p in layer.parameters()) < 1.03
     whole = sum(p.numel() for p in made.parameters())
     assert whole == 24 * unit + 32_000 * 768 + 32_000 + 2
