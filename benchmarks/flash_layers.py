@@ -280,11 +280,12 @@ def decoding(sizes: Sizes, clock: Clock) -> Iterator[Row]:
     yield Row("decoding", case, times["long"] / 16 * 1e3, times["short"] / 16 * 1e3, f"behind {short} tokens", "ms",
               1 / spread, FLAT, spread <= FLAT)  # fmt: skip
     mebibytes = {tokens: sum(s.nbytes for s in states) / 2**20 for tokens, states in behind.items()}
-    yield Row("decoding", f"flash, state behind {long} tokens", mebibytes[long], mebibytes[short], f"behind {short} tokens",
-              "MiB", mebibytes[short] / mebibytes[long], 1.0, mebibytes[long] == mebibytes[short])  # fmt: skip
+    short_size, long_size = mebibytes[short], mebibytes[long]
+    yield Row("decoding", f"flash, state behind {long} tokens", long_size, short_size, f"behind {short} tokens",
+              "MiB", short_size / long_size, 1.0, long_size == short_size)  # fmt: skip
     cached = cache.numel() * 4 / 2**20
-    yield Row("decoding", f"flash, state behind {long} tokens", mebibytes[long], cached, "a layer's keys and values",
-              "MiB", cached / mebibytes[long], None, None)  # fmt: skip
+    yield Row("decoding", f"flash, state behind {long} tokens", long_size, cached, "a layer's keys and values",
+              "MiB", cached / long_size, None, None)  # fmt: skip
     yield Row("decoding", case, times["long"] / 16 * 1e3, times["sdpa"] / 16 * 1e3,
               "attention alone, without projections", "ms", times["sdpa"] / times["long"], None, None)  # fmt: skip
 
