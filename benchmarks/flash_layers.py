@@ -22,8 +22,8 @@ from codegen.ops.gated_attention.torch_body import mix
 from codegen.ops.mixed_chunk_attention.torch_body import (
     ChunkState,
     by_chunk,
-    by_token,
     divisors,
+    plus_product,
     products,
     running_sums,
     within_chunks,
@@ -182,8 +182,8 @@ def _mixed(
     if not spec.causal:
         return torch.baddbmm(within, lin_query, products(lin_key, value) / value.shape[1])
     shifted, _ = running_sums(spec, lin_key, value, None)
-    linear = (by_chunk(spec, lin_query) / divisors(spec, shifted, 0)) @ shifted
-    return within + by_token(linear, value.shape[1])
+    queries = by_chunk(spec, lin_query) / divisors(spec, shifted, 0)
+    return plus_product(by_chunk(spec, within), queries, shifted)
 
 
 def fits(sizes: Sizes, tokens: int, *, copies: int) -> bool:

@@ -93,8 +93,10 @@ def _scores(query: Tensor, key: Tensor, divisor: int, bias: Tensor | None) -> Te
 
 
 def gated(gate: Tensor, mixed: Tensor, weights: Weights) -> Tensor:
-    """[B, S, E]: the output projection of gate times what was mixed."""
-    return F.linear(gate * mixed.to(gate.dtype), weights["out_weight"], weights["out_bias"])
+    """[B, S, E]: the output projection of gate times what was mixed, which is overwritten without gradients."""
+    mixed = mixed.to(gate.dtype)
+    product = gate * mixed if mixed.requires_grad or gate.requires_grad else mixed.mul_(gate)
+    return F.linear(product, weights["out_weight"], weights["out_bias"])
 
 
 def expanded(spec: Gated, x: Tensor, weights: Weights) -> tuple[Tensor, Tensor, Tensor]:
@@ -102,7 +104,9 @@ def expanded(spec: Gated, x: Tensor, weights: Weights) -> tuple[Tensor, Tensor, 
     whole = F.linear(x, weights["expand_weight"], weights["expand_bias"])
     kinds: tuple[Activation | None, ...] = (spec.gate, spec.value, spec.latent)
     if len(set(kinds)) == 1:
-        whole, kinds = activated(spec.gate, whole), (None, None, None)
+        in_place = spec.gate is Activation.SILU and not whole.requires_grad
+        whole = F.silu(whole, inplace=True) if in_place else activated(spec.gate, whole)
+        kinds = (None, None, None)
     parts = torch.split(whole, [spec.expanded, spec.expanded, spec.base], dim=-1)
     gate, value, latent = (activated(kind, part) for kind, part in zip(kinds, parts, strict=True))
     return gate, value, latent

@@ -65,19 +65,33 @@ def causal_chunks(
     tokens = x.shape[1]
     gate, value, latent = expanded(spec, x, weights)
     quad_query, lin_query, quad_key, lin_key = heads(spec, latent, weights, first)
-    mixed = within_chunks(spec, quad_query, quad_key, value, weights, shown)
+    within = _within_chunks(spec, quad_query, quad_key, value, weights, shown)
     shifted, after = running_sums(spec, hide(lin_key, shown), value, before)
-    linear = (by_chunk(spec, lin_query) / divisors(spec, shifted, first)) @ shifted
-    return gated(gate, mixed + by_token(linear, tokens), weights), after
+    mixed = plus_product(within, by_chunk(spec, lin_query) / divisors(spec, shifted, first), shifted)
+    return gated(gate, by_token(mixed, tokens), weights), after
 
 
 def within_chunks(
     spec: MixedChunkAttention, query: Tensor, key: Tensor, value: Tensor, weights: Weights, shown: Tensor | None = None
 ) -> Tensor:
     """[B, S, F]: each chunk by itself; a padded last chunk's keys have values of zero."""
+    return by_token(_within_chunks(spec, query, key, value, weights, shown), query.shape[1])
+
+
+def _within_chunks(
+    spec: MixedChunkAttention, query: Tensor, key: Tensor, value: Tensor, weights: Weights, shown: Tensor | None
+) -> Tensor:
+    """[B, G, C, F]"""
     bias = score_bias(spec, weights, like=query, rows=spec.chunk, columns=spec.chunk)
     scores = kernel(by_chunk(spec, query), by_chunk(spec, key), spec.chunk, bias)
-    return by_token(scores @ by_chunk(spec, hide(value, shown)), query.shape[1])
+    return scores @ by_chunk(spec, hide(value, shown))
+
+
+def plus_product(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """x + left @ right, [B, G, C, F], in one pass where there is no exporter to doubt the reshape."""
+    if torch.compiler.is_compiling():
+        return x + left @ right
+    return torch.baddbmm(x.flatten(0, 1), left.flatten(0, 1), right.flatten(0, 1)).view_as(x)
 
 
 def running_sums(spec: MixedChunkAttention, key: Tensor, value: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
