@@ -93,8 +93,8 @@ def test_a_profile_is_a_distribution_over_distances(causal: bool) -> None:
 
 
 def unit_spec(**fields: object) -> GatedAttention:
-    known = {"length": 9, "bias": PositionBias.TOEPLITZ, "span": 16, "rotary": False, "value": Activation.NONE,
-             "gate": Activation.NONE, "latent": Activation.NONE}  # fmt: skip
+    known = {"length": 9, "bias": PositionBias.TOEPLITZ, "span": 16, "rotary": False, "value": None,
+             "gate": None, "latent": None}  # fmt: skip
     return GatedAttention(WIDTH, HEADS * SIZE, WIDTH + 1, **{**known, **fields})  # type: ignore[arg-type]
 
 
@@ -132,7 +132,7 @@ def test_a_feed_forward_is_kept_exactly(kind: Activation, gated: bool) -> None:
     hidden = activated(kind, wide @ up.T) if gate is None else activated(kind, wide @ gate.T) * (wide @ up.T)
     expected = hidden @ down.T + bias
     tensors = feed_forward_unit(up, gate, down, bias, latent, 8)
-    common = {"gate": kind, "value": Activation.NONE, "latent": Activation.NONE, "rotary": False, "span": 8,
+    common = {"gate": kind, "value": None, "latent": None, "rotary": False, "span": 8,
               "bias": PositionBias.TOEPLITZ}  # fmt: skip
     quad = GatedAttention(WIDTH, 10, 6, length=5, causal=True, **common)  # type: ignore[arg-type]
     assert np.allclose(gated_attention(quad, x, tensors), expected, atol=1e-12)
@@ -150,7 +150,7 @@ def test_far_tokens_count_alike() -> None:
     tensors["distances"] = np.zeros(15)
     tensors["expand_weight"][10:20], tensors["expand_bias"][10:20] = up[:, :-1], up[:, -1]
     spec = MixedChunkAttention(WIDTH, 10, 6, chunk=8, causal=True, rotary=False, span=8, bias=PositionBias.TOEPLITZ,
-                               gate=Activation.NONE, value=Activation.NONE, latent=Activation.NONE)  # fmt: skip
+                               gate=None, value=None, latent=None)  # fmt: skip
     x = random(1, 20, WIDTH, seed=6)
     values = x @ up[:, :-1].T + up[:, -1]
     expected = 0.5 * values[:, 16:] * values[:, :16].mean(axis=1, keepdims=True) @ down.T
