@@ -321,6 +321,10 @@ class GatedAttention:
         """Of the operands beside x, by role; rows of the expansion are gate, value, base. Weights are [out, in]."""
         return _gated_shapes(self)
 
+    def flops(self, batch: int, tokens: int) -> int:
+        """Of all products, two for each multiplication; hidden scores are counted too."""
+        return _projection_flops(self, batch * tokens) + 2 * batch * tokens**2 * (self.base + self.expanded)
+
 
 @dataclass(frozen=True)
 class MixedChunkAttention:
@@ -364,12 +368,22 @@ class MixedChunkAttention:
         """Of the operands beside x, as in `GatedAttention`."""
         return _gated_shapes(self)
 
+    def flops(self, batch: int, tokens: int) -> int:
+        """Of all products, two for each multiplication, the last chunk taken for a whole one."""
+        padded = -(-tokens // self.chunk) * self.chunk
+        within = 2 * batch * padded * self.chunk * (self.base + self.expanded)
+        return _projection_flops(self, batch * tokens) + within + 4 * batch * padded * self.base * self.expanded
+
 
 def _check_gated(hidden: int, expanded: int, base: int, rotated: bool) -> None:
     if min(hidden, expanded, base) < 1:
         raise ValueError("hidden, expanded and base must be at least 1")
     if rotated and base % 2:
         raise ValueError(f"base must be even where it is rotated, not {base}")
+
+
+def _projection_flops(spec: GatedAttention | MixedChunkAttention, rows: int) -> int:
+    return 2 * rows * spec.hidden * (3 * spec.expanded + spec.base)
 
 
 def _gated_shapes(spec: GatedAttention | MixedChunkAttention) -> dict[str, tuple[int, ...]]:
@@ -389,8 +403,11 @@ def _gated_shapes(spec: GatedAttention | MixedChunkAttention) -> dict[str, tuple
     return shapes
 
 
-TokenMixing = FourierMixing | LinearMixing
-"""What mixes the tokens of whole sequences without attention."""
+GatedUnit = GatedAttention | MixedChunkAttention
+"""A map of hidden states that is an attention and a feed-forward in one."""
 
-Spec = GroupedQueryAttention | FourierMixing | LinearMixing | GatedAttention | MixedChunkAttention
+TokenMixing = FourierMixing | LinearMixing | GatedUnit
+"""What takes the place of an attention with all its projections."""
+
+Spec = GroupedQueryAttention | TokenMixing
 """Everything that can take an attention's place."""

@@ -65,12 +65,10 @@ def model(spec: Gated, weights: dict[str, Array], opset: int) -> bytes:
     body: Any = chunk_onnx if isinstance(spec, MixedChunkAttention) else unit_onnx
     dtype = ir.DataType.FLOAT
     x = ir.Value(name="x", type=ir.TensorType(dtype), shape=ir.Shape([None, None, spec.hidden]))
-    held = []
-    for role in unit_onnx.roles(spec):
-        array = np.ascontiguousarray(weights[role].T if role in unit_onnx.TRANSPOSED else weights[role])
-        held.append(
-            ir.Value(name=role, type=ir.TensorType(dtype), shape=ir.Shape(array.shape), const_value=ir.tensor(array))
-        )
+    held = [
+        ir.Value(name=role, type=ir.TensorType(dtype), shape=ir.Shape(array.shape), const_value=ir.tensor(array))
+        for role, array in unit_onnx.stored(spec, weights, dtype).items()
+    ]
     node = ir.Node(unit_onnx.DOMAIN, body.function_name(spec), [x, *held], body.attributes(spec, dtype), num_outputs=1)
     output = node.outputs[0]
     output.name, output.type, output.shape = "y", ir.TensorType(dtype), ir.Shape([None, None, spec.hidden])

@@ -10,13 +10,15 @@ Shape legend: B batch, S tokens, E hidden, F expanded, N base, H = N / 2, R rows
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from codegen.ops.activation.onnx_body import activate
-from codegen.ops.function_body import FunctionBody
+from codegen.ops.function_body import FunctionBody, computed_in
 from codegen.ops.gated_attention.reference import ROTARY_BASE
 from codegen.spec import Activation, GatedAttention, MixedChunkAttention, PositionBias
 
@@ -58,14 +60,19 @@ def unit_attributes(spec: Gated, dtype: ir.DataType) -> list[ir.Attr]:
     return [ir.AttrInt64(n, v) for n, v in (sizes | {"dtype": int(dtype), "compute": int(computed_in(dtype))}).items()]
 
 
-def computed_in(dtype: ir.DataType) -> ir.DataType:
-    """The dtype between the projections, and of all operands but the projections'."""
-    return ir.DataType.DOUBLE if dtype == ir.DataType.DOUBLE else ir.DataType.FLOAT
-
-
 def roles(spec: Gated) -> list[str]:
     """Operands behind x, in order; `TRANSPOSED` ones as [in, out], projections in x's dtype, others `computed_in`."""
     return list(spec.shapes)
+
+
+def stored(spec: Gated, weights: Mapping[str, NDArray[Any]], dtype: ir.DataType) -> dict[str, NDArray[Any]]:
+    """The operands as a call takes them, in order, from those of the spec's `shapes`; dtype is x's."""
+    found = {}
+    for role in roles(spec):
+        kind = dtype if role.startswith(("expand_", "out_")) else computed_in(dtype)
+        array = weights[role].T if role in TRANSPOSED else weights[role]
+        found[role] = np.ascontiguousarray(array.astype(kind.numpy()))
+    return found
 
 
 def function(spec: GatedAttention, opset: int) -> ir.Function:

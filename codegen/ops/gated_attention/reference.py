@@ -33,13 +33,19 @@ def gated_attention(
     Raises:
         ValueError: if an operand contradicts the spec.
     """
+    return projected(before_output(spec, x, weights, shown), weights)
+
+
+def before_output(
+    spec: GatedAttention, x: NDArray[Any], weights: Mapping[str, NDArray[Any]], shown: NDArray[Any] | None = None
+) -> Float64:
+    """[B, S, expanded]: what the output projection reads."""
     check(spec, x, weights)
     gate, value, latent = expanded(spec, x, weights)
     query, key = heads(spec, latent, weights)
     tokens = x.shape[1]
     bias = score_bias(spec, weights, np.arange(tokens), np.arange(tokens))
-    mixed = quadratic(query, key, value, bias, spec.length or tokens, causal=spec.causal, shown=shown)
-    return gated(gate, mixed, weights)
+    return gate * quadratic(query, key, value, bias, spec.length or tokens, causal=spec.causal, shown=shown)
 
 
 def quadratic(
@@ -61,9 +67,9 @@ def quadratic(
     return np.asarray(scores @ value, dtype=np.float64)
 
 
-def gated(gate: Float64, mixed: Float64, weights: Mapping[str, NDArray[Any]]) -> Float64:
-    """[B, S, hidden]: the output projection of gate times what was mixed."""
-    out = (gate * mixed) @ weights["out_weight"].astype(np.float64).T
+def projected(product: Float64, weights: Mapping[str, NDArray[Any]]) -> Float64:
+    """[B, S, hidden]: the output projection."""
+    out = product @ weights["out_weight"].astype(np.float64).T
     return np.asarray(out + weights["out_bias"].astype(np.float64), dtype=np.float64)
 
 

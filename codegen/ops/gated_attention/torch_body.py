@@ -195,6 +195,11 @@ class GatedState:
     def position(self) -> int:
         return self.keys.shape[1]
 
+    def select(self, rows: Tensor) -> None:
+        """Put rows of the batch into another order, repeat or leave out some; in place."""
+        if not torch.equal(rows, torch.arange(len(self.keys), device=rows.device)):
+            self.keys, self.values = self.keys[rows], self.values[rows]
+
     @property
     def nbytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in (self.keys, self.values))

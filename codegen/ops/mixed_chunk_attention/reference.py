@@ -20,12 +20,19 @@ def mixed_chunk_attention(
 
     Raises ValueError if an operand contradicts the spec.
     """
+    return unit.projected(before_output(spec, x, weights, shown), weights)
+
+
+def before_output(
+    spec: MixedChunkAttention, x: NDArray[Any], weights: Mapping[str, NDArray[Any]], shown: NDArray[Any] | None = None
+) -> Float64:
+    """[B, S, expanded]: what the output projection reads."""
     unit.check(spec, x, weights)
     gate, value, latent = unit.expanded(spec, x, weights)
     quad_query, lin_query, quad_key, lin_key = unit.heads(spec, latent, weights)
     within = within_chunks(spec, quad_query, quad_key, value, weights, shown)
     between = between_chunks(spec, lin_query, lin_key, value, shown)
-    return unit.gated(gate, within + between, weights)
+    return gate * (within + between)
 
 
 def within_chunks(

@@ -196,6 +196,12 @@ class ChunkState:
     keys: Tensor
     values: Tensor
 
+    def select(self, rows: Tensor) -> None:
+        """Put rows of the batch into another order, repeat or leave out some; in place."""
+        if not torch.equal(rows, torch.arange(len(self.keys), device=rows.device)):
+            self.before, self.current = self.before[rows], self.current[rows]
+            self.keys, self.values = self.keys[rows], self.values[rows]
+
     @property
     def nbytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in (self.before, self.current, self.keys, self.values))
