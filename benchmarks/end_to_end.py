@@ -1,7 +1,7 @@
-"""Whole models beside the best that runs BERT-base's shape: such encoders with Fourier mixing, and Sparse Mixer.
+"""Whole models beside the best that runs BERT-base's shape: such encoders with Fourier mixing, Sparse Mixer, FLASH.
 
     python -m benchmarks.end_to_end [--quick] [--threads N | --cpu-time] [--tokens N ...] [--runs N] [--json F]
-                                    [--markdown F]
+                                    [--markdown F] [--only encoders | flash]
 
 Weights are random, batch 1, all tokens shown. In onnxruntime the peer is the fastest of the file as exported (opset
 18), with the standard Attention operator (opset 24), and fused by onnxruntime's and onnxscript's optimizers; ours is
@@ -11,7 +11,8 @@ All are timed by turns in one run; --cpu-time takes processor time of one thread
 disturbs less.
 
 Sparse Mixer and its fast variant (`benchmarks/sparse_mixers.py`) stand beside a whole BERT-base at 512 tokens, always
-on one thread; --quick takes all of them at half the width and depth, without goals.
+on one thread; --quick takes all of them at half the width and depth, without goals. FLASH's layers stand beside the
+Transformer layer that they replace (`benchmarks/flash_layers.py`).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import argparse  # noqa: E402
 import sys  # noqa: E402
 import tempfile  # noqa: E402
 import time  # noqa: E402
-from collections.abc import Callable, Mapping, Sequence  # noqa: E402
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
@@ -38,7 +39,7 @@ import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
 import rewriter  # noqa: E402
-from benchmarks import peers  # noqa: E402
+from benchmarks import flash_layers, peers  # noqa: E402
 from benchmarks.machine import machine  # noqa: E402
 from benchmarks.rows import Clock, Row, Times, interleaved, markdown_table, put_section, write_json  # noqa: E402
 from benchmarks.sparse_mixers import sparse_mixer_rows  # noqa: E402
@@ -216,69 +217,94 @@ def errors(made: Files, shape: Shape, tokens: int) -> list[Row]:
     return rows
 
 
-def report(rows: Sequence[Row], threads: int, *, cpu_time: bool) -> str:
-    """The section of docs/benchmarks.md."""
+def encoders(shape: Shape, options: argparse.Namespace, clock: Clock, part: int | None) -> Iterator[Row]:
+    """Whole encoders, in onnxruntime and in torch."""
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        made = files(shape, Path(folder))
+        yield from errors(made, shape, 100)
+        repeated = options.runs or (3 if options.quick else 7)
+        yield from sparse_mixer_rows(Path(folder), repeated, clock, part or (2 if options.quick else 1))
+        for tokens in options.tokens or ([512, 2048] if options.quick else list(GOALS)):
+            runs = options.runs or (3 if tokens > 4096 else 5 if options.quick else 11)
+            pairs = {
+                "onnxruntime": in_onnxruntime(shape, made, tokens, options.threads),
+                "torch": in_torch(shape, tokens),
+            }
+            for where, (ours, theirs) in pairs.items():
+                yield from compare(where, shape, tokens, ours, theirs, runs, clock)
+
+
+def flash(shape: Shape, options: argparse.Namespace, clock: Clock) -> Iterator[Row]:
+    """Layers of FLASH, of the same width."""
+    sizes = flash_layers.Sizes(shape.hidden, shape.heads, shape.feed_forward, 8 * shape.longest)
+    lengths = options.tokens or (flash_layers.QUICK if options.quick else flash_layers.LENGTHS)
+    yield from flash_layers.measure(sizes, lengths, options.runs, clock)
+
+
+def _told(rows: Iterable[Row]) -> Iterator[Row]:
+    """The same rows, each printed as it comes."""
+    for row in rows:
+        if row.ratio is not None:
+            print(f"{row.case}: {row.ours:.3g} / {row.peer:.3g} {row.unit} ({row.peer_name}) = {row.ratio:.2f}",
+                  flush=True)  # fmt: skip
+        yield row
+
+
+def heading(threads: int, *, cpu_time: bool) -> str:
+    """What was run on what, before a section's tables."""
     about = machine()
     measured = "processor time of one thread" if cpu_time else f"wall time on {threads} threads"
     command = f"`python -m benchmarks.end_to_end{' --cpu-time' * cpu_time}`"
-    text = (
+    return (
         f"{command} on {about['processor']}, torch {torch.__version__}, onnxruntime {ort.__version__}. Milliseconds "
         f"are minima of {measured}, over runs by turns; the load of the machine was {about['load_before'][0]} at the "
         "end, so read ratios, not times.\n\n"
     )
+
+
+def report(rows: Sequence[Row]) -> str:
+    """Tables of whole encoders."""
     lines = [
         [r.case, r.ours, r.more["ours_median"], r.peer_name, r.peer, r.more["peer_median"], r.ratio, r.goal, r.ok]
         for r in rows
         if r.name == "time"
     ]
     header = ["case", "ours, min ms", "median", "peer", "min ms", "median", "ratio of minima", "goal", "met"]
-    text += markdown_table(header, lines)
     found = [[r.case, r.ours, r.peer, r.ok] for r in rows if r.name == "error"]
-    return text + "\n\n" + markdown_table(["case", "error", "limit", "met"], found)
+    return markdown_table(header, lines) + "\n\n" + markdown_table(["case", "error", "limit", "met"], found)
 
 
 def main(arguments: Sequence[str] | None = None, *, shape: Shape | None = None, part: int | None = None) -> int:
     """`shape` and `part` (see `benchmarks.sparse_mixers.Sizes`) make smaller models."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="up to 2,048 tokens, fewer runs")
+    parser.add_argument("--quick", action="store_true", help="shorter lengths, fewer runs")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--runs", type=int)
     parser.add_argument("--tokens", type=int, nargs="*", help="lengths, instead of the usual ones")
     parser.add_argument("--cpu-time", action="store_true", help="of one thread, for machines that others keep busy")
+    parser.add_argument("--only", choices=("encoders", "flash"), help="one of the two parts")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
     options = parser.parse_args(arguments)
     shape = shape or Shape()
     options.threads = 1 if options.cpu_time else options.threads
     clock = time.process_time if options.cpu_time else time.perf_counter
-    lengths = options.tokens or ([512, 2048] if options.quick else list(GOALS))
     before = torch.get_num_threads()
     torch.set_num_threads(options.threads)
-    rows: list[Row] = []
+    parts: dict[str, list[Row]] = {}
     try:
-        with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-            made = files(shape, Path(folder))
-            rows += errors(made, shape, 100)
-            repeated = options.runs or (3 if options.quick else 7)
-            rows += sparse_mixer_rows(Path(folder), repeated, clock, part or (2 if options.quick else 1))
-            for tokens in lengths:
-                runs = options.runs or (3 if tokens > 4096 else 5 if options.quick else 11)
-                pairs = {
-                    "onnxruntime": in_onnxruntime(shape, made, tokens, options.threads),
-                    "torch": in_torch(shape, tokens),
-                }
-                for where, (ours, theirs) in pairs.items():
-                    found = compare(where, shape, tokens, ours, theirs, runs, clock)
-                    rows += found
-                    for row in found:
-                        print(f"{row.case}: {row.ours:.3g} / {row.peer:.3g} ms ({row.peer_name}) = {row.ratio:.2f}",
-                              flush=True)  # fmt: skip
+        if options.only in (None, "encoders"):
+            parts["End to end"] = list(_told(encoders(shape, options, clock, part)))
+        if options.only in (None, "flash"):
+            parts["FLASH layers"] = list(_told(flash(shape, options, clock)))
     finally:
         torch.set_num_threads(before)
+    rows = [row for part in parts.values() for row in part]
     if options.json:
         write_json(options.json, rows, threads=options.threads, cpu_time=options.cpu_time)
-    if options.markdown:
-        put_section(options.markdown, "End to end", report(rows, options.threads, cpu_time=options.cpu_time))
+    for title, found in parts.items() if options.markdown else ():
+        table = report(found) if title == "End to end" else flash_layers.report(found)
+        put_section(options.markdown, title, heading(options.threads, cpu_time=options.cpu_time) + table)
     return 0
 
 

@@ -32,11 +32,11 @@ def fit_mixing(
     """
     evidence = pair.matches.evidence[site.name]
     around = sublayer(pair.flow, site, evidence)
-    fitting = target.fitting(around.hidden)
+    fitting = target.fitting(around.hidden, pair.flow, site, around)
     key = (site.k.projection.weight, site.v.projection.weight)
     unit = pair.sharing(site)
     if len(unit) > 1 and key not in shared:
-        shared[key] = _pooled(pair, unit, target.fitting(around.hidden))
+        shared[key] = _pooled(pair, unit, target.fitting(around.hidden, pair.flow, site, around))
     reference = [_output(run, around) for run in pair.teachers]
     looked = pair.see(site, site_weights(pair.flow, site), pair.students)
     prepared = [fitting.prepare(_hidden(look)) for look in looked]

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from codegen.spec import Structure
 from passes.dataflow import Flow
@@ -18,6 +18,7 @@ from passes.site import AttentionSite, NotAttention, Refusal
 from passes.sublayer import NoSublayer, sublayer
 from passes.targets.catalogue import CATALOGUE
 from passes.targets.fourier import HYBRID, Fourier
+from passes.targets.gated_unit import Form, GatedUnit
 from passes.targets.grouped_query import GroupedQuery
 from passes.targets.linear_mixing import LinearMixer
 from passes.targets.sparse_mixer import sparse_mixer
@@ -224,6 +225,10 @@ def _targets(flow: Flow, matches: Matches, site: AttentionSite) -> tuple[str, ..
             names += [t.name for t in (Fourier(), Fourier(keep=HYBRID), Fourier(hartley=True))]
             names += [LinearMixer(structure).name for structure in Structure]
             names += [t.name for t in SPARSE]
+    if GatedUnit().refuses(site) is None:
+        with contextlib.suppress(NoSublayer):
+            sublayer(flow, site, matches.evidence[site.name])
+            names += [GatedUnit(form).name for form in get_args(Form)]
     return tuple(names)
 
 

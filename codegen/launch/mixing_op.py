@@ -7,14 +7,16 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from codegen.launch import fourier_op
+from codegen.ops.gated_attention.torch_body import gated_attention
 from codegen.ops.linear_mixing.torch_body import linear_mixing
-from codegen.spec import LinearMixing, TokenMixing
+from codegen.ops.mixed_chunk_attention.torch_body import mixed_chunk_attention
+from codegen.spec import GatedAttention, LinearMixing, MixedChunkAttention, TokenMixing
 
 
 def mix(spec: TokenMixing, x: Tensor, parameters: Mapping[str, Tensor], *, kernels: str = "auto") -> Tensor:
     """[B, S, hidden] of x [B, S, hidden] and the spec's parameters, in x's dtype; for `kernels` see `fourier_op.mix`.
 
-    Linear mixing is two matrix products, which no kernel of ours does better than torch.
+    Linear mixing is two matrix products, which no kernel of ours does better than torch; gated units have none either.
 
     Raises:
         NotLegal: kernels is "cpp" or "triton", and the spec is one of Fourier mixing that has no such kernel.
@@ -22,4 +24,8 @@ def mix(spec: TokenMixing, x: Tensor, parameters: Mapping[str, Tensor], *, kerne
     """
     if isinstance(spec, LinearMixing):
         return linear_mixing(spec, x, **parameters)
+    if isinstance(spec, GatedAttention):
+        return gated_attention(spec, x, parameters)
+    if isinstance(spec, MixedChunkAttention):
+        return mixed_chunk_attention(spec, x, parameters)
     return fourier_op.mix(spec, x, **parameters, kernels=kernels)

@@ -11,8 +11,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from codegen.ops.fourier_mixing.reference import fourier_mixing
+from codegen.ops.gated_attention import reference as unit
 from codegen.ops.linear_mixing.reference import linear_mixing
-from codegen.spec import FourierMixing, LinearMixing, Structure, TokenMixing
+from codegen.ops.mixed_chunk_attention import reference as chunked
+from codegen.spec import (
+    Activation,
+    FourierMixing,
+    GatedAttention,
+    GatedUnit,
+    LinearMixing,
+    MixedChunkAttention,
+    PositionBias,
+    Structure,
+    TokenMixing,
+)
 
 
 def token_mixing(spec: TokenMixing, x: NDArray[Any], **parameters: NDArray[Any]) -> NDArray[np.float64]:
@@ -23,7 +35,18 @@ def token_mixing(spec: TokenMixing, x: NDArray[Any], **parameters: NDArray[Any])
     """
     if isinstance(spec, LinearMixing):
         return linear_mixing(spec, x, **parameters)
+    if isinstance(spec, GatedAttention):
+        return unit.gated_attention(spec, x, parameters)
+    if isinstance(spec, MixedChunkAttention):
+        return chunked.mixed_chunk_attention(spec, x, parameters)
     return fourier_mixing(spec, x, **parameters)
+
+
+def before_output(spec: GatedUnit, x: NDArray[Any], parameters: Mapping[str, NDArray[Any]]) -> NDArray[np.float64]:
+    """[B, S, expanded]: what a gated unit's output projection reads. Raises ValueError as `token_mixing`."""
+    if isinstance(spec, GatedAttention):
+        return unit.before_output(spec, x, parameters)
+    return chunked.before_output(spec, x, parameters)
 
 
 def to_json(spec: TokenMixing) -> dict[str, Any]:
@@ -35,4 +58,14 @@ def from_json(fields: Mapping[str, Any]) -> TokenMixing:
     """What `to_json` wrote; raises TypeError or ValueError if it is broken."""
     if "structure" in fields:
         return LinearMixing(**{**fields, "structure": Structure(fields["structure"])})
+    if "expanded" in fields:
+        return _unit(dict(fields))
     return FourierMixing(**fields)
+
+
+def _unit(fields: dict[str, Any]) -> GatedUnit:
+    for name in ("gate", "value", "latent"):
+        if fields.get(name) is not None:
+            fields[name] = Activation(fields[name])
+    fields["bias"] = PositionBias(fields["bias"])
+    return MixedChunkAttention(**fields) if "chunk" in fields else GatedAttention(**fields)

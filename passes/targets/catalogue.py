@@ -8,12 +8,13 @@ from dataclasses import dataclass
 
 from codegen.spec import Structure
 from passes.targets.fourier import HYBRID, Fourier
+from passes.targets.gated_unit import CHUNK, GatedUnit
 from passes.targets.grouped_query import GroupedQuery
 from passes.targets.linear_mixing import LONGEST, NAMES, LinearMixer
 from passes.targets.sparse_mixer import SparseMixer, sparse_mixer
 
-Mixer = Fourier | LinearMixer
-"""Targets that mix tokens without attention."""
+Mixer = Fourier | LinearMixer | GatedUnit
+"""Targets of which one computation takes the place of an attention with all its projections."""
 
 AttentionTarget = GroupedQuery | Mixer
 """What an attention can become."""
@@ -76,6 +77,20 @@ def _parse_linear(structure: Structure) -> Callable[[str], Target | None]:
         return LinearMixer(structure, tokens) if tokens else None
 
     return parse
+
+
+def _parse_gau(name: str) -> Target | None:
+    return GatedUnit("gau") if name == "gau" else None
+
+
+def _parse_quad(name: str) -> Target | None:
+    return GatedUnit("flash-quad") if name == "flash-quad" else None
+
+
+def _parse_flash(name: str) -> Target | None:
+    found = re.fullmatch(r"flash(?::(\d{1,6}))?", name)
+    chunk = int(found.group(1) or CHUNK) if found else 0
+    return GatedUnit("flash", chunk) if chunk else None
 
 
 CATALOGUE: tuple[Entry, ...] = (
@@ -158,6 +173,23 @@ CATALOGUE: tuple[Entry, ...] = (
         "as sparse-mixer; a quarter of the blocks' work",
         "as sparse-mixer",
         _parse_sparse_mixer(fast=True),
+    ),
+    Entry(
+        "gau",
+        "one gated attention unit with one score for all heads, fitted to their mean",
+        "arXiv 2202.10447",
+        "the attention with all its projections; with calibration the output projection is refitted",
+        "self-attention without a cache, causal or not; pre-trained so or uptrained: " + _STRUCTURE,
+        _parse_gau,
+    ),
+    Entry("flash-quad", "as gau, by the name of its model", "arXiv 2202.10447", "as gau", "as gau", _parse_quad),
+    Entry(
+        "flash[:chunk]",
+        "as gau, in linear time: quadratic within chunks (of 256 tokens), a sum between them",
+        "arXiv 2202.10447",
+        "as gau",
+        "as gau",
+        _parse_flash,
     ),
 )
 

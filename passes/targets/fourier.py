@@ -22,7 +22,7 @@ from codegen.spec import FourierMixing
 from passes.dataflow import Array, Flow
 from passes.match.attention import Evidence
 from passes.site import AttentionSite
-from passes.sublayer import sublayer
+from passes.sublayer import Sublayer, sublayer
 from passes.targets.misfit import Misfit
 from passes.targets.mixing import Fit, Fitting, mixed, on_top, refusal, told
 from passes.targets.replacement import Replacement
@@ -76,7 +76,7 @@ class Fourier:
         around = sublayer(flow, site, evidence)
         return mixed(site, around, FourierMixing(around.hidden, hartley=self.hartley), {}, self._after, "none", ())
 
-    def fitting(self, hidden: int) -> Fitting:
+    def fitting(self, hidden: int, flow: Flow, site: AttentionSite, around: Sublayer) -> Fitting:
         """Fits a factor and a constant for each of `hidden` features."""
         return _Scales(FourierMixing(hidden, hartley=self.hartley))
 

@@ -20,7 +20,7 @@ from codegen.spec import LinearMixing, Structure
 from passes.dataflow import Array, Flow
 from passes.match.attention import Evidence
 from passes.site import AttentionSite
-from passes.sublayer import NoSublayer, sublayer
+from passes.sublayer import NoSublayer, Sublayer, sublayer
 from passes.targets.misfit import Misfit
 from passes.targets.mixing import Fit, Fitting, mixed, on_top, refusal, told
 from passes.targets.replacement import Replacement
@@ -88,7 +88,7 @@ class LinearMixer:
         tensors = {n: (DEVIATION * draw.standard_normal(shape)).astype(np.float32) for n, shape in spec.shapes.items()}
         return mixed(site, around, spec, tensors, self.name, "initialised", (f"for up to {self.tokens} tokens",))
 
-    def fitting(self, hidden: int) -> Fitting:
+    def fitting(self, hidden: int, flow: Flow, site: AttentionSite, around: Sublayer) -> Fitting:
         """Fits both matrices and a constant, for `hidden` features."""
         return _Matrices(LinearMixing(hidden, self.tokens, self.structure, bias=True), self)
 

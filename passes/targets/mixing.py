@@ -48,13 +48,13 @@ class Fitting(Protocol):
     def solve(self) -> Fit: ...
 
 
-def refusal(site: AttentionSite) -> str | None:
-    """Why a site cannot be mixed, as far as its description tells."""
+def refusal(site: AttentionSite, *, causal: bool = False) -> str | None:
+    """Why a site cannot be mixed, as far as its description tells; with `causal`, a causal one can."""
     if site.cross:
         return "it is cross-attention, and mixing has one sequence"
     if site.cached or site.k.presents or site.v.presents:
         return "its keys and values are kept in a cache, and mixing needs all tokens at once"
-    if site.causal:
+    if site.causal and not causal:
         return "it is causal, and a mix brings every token into every other"
     return None
 

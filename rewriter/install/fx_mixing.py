@@ -8,8 +8,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import Node as FxNode
 
-from codegen.spec import FourierMixing, LinearMixing, Structure, TokenMixing
+from codegen.spec import (
+    FourierMixing,
+    GatedAttention,
+    LinearMixing,
+    MixedChunkAttention,
+    Structure,
+    TokenMixing,
+)
 from passes.targets.replacement import Replacement
+from rewriter.errors import UnsupportedModel
 from rewriter.install.fx_emit import Emitter, aten
 
 if TYPE_CHECKING:
@@ -26,7 +34,11 @@ class MixPlan:
 
 
 def plan_mixing(editor: Editor, replacement: Replacement) -> MixPlan:
-    """Raises UnsupportedModel where a wrapped region hides the sublayer's input or output."""
+    """Raises UnsupportedModel where a wrapped region hides the sublayer's input or output, and for gated units."""
+    if isinstance(replacement.spec, (GatedAttention, MixedChunkAttention)):
+        raise UnsupportedModel(
+            "gated attention units are not written into graphs", hint="rewrite the module, or an .onnx file"
+        )
     for value in (replacement.around.input, replacement.around.output):
         editor.node(value)
     return MixPlan(replacement)
@@ -55,6 +67,7 @@ def _mix(write: _Writer, x: FxNode, spec: TokenMixing, batch_first: bool) -> FxN
     wide = x if x.meta["val"].dtype in WIDE else write.call(aten.to.dtype, x, torch.float32)
     if isinstance(spec, LinearMixing):
         return _linear(write, wide, spec, batch_first)
+    assert isinstance(spec, FourierMixing)
     return _fourier(write, wide, spec, batch_first)
 
 

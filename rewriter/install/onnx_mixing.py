@@ -22,8 +22,10 @@ from codegen.ops.fourier_mixing.onnx_body import (
     tables_name,
 )
 from codegen.ops.function_body import computed_in
+from codegen.ops.gated_attention import onnx_body as unit
 from codegen.ops.linear_mixing import onnx_body as linear
-from codegen.spec import FourierMixing, LinearMixing, TokenMixing
+from codegen.ops.mixed_chunk_attention import onnx_body as chunked
+from codegen.spec import FourierMixing, GatedAttention, GatedUnit, LinearMixing, MixedChunkAttention, TokenMixing
 from passes.dataflow import Value
 from passes.sublayer import Sublayer
 from passes.targets.replacement import Replacement
@@ -87,7 +89,8 @@ class Mixing:
         mixed.type, mixed.shape = output.type, output.shape
         editor.graph.insert_after(producer, nodes)
         self._stand_in(around.output, output, mixed)
-        return producer, [] if spec.bias else _without_added_bias(mixed)
+        keeps = isinstance(spec, (GatedAttention, MixedChunkAttention)) or spec.bias
+        return producer, [] if keeps else _without_added_bias(mixed)
 
     def _stand_in(self, name: Value, output: ir.Value, mixed: ir.Value) -> None:
         """Readers, those that come with later sites, and the model's outputs get the mix, under the output's name."""
@@ -101,6 +104,8 @@ class Mixing:
         editor, name = self.editor, replacement.site.name
         if isinstance(spec, LinearMixing):
             body, described, tables, stored = linear.function(spec, editor.opset), linear.attributes(spec), [], kind
+        elif isinstance(spec, (GatedAttention, MixedChunkAttention)):
+            return self._unit(nodes, replacement, spec, x, kind)
         else:
             body, described = function(spec, editor.opset), attributes(spec, kind)
             tables = [*self._features(spec, kind), *self._lengths(nodes, replacement.around, spec, x, kind)]
@@ -112,6 +117,25 @@ class Mixing:
         ]
         unique = editor.write.unique(f"{name}/mixing")  # a name that captures read the site off
         node = ir.Node(DOMAIN, body.name, [x, *tables, *held], described, num_outputs=1, name=unique)
+        node.outputs[0].name = editor.write.unique(f"{name}.mixed")
+        nodes.append(node)
+        return node.outputs[0]
+
+    def _unit(
+        self, nodes: list[ir.Node], replacement: Replacement, spec: GatedUnit, x: ir.Value, kind: ir.DataType
+    ) -> ir.Value:
+        editor, name = self.editor, replacement.site.name
+        if isinstance(spec, GatedAttention):
+            body, described = unit.function(spec, editor.opset), unit.attributes(spec, kind)
+        else:
+            body, described = chunked.function(spec, editor.opset), chunked.attributes(spec, kind)
+        self._declare(body)
+        held = [
+            editor.write.constant(array, f"{name}.{role}")
+            for role, array in unit.stored(spec, replacement.tensors, kind).items()
+        ]
+        unique = editor.write.unique(f"{name}/mixing")
+        node = ir.Node(DOMAIN, body.name, [x, *held], described, num_outputs=1, name=unique)
         node.outputs[0].name = editor.write.unique(f"{name}.mixed")
         nodes.append(node)
         return node.outputs[0]

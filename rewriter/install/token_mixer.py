@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from codegen.launch.mixing_op import mix
 from codegen.ops.token_mixing import from_json, to_json
-from codegen.spec import TokenMixing
+from codegen.spec import GatedAttention, MixedChunkAttention, TokenMixing
 from rewriter.install.mimicry import mimic_attributes
 from rewriter.install.mixer import stripped
 from rewriter.install.protocol import Protocol
+from rewriter.install.unit_cache import resumed
 
 
 class TokenMixer(nn.Module):
@@ -58,18 +59,27 @@ class TokenMixer(nn.Module):
         """
         call = self.protocol.read(args, kwargs)
         hidden: Tensor = call["hidden"]
-        _require_mixable(call, hidden)
+        _require_mixable(call, hidden, causal=self._causal)
         x = hidden if self.input_norm is None else self.input_norm(hidden)
         turned = hidden.dim() == 3 and not self.protocol.batch_first
         batched = x[None] if hidden.dim() == 2 else x.transpose(0, 1) if turned else x
         parameters: dict[str, Tensor] = {name: getattr(self, name) for name in self.spec.shapes}
-        mixed = mix(self.spec, batched, parameters, kernels=self.kernels)
+        mixed = self._mixed(batched, parameters, call.get("cache"))
         output = mixed[0] if hidden.dim() == 2 else mixed.transpose(0, 1) if turned else mixed
         output = output + hidden if self.protocol.adds_input else output
         output = output if self.output_norm is None else self.output_norm(output)
         if self.protocol.bare:
             return output
         return tuple(self._element(name, call, output) for name in self.protocol.returns)
+
+    @property
+    def _causal(self) -> bool:
+        return isinstance(self.spec, (GatedAttention, MixedChunkAttention)) and self.spec.causal
+
+    def _mixed(self, x: Tensor, parameters: Mapping[str, Tensor], cache: Any) -> Tensor:
+        if cache is not None and isinstance(self.spec, (GatedAttention, MixedChunkAttention)):
+            return resumed(self, self.spec, cache, x, parameters)
+        return mix(self.spec, x, parameters, kernels=self.kernels)
 
     def _element(self, name: str, call: Mapping[str, Any], output: Tensor) -> Any:
         if name == "output":
@@ -144,13 +154,13 @@ def absorbed(model: nn.Module) -> list[str]:
     return [path for path, module in model.named_modules() if isinstance(module, Absorbed)]
 
 
-def _require_mixable(call: Mapping[str, Any], hidden: Tensor) -> None:
+def _require_mixable(call: Mapping[str, Any], hidden: Tensor, *, causal: bool) -> None:
     context = call.get("context")
     if context is not None and context is not hidden:
         raise TypeError("attention to another sequence was replaced by a mix of one")
-    if call.get("cache") is not None:
+    if call.get("cache") is not None and not causal:
         raise TypeError("a mix of all tokens has no key/value cache; call the model with use_cache=False")
-    if call.get("is_causal"):
+    if call.get("is_causal") and not causal:
         raise TypeError("a mix of all tokens has no causal order")
     if call.get("wants_weights"):
         raise TypeError("a mix of tokens has no attention weights")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import coverage, end_to_end, fidelity, kernels, rows
+from benchmarks import coverage, end_to_end, fidelity, flash_layers, kernels, rows
 from benchmarks.attentions import DOORS, Outcome
 from benchmarks.peers import PeerResult, model_type
 
@@ -159,4 +159,20 @@ def test_mixed_encoders_beside_the_originals(tmp_path: Path) -> None:
     assert all(r["goal"] is None for r in times)  # goals are for other lengths
     errors = [r for r in written["rows"] if r["name"] == "error"]
     assert errors and all(r["ok"] for r in errors)
-    assert "## End to end" in page.read_text()
+    flash = [r for r in written["rows"] if r["name"] == "flash"]
+    peers = {flash_layers.SDPA, flash_layers.WHOLE}
+    assert {(r["form"], r["peer_name"]) for r in flash} == {(f, p) for f in ("flash", "flash-quad") for p in peers}
+    state = next(r for r in written["rows"] if r["name"] == "decoding" and r["unit"] == "MiB")
+    assert state["ok"] and state["ours"] == state["peer"]
+    assert "## End to end" in page.read_text() and "## FLASH layers" in page.read_text()
+
+
+def test_rows_of_flash_layers_carry_their_goals() -> None:
+    found = {flash_layers.SDPA: 8.0, flash_layers.WHOLE: 10.0, "flash": 1.0, "flash-quad": 2.0}
+    rows_ = list(flash_layers._rows(found, 8192, "causal, training step", flash_layers.LAYER_GOALS, causal=True))
+    told = {(r.more["form"], r.peer_name): (r.ratio, r.goal, r.ok, r.more["paper"]) for r in rows_}
+    assert told["flash", flash_layers.SDPA] == (8.0, 2.0, True, 12.12)
+    assert told["flash", flash_layers.WHOLE] == (10.0, 12.0, False, 12.12)
+    assert told["flash-quad", flash_layers.SDPA] == (4.0, None, None, 5.23)
+    (flat,) = flash_layers._flat({"inference": {1024: 9.0, 2048: 1.0, 16384: 1.2}})
+    assert flat.ok is False and flat.ratio == pytest.approx(1 / 1.2)

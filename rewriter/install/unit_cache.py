@@ -1,0 +1,64 @@
+"""Cached decoding of gated units behind transformers' caches.
+
+A unit's state is no keys and values, so it is kept on the cache object beside what that holds, by the module that it
+belongs to. In its place the cache gets one number for each token: the number of its row in the batch. From that the
+cache counts tokens, as models ask it to, and the last of them tells whether rows were repeated or put into another
+order since (beams, several answers to one prompt); the state then follows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from codegen.launch.mixing_op import mix
+from codegen.ops.gated_attention import torch_body as quadratic
+from codegen.ops.gated_attention.torch_body import GatedState
+from codegen.ops.mixed_chunk_attention import torch_body as chunked
+from codegen.ops.mixed_chunk_attention.torch_body import ChunkState
+from codegen.spec import GatedAttention, GatedUnit
+
+STATES = "gated_unit_states"
+
+
+def resumed(mixer: nn.Module, spec: GatedUnit, cache: Any, x: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+    """[B, S, E] for the tokens x [B, S, E] behind those in the cache, which then holds these too.
+
+    Where gradients are wanted the cache counts the tokens only, and cannot be gone on with.
+
+    Raises:
+        TypeError: the cache is of a kind that does not grow, was filled by something else, or cut.
+    """
+    if not callable(getattr(cache, "update", None)) or hasattr(cache, "self_attention_cache"):
+        raise TypeError("a gated attention unit needs a cache that grows, as transformers' DynamicCache")
+    layer = int(getattr(mixer, "layer_idx", None) or 0)
+    states: dict[int, GatedState | ChunkState] = cache.__dict__.setdefault(STATES, {})
+    state, seen = states.get(id(mixer)), int(cache.get_seq_length(layer))
+    if seen != (0 if state is None else state.position):
+        raise TypeError("the cache was cut, or filled by something else than this model's decoding without gradients")
+    rows = torch.arange(x.shape[0], dtype=torch.float32, device=x.device)[:, None, None, None]
+    tags = rows.expand(-1, 1, x.shape[1], 1)
+    held, _ = cache.update(tags, tags, layer)
+    if held.shape[2] != seen + x.shape[1]:
+        raise TypeError("a gated attention unit needs a cache that grows, as transformers' DynamicCache")
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters.values())):
+        return mix(spec, x, parameters)
+    if state is None:
+        state = _start(spec, x)
+    else:
+        state.select(held[:, 0, seen - 1, 0].long())
+    states[id(mixer)] = state
+    if isinstance(spec, GatedAttention):
+        assert isinstance(state, GatedState)
+        return quadratic.resume(spec, x, parameters, state)
+    assert isinstance(state, ChunkState)
+    return chunked.resume(spec, x, parameters, state)
+
+
+def _start(spec: GatedUnit, x: Tensor) -> GatedState | ChunkState:
+    if isinstance(spec, GatedAttention):
+        return quadratic.start(spec, x.shape[0], x)
+    return chunked.start(spec, x.shape[0], x)
