@@ -10,6 +10,8 @@ import math
 from dataclasses import dataclass
 from enum import Enum
 
+from codegen.sight import Pattern
+
 
 @dataclass(frozen=True)
 class GroupedQueryAttention:
@@ -25,6 +27,7 @@ class GroupedQueryAttention:
         softcap: scores become ``softcap * tanh(scores / softcap)`` before the bias; None for none.
         masked_rows_are_zero: a row whose keys are all masked gives zeros instead of NaN.
         sinks: further score columns [B, heads, S, n] take part in the softmax and are dropped after it.
+        pattern: which keys each head's queries see, beside `causal` and `bias`; empty for all.
     """
 
     heads: int
@@ -37,6 +40,7 @@ class GroupedQueryAttention:
     softcap: float | None = None
     masked_rows_are_zero: bool = False
     sinks: bool = False
+    pattern: Pattern = ()
 
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads:

@@ -20,6 +20,7 @@ from passes.targets.catalogue import CATALOGUE
 from passes.targets.fourier import HYBRID, Fourier
 from passes.targets.grouped_query import GroupedQuery
 from passes.targets.linear_mixing import LinearMixer
+from passes.targets.sparse import SparseFixed, SparseStrided, Window
 from passes.targets.sparse_mixer import sparse_mixer
 from rewriter.errors import NotExportable, UsageError
 from rewriter.model_kinds import is_onnx, is_torch
@@ -224,6 +225,7 @@ def _targets(flow: Flow, matches: Matches, site: AttentionSite) -> tuple[str, ..
             names += [t.name for t in (Fourier(), Fourier(keep=HYBRID), Fourier(hartley=True))]
             names += [LinearMixer(structure).name for structure in Structure]
             names += [t.name for t in SPARSE]
+    names += [t.name for t in (Window(), SparseFixed(), SparseStrided()) if t.refuses(site) is None]
     return tuple(names)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import onnx_ir as ir
 
 import rewriter
+from codegen.ops.grouped_query_attention.onnx_tiles import computed_scores
 from passes.match.attention import Matches, find_attention
 from passes.match.confirm import confirm
 from passes.match.feed_forward import FeedForwards, confirm_feed_forward, find_feed_forward
@@ -151,6 +152,7 @@ def rewrite_onnx(
         parameters=count_parameters(original),
         bytes_per_number=_BYTES[captured.flow.dtype],
         seconds={},
+        scores=computed_scores,
     )
     with watch.stage("install"):
         blocks = decision.blocks.replacements

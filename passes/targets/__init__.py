@@ -4,6 +4,16 @@ from passes.targets.experts import Experts
 from passes.targets.fourier import Fourier
 from passes.targets.grouped_query import GroupedQuery
 from passes.targets.linear_mixing import LinearMixer
+from passes.targets.sparse import SparseFixed, SparseStrided, Window
 from passes.targets.sparse_mixer import SparseMixer
 
-__all__ = ["Experts", "Fourier", "GroupedQuery", "LinearMixer", "SparseMixer"]
+__all__ = [
+    "Experts",
+    "Fourier",
+    "GroupedQuery",
+    "LinearMixer",
+    "SparseFixed",
+    "SparseMixer",
+    "SparseStrided",
+    "Window",
+]

@@ -10,12 +10,13 @@ from codegen.spec import Structure
 from passes.targets.fourier import HYBRID, Fourier
 from passes.targets.grouped_query import GroupedQuery
 from passes.targets.linear_mixing import LONGEST, NAMES, LinearMixer
+from passes.targets.sparse import FORMS, SparseFixed, SparseStrided, Window
 from passes.targets.sparse_mixer import SparseMixer, sparse_mixer
 
 Mixer = Fourier | LinearMixer
 """Targets that mix tokens without attention."""
 
-AttentionTarget = GroupedQuery | Mixer
+AttentionTarget = GroupedQuery | Mixer | Window | SparseFixed | SparseStrided
 """What an attention can become."""
 
 Target = AttentionTarget | SparseMixer
@@ -76,6 +77,31 @@ def _parse_linear(structure: Structure) -> Callable[[str], Target | None]:
         return LinearMixer(structure, tokens) if tokens else None
 
     return parse
+
+
+def _parse_window(name: str) -> Target | None:
+    return _made(Window, "window", name, 2)
+
+
+def _parse_fixed(name: str) -> Target | None:
+    return _made(SparseFixed, "sparse-fixed", name, 2)
+
+
+def _parse_strided(name: str) -> Target | None:
+    return _made(SparseStrided, "sparse-strided", name, 1)
+
+
+def _made(kind: Callable[..., Target], stem: str, name: str, most: int) -> Target | None:
+    """Out of ``stem[:number,...][,form]``; None if the name is another's, or says what cannot be."""
+    found = re.fullmatch(rf"{stem}(?::(\d{{1,9}}(?:,\d{{1,9}})*)?,?({'|'.join(FORMS)})?)?", name)
+    if found is None or name.endswith((":", ",")):
+        return None
+    numbers = [int(n) for n in (found.group(1) or "").split(",") if n]
+    form = {"form": found.group(2)} if found.group(2) else {}
+    try:
+        return kind(*numbers, **form) if len(numbers) <= most else None
+    except (TypeError, ValueError):  # no such form here, or numbers that do not fit
+        return None
 
 
 CATALOGUE: tuple[Entry, ...] = (
@@ -158,6 +184,30 @@ CATALOGUE: tuple[Entry, ...] = (
         "as sparse-mixer; a quarter of the blocks' work",
         "as sparse-mixer",
         _parse_sparse_mixer(fast=True),
+    ),
+    Entry(
+        "window[:w,sinks]",
+        "queries see the w nearest keys and the first ones (w = 128, sinks = 4)",
+        "arXiv 2309.17453, 2004.05150",
+        "which keys a query sees; no weight changes",
+        "self-attention, causal or bidirectional",
+        _parse_window,
+    ),
+    Entry(
+        "sparse-fixed[:l,c,form]",
+        "queries see their block of l tokens and the last c of every block (l = 128, c = 8)",
+        "arXiv 1904.10509",
+        "as window; form is merged, alternating (by layer) or heads",
+        "as window",
+        _parse_fixed,
+    ),
+    Entry(
+        "sparse-strided[:l,form]",
+        "queries see the last l tokens and every l-th before (l = 128)",
+        "arXiv 1904.10509",
+        "as sparse-fixed; for data with a period, not for text",
+        "as window",
+        _parse_strided,
     ),
 )
 
