@@ -76,12 +76,12 @@ def fingerprint(spec: Any) -> str:
 
 
 def numbers(spec: Any) -> dict[str, Value]:
-    """A spec's fields by name, once each of them is known to be a plain number, flag, enum or None.
+    """A spec's fields by name but for empty ones, once each is known to be a plain number, flag, enum or None.
 
     Raises:
         UnsafeInput: a field holds something else, e.g. text.
     """
-    found = {field.name: getattr(spec, field.name) for field in fields(spec)}
+    found = {f.name: value for f in fields(spec) if (value := getattr(spec, f.name)) != ()}
     for name, value in found.items():
         if isinstance(value, Lowered):
             raise UnsafeInput(f"the spec's field {name!r} holds text")

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import ClassVar
 
+from codegen.sight import Pattern
+
 
 @dataclass(frozen=True)
 class GroupedQueryAttention:
@@ -26,6 +28,7 @@ class GroupedQueryAttention:
         softcap: scores become ``softcap * tanh(scores / softcap)`` before the bias; None for none.
         masked_rows_are_zero: a row whose keys are all masked gives zeros instead of NaN.
         sinks: further score columns [B, heads, S, n] take part in the softmax and are dropped after it.
+        pattern: which keys each head's queries see, beside `causal` and `bias`; empty for all.
     """
 
     heads: int
@@ -38,6 +41,7 @@ class GroupedQueryAttention:
     softcap: float | None = None
     masked_rows_are_zero: bool = False
     sinks: bool = False
+    pattern: Pattern = ()
 
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from codegen.sight import Pattern, visible
 from passes.dataflow import Array, Flow, Value
 from passes.match.attention import Evidence
 from passes.match.scores import apply_modifier
@@ -41,6 +42,7 @@ class Activations:
         weights: [B, H, S, T], the original's softmax here.
         turns: for q and k the complex factor of each rotating pair, [B, S or T, F]; and of what does not rotate.
         shown: [B, T], keys that some query sees; asking: [B, S], queries that count.
+        pattern: which of the keys queries see after the rewrite; empty where that does not change.
     """
 
     site: AttentionSite
@@ -51,6 +53,7 @@ class Activations:
     turns: tuple[tuple[Array, float], tuple[Array, float]]
     shown: Array
     asking: Array
+    pattern: Pattern = ()
 
     def queries(self, weights: SiteWeights) -> Array:
         """[B, H, S, D] before rotation, with these weights; likewise `keys` and `values` [B, N, T, ...]."""
@@ -71,6 +74,7 @@ class Activations:
         heads = self.weights.shape[1]
         index = np.arange(heads) // (heads // values.shape[1])
         attention = self.weights if self.site.bent else self._attention(weights, index)
+        attention = narrowed(attention, self.pattern) if self.pattern else attention
         output = attention @ values[:, index]
         return np.asarray(output.transpose(0, 2, 1, 3).reshape(output.shape[0], output.shape[2], -1))
 
@@ -109,6 +113,29 @@ def activations(
     same = inputs[0].shape == inputs[1].shape and not site.cross
     asking = shown if same else np.ones((batch, q.shape[2]), dtype=bool)
     return Activations(site, here, evidence, (inputs[0], inputs[1], inputs[2]), attention, turns, shown, asking)
+
+
+def projected(site: AttentionSite, weights: SiteWeights, look: Activations, like: Array) -> Array:
+    """What the output projection gives with these weights, laid out as the program has it."""
+    assert weights.out is not None
+    columns = weights.out.transpose(1, 0, 2).reshape(weights.out.shape[1], -1)
+    result = look.merged(weights) @ columns.T.astype(np.float32)
+    if weights.out_bias is not None:
+        result = result + weights.out_bias.astype(np.float32)
+    ordered = result if site.q.batch_first else result.swapaxes(0, 1)
+    return np.asarray(ordered.reshape(like.shape))
+
+
+def narrowed(weights: Array, pattern: Pattern) -> Array:
+    """Softmax weights [B, H, S, T] when only some keys are seen; what sinks among the scores took they go on taking."""
+    heads, queries, keys = weights.shape[1:]
+    rows, columns = np.arange(keys - queries, keys)[:, None], np.arange(keys)
+    sights = [visible(sight, rows, columns) for sight in pattern]
+    shown = np.stack([sights[head % len(sights)] for head in range(heads)])
+    elsewhere = 1 - weights.sum(axis=-1, keepdims=True)
+    left = weights * shown
+    total = left.sum(axis=-1, keepdims=True) + elsewhere
+    return np.asarray(left / np.maximum(total, np.float32(1e-30)))
 
 
 def _by_token(x: Array, operand: Operand, batch: int) -> Array:

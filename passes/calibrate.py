@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from passes.activations import Activations
+from passes.activations import Activations, projected
 from passes.dataflow import Array, Flow, Value
 from passes.match.attention import Matches
 from passes.mixing_fit import fit_mixing
@@ -21,10 +21,12 @@ from passes.paired_runs import PairedRuns
 from passes.plan import Step
 from passes.protocols import Probe
 from passes.site import AttentionSite
+from passes.sparse_run import see_less
 from passes.sublayer import NoSublayer
 from passes.targets.grouped_query import GroupedQuery, merge_site, tied
 from passes.targets.mixing import Fit
 from passes.targets.replacement import Replacement
+from passes.targets.sparse import Sparse
 from passes.weights.group import Moments
 from passes.weights.merge import Freedom, Merged, contiguous, readers
 from passes.weights.moments import MomentSums
@@ -53,6 +55,8 @@ def calibrated(
         try:
             if isinstance(step.target, GroupedQuery):
                 done[step.site.name] = _merge(pair, step.site, step.target, pooled, steps)
+            elif isinstance(step.target, Sparse):
+                done[step.site.name] = see_less(pair, step.site, step.target)
             else:
                 done[step.site.name] = fit_mixing(pair, step.site, step.target, mixed)
         except NoSublayer as reason:
@@ -89,7 +93,7 @@ def _merge(
         merged = merge_site(pair.flow, site, target, freedom, _moments(site, target, weights, looked), method=method)
         merged = _refitted(site, merged, looked, reference)
     for run, look, before in zip(pair.students, looked, reference, strict=True):
-        run.put(site.out.output, _output(site, merged.weights, look, before))
+        run.put(site.out.output, projected(site, merged.weights, look, before))
     return target.merged(pair.flow, site, merged, method)
 
 
@@ -165,17 +169,6 @@ def _refitted(site: AttentionSite, merged: Merged, looked: Sequence[Activations]
     out = columns.reshape(len(columns), site.heads, -1).transpose(1, 0, 2)
     bias = solved[:, -1] if constant else None
     return replace(merged, weights=replace(weights, out=out, out_bias=bias), refitted=True)
-
-
-def _output(site: AttentionSite, weights: SiteWeights, look: Activations, like: Array) -> Array:
-    """What the output projection gives with these weights, laid out as the program has it."""
-    assert weights.out is not None
-    columns = weights.out.transpose(1, 0, 2).reshape(weights.out.shape[1], -1)
-    result = look.merged(weights) @ columns.T.astype(np.float32)
-    if weights.out_bias is not None:
-        result = result + weights.out_bias.astype(np.float32)
-    ordered = result if site.q.batch_first else result.swapaxes(0, 1)
-    return np.asarray(ordered.reshape(like.shape))
 
 
 def _tokens(site: AttentionSite, look: Activations, output: Array) -> Array:

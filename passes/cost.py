@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
+from codegen.ops.grouped_query_attention.tiles import computed_scores
+from codegen.sight import Pattern
 from codegen.spec import TokenMixing
 from passes.dataflow import Flow, Node
 from passes.match.attention import Matches
@@ -21,6 +23,15 @@ class Cost:
     flops: int
 
 
+Scores = Callable[[Pattern, int, int, int], int]
+"""(pattern, heads, queries, keys) to how many scores are computed."""
+
+
+def all_scores(pattern: Pattern, heads: int, queries: int, keys: int) -> int:
+    """Where a pattern is a mask over all of them."""
+    return heads * queries * keys
+
+
 def costs(
     flow: Flow,
     matches: Matches,
@@ -29,10 +40,13 @@ def costs(
     *,
     whole_caches: Collection[str] = (),
     whole_projections: Collection[str] = (),
+    scores: Scores = computed_scores,
 ) -> tuple[Cost, Cost]:
     """(before, after). Flops count learned projections and both contractions of every site, or what mixes instead.
 
-    `whole_caches` and `whole_projections` name rewritten sites that still cache, and project to, all heads.
+    `whole_caches` and `whole_projections` name rewritten sites that still cache, and project to, all heads. `scores`
+    says how many scores of sparse attentions are computed. What is cached per token is what a full cache holds: that a
+    query sees fewer keys does not free those that later ones see.
     """
     mixed = {r.site.name: r.mixing for r in replacements if r.mixing is not None}
     heads = {r.site.name: 0 if r.mixing is not None else r.grouped.kv_heads for r in replacements}
@@ -42,6 +56,8 @@ def costs(
     base = _projection_flops(flow) + sum(_contraction_flops(flow, matches, s) for s in sites)
     saved = sum(_saved_flops(flow, s, heads[s.name]) for s in sites if s.name in computed and s.name not in mixed)
     saved += sum(_mixing_saves(flow, matches, s, mixed[s.name]) for s in sites if s.name in mixed)
+    sparse = {r.site.name: r.pattern for r in replacements if r.pattern}
+    saved += sum(_sparse_saves(matches, s, sparse[s.name], scores) for s in sites if s.name in sparse)
     before = sum(_kv_numbers(s, s.kv_heads) for s in sites) * bytes_per_number
     after = sum(_kv_numbers(s, cached.get(s.name, s.kv_heads)) for s in sites) * bytes_per_number
     return Cost(before, base), Cost(after, base - saved)
@@ -57,7 +73,7 @@ def parameters_removed(flow: Flow, replacements: Sequence[Replacement]) -> int:
             continue
         for role, operand in (("k", r.site.k), ("v", r.site.v)):
             key = (operand.projection.weight, role)
-            if key in seen:
+            if key in seen or f"{role}_weight" not in r.tensors:
                 continue
             seen.add(key)
             weight, bias = r.tensors[f"{role}_weight"], r.tensors.get(f"{role}_bias")
@@ -97,14 +113,26 @@ def _mixing_saves(flow: Flow, matches: Matches, site: AttentionSite, spec: Token
     return projections + _contraction_flops(flow, matches, site) - spec.flops(batch, tokens)
 
 
+def _sparse_saves(matches: Matches, site: AttentionSite, pattern: Pattern, scores: Scores) -> int:
+    """What the scores take that are not computed any more."""
+    batch, queries, keys = _sizes(matches, site)
+    left = scores(pattern, site.heads, queries, keys)
+    return 2 * batch * (site.heads * queries * keys - left) * (site.head_dim + site.value_dim)
+
+
+def _sizes(matches: Matches, site: AttentionSite) -> tuple[int, int, int]:
+    """Batch, queries and keys of the recorded run."""
+    evidence = matches.evidence[site.name]
+    batch, queries = (int(n) for n in evidence.q.tokens.rows.shape)
+    return batch, queries, int(evidence.k.tokens.new.stop)
+
+
 def _kv_numbers(site: AttentionSite, kv_heads: int) -> int:
     return kv_heads * (site.head_dim + site.value_dim)
 
 
 def _contraction_flops(flow: Flow, matches: Matches, site: AttentionSite) -> int:
-    evidence = matches.evidence[site.name]
-    batch, queries = (int(n) for n in evidence.q.tokens.rows.shape)
-    keys = int(evidence.k.tokens.new.stop)
+    batch, queries, keys = _sizes(matches, site)
     return 2 * batch * site.heads * queries * keys * (site.head_dim + site.value_dim)
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from codegen.ops.grouped_query_attention.reference import shown
 from codegen.ops.token_mixing import token_mixing
-from codegen.spec import TokenMixing
+from codegen.spec import GroupedQueryAttention, TokenMixing
 from passes.dataflow import Array, Flow
 from passes.match.attention import Evidence
 from passes.match.operands import Traced
@@ -22,9 +23,11 @@ def site_error(flow: Flow, evidence: Evidence, replacement: Replacement) -> tupl
     """
     if replacement.mixing is not None:
         return _mixing_error(flow, replacement, replacement.mixing)
+    spec = replacement.grouped
+    if spec.pattern:
+        return _sparse_error(flow, evidence, spec)
     if evidence.k.operand.norm is not None or evidence.v.operand.norm is not None:
         return None
-    spec = replacement.grouped
     turned = "q_weight" in replacement.tensors
     heads = spec.heads
     query = _projected(flow, evidence.q, replacement, "q", heads) if turned else rebuild(flow, evidence.q)
@@ -42,6 +45,28 @@ def site_error(flow: Flow, evidence: Evidence, replacement: Replacement) -> tupl
     if "out_weight" in replacement.tensors:
         output, reference = _behind(flow, replacement, output, reference)
         alive = alive.all(axis=1)
+    size = float(np.linalg.norm(reference[alive]))
+    return float(np.linalg.norm((output - reference)[alive])) / max(size, 1e-30), 1.0
+
+
+def _sparse_error(flow: Flow, evidence: Evidence, spec: GroupedQueryAttention) -> tuple[float, float]:
+    """Of the attention's output: the recorded operands, and fewer keys."""
+    path = evidence.path
+    query, keys, values = (
+        np.asarray(recorded(flow, view, traced.tokens), dtype=np.float64)
+        for view, traced in ((path.q, evidence.q), (path.k, evidence.k), (path.v, evidence.v))
+    )
+    reference = recorded(flow, path.output_view, evidence.q.tokens)
+    keys, values = (x[:, np.arange(spec.heads) * x.shape[1] // spec.heads] for x in (keys, values))
+    scores = np.einsum("bhsd,bhtd->bhst", query, keys) * path.scale
+    further = [m for m in path.modifiers if m.kind == "sinks"]
+    for modifier in (m for m in path.modifiers if m.kind != "sinks"):
+        scores = apply_modifier(flow, modifier, scores)
+    alive = (scores > -1e4).any(-1)
+    scores = np.where(shown(spec, *scores.shape[-2:]), scores, -np.inf)
+    for modifier in further:
+        scores = apply_modifier(flow, modifier, scores)
+    output = np.einsum("bhst,bhtd->bhsd", softmax(scores)[..., : values.shape[2]], values)
     size = float(np.linalg.norm(reference[alive]))
     return float(np.linalg.norm((output - reference)[alive])) / max(size, 1e-30), 1.0
 

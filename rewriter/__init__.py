@@ -22,6 +22,7 @@ from rewriter.errors import (
 
 if TYPE_CHECKING:
     from rewriter.inspection import Inspection, inspect, targets
+    from rewriter.install.bounded_cache import bounded_cache
     from rewriter.optimize import Rewritten, load, optimize, save, use_kernels, verify
     from rewriter.profile.compare import profile
     from rewriter.uptrain.recipe import Recipe
@@ -35,6 +36,7 @@ _LAZY = {
     "Recipe": "rewriter.uptrain.recipe",
     "Rewritten": "rewriter.optimize",
     "Uptrained": "rewriter.uptrain.result",
+    "bounded_cache": "rewriter.install.bounded_cache",
     "inspect": "rewriter.inspection",
     "load": "rewriter.optimize",
     "optimize": "rewriter.optimize",
@@ -59,6 +61,7 @@ __all__ = [
     "UsageError",
     "VerificationFailed",
     "__version__",
+    "bounded_cache",
     "inspect",
     "load",
     "optimize",

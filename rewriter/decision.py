@@ -9,9 +9,10 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from codegen.ops.grouped_query_attention.tiles import computed_scores
 from passes.arithmetic import arithmetic
 from passes.calibrate import calibrated
-from passes.cost import costs, parameters_removed
+from passes.cost import Scores, costs, parameters_removed
 from passes.dataflow import Flow
 from passes.match.attention import Matches
 from passes.match.feed_forward import FeedForwards
@@ -260,8 +261,9 @@ def report(
     fidelity: Any = None,
     whole_caches: Collection[str] = (),
     whole_projections: Collection[str] = (),
+    scores: Scores = computed_scores,
 ) -> RewriteReport:
-    """Put the report together; `parameters` is the model's count before. For the last two see `costs`."""
+    """Put the report together; `parameters` is the model's count before. For the last three see `costs`."""
     before, after = costs(
         flow,
         matches,
@@ -269,6 +271,7 @@ def report(
         bytes_per_number,
         whole_caches=whole_caches,
         whole_projections=whole_projections,
+        scores=scores,
     )
     after = replace(after, flops=after.flops - decision.blocks.flops_saved(flow))
     explained = (

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from passes.cost import all_scores
 from passes.dataflow import Flow
 from passes.match.attention import Matches
 from passes.protocols import Probe
@@ -77,6 +78,7 @@ def rewrite_graph(
         fidelity=fidelity,
         whole_caches={name for name, kept in done.kept.items() if kept.cache},
         whole_projections={name for name, kept in done.kept.items() if kept.projection},
+        scores=all_scores,
     )
     graph: Graph = done.model
     return graph

@@ -21,6 +21,7 @@ from passes.targets.fourier import HYBRID, Fourier
 from passes.targets.gated_unit import Form, GatedUnit
 from passes.targets.grouped_query import GroupedQuery
 from passes.targets.linear_mixing import LinearMixer
+from passes.targets.sparse import SparseFixed, SparseStrided, Window
 from passes.targets.sparse_mixer import sparse_mixer
 from rewriter.errors import NotExportable, UsageError
 from rewriter.model_kinds import is_onnx, is_torch
@@ -229,6 +230,7 @@ def _targets(flow: Flow, matches: Matches, site: AttentionSite) -> tuple[str, ..
         with contextlib.suppress(NoSublayer):
             sublayer(flow, site, matches.evidence[site.name])
             names += [GatedUnit(form).name for form in get_args(Form)]
+    names += [t.name for t in (Window(), SparseFixed(), SparseStrided()) if t.refuses(site) is None]
     return tuple(names)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import onnx_ir as ir
 
 import rewriter
+from codegen.ops.grouped_query_attention.onnx_tiles import computed_scores
 from passes.dataflow import Flow, Value
 from passes.match.attention import Matches, find_attention
 from passes.match.confirm import confirm
@@ -169,6 +170,7 @@ def rewrite_onnx(
         parameters=count_parameters(original),
         bytes_per_number=_BYTES[captured.flow.dtype],
         seconds={},
+        scores=computed_scores,
     )
     with watch.stage("install"):
         blocks = decision.blocks.replacements

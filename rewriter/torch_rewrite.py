@@ -173,11 +173,12 @@ def _install(
         except UnsupportedModel as error:
             left[group.path] = group
             reasons.update({r.site.name: str(error) for r in group.replacements})
-    attending = {p: g.replacements for p, g in left.items() if g.replacements[0].mixing is None}
+    first = {p: g.replacements[0] for p, g in left.items()}
+    attending = {p: g.replacements for p, g in left.items() if first[p].mixing is None and not first[p].pattern}
     kept, failed = keep_forwards(module, flow, attending, reasons, args, kwargs)
     failed = {
         **failed,
-        **{r.site.name: reasons[r.site.name] for g in left.values() for r in g.replacements if r.mixing},
+        **{r.site.name: reasons[r.site.name] for p, g in left.items() if p not in attending for r in g.replacements},
     }
     done = [r for r in decision.replacements if r.site.name not in failed]
     refused = (*decision.refused, *failed.items())
@@ -243,6 +244,8 @@ def _install_one(module: torch.nn.Module, flow: Flow, group: _Owned, records: Ma
             f"{group.path or 'the model'} computes {len(group.replacements)} attentions in one forward",
             hint="rewrite it as a graph: pass torch.export.export(model, ...) instead of the model",
         )
+    if len({r.pattern for r in group.replacements}) > 1:
+        raise UnsupportedModel("one module computes attentions that are to see different keys")
     if first.mixing is not None:
         _mix_one(module, flow, group, records)
         return
@@ -256,7 +259,8 @@ def _install_one(module: torch.nn.Module, flow: Flow, group: _Owned, records: Ma
     after = _new_parameters(before, first)
     q_key, k_key, v_key = (_key(flow, o) for o in (site.q, site.k, site.v))
     turned = "q_weight" in first.tensors
-    if k_key and v_key and (q_key or not turned) and knob_applies(module, group.path, k_key, v_key):
+    knob = not first.pattern and knob_applies(module, group.path, k_key, v_key) if k_key and v_key else False
+    if k_key and v_key and (q_key or not turned) and knob:
         query = q_key if turned else None
         apply_knob(module, group.path, k_key, v_key, first.grouped.kv_heads, after, record, q_weight_key=query)
         _write(output)

@@ -22,10 +22,14 @@ class FunctionBody:
 
     def op(self, kind: str, inputs: Sequence[ir.Value], name: str, attributes: Sequence[ir.Attr] = ()) -> ir.Value:
         node = ir.Node("", kind, list(inputs), list(attributes), num_outputs=1)
-        count = self._names[name] = self._names.get(name, 0) + 1
-        node.outputs[0].name = name if count == 1 else f"{name}_{count}"
+        node.outputs[0].name = self.unique(name)
         self.nodes.append(node)
         return node.outputs[0]
+
+    def unique(self, name: str) -> str:
+        """The name, with a number behind it if it has been used."""
+        count = self._names[name] = self._names.get(name, 0) + 1
+        return name if count == 1 else f"{name}_{count}"
 
     def cast(self, value: ir.Value, attribute: str, name: str) -> ir.Value:
         """In the dtype that an attribute of the function names."""

@@ -5,6 +5,17 @@ from passes.targets.fourier import Fourier
 from passes.targets.gated_unit import GatedUnit
 from passes.targets.grouped_query import GroupedQuery
 from passes.targets.linear_mixing import LinearMixer
+from passes.targets.sparse import SparseFixed, SparseStrided, Window
 from passes.targets.sparse_mixer import SparseMixer
 
-__all__ = ["Experts", "Fourier", "GatedUnit", "GroupedQuery", "LinearMixer", "SparseMixer"]
+__all__ = [
+    "Experts",
+    "Fourier",
+    "GatedUnit",
+    "GroupedQuery",
+    "LinearMixer",
+    "SparseFixed",
+    "SparseMixer",
+    "SparseStrided",
+    "Window",
+]

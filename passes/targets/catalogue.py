@@ -11,12 +11,13 @@ from passes.targets.fourier import HYBRID, Fourier
 from passes.targets.gated_unit import CHUNK, GatedUnit
 from passes.targets.grouped_query import GroupedQuery
 from passes.targets.linear_mixing import LONGEST, NAMES, LinearMixer
+from passes.targets.sparse import FORMS, SparseFixed, SparseStrided, Window
 from passes.targets.sparse_mixer import SparseMixer, sparse_mixer
 
 Mixer = Fourier | LinearMixer | GatedUnit
 """Targets of which one computation takes the place of an attention with all its projections."""
 
-AttentionTarget = GroupedQuery | Mixer
+AttentionTarget = GroupedQuery | Mixer | Window | SparseFixed | SparseStrided
 """What an attention can become."""
 
 Target = AttentionTarget | SparseMixer
@@ -91,6 +92,31 @@ def _parse_flash(name: str) -> Target | None:
     found = re.fullmatch(r"flash(?::(\d{1,6}))?", name)
     chunk = int(found.group(1) or CHUNK) if found else 0
     return GatedUnit("flash", chunk) if chunk else None
+
+
+def _parse_window(name: str) -> Target | None:
+    return _made(Window, "window", name, 2)
+
+
+def _parse_fixed(name: str) -> Target | None:
+    return _made(SparseFixed, "sparse-fixed", name, 2)
+
+
+def _parse_strided(name: str) -> Target | None:
+    return _made(SparseStrided, "sparse-strided", name, 1)
+
+
+def _made(kind: Callable[..., Target], stem: str, name: str, most: int) -> Target | None:
+    """Out of ``stem[:number,...][,form]``; None if the name is another's, or says what cannot be."""
+    found = re.fullmatch(rf"{stem}(?::(\d{{1,9}}(?:,\d{{1,9}})*)?,?({'|'.join(FORMS)})?)?", name)
+    if found is None or name.endswith((":", ",")):
+        return None
+    numbers = [int(n) for n in (found.group(1) or "").split(",") if n]
+    form = {"form": found.group(2)} if found.group(2) else {}
+    try:
+        return kind(*numbers, **form) if len(numbers) <= most else None
+    except (TypeError, ValueError):  # no such form here, or numbers that do not fit
+        return None
 
 
 CATALOGUE: tuple[Entry, ...] = (
@@ -190,6 +216,30 @@ CATALOGUE: tuple[Entry, ...] = (
         "as gau",
         "as gau",
         _parse_flash,
+    ),
+    Entry(
+        "window[:w,sinks]",
+        "queries see the w nearest keys and the first ones (w = 128, sinks = 4)",
+        "arXiv 2309.17453, 2004.05150",
+        "which keys a query sees; no weight changes",
+        "self-attention, causal or bidirectional",
+        _parse_window,
+    ),
+    Entry(
+        "sparse-fixed[:l,c,form]",
+        "queries see their block of l tokens and the last c of every block (l = 128, c = 8)",
+        "arXiv 1904.10509",
+        "as window; form is merged, alternating (by layer) or heads",
+        "as window",
+        _parse_fixed,
+    ),
+    Entry(
+        "sparse-strided[:l,form]",
+        "queries see the last l tokens and every l-th before (l = 128)",
+        "arXiv 1904.10509",
+        "as sparse-fixed; for data with a period, not for text",
+        "as window",
+        _parse_strided,
     ),
 )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from codegen.sight import Pattern
 from codegen.spec import GroupedQueryAttention, Spec, TokenMixing
 from passes.dataflow import Array
 from passes.site import AttentionSite
@@ -26,7 +27,8 @@ class Replacement:
         exact: True if the new mixer equals the old one up to rounding.
         before, after: short descriptions, e.g. ``"mha12"`` and ``"gqa4"``.
         merge: how heads became one: "mean", "aligned" or "joint"; for mixing how its result was fitted to the
-            attention's: "none", "initialised", "diagonal" or "matrices".
+            attention's: "none", "initialised", "diagonal" or "matrices". "none" too where only what
+            queries see changes.
         notes: what was done otherwise than `merge` says, and why.
         sublayer: for mixing what it takes the place of.
     """
@@ -59,6 +61,11 @@ class Replacement:
         if self.sublayer is None:
             raise TypeError(f"{self.site.name} becomes {self.after}, which mixes nothing")
         return self.sublayer
+
+    @property
+    def pattern(self) -> Pattern:
+        """What queries see after the step; empty where that does not change."""
+        return self.spec.pattern if isinstance(self.spec, GroupedQueryAttention) else ()
 
     @property
     def turned(self) -> bool:

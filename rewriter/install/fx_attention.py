@@ -68,7 +68,10 @@ def _written_out(
     if mask is not None:
         bias = op(aten.where.Scalar, mask.node, 0.0, -float("inf")) if mask.boolean else mask.node
         scores = op(aten.add.Tensor, scores, bias)
-    weights = op(aten.type_as.default, op(aten.softmax.int, scores, -1), v)
+    weights = op(aten.softmax.int, scores, -1)
+    if spec.pattern:  # it may leave a padded query padding alone
+        weights = op(aten.nan_to_num.default, weights, 0.0)
+    weights = op(aten.type_as.default, weights, v)
     return unfold(op(aten.matmul.default, fold(weights), v))
 
 

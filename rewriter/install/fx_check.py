@@ -1,8 +1,9 @@
 """Proof that a rewritten graph computes what it says: it must equal the original with repeated heads, or mixed.
 
 The original graph is run with its key and value weights replaced by the new heads, each repeated for the old heads
-that it stands for, and with what the oracle makes of each mixed sublayer's input in the place of its output. That is
-the definition of what the rewrite may change, whether the step is exact or lossy.
+that it stands for, with what the oracle makes of each mixed sublayer's input in the place of its output, and with what
+a sparse attention gives of its operands in the place of a full one's output. That is the definition of what the
+rewrite may change, whether the step is exact or lossy.
 """
 
 from __future__ import annotations
@@ -16,9 +17,12 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Interpreter
 from torch.fx import Node as FxNode
 
+from codegen.ops.grouped_query_attention.reference import shown
 from codegen.ops.token_mixing import token_mixing
-from passes.dataflow import Value
-from passes.replay import TOLERANCES
+from passes.dataflow import Flow, Value
+from passes.layout import canonical, laid_out
+from passes.match.scores import apply_modifier
+from passes.replay import TOLERANCES, softmax
 from passes.targets.replacement import Replacement
 from rewriter.capture.torch_export import GraphView
 from rewriter.errors import UnsupportedModel
@@ -46,7 +50,7 @@ def require_equal(
     for name, value in view.names.items():
         sources.setdefault(value, name)
     outputs = {r.site.name: sources[r.around.output if r.mixing else r.site.output] for r in replacements}
-    before = _Run(view.module, _widened(view, replacements), view.names, outputs.values(), replacements)
+    before = _Run(view.module, _widened(view, replacements), view.names, outputs.values(), replacements, view.flow)
     after = _Run(module, {}, {}, attended.values())
     try:
         with torch.no_grad():
@@ -65,7 +69,7 @@ def require_equal(
 def _widened(view: GraphView, replacements: Iterable[Replacement]) -> dict[Value, Tensor]:
     """The original's weights with the new ones in their place, key and value heads repeated."""
     changed: dict[Value, Tensor] = {}
-    for r in (r for r in replacements if r.mixing is None):
+    for r in (r for r in replacements if r.mixing is None and not r.pattern):
         changed |= _new_output(view, r)
         for role, operand in (("q", r.site.q), ("k", r.site.k), ("v", r.site.v)):
             heads = r.grouped.heads if role == "q" else r.grouped.kv_heads
@@ -112,8 +116,13 @@ class _Run(Interpreter):
         names: Mapping[str, Value],
         kept: Iterable[str],
         replacements: Iterable[Replacement] = (),
+        flow: Flow | None = None,
     ) -> None:
         super().__init__(module)
+        replacements = list(replacements)
+        self._flow = flow
+        self._sparse = {r.site.output: r for r in replacements if r.pattern}
+        self._seams = {o.seam for r in self._sparse.values() for o in (r.site.q, r.site.k, r.site.v)}
         self._mixed = {r.around.output: r for r in replacements if r.mixing is not None}
         self._hidden: dict[Value, Tensor] = {}
         self._replaced, self._names, self._kept = replaced, names, set(kept)
@@ -132,7 +141,9 @@ class _Run(Interpreter):
         result = self._replaced.get(value, result)
         if value in self._mixed:
             result = self._mix(self._mixed[value], result)
-        if any(value == r.around.input for r in self._mixed.values()):
+        if value in self._sparse:
+            result = self._attended(self._sparse[value], result)
+        if value in self._seams or any(value == r.around.input for r in self._mixed.values()):
             self._hidden[value] = result.clone() if self._mutates else result
         if self._mutates and n.op in {"placeholder", "get_attr"} and isinstance(result, Tensor):
             result = result.clone()  # an in-place operator must not reach the model's own tensors
@@ -148,6 +159,22 @@ class _Run(Interpreter):
         mixed = token_mixing(spec, around.by_token(hidden, hidden.shape), **replacement.tensors)
         laid = around.laid_out(mixed, like.detach().double().cpu().numpy())
         return torch.from_numpy(laid).to(dtype=like.dtype, device=like.device)
+
+    def _attended(self, replacement: Replacement, like: Tensor) -> Tensor:
+        """What the site's operands in this run give under the pattern, laid out like its output."""
+        site, spec = replacement.site, replacement.grouped
+        assert self._flow is not None
+        q, k, v = (
+            canonical(self._hidden[o.seam].detach().double().cpu().numpy(), o.seam_axes, o.heads, o.dim)
+            for o in (site.q, site.k, site.v)
+        )
+        k, v = (x[:, np.arange(spec.heads) // spec.group] for x in (k, v))
+        scores = q @ k.swapaxes(-1, -2) * site.scale
+        for modifier in site.modifiers:
+            scores = apply_modifier(self._flow, modifier, scores)
+        scores = np.where(shown(spec, *scores.shape[-2:]), scores, -np.inf)
+        laid = laid_out(softmax(scores) @ v, site.output_axes)
+        return torch.from_numpy(laid.reshape(like.shape)).to(dtype=like.dtype, device=like.device)
 
 
 def _is_mutable(node: FxNode) -> bool:

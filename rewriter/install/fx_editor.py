@@ -5,13 +5,14 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.fx import Node as FxNode
 
+from codegen.sight import Pattern
 from codegen.spec import GroupedQueryAttention
 from passes.dataflow import Array, Value
 from passes.site import AttentionSite, Operand
@@ -23,6 +24,7 @@ from rewriter.install.fx_attention import attention, mask_of
 from rewriter.install.fx_emit import HINT, LETTERS, Emitter, aten, require_known
 from rewriter.install.fx_mixing import MixPlan, apply_mixing, plan_mixing
 from rewriter.install.fx_path import Resize, below_stem, is_nested, resizes
+from rewriter.install.fx_sight import narrowed
 from rewriter.install.fx_store import Store
 
 FLATTENING = frozenset({"Reshape", "Identity", "Cast"})
@@ -116,10 +118,14 @@ class Editor:
             return plan_mixing(self, replacement)
         site, spec, tensors = replacement.site, replacement.grouped, replacement.tensors
         plans = []
-        for role, operand in (("k", site.k), ("v", site.v)):
+        if spec.pattern and spec.sinks:
+            raise UnsupportedModel("it has attention sinks among its scores", hint=HINT)
+        for role, operand in () if spec.pattern else (("k", site.k), ("v", site.v)):
             weight, bias = tensors[f"{role}_weight"], tensors.get(f"{role}_bias")
             plans.append(self._plan_operand(site, role, operand, spec.kv_heads, weight, bias))
-        if "q_weight" in tensors:
+        if spec.pattern:
+            pass  # the projections stay
+        elif "q_weight" in tensors:
             plans.append(self._plan_operand(site, "q", site.q, site.heads, tensors["q_weight"], tensors.get("q_bias")))
         elif site.q.projection.node in (site.k.projection.node, site.v.projection.node):
             weight, bias = operand_weight(self.flow, site.q), operand_bias(self.flow, site.q)
@@ -133,7 +139,8 @@ class Editor:
         masks = [m.value for m in site.modifiers if m.value is not None]
         for value in (site.q.seam, site.k.seam, site.v.seam, site.output, *masks, *self._output_parts(replacement)):
             self.node(value)
-        _require_one_mask(spec)
+        if not spec.pattern:
+            _require_one_mask(spec)
         return SitePlan(replacement, tuple(plans))
 
     def _plan_operand(
@@ -283,6 +290,9 @@ class Editor:
         with self.graph.inserting_before(output):
             q, k, v = (self.emitter.canonical(like, *seams[role], *sizes[role]) for role in "qkv")
             mask = mask_of(self.emitter, like, site, self.view, self.node)
+            if spec.pattern:
+                mask = narrowed(self.emitter, like, _with_order(spec), spec.heads, q, k, mask)
+                spec = replace(spec, causal=False)
             result = attention(self.emitter, like, spec, q, k, v, mask)
             result = self.emitter.arranged(like, result, LETTERS, site.output_axes)
             if any(u.target is aten.view.default for u in output.users):
@@ -430,6 +440,11 @@ def _key(new: _NewParameter) -> str:
     path = ".".join(re.sub(r"\W+", "_", step) for step in path.split("."))
     leaf = new.part if new.role == "mix" else leaf
     return f"{path}.{new.role}_{leaf}" if path else f"{new.role}_{leaf}"
+
+
+def _with_order(spec: GroupedQueryAttention) -> Pattern:
+    """The pattern, with the causal order in it where there is one."""
+    return tuple(replace(sight, ordered=sight.ordered or spec.causal) for sight in spec.pattern)
 
 
 def _require_one_mask(spec: GroupedQueryAttention) -> None:

@@ -39,6 +39,7 @@ class Emitter:
         self.graph = graph
         values = (n.meta.get("val") for n in graph.nodes)
         self.fake = next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None)
+        self.device = torch.device("cpu")  # where the graph does not say of a value
 
     def call(self, like: FxNode, target: Any, *arguments: Any, **keywords: Any) -> FxNode:
         """A call that belongs to the module that `like` belongs to."""

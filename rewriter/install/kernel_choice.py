@@ -30,6 +30,12 @@ def choose_kernels(
     found: list[Any] = [*mixers(model).values(), *mixes]
     for mixer in found:
         mixer.kernels = kernels
+    sparse = [mixer for mixer in mixers(model).values() if mixer.spec.pattern]
+    if kernels not in ("auto", "off") and sparse:
+        raise UsageError(
+            f"{len(sparse)} attentions are sparse, and there is no {kernels} kernel of sparse attention",
+            hint='use kernels="auto" or "off"',
+        )
     detach(model)
     attached = kernels != "off" and attach(model, kernels, args, kwargs, everywhere=everywhere)
     if kernels not in ("auto", "off") and not found and not attached:

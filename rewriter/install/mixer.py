@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from codegen.launch.torch_op import attention
+from codegen.ops.grouped_query_attention.sparse_body import shown
 from codegen.ops.grouped_query_attention.torch_body import grouped_query_attention_with_weights
+from codegen.sight import from_json
 from codegen.spec import GroupedQueryAttention
 from rewriter.errors import UnsupportedModel
 from rewriter.install.mimicry import mimic_attributes
@@ -69,7 +71,7 @@ class RewrittenMixer(nn.Module):
         """`out` projects the merged heads [B, S, H*Dv]; `q_norm` and `k_norm` normalise each head's features;
         `position` computes a score bias with ``compute_bias(S, T, device=..., past_seen_tokens=...)``."""
         super().__init__()
-        self.spec = spec
+        self.follow(spec)
         self.protocol = protocol
         self.layer_index = layer_index
         self.q_proj = linear(parameters.q_weight, parameters.q_bias)
@@ -83,6 +85,10 @@ class RewrittenMixer(nn.Module):
         self.output_norm: nn.Module | None = None
         self.taken_from: dict[str, str | None] = {}
         self.kernels = "auto"  # what `optimize` was told; see codegen.launch.torch_op
+
+    def follow(self, spec: GroupedQueryAttention) -> None:
+        """Compute this from now on; heads and their sizes must stay as they are."""
+        self.spec = spec
         self._specs = {
             (causal, bias): replace(spec, causal=causal, bias=bias)
             for causal in (False, True)
@@ -122,13 +128,19 @@ class RewrittenMixer(nn.Module):
         past = self._past_length(call)
         q = self._rotated(self._heads(self.q_proj(hidden), self.spec.heads, self.q_norm), call)
         k, v = self._keys_and_values(call, context, value)
-        causal, mask = self._visible(call, q)
+        places = self._places(call)
+        causal, mask = self._visible(call, q, places)
         if causal and mask is None and call.get("cache") is not None:
             causal, k, v = _causal_over_cache(q, k, v)
         bias = self._bias(call, q, k, past)
         if bias is not None:
             causal, mask = False, _combine(_square(mask, causal, q, k), bias, q.dtype)
-        output, weights = self._attend(call, q, k, v, mask, causal)
+        if self.spec.pattern and not _at_the_end(past, q, k):
+            shown = self._shown(past, q, k, places)
+            mask, causal = _combine(_square(mask, causal, q, k), shown, q.dtype), False
+            output, weights = self._attend(call, q, k, v, mask, causal, masked=True)
+        else:
+            output, weights = self._attend(call, q, k, v, mask, causal)
         output = self._finish(call, output)
         return self._answer(call, output, weights, bias)
 
@@ -182,24 +194,41 @@ class RewrittenMixer(nn.Module):
             cache.is_updated[self.layer_index] = True
         return k, v
 
+    def _places(self, call: Call) -> Tensor | None:
+        """Positions [T] of the keys that a cache which drops some of them gave back; None for any other."""
+        cache: Any = call.get("cache") if self.spec.pattern else None
+        if hasattr(cache, "is_updated"):
+            cache = cache.self_attention_cache
+        layers = getattr(cache, "layers", ())
+        index = self.layer_index
+        found: Tensor | None = None
+        if index is not None and index < len(layers):
+            found = getattr(layers[index], "key_positions", None)
+        return found
+
     def _past_length(self, call: Call) -> Any:
-        """Tokens in the cache before this call; only asked for where a score bias has to be computed."""
+        """Tokens in the cache before this call; only asked for where positions have to be known."""
         cache = call.get("cache")
-        if self.position is None or cache is None:
+        if cache is None or (self.position is None and not self.spec.pattern):
             return 0
         past = cache.get_seq_length(self.layer_index)
         return past.clone() if isinstance(past, Tensor) else past  # static caches count in place
 
     # ------------------------------------------------------------------ masks
 
-    def _visible(self, call: Call, q: Tensor) -> tuple[bool, Tensor | None]:
-        """(causal, mask): the mask is boolean (True keeps) or additive, and broadcasts to [B, H, S, T]."""
+    def _visible(self, call: Call, q: Tensor, places: Tensor | None = None) -> tuple[bool, Tensor | None]:
+        """(causal, mask): the mask is boolean (True keeps) or additive, and broadcasts to [B, H, S, T].
+
+        With `places`, masks are for the whole sequence, and keys stand at these positions of it.
+        """
         cross = _is_cross(call)
         given = call.get("cross_mask" if cross and self.protocol.has("cross_mask") else "mask")
         causal = not cross and self._causal(call)
         mask = None if given is None else self._mask(given, q)
         if mask is not None and mask.shape[-2] != 1 and self.protocol.causal != "always":
             causal = False  # a mask over queries and keys holds the order too
+        if mask is not None and places is not None and mask.shape[-1] > len(places):
+            mask = mask.index_select(-1, places)
         padding = call.get("key_padding")
         if padding is not None:
             padding = self._checked(padding, self.protocol.padding_true_keeps)
@@ -252,12 +281,29 @@ class RewrittenMixer(nn.Module):
             return q.new_zeros(1, self.spec.heads, q.shape[2], t)
         return None
 
+    def _shown(self, past: Any, q: Tensor, k: Tensor, places: Tensor | None) -> Tensor:
+        """What the pattern shows where keys are not just those of all tokens so far: [1, 1 or H, S, T].
+
+        A preallocated cache has room behind them, a sliding one has dropped the first, a bounded one tells the places.
+        """
+        s, t = q.shape[2], k.shape[2]
+        if places is not None:
+            return shown(self.spec.pattern, self.spec.heads, torch.arange(s, device=q.device) + past, places)
+        if isinstance(past, Tensor):  # such caches count in place, and drop nothing
+            dropped: Any = 0
+        else:
+            dropped = max(past + s - t, 0)
+        queries = torch.arange(s, device=q.device) + past
+        return shown(self.spec.pattern, self.spec.heads, queries, torch.arange(t, device=q.device) + dropped)
+
     # ------------------------------------------------------------------ result
 
     def _attend(
-        self, call: Call, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
+        self, call: Call, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, *, masked: bool = False
     ) -> tuple[Tensor, Tensor | None]:
+        """`masked`: the mask says already what the pattern shows."""
         spec = self._specs[causal, mask is not None]
+        spec = replace(spec, pattern=()) if masked else spec
         dropout = self.protocol.attention_dropout if self.training else 0.0
         asked = "asked" in self.protocol.returns and bool(call.get("wants_weights"))
         if "refused" in self.protocol.returns and call.get("wants_weights"):
@@ -343,8 +389,9 @@ def rebuild(description: Call, original: nn.Module) -> RewrittenMixer:
     taken = {
         role: None if path is None else original.get_submodule(path) for role, path in description["taken"].items()
     }
+    spec = {**description["spec"], "pattern": from_json(description["spec"].get("pattern", ()))}
     mixer = RewrittenMixer(
-        GroupedQueryAttention(**description["spec"]),
+        GroupedQueryAttention(**spec),
         Protocol.from_json(description["protocol"]),
         MixerParameters(**tensors),
         position=stripped(original) if description["position"] else None,
@@ -375,6 +422,15 @@ def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 def _parameter(tensor: Tensor) -> nn.Parameter:
     return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=tensor.requires_grad)
+
+
+def _at_the_end(past: Any, q: Tensor, k: Tensor) -> bool:
+    """Whether the queries are the last of the keys' positions, the first of which is 0."""
+    if isinstance(past, Tensor):
+        return False
+    if torch.compiler.is_exporting():  # lengths are symbols, and caches that a program can hold only grow
+        return True
+    return bool(past + q.shape[2] == k.shape[2])
 
 
 def _causal_over_cache(q: Tensor, k: Tensor, v: Tensor) -> tuple[bool, Tensor, Tensor]:

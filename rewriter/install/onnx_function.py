@@ -11,11 +11,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
 
-from codegen.ops.grouped_query_attention.onnx_body import DOMAIN, attributes, function, function_name
+from codegen.ops.grouped_query_attention.onnx_body import DOMAIN, attributes, function
+from codegen.ops.grouped_query_attention.onnx_tiles import functions
 from passes.dataflow import Array, Flow, Value
 from passes.site import AttentionSite, Modifier, Operand
 from passes.targets.experts import BlockReplacement
@@ -33,6 +35,7 @@ from rewriter.install.onnx_obstacles import (
     heads_apart,
     laid_freely,
     unflattened_input,
+    window_size,
 )
 from rewriter.install.onnx_quantised import emit_product
 from rewriter.install.onnx_weights import emit_like
@@ -141,10 +144,10 @@ class _Editor:
             return Installed(site.name, tuple(n for n in removed if n in self._stored), 0.0, False)
         spec, error = replacement.grouped, 0.0
         self.fed = {}
-        for role, operand in (("k", site.k), ("v", site.v)):
+        for role, operand in () if spec.pattern else (("k", site.k), ("v", site.v)):
             weight, bias = replacement.tensors[f"{role}_weight"], replacement.tensors.get(f"{role}_bias")
             error = max(error, self._reproject(site, role, operand, spec.kv_heads, weight, bias))
-        if feeds_queries(replacement):
+        if not spec.pattern and feeds_queries(replacement):
             flow, tensors = self.capture.flow, replacement.tensors
             weight = tensors["q_weight"] if "q_weight" in tensors else operand_weight(flow, site.q)
             bias = tensors.get("q_bias") if "q_weight" in tensors else operand_bias(flow, site.q)
@@ -326,13 +329,15 @@ class _Editor:
 
     def _attend(self, replacement: Replacement) -> None:
         site, spec = replacement.site, replacement.grouped
-        if (kept := self._kept_operator(site)) is not None:
-            self._put_back(kept, spec.kv_heads)
+        kept = self._kept_operator(site)
+        if kept is not None and (not spec.pattern or kept.node.op_type == "GroupQueryAttention"):
+            self._put_back(kept, spec.kv_heads, window_size(spec.pattern))
             return
-        k, v = self.seams[site.k.seam], self.seams[site.v.seam]
-        q = self.seams.get(site.q.seam, (self.value(site.q.seam), site.q.seam_axes))
-        if self.capture.flow.nodes[site.anchor].op == "Attention" and self._keep_operator(
-            site, spec.kv_heads, k, v, self.seams.get(site.q.seam)
+        q, k, v = (self.seams.get(o.seam, (self.value(o.seam), o.seam_axes)) for o in (site.q, site.k, site.v))
+        if (
+            not spec.pattern
+            and self.capture.flow.nodes[site.anchor].op == "Attention"
+            and self._keep_operator(site, spec.kv_heads, k, v, self.seams.get(site.q.seam))
         ):
             return
         output = self.value(site.output)
@@ -345,7 +350,7 @@ class _Editor:
         ]
         dtype = self.capture.element_type(site.output) or output.dtype or ir.DataType.FLOAT
         bias = self._bias(nodes, site, dtype)
-        plain = spec.softcap is None and not spec.masked_rows_are_zero and not spec.sinks
+        plain = spec.softcap is None and not spec.masked_rows_are_zero and not spec.sinks and not spec.pattern
         if self.opset in (23, 24) and plain and self._bias_has_queries(site):
             attended = self._standard(nodes, site, spec.causal, operands, bias)
         else:
@@ -394,14 +399,18 @@ class _Editor:
         before, stem = flow.producer(given.name or ""), flow.producer(operand.stem)
         return before is None or stem is None or before.index <= stem.index
 
-    def _put_back(self, kept: WrittenOut, kv_heads: int) -> None:
-        """The fused operator again, in place of what it was written out in, on fewer key/value heads."""
+    def _put_back(self, kept: WrittenOut, kv_heads: int, window: int | None = None) -> None:
+        """The fused operator again, in place of what it was written out in, on fewer key/value heads or seeing less."""
         inputs = list(kept.inputs)
         for position, role in enumerate("qkv"):
             inputs[position] = self.fed.get(role, inputs[position])
         attributes = [a for a in kept.node.attributes.values() if a.name != "kv_num_heads"]
         if kept.flat:
             attributes.append(ir.AttrInt64("kv_num_heads", kv_heads))
+        if window is not None:
+            before = kept.node.attributes.get_int("local_window_size", -1)
+            attributes = [a for a in attributes if a.name != "local_window_size"]
+            attributes.append(ir.AttrInt64("local_window_size", min(window, before) if before > 0 else window))
         node = ir.Node(
             kept.node.domain, kept.node.op_type, inputs, attributes, num_outputs=len(kept.outputs), name=kept.node.name
         )
@@ -517,6 +526,24 @@ class _Editor:
         queries = shape(site.q.seam)[next(i for i, a in enumerate(site.q.seam_axes) if "s" in a)]
         return not shapes or np.broadcast_shapes(*shapes, (1, 1))[-2] == queries
 
+    def _rows_of_bias(self, site: AttentionSite) -> Literal["one", "each"] | None:
+        """Whether masks and biases have one row for all queries or one for each; None if that is not told, or not all
+        have four axes. Without any, "each"."""
+        masks = [m for m in site.modifiers if m.kind in {"bias", "mask", "unmask"} and m.value]
+        found = set()
+        for flow in [self.capture.flow, *([self.capture.other.flow] if self.capture.other is not None else [])]:
+            shapes = [flow.shape(m.value) for m in masks if m.value]
+            queries, keys = (
+                flow.shape(o.seam)[next(i for i, a in enumerate(o.seam_axes) if "s" in a)] for o in (site.q, site.k)
+            )
+            if masks and (any(m.apart for m in masks) or max(map(len, shapes)) != 4 or queries < 2):
+                return None
+            rows, columns = np.broadcast_shapes(*shapes)[-2:] if masks else (queries, keys)
+            if columns != keys or rows not in (1, queries):
+                return None
+            found.add("one" if rows == 1 else "each")
+        return found.pop() if len(found) == 1 else None  # type: ignore[return-value]
+
     def _standard(
         self, nodes: list[ir.Node], site: AttentionSite, causal: bool, operands: list[ir.Value], bias: ir.Value | None
     ) -> ir.Value:
@@ -532,8 +559,11 @@ class _Editor:
         dtype: ir.DataType,
     ) -> ir.Value:
         spec = replacement.grouped
-        body = function(spec, self.opset)
-        self.model.functions.setdefault(body.identifier(), body)
+        rows = self._rows_of_bias(replacement.site)
+        tiled = functions(spec, self.opset, bias_by_key=rows == "one")
+        bodies = tiled if rows is not None else [function(spec, self.opset)]
+        for body in bodies:
+            self.model.functions.setdefault(body.identifier(), body)
         self.model.opset_imports.setdefault(DOMAIN, 1)
         self.model.ir_version = max(self.model.ir_version, 8)
         sinks = []
@@ -545,7 +575,7 @@ class _Editor:
                 sinks[-1] = self._joined(nodes, sinks[-1], shape, m.apart, name)
         node = ir.Node(
             DOMAIN,
-            function_name(spec),
+            bodies[0].name,
             [*operands, *([] if bias is None else [bias]), *sinks],
             attributes(spec, dtype),
             num_outputs=1,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from codegen.sight import Pattern, Sight
 from passes.dataflow import Flow, Value
-from passes.site import Operand
+from passes.site import AttentionSite, Operand
 from passes.targets.replacement import Replacement
 from rewriter.capture.onnx_file import OnnxCapture, unflattened
 
@@ -21,6 +22,8 @@ def obstacle(capture: OnnxCapture, replacement: Replacement) -> str | None:
             f"the file's opset is {opset}, and functions for what replaces attention need {OLDEST_OPSET} or later; "
             f"convert it first (onnx.version_converter.convert_version(model, {OLDEST_OPSET}))"
         )
+    if replacement.pattern:
+        return _sparse_obstacle(capture, replacement)
     if replacement.mixing is not None:  # it has been seen to be a map of hidden states, and nothing is laid out anew
         return None
     for role, operand in (("key", site.k), ("value", site.v), ("query", site.q)):
@@ -41,10 +44,39 @@ def obstacle(capture: OnnxCapture, replacement: Replacement) -> str | None:
         apart = heads_apart(axes) and (what == "queries" or "g" not in axes)
         if not writable(axes) and not apart:
             return f"{what} laid out as {axes} cannot be rewritten"
+    return _sinks_obstacle(capture, site)
+
+
+def _sinks_obstacle(capture: OnnxCapture, site: AttentionSite) -> str | None:
     sinks = (m for m in site.modifiers if m.kind == "sinks")
     if any(len(capture.flow.shape(m.value or "")) != (4 if m.apart is None else 5) for m in sinks):
         return "its attention sinks are not laid out by batch, head and query"
     return None
+
+
+def _sparse_obstacle(capture: OnnxCapture, replacement: Replacement) -> str | None:
+    """The projections stay; operands and output are laid out anew around a function call, or an operator is told."""
+    site = replacement.site
+    written = capture.written_out.get(site.owner)
+    if written is not None and written.node.op_type == "GroupQueryAttention":
+        if window_size(replacement.pattern) is not None:
+            return None
+        return (
+            "its GroupQueryAttention operator takes a length for each sequence of the batch, and knows no pattern but "
+            "a window without sinks: ask for window:128,0"
+        )
+    for what, axes in (("queries", site.q.seam_axes), ("keys", site.k.seam_axes), ("values", site.v.seam_axes)):
+        if not writable(axes) and not (heads_apart(axes) and what == "queries"):
+            return f"{what} laid out as {axes} cannot be rewritten"
+    if not writable(site.output_axes):
+        return f"the output laid out as {site.output_axes} cannot be rewritten"
+    return _sinks_obstacle(capture, site)
+
+
+def window_size(pattern: Pattern) -> int | None:
+    """`local_window_size` of com.microsoft's GroupQueryAttention for a pattern, None if it cannot say it."""
+    plain = {Sight(reach=sight.reach, ordered=True) == sight for sight in pattern}
+    return pattern[0].reach if plain == {True} and len(pattern) == 1 else None
 
 
 def feeds_queries(replacement: Replacement) -> bool:

@@ -59,7 +59,7 @@ def install(
     original = _owned(model, owner)
     after = _owned_parameters(after, before.k_weight, original)
     if isinstance(original, RewrittenMixer):
-        mixer = _again(original, spec_after, after)
+        mixer = _again(original, _seeing_no_more(original.spec, spec_after, owner), after)
         _check_grouping(copy.deepcopy(original), mixer, after, record, owner)
         place(model, owner, mixer)
         return mixer
@@ -128,6 +128,13 @@ def _again(previous: RewrittenMixer, spec: GroupedQueryAttention, parameters: Mi
     return mixer
 
 
+def _seeing_no_more(before: GroupedQueryAttention, after: GroupedQueryAttention, owner: str) -> GroupedQueryAttention:
+    """`after`, with the pattern that an attention follows already. Raises UnsupportedModel if there are two."""
+    if before.pattern and after.pattern:
+        raise UnsupportedModel(f"{owner} follows a sparse pattern already", hint="Rewrite the original model.")
+    return replace(after, pattern=before.pattern or after.pattern)
+
+
 class _Builder:
     """Builds mixers out of one original and the submodules that are taken over from it."""
 
@@ -169,6 +176,7 @@ def _check_grouping(
     heads = mixer.spec.kv_heads
     repeats = proof.spec.kv_heads // heads
     proof.q_proj = mixer.q_proj
+    proof.follow(replace(proof.spec, pattern=mixer.spec.pattern))
 
     def wide(tensor: Tensor | None) -> nn.Parameter | None:
         if tensor is None:

@@ -45,7 +45,8 @@ def needs(path: Path) -> list[Need]:
     if not found:
         raise NothingToRewrite(
             "the model has no rewritten attention and no mix that calls kernels",
-            hint="rewrite it first; models whose config or standard Attention operator holds the heads have none",
+            hint="rewrite it first; models whose config or standard Attention operator holds the heads have none, and "
+            "there are none of sparse attention",
         )
     return list(dict.fromkeys(found))
 
@@ -61,7 +62,7 @@ def _of_module(path: Path) -> list[Need]:
     for mixer in mixers(model).values():
         name = str(mixer.q_proj.weight.dtype).removeprefix("torch.")
         if name in {d.value for d in DType}:
-            found += [Need(computed(spec), DType(name)) for spec in mixer.specs()]
+            found += [Need(computed(spec), DType(name)) for spec in mixer.specs() if not spec.pattern]
     for mixing in token_mixers(model).values():
         name = str(next(model.parameters()).dtype).removeprefix("torch.")
         if name in {d.value for d in DType} and isinstance(mixing.spec, FourierMixing):
@@ -89,7 +90,7 @@ def _names() -> dict[str, dict[str, Any]]:
     found = {}
     for values in itertools.product((False, True), repeat=len(FLAGS)):
         for softcap in (None, 1.0):
-            flags = dict(zip(FLAGS, values, strict=True))
+            flags: dict[str, Any] = dict(zip(FLAGS, values, strict=True))
             found[function_name(GroupedQueryAttention(1, 1, 1, 1, 1.0, softcap=softcap, **flags))] = {
                 **flags,
                 "softcap": softcap,

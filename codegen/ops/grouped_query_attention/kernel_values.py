@@ -47,6 +47,8 @@ def why_not(spec: Any, language: str, most: int, where: str = "") -> str | None:
     """Why there is no kernel for heads of up to `most` features in this language, or None if there is one."""
     if not isinstance(spec, GroupedQueryAttention):
         return f"there is no {language} kernel of {type(spec).__name__}"
+    if spec.pattern:
+        return f"there is no {language} kernel of sparse attention"
     if max(spec.head_dim, spec.value_dim) > most:
         return f"heads of more than {most} features do not fit the kernel's tile{where}"
     if spec.softcap is not None and not spec.softcap > 0:

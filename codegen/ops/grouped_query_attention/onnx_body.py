@@ -11,9 +11,13 @@ import numpy as np
 import onnx_ir as ir
 
 from codegen.ops.function_body import FunctionBody
+from codegen.ops.grouped_query_attention.onnx_sight import sparse_attributes, sparse_words, visible
 from codegen.spec import GroupedQueryAttention
 
 DOMAIN = "rewriter.ops"
+
+ANY_OPSET = 12
+"""The oldest that the body is valid at; its nodes are the same at all later ones."""
 
 # shapes: B batch, H query heads, N key/value heads, G = H / N, S queries, T keys, D features, E value features
 
@@ -26,6 +30,7 @@ def function_name(spec: GroupedQueryAttention) -> str:
         "Softcap": spec.softcap is not None,
         "Sinks": spec.sinks,
         "ZeroMaskedRows": spec.masked_rows_are_zero,
+        **{f"Sparse{word}" if n == 0 else word: True for n, word in enumerate(sparse_words(spec.pattern))},
     }
     return "GroupedQueryAttention" + "".join(name for name, present in parts.items() if present)
 
@@ -38,7 +43,8 @@ def attributes(spec: GroupedQueryAttention, dtype: ir.DataType) -> list[ir.Attr]
         ir.AttrFloat32("scale", spec.scale),
         ir.AttrInt64("dtype", int(dtype)),
     ]
-    return found if spec.softcap is None else [*found, ir.AttrFloat32("softcap", spec.softcap)]
+    found += [] if spec.softcap is None else [ir.AttrFloat32("softcap", spec.softcap)]
+    return found + sparse_attributes(spec.pattern)
 
 
 def function(spec: GroupedQueryAttention, opset: int) -> ir.Function:
@@ -46,7 +52,7 @@ def function(spec: GroupedQueryAttention, opset: int) -> ir.Function:
 
     The output is [B, H, S, E].
     """
-    body = _Body()
+    body = Body()
     q, k, v = (ir.Value(name=n) for n in ("q_BHSD", "k_BNTD", "v_BNTE"))
     bias = ir.Value(name="bias") if spec.bias else None
     sinks = ir.Value(name="sinks") if spec.sinks else None
@@ -84,11 +90,12 @@ def function(spec: GroupedQueryAttention, opset: int) -> ir.Function:
     ]
     if spec.softcap is not None:
         declared.append(ir.Attr("softcap", ir.AttributeType.FLOAT, None))
+    declared += [ir.Attr(a.name, ir.AttributeType.INTS, None) for a in sparse_attributes(spec.pattern)]
     return ir.Function(DOMAIN, function_name(spec), graph=graph, attributes=declared)
 
 
 def _modify(
-    body: _Body,
+    body: Body,
     spec: GroupedQueryAttention,
     scores: ir.Value,
     bias: ir.Value | None,
@@ -102,10 +109,13 @@ def _modify(
         scores = body.op("Add", [scores, bias], "biased_BHST")
     if spec.causal:
         scores = body.op("Where", [_causal(body, q_shape, k_shape), scores, body.literal(-np.inf)], "causal_BHST")
+    if spec.pattern:
+        shown = visible(body, spec.pattern, q_shape, k_shape)
+        scores = body.op("Where", [shown, scores, body.literal(-np.inf)], "sparse_BHST")
     return scores
 
 
-def _causal(body: _Body, q_shape: ir.Value, k_shape: ir.Value) -> ir.Value:
+def _causal(body: Body, q_shape: ir.Value, k_shape: ir.Value) -> ir.Value:
     """[S, T], True where key j <= query i + (T - S)."""
     queries = body.op("Gather", [q_shape, body.scalar(2)], "S")
     keys = body.op("Gather", [k_shape, body.scalar(2)], "T")
@@ -116,7 +126,7 @@ def _causal(body: _Body, q_shape: ir.Value, k_shape: ir.Value) -> ir.Value:
     return body.op("Not", [body.op("Less", [rows, column], "later")], "keep_ST")
 
 
-class _Body(FunctionBody):
+class Body(FunctionBody):
     """With numbers in the dtype that the function computes in."""
 
     def number(self, attribute: str) -> ir.Value:

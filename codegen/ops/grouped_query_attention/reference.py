@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from codegen.sight import visible
 from codegen.spec import GroupedQueryAttention
 
 Float64 = NDArray[np.float64]
@@ -38,6 +39,8 @@ def attention_weights(
     if spec.causal:
         rows, columns = scores.shape[-2:]
         scores = np.where(np.tri(rows, columns, columns - rows, dtype=np.bool_), scores, -np.inf)
+    if spec.pattern:
+        scores = np.where(shown(spec, *scores.shape[-2:]), scores, -np.inf)
     keys = scores.shape[-1]
     if sinks is not None:
         wide = np.broadcast_to(sinks.astype(np.float64), (*scores.shape[:-1], sinks.shape[-1]))
@@ -57,6 +60,13 @@ def grouped_query_attention(
     if v.shape[1] != spec.kv_heads or v.shape[-1] != spec.value_dim or v.shape[-2] != k.shape[-2]:
         raise ValueError(f"v has shape {v.shape}, which contradicts {spec}")
     return attention_weights(spec, q, k, bias, sinks) @ _repeat(spec, v)
+
+
+def shown(spec: GroupedQueryAttention, queries: int, keys: int) -> NDArray[np.bool_]:
+    """[heads, S, T]: what the spec's pattern shows."""
+    rows, columns = np.arange(keys - queries, keys)[:, None], np.arange(keys)
+    sights = [visible(sight, rows, columns) for sight in spec.pattern]
+    return np.stack([sights[head % len(sights)] for head in range(spec.heads)])
 
 
 def _repeat(spec: GroupedQueryAttention, x: NDArray[Any]) -> Float64:

@@ -1,7 +1,8 @@
 """Grouped-query attention in plain, differentiable torch. K and V are never repeated.
 
 The query heads that share a K/V head become rows of one longer query: q [B, H, S, D] is read as
-[B, KV, G*S, D]. Where a mask would have to be copied G times for that, sdpa's own grouping is used.
+[B, KV, G*S, D]. Where a mask would have to be copied G times for that, sdpa's own grouping is used. What a sparse
+pattern leaves of a long sequence is computed tile by tile.
 
 Shape legend: B batch, H query heads, KV key/value heads, G = H / KV, S queries, T keys, D head_dim, E value_dim.
 """
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from codegen.ops.grouped_query_attention.sparse_body import by_tiles, last_positions, shown, tiled
 from codegen.spec import GroupedQueryAttention
 
 FEW_QUERIES = 8
@@ -39,10 +41,14 @@ def grouped_query_attention(
         ValueError: if a bias or sinks are given or missing against the spec.
     """
     _check(spec, bias, sinks)
+    if spec.pattern and tiled(spec, q, k):
+        return by_tiles(spec, q, k, v, bias, sinks, dropout, grouped_query_attention)
     if spec.softcap is not None or spec.sinks:
         return grouped_query_attention_with_weights(spec, q, k, v, bias, sinks=sinks, dropout=dropout)[0]
     s, t = q.shape[2], k.shape[2]
-    if spec.causal and bias is None and s == t:  # sdpa aligns its causal mask to the start: right only here
+    if (
+        spec.causal and bias is None and not spec.pattern and s == t
+    ):  # sdpa aligns its causal mask to the start: right only here
         return functional.scaled_dot_product_attention(
             q, k, v, dropout_p=dropout, is_causal=True, scale=spec.scale, enable_gqa=spec.group > 1
         )
@@ -120,17 +126,18 @@ def _fold_mask(spec: GroupedQueryAttention, mask: Tensor | None, s: int) -> Tens
 
 
 def _mask(spec: GroupedQueryAttention, q: Tensor, t: int, bias: Tensor | None) -> Tensor | None:
-    """One 4-D mask, boolean or in q's dtype, out of the bias and the causal order."""
+    """One 4-D mask, boolean or in q's dtype, out of the bias, the causal order and the pattern."""
     if bias is not None:
         bias = bias.reshape((1,) * (4 - bias.dim()) + tuple(bias.shape))
         bias = bias if bias.dtype == torch.bool else bias.to(q.dtype)
-    if not spec.causal or q.shape[2] == 1:
-        return bias
-    s = q.shape[2]
-    order = torch.ones(s, t, dtype=torch.bool, device=q.device).tril(t - s)[None, None]
-    if bias is None:
-        return order
-    return bias & order if bias.dtype == torch.bool else bias.masked_fill(~order, -torch.inf)
+    keep = shown(spec.pattern, spec.heads, *last_positions(q.shape[2], t, q.device)) if spec.pattern else None
+    if spec.causal and q.shape[2] != 1:
+        s = q.shape[2]
+        order = torch.ones(s, t, dtype=torch.bool, device=q.device).tril(t - s)[None, None]
+        keep = order if keep is None else keep & order
+    if bias is None or keep is None:
+        return keep if bias is None else bias
+    return bias & keep if bias.dtype == torch.bool else bias.masked_fill(~keep, -torch.inf)
 
 
 def _check(spec: GroupedQueryAttention, bias: Tensor | None, sinks: Tensor | None) -> None:
