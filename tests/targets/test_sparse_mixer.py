@@ -140,6 +140,19 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
         type(case.build()).from_pretrained(tmp_path / "mixed")
 
 
+def test_rewritten_models_are_exported_and_compiled() -> None:
+    case = ZOO["bert-sdpa"]
+    done = rewriter.optimize(case.build(), blocks_only(work=0.5))
+    given, other = case.inputs(2, 9, 0), case.inputs(3, 14, 1)
+    sizes = {0: torch.export.Dim("batch", min=2, max=8), 1: torch.export.Dim("tokens", min=2, max=32)}
+    program = torch.export.export(done, (), given, dynamic_shapes=dict.fromkeys(given, sizes), strict=False)
+    compiled = torch.compile(done, backend="eager", fullgraph=True)
+    expected = case.run(done, other)
+    assert distance(case.run(program.module(), other), expected) < 1e-6
+    assert distance(case.run(compiled, other), expected) < 1e-6
+    assert distance(case.run(done, given).mean(), expected.mean()) > 1e-4, "the control: another input, another answer"
+
+
 def test_the_routers_losses_can_be_trained_on() -> None:
     case = ZOO["vit-sdpa"]
     done = rewriter.optimize(case.build(), blocks_only(work=0.5, routing=Routing.TOKENS_CHOOSE))
