@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from string import ascii_uppercase
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -60,7 +61,9 @@ def inspection(found: Row) -> RenderableType:
     parts: list[RenderableType] = [Text(f"{printable(found['model'])}  ({origin})")]
     if sites:
         headers = ("site", "kind", "status", "heads", "kv", "dim", "traits", "targets, or why not")
-        parts.append(table(headers, (_site_cells(site) for site in sites)))
+        letters = _letters(sites)
+        parts.append(table(headers, (_site_cells(site, letters) for site in sites)))
+        parts += [Text(f"{letter}: {', '.join(names)}") for names, letter in letters.items()]
     attentions = [site for site in sites if site["kind"] == "attention"]
     blocks = [site for site in sites if site["kind"] == "feed_forward"]
     good = sum(site["status"] == "rewritable" for site in attentions)
@@ -72,12 +75,18 @@ def inspection(found: Row) -> RenderableType:
     return Group(*parts)
 
 
-def _site_cells(site: Row) -> tuple[object, ...]:
+def _letters(sites: Sequence[Row]) -> dict[tuple[str, ...], str]:
+    """A letter (beyond Z a number) for each different list of targets: most sites of a model share one."""
+    lists = dict.fromkeys(tuple(s["targets"]) for s in sites if s["status"] == "rewritable" and s.get("targets"))
+    return {names: ascii_uppercase[i] if i < len(ascii_uppercase) else str(i + 1) for i, names in enumerate(lists)}
+
+
+def _site_cells(site: Row, letters: Mapping[tuple[str, ...], str]) -> tuple[object, ...]:
     traits = [name.replace("_", "-") for name in ("causal", "cross", "cached", "qk_norm") if site.get(name)]
     traits += [f"{site['rotary']} rotary"] if site.get("rotary") else []
     traits += list(site.get("score_modifiers") or ())
     traits += [site["layout"]] if site["kind"] == "feed_forward" and site["layout"] else []
-    verdict = site["reason"] if site["status"] != "rewritable" else ", ".join(site.get("targets") or ())
+    verdict = site["reason"] if site["status"] != "rewritable" else letters.get(tuple(site.get("targets") or ()), "")
     counts = ("-" if site.get(key) is None else site[key] for key in ("heads", "kv_heads", "head_dim"))
     return (site["name"], site["kind"], site["status"], *counts, ", ".join(traits), verdict)
 
