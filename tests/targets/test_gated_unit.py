@@ -100,7 +100,7 @@ def test_a_fit_comes_nearer_and_both_doors_fit_alike(target: str, zoo_onnx: ZooO
         wished = case.run(original, inputs)
         for number, model in enumerate((module, plain)):
             missed[number] += float((case.run(model, inputs) - wished).square().sum())
-    assert missed[0] < 0.5 * missed[1]
+    assert missed[0] < 0.8 * missed[1]
     rewriter.optimize(zoo_onnx(case, "dynamo18"), target, calibration=batches).save(out)
     inputs = case.inputs(2, 7, 0)
     assert relative(run_file(out, inputs), case.run(module, inputs)) < 1e-3

@@ -112,6 +112,14 @@ def expanded(spec: Gated, x: Tensor, weights: Weights) -> tuple[Tensor, Tensor, 
     return gate, value, latent
 
 
+def value_and_base(spec: Gated, x: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:
+    """The last two of `expanded` alone."""
+    rows = slice(spec.expanded, None)
+    part = F.linear(x, weights["expand_weight"][rows], weights["expand_bias"][rows])
+    value, latent = torch.split(part, [spec.expanded, spec.base], dim=-1)
+    return activated(spec.value, value), activated(spec.latent, latent)
+
+
 def activated(kind: Activation | None, x: Tensor) -> Tensor:
     """Element by element; None leaves x as it is."""
     return x if kind is None else activate(kind, x)

@@ -2,7 +2,7 @@
 
 Sums over preceding chunks are running sums of chunks shifted by one, not sums less the chunk itself, which would leave
 roundings of later tokens in earlier results. Without gradients long sequences go block by block, so that gates, values
-and states of a block are all that exists beside input and output (bidirectional: and all values).
+and states of a block are all that exists beside input and output.
 
 Shape legend: B batch, S tokens = G chunks of C, E hidden, F expanded, N base.
 """
@@ -16,11 +16,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from codegen.ops.gated_attention.reference import check
-from codegen.ops.gated_attention.torch_body import Weights, expanded, gated, heads, kernel, score_bias, wide
+from codegen.ops.gated_attention.torch_body import (
+    Weights,
+    expanded,
+    gated,
+    heads,
+    kernel,
+    score_bias,
+    value_and_base,
+    wide,
+)
 from codegen.spec import MixedChunkAttention
 
 BLOCK = 1024
 """Tokens of a block, rounded down to whole chunks, at least one."""
+
+MANY = 16
+"""Blocks up to which bidirectional sequences are taken at once, since blocks project values twice."""
 
 
 def mixed_chunk_attention(
@@ -32,7 +44,7 @@ def mixed_chunk_attention(
     """
     check(spec, x, weights)
     size = max(BLOCK // spec.chunk, 1) * spec.chunk
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or x.shape[1] <= size:
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or x.shape[1] <= size * (1 if spec.causal else MANY):
         return _parallel(spec, x, weights, shown)
     return (_causal_blocks if spec.causal else _blocks)(spec, x, weights, shown, size)
 
@@ -159,7 +171,7 @@ def _blocks(spec: MixedChunkAttention, x: Tensor, weights: Weights, shown: Tenso
     places = [slice(first, first + size) for first in range(0, x.shape[1], size)]
     total: Tensor | None = None
     for at in places:
-        _, value, latent = expanded(spec, x[:, at], weights)
+        value, latent = value_and_base(spec, x[:, at], weights)
         key = heads(spec, latent, weights, at.start)[3]
         part = products(hide(key, _part(shown, at)), value) / x.shape[1]
         total = part if total is None else total + part
