@@ -31,11 +31,9 @@ class Rewritten:
     def save(self, path: str | Path, *, external_data: str = "auto") -> None:
         """Write it: an .onnx file (``external_data`` as on the command line) or a Hugging Face directory."""
         if is_torch(self.model):
-            save(self.model, path)
-            if self.source is not None:
-                from rewriter.install.persistence import copy_side_files
+            from rewriter.install.persistence import save as write_folder
 
-                copy_side_files(self.source, Path(path))
+            write_folder(self.model, path, source=self.source)
             return
         from rewriter.install.onnx_write import save as write
 

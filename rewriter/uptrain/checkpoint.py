@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rewriter.drafts import writing
 from rewriter.errors import InvalidModelFile, UsageError
 
 RUN = "run.json"
@@ -38,28 +39,36 @@ def sweep(folder: Path) -> None:
 
 
 def write(accelerator: Any, folder: Path, step: int, run: Mapping[str, Any], keep: int) -> None:
-    """Save the state of all processes after `step` steps; every process calls this. Older checkpoints go."""
+    """Save the state of all processes after `step` steps; every process calls this. Older checkpoints go.
+
+    Raises CannotWrite if the disk is full; the checkpoints that were there are still there.
+    """
     draft = folder / f"{DRAFT}{step:09d}"
-    try:
-        if accelerator.is_main_process:
-            shutil.rmtree(draft, ignore_errors=True)
-            draft.mkdir(parents=True)
-        accelerator.wait_for_everyone()
-        accelerator.save_state(str(draft))
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            (draft / RUN).write_text(json.dumps(dict(run)) + "\n", encoding="utf-8")
-            target = folder / f"{PREFIX}{step:09d}"
-            if target.exists():
-                _remove(target)
-            draft.rename(target)
-            for old in complete(folder)[:-keep]:
-                _remove(old)
-        accelerator.wait_for_everyone()
-    except BaseException:
-        if accelerator.is_main_process:
-            shutil.rmtree(draft, ignore_errors=True)
-        raise
+    with writing(folder):
+        try:
+            _write(accelerator, draft, folder / f"{PREFIX}{step:09d}", run)
+            if accelerator.is_main_process:
+                for old in complete(folder)[:-keep]:
+                    _remove(old)
+            accelerator.wait_for_everyone()
+        except BaseException:
+            if accelerator.is_main_process:
+                shutil.rmtree(draft, ignore_errors=True)
+            raise
+
+
+def _write(accelerator: Any, draft: Path, target: Path, run: Mapping[str, Any]) -> None:
+    if accelerator.is_main_process:
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(draft))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        (draft / RUN).write_text(json.dumps(dict(run)) + "\n", encoding="utf-8")
+        if target.exists():
+            _remove(target)
+        draft.rename(target)
 
 
 def read(checkpoint: Path) -> dict[str, Any]:
