@@ -663,7 +663,8 @@ def _fail(error: Exception) -> int:
     """Say what went wrong in one line, with a hint; returns the exit code."""
     message, hint, code = _explain(error)
     if _flags.debug:
-        traceback.print_exception(error)
+        for line in "".join(traceback.format_exception(error)).splitlines():
+            print(printable(line), file=sys.stderr)
     if _flags.json:
         kind = type(error).__name__
         _print(json.dumps({"error": {"type": kind, "message": message, "hint": hint, "exit_code": code}}))

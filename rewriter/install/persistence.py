@@ -258,8 +258,10 @@ def _version(package: str) -> str:
 def _load_plain(folder: Path, module: nn.Module | None) -> nn.Module:
     if not (folder / CONFIG).is_file() or module is not None:
         raise InvalidModelFile(f"{folder} has no {MANIFEST}", hint="Give a folder that rewriter.save wrote.")
-    names = _read_json(folder / CONFIG).get("architectures") or [""]
-    model_class = _model_class(str(names[0]))
+    config = _read_json(folder / CONFIG)
+    names = config.get("architectures")
+    model_class = _model_class(str(names[0]) if isinstance(names, list) and names else "")
+    _refuse_code(config, folder / CONFIG)
     try:
         # weights_only: where there are no safetensors, the unpickler must make nothing but tensors
         loaded: nn.Module = model_class.from_pretrained(folder, weights_only=True, local_files_only=True)
@@ -272,8 +274,28 @@ def _load_plain(folder: Path, module: nn.Module | None) -> nn.Module:
     return loaded
 
 
+ATTENTION = ("attn_implementation", "_attn_implementation")
+
+
+def _refuse_code(config: Any, file: Path) -> None:
+    """A config may name a repository to fetch its attention from, which is code; names of torch's own are words."""
+    if isinstance(config, Mapping):
+        for key, value in config.items():
+            asked = [] if key not in ATTENTION else list(value.values()) if isinstance(value, Mapping) else [value]
+            if any(name is not None and not str(name).replace("_", "").isalnum() for name in asked):
+                raise InvalidModelFile(
+                    f"{file} is unsafe: it asks for code from elsewhere ({key}: {str(value)[:80]!r})",
+                    hint="remove that entry",
+                )
+            _refuse_code(value, file)
+    elif isinstance(config, list):
+        for value in config:
+            _refuse_code(value, file)
+
+
 def _build(manifest: Mapping[str, Any], folder: Path) -> nn.Module:
     architecture = manifest.get("architecture") or {}
+    _refuse_code({"attn_implementation": architecture.get("attention"), **architecture}, folder / MANIFEST)
     if architecture.get("kind") != "transformers":
         raise UsageError(
             f"{folder} holds a {architecture.get('class', 'module')}, which has to be built by you",

@@ -7,13 +7,14 @@ run.json: the step, the recipe, the curve. Where the data stand follows from the
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rewriter.drafts import writing
-from rewriter.errors import InvalidModelFile, UsageError
+from rewriter.errors import InvalidModelFile, UsageError, first_line
 
 RUN = "run.json"
 PREFIX, DRAFT = "step-", ".draft-"
@@ -84,6 +85,19 @@ def read(checkpoint: Path) -> dict[str, Any]:
             f"{file} cannot be read: {error}", hint="remove it to resume from an older one"
         ) from error
     return dict(found)
+
+
+def restore(accelerator: Any, checkpoint: Path) -> None:
+    """Put the state of all processes back; torch's unpickler makes nothing but tensors and plain numbers of it.
+
+    Raises InvalidModelFile if a file is damaged, or holds anything else.
+    """
+    try:
+        accelerator.load_state(str(checkpoint))
+    except (pickle.UnpicklingError, OSError, EOFError, RuntimeError, ValueError, KeyError) as error:
+        raise InvalidModelFile(
+            f"{checkpoint} is damaged: {first_line(error)}", hint="remove it to resume from an older one"
+        ) from error
 
 
 def _remove(checkpoint: Path) -> None:
