@@ -207,6 +207,10 @@ def rewrite(
         ExternalData, typer.Option("--external-data", help="Keep weights in a file beside the .onnx.")
     ] = ExternalData.AUTO,
     html: Html = None,
+    streamed: Annotated[
+        bool | None,
+        typer.Option("--streamed/--not-streamed", help="Never hold a whole checkpoint; by itself if it is too large."),
+    ] = None,
     as_json: Json = False,
     progress: Progress = False,
     debug: Debug = False,
@@ -227,6 +231,7 @@ def rewrite(
             calibration=_calibration(calibration),
             kernels=kernels.value,
             verify=verify,
+            streamed=streamed,
         )
         report = done.rewrite_report.to_dict()
         _refuse_if_strict(strict, report["refused"])

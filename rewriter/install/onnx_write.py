@@ -20,6 +20,7 @@ from typing import IO, TYPE_CHECKING, Literal
 import onnx_ir as ir
 
 from rewriter import progress
+from rewriter.copy_bytes import copy_range
 from rewriter.drafts import draft_path, drafts_of, new_token, sweep, sync_folder, writing
 from rewriter.errors import UnsupportedModel, UsageError
 
@@ -213,7 +214,8 @@ def _varint(value: int) -> bytes:
 def _write_tensor(tensor: ir.TensorProtocol, file: IO[bytes]) -> None:
     start = file.tell()
     if isinstance(tensor, ir.ExternalTensor):
-        tensor.tofile(file)
+        with open(tensor.path, "rb") as source:
+            copy_range(source, tensor.offset or 0, tensor.nbytes, file)
     else:
         file.write(tensor.tobytes())
     if file.tell() - start != tensor.nbytes:

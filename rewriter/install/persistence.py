@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -255,13 +256,43 @@ def _version(package: str) -> str:
 # ---------------------------------------------------------------------- reading
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """An ordinary checkpoint, not loaded.
+
+    Attributes:
+        model_class: one of transformers' own. raw: config.json as it is.
+    """
+
+    folder: Path
+    model_class: Any
+    raw: Mapping[str, Any]
+
+    @staticmethod
+    def at(folder: Path) -> Checkpoint:
+        """Raises InvalidModelFile if the config is missing, broken or asks for code; UsageError for unknown classes."""
+        if not (folder / CONFIG).is_file():
+            raise InvalidModelFile(f"{folder} has no {MANIFEST}", hint="Give a folder that rewriter.save wrote.")
+        raw = _read_json(folder / CONFIG)
+        names = raw.get("architectures")
+        model_class = _model_class(str(names[0]) if isinstance(names, list) and names else "")
+        _refuse_code(raw, folder / CONFIG)
+        return Checkpoint(folder, model_class, raw)
+
+    def config(self) -> Any:
+        """The config as transformers understands it. Raises InvalidModelFile if it does not."""
+        try:
+            return self.model_class.config_class.from_dict(dict(self.raw))
+        except Exception as error:  # each architecture checks its config in its own way
+            raise InvalidModelFile(
+                f"{self.folder / CONFIG} cannot be read: {first_line(error)}", hint="download it again"
+            ) from error
+
+
 def _load_plain(folder: Path, module: nn.Module | None) -> nn.Module:
-    if not (folder / CONFIG).is_file() or module is not None:
+    if module is not None:
         raise InvalidModelFile(f"{folder} has no {MANIFEST}", hint="Give a folder that rewriter.save wrote.")
-    config = _read_json(folder / CONFIG)
-    names = config.get("architectures")
-    model_class = _model_class(str(names[0]) if isinstance(names, list) and names else "")
-    _refuse_code(config, folder / CONFIG)
+    model_class = Checkpoint.at(folder).model_class
     try:
         # weights_only: where there are no safetensors, the unpickler must make nothing but tensors
         loaded: nn.Module = model_class.from_pretrained(folder, weights_only=True, local_files_only=True)

@@ -34,7 +34,6 @@ def test_kernels_are_built_once_and_bad_compilers_change_nothing(
 ) -> None:
     kinds = ("hangs in a process of its own", "writes nothing")
     monkeypatch.setattr(faults, "COMPILERS", {kind: faults.COMPILERS[kind] for kind in kinds})
-    monkeypatch.setenv("REWRITER_CXX_TIMEOUT", "2")
     tallies = [faults.building_at_once(tmp_path, 3), *faults.bad_compilers(tmp_path)]
     assert [tally.problems for tally in tallies] == [[], [], []]
 

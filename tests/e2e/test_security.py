@@ -1,7 +1,7 @@
 """Files that mean harm: nothing outside is read, no code runs, no control code reaches a terminal or a page.
 
 Links and places of external data are in tests/unit/test_onnx_load.py, the cache of kernels in
-tests/kernels/test_cache.py, what may reach a template in tests/kernels/test_render.py. docs/security.md says what is promised.
+tests/kernels/test_cache.py, what may reach a template in tests/kernels/test_render.py. docs/security.md is the promise.
 """
 
 from __future__ import annotations
