@@ -43,15 +43,20 @@ PRIVATE = "BENCHMARKS_FAULTS_PRIVATE_MOUNTS"
 LIMIT_S = 300
 FILE_EVENTS = frozenset({"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.chmod"})
 INTERRUPTED = 130
+BEGUN = b"begun\n"
 
 
 @dataclass(frozen=True)
 class Child:
-    """How a command ended: its exit code (negative for a signal), what it printed, and how many steps it took."""
+    """How a command ended: its exit code (negative for a signal), what it printed, and how many steps it took.
+
+    `begun` is false if the signal came while the process was still starting.
+    """
 
     code: int
     said: str
     steps: int
+    begun: bool = True
 
 
 @dataclass
@@ -98,7 +103,11 @@ def _in_child(
             os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(watch)
-    code = command(name, folder)
+    try:
+        os.write(handle, BEGUN)
+        code = command(name, folder)
+    except KeyboardInterrupt:  # before the command line could see to it: nothing has been done yet
+        code = INTERRUPTED
     sys.stdout.flush()
     os.write(handle, f"\nsteps {steps}\n".encode())
     os._exit(code)
@@ -127,8 +136,9 @@ def run(
         return Child(-signal.SIGALRM, f"did not end within {LIMIT_S} s", 0)
     said = log.read_text(errors="replace") if log.exists() else ""
     log.unlink(missing_ok=True)
+    begun, said = said.startswith(BEGUN.decode()), said.removeprefix(BEGUN.decode())
     text, _, steps = said.rpartition("\nsteps ")
-    return Child(process.exitcode, text or said, int(steps) if steps.strip().isdigit() else 0)
+    return Child(process.exitcode, text or said, int(steps) if steps.strip().isdigit() else 0, begun)
 
 
 # ---------------------------------------------------------------------- faults
@@ -187,6 +197,9 @@ class Bench:
             folder = self.fresh()
             ended = run(self.operation, folder, after=moment, by=signal.SIGINT)
             where = f"after {moment:.3f} s"
+            if not ended.begun:
+                tally.outcomes["not begun"] += 1
+                continue
             if ended.code not in (0, INTERRUPTED) or "Traceback" in ended.said:
                 tally.problems.append(f"{where}: exit code {ended.code}: {ended.said[-300:]}")
             self._judge(tally, folder, where, clean=True)

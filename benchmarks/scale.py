@@ -292,7 +292,9 @@ def _wrong(before: Path, after: Path, layers: int) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options_parser = parser(__doc__, quick="smaller files, shorter graphs, fewer rewrites", markdown=True)
-    options_parser.add_argument("--only", default="", help="cases whose names hold these words")
+    options_parser.add_argument(
+        "--only", default="", metavar="CASE", help="file, sparse file, graph, rewrites or checkpoint"
+    )
     options = options_parser.parse_args(arguments)
     medium = Stack(18, hidden=2048, inner=8192, heads=16)
     large = Stack(25, hidden=4096, inner=16384, heads=32, sparse=True)
@@ -308,7 +310,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         del cases["sparse file"]
     rows: list[Row] = []
     for name, case in cases.items():
-        if options.only not in name:
+        if options.only and options.only != name:
             continue
         with tempfile.TemporaryDirectory() as scratch:
             for row in case(Path(scratch)):
