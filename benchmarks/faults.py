@@ -319,6 +319,7 @@ def building_at_once(scratch: Path, processes: int = 4) -> Tally:
     _prepare(operation, folder)
     log = folder / "bin" / "c++.log"
     log.unlink()
+    older = len(list((folder / "cache").glob("*.lock")))
     context = multiprocessing.get_context("forkserver")
     logs = [folder.with_name(f"work.{i}.log") for i in range(processes)]
     running = [context.Process(target=_in_child, args=(operation.name, folder, path, 0, 0, {})) for path in logs]
@@ -327,7 +328,7 @@ def building_at_once(scratch: Path, processes: int = 4) -> Tally:
     for process in running:
         process.join(LIMIT_S)
     built = len(log.read_text().split())
-    kernels = len(list((folder / "cache").glob("*.lock"))) - 1  # one is of the older output
+    kernels = len(list((folder / "cache").glob("*.lock"))) - older
     tally.outcomes[f"{built} builds of {kernels} kernels"] += 1
     if built != kernels or any(process.exitcode for process in running):
         tally.problems.append(f"{built} builds of {kernels} kernels; exit codes {[p.exitcode for p in running]}")
