@@ -133,7 +133,7 @@ def decide(
         done, refused = transformed[0], (*refused, *transformed[1])
     if not done and not changed.replacements:
         reasons = "; ".join(f"{n}: {r}" for n, r in (*changed.refused, *refused, *((s.name, r) for s, r in kept))[:3])
-        raise NothingToRewrite(f"none of the selected sites can be rewritten to {name}: {reasons}")
+        raise NothingToRewrite(f"none of the selected sites can be rewritten to {name}: {reasons}", hint=LISTS)
     return Decision(name, done, (*_selected_refusals(matches), *refused, *changed.refused), kept, changed)
 
 
@@ -167,10 +167,6 @@ def _calibrated(
     begun = itertools.count()
     with progress.task("calibrating", len(steps), "sites") as advance:
         return calibrated(flow, matches, steps, probe, lambda _: advance(next(begun)))
-    if not done:
-        reasons = "; ".join(f"{n}: {r}" for n, r in (*refused, *((s.name, r) for s, r in kept))[:3])
-        raise NothingToRewrite(f"none of the selected sites can be rewritten to {name}: {reasons}", hint=LISTS)
-    return Decision(name, done, (*_selected_refusals(matches), *refused), kept)
 
 
 def _transform(

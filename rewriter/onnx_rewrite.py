@@ -117,8 +117,6 @@ def _installable(captured: OnnxCapture, decision: Decision) -> Decision:
     refused = [(name, reason) for name, reason in reasons.items() if reason is not None]
     kept = tuple(r for r in decision.replacements if reasons[r.site.name] is None)
     if not kept and not decision.blocks.replacements:
-        raise NothingToRewrite("; ".join(f"{n}: {r}" for n, r in (*decision.refused, *refused)[:3]))
-    if not kept:
         raise NothingToRewrite("; ".join(f"{n}: {r}" for n, r in (*decision.refused, *refused)[:3]), hint=LISTS)
     return replace(decision, replacements=kept, refused=(*decision.refused, *refused))
 

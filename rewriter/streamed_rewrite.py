@@ -249,7 +249,7 @@ def _report(
         seconds[stage] = seconds.get(stage, 0.0) + value
     return replace(
         summary, sites=tuple(rows), parameters=Change(before, before - gone), kv_bytes_per_token=cache, flops=None,
-        fidelity=None, seconds=seconds,
+        fidelity=None, seconds=seconds, arithmetic=None, drawings=(),
     )  # fmt: skip
 
 
