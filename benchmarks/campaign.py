@@ -11,7 +11,6 @@ seed is printed with all its choices:
 
 from __future__ import annotations
 
-import argparse
 import collections
 import contextlib
 import io
@@ -30,6 +29,7 @@ import torch
 from numpy.typing import NDArray
 
 import rewriter
+from benchmarks.options import parser, quick_or, seeds
 from benchmarks.random_attention import Architecture, Net, draw, inputs
 from benchmarks.rows import Row, write_json
 
@@ -201,15 +201,10 @@ def _distance(found: NDArray[Any], right: NDArray[Any]) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--first", type=int, default=0)
-    parser.add_argument("--count", type=int, default=500)
-    parser.add_argument("--quick", action="store_true", help="60 seeds")
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args(arguments)
+    options = seeds(parser(__doc__, quick="60 seeds"), count=500).parse_args(arguments)
     torch.set_num_threads(1)
     failed: list[Outcome] = []
-    count = 60 if options.quick else options.count
+    count = quick_or(options, 60, options.count)
     refusals: collections.Counter[str] = collections.Counter()
     rewritten = 0
     for seed in range(options.first, options.first + count):

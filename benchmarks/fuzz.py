@@ -10,7 +10,6 @@ its seed: `--first SEED --count 1` repeats it.
 
 from __future__ import annotations
 
-import argparse
 import collections
 import functools
 import random
@@ -28,6 +27,7 @@ import torch
 
 import rewriter
 from benchmarks.campaign import export
+from benchmarks.options import parser, quick_or, seeds
 from benchmarks.random_attention import Net, draw
 from benchmarks.rows import Row, write_json
 from rewriter.errors import RewriteError
@@ -204,18 +204,13 @@ def outcome(seed: int, folder: Path) -> tuple[str, str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--first", type=int, default=0)
-    parser.add_argument("--count", type=int, default=1500)
-    parser.add_argument("--quick", action="store_true", help="300 seeds")
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args(arguments)
+    options = seeds(parser(__doc__, quick="300 seeds"), count=1500).parse_args(arguments)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     for seed in MODELS:
         sound(seed)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    count = 300 if options.quick else options.count
+    count = quick_or(options, 300, options.count)
     found: collections.Counter[str] = collections.Counter()
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(options.first, options.first + count):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from codegen.errors import CorruptBinary, UnsafeCache
+from codegen.errors import CorruptBinary, UnsafeCache, UnusableCache
 
 MANIFEST = "manifest.json"
 
@@ -49,14 +50,39 @@ class Entry:
 def root() -> Path:
     """The cache's folder: REWRITER_CACHE, else rewriter/ below XDG_CACHE_HOME or ~/.cache; made if it is missing.
 
+    Links on the way to it are followed once, here: whoever could turn one elsewhere later has no say in what is loaded.
+
     Raises:
-        UnsafeCache: it belongs to somebody else, or others may write to it.
+        UnsafeCache: it belongs to somebody else, others may write to it, or anybody may replace a folder above it.
+        UnusableCache: it cannot be made.
     """
     given = os.environ.get("REWRITER_CACHE")
-    folder = Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rewriter"
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    named = Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rewriter"
+    with _usable(named):
+        named.mkdir(parents=True, exist_ok=True, mode=0o700)
+        folder = named.resolve(strict=True)
     _require_private(folder)
+    for above in folder.parents:
+        mode = above.stat().st_mode
+        if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+            raise UnsafeCache(
+                f"every user may replace what lies in {above}, where the cache of kernels is",
+                hint="name a folder of your own in REWRITER_CACHE",
+            )
     return folder
+
+
+@contextlib.contextmanager
+def _usable(folder: Path) -> Iterator[None]:
+    """What the system refuses becomes an error that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else str(error.strerror)
+        raise UnusableCache(
+            f"kernels cannot be kept in {folder}: {reason}",
+            hint='name another folder in REWRITER_CACHE, or use kernels="off"',
+        ) from error
 
 
 def address(name: str, parts: Mapping[str, str]) -> str:
@@ -70,13 +96,13 @@ def load_or_build(name: str, build: Build) -> Entry:
     An entry whose files are not those of its manifest is built anew.
 
     Raises:
-        UnsafeCache: see `root`; and whatever `build` raises, in which case nothing is left behind.
+        UnsafeCache, UnusableCache: see `root`; and whatever `build` raises, in which case nothing is left behind.
     """
     home = root()
     folder = home / name
     if _whole(folder):
         return Entry(folder, built=False)
-    with _locked(home / f"{name}.lock"):
+    with _usable(home), _locked(home / f"{name}.lock"):
         if _whole(folder):
             return Entry(folder, built=False)
         _make(home, folder, build)
@@ -84,12 +110,18 @@ def load_or_build(name: str, build: Build) -> Entry:
 
 
 def _make(home: Path, folder: Path, build: Build) -> None:
-    draft = Path(tempfile.mkdtemp(dir=home, prefix=f".{folder.name[:40]}."))
+    """Only one process is here at a time for one entry, so older drafts of it are of builds that were killed."""
+    prefix = f".{folder.name}."
+    for left in home.glob(f"{prefix}*"):
+        shutil.rmtree(left, ignore_errors=True)
+    draft = Path(tempfile.mkdtemp(dir=home, prefix=prefix))
     try:
         build(draft)
         digests = {path.name: _digest(path) for path in sorted(draft.iterdir())}
         (draft / MANIFEST).write_text(json.dumps(digests, indent=1) + "\n")
-        if folder.exists():
+        if folder.is_symlink() or folder.is_file():
+            folder.unlink()
+        elif folder.exists():
             shutil.rmtree(folder)
         os.rename(draft, folder)
     finally:
@@ -97,12 +129,13 @@ def _make(home: Path, folder: Path, build: Build) -> None:
 
 
 def _whole(folder: Path) -> bool:
-    if not folder.is_dir():
+    if folder.is_symlink() or not folder.is_dir():
         return False
     _require_private(folder)
     digests = _manifest(folder)
     return bool(digests) and all(
-        (folder / name).is_file() and _digest(folder / name) == digest for name, digest in digests.items()
+        Path(name).name == name and (folder / name).is_file() and _digest(folder / name) == digest
+        for name, digest in digests.items()
     )
 
 

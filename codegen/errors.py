@@ -35,5 +35,9 @@ class UnsafeCache(KernelError):
     """Other users could change what the cache folder holds."""
 
 
+class UnusableCache(KernelError):
+    """The cache folder cannot be made or written to."""
+
+
 class CorruptBinary(KernelError):
     """A cached binary is not the one that was built."""

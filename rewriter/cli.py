@@ -7,6 +7,7 @@ a hint on standard error; the exit code says whose fault it is (see `rewriter.er
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import operator
 import os
@@ -24,6 +25,7 @@ from codegen.errors import KernelError
 from rewriter import progress as progress_bars
 from rewriter.errors import RewriteError, UsageError, VerificationFailed
 from rewriter.report.printable import jsonable, printable
+from rewriter.whole_folder import recover
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -205,6 +207,10 @@ def rewrite(
         ExternalData, typer.Option("--external-data", help="Keep weights in a file beside the .onnx.")
     ] = ExternalData.AUTO,
     html: Html = None,
+    streamed: Annotated[
+        bool | None,
+        typer.Option("--streamed/--not-streamed", help="Never hold a whole checkpoint; by itself if it is too large."),
+    ] = None,
     as_json: Json = False,
     progress: Progress = False,
     debug: Debug = False,
@@ -225,6 +231,7 @@ def rewrite(
             calibration=_calibration(calibration),
             kernels=kernels.value,
             verify=verify,
+            streamed=streamed,
         )
         report = done.rewrite_report.to_dict()
         _refuse_if_strict(strict, report["refused"])
@@ -461,17 +468,20 @@ def demo(as_json: Json = False, progress: Progress = False, debug: Debug = False
 
 
 def _require_model(path: Path) -> None:
+    if not path.exists() and path.absolute().parent.is_dir():
+        recover(path.absolute())  # a command that was killed may have moved it aside
     if not path.exists():
         raise UsageError(f"no such file: {path}", hint="check the path")
 
 
 def _require_output(model: Path, output: Path, *, folder: bool = False) -> None:
-    """`folder`: a folder is written, whatever the model is."""
+    """`folder`: a folder is written, whatever the model is. What a killed command left half-written there goes."""
     parent = output.absolute().parent
     if not parent.is_dir():
         raise UsageError(f"the output folder {parent} does not exist", hint="create it first")
     if not os.access(parent, os.W_OK):
         raise UsageError(f"the output folder {parent} is not writable", hint="check its permissions")
+    recover(output.absolute())
     if folder:
         if output.exists() and not output.is_dir():
             raise UsageError(f"{output} is a file", hint="name a folder")
@@ -658,7 +668,8 @@ def _fail(error: Exception) -> int:
     """Say what went wrong in one line, with a hint; returns the exit code."""
     message, hint, code = _explain(error)
     if _flags.debug:
-        traceback.print_exception(error)
+        for line in "".join(traceback.format_exception(error)).splitlines():
+            print(printable(line), file=sys.stderr)
     if _flags.json:
         kind = type(error).__name__
         _print(json.dumps({"error": {"type": kind, "message": message, "hint": hint, "exit_code": code}}))
@@ -676,6 +687,8 @@ def _explain(error: Exception) -> tuple[str, str, int]:
         return str(error.format_message()), f"see: {command} --help", UsageError.exit_code
     if isinstance(error, MemoryError):
         return "out of memory", "free some, or store the model with external data", 1
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "the disk is full", "free some space, or name another disk for temporary files in TMPDIR", 1
     first = next(iter(str(error).splitlines()), "")
     return f"{type(error).__name__}: {first}", "this is a bug in rewriter; --debug shows where", 1
 

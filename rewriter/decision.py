@@ -89,6 +89,7 @@ def _resolve(target: Any) -> Target:
     return found
 
 
+LISTS = "`rewriter inspect` lists every site with what it can become, or why it cannot"
 KERNELS = ("auto", "off", "cpp", "triton")
 
 
@@ -132,7 +133,7 @@ def decide(
         done, refused = transformed[0], (*refused, *transformed[1])
     if not done and not changed.replacements:
         reasons = "; ".join(f"{n}: {r}" for n, r in (*changed.refused, *refused, *((s.name, r) for s, r in kept))[:3])
-        raise NothingToRewrite(f"none of the selected sites can be rewritten to {name}: {reasons}")
+        raise NothingToRewrite(f"none of the selected sites can be rewritten to {name}: {reasons}", hint=LISTS)
     return Decision(name, done, (*_selected_refusals(matches), *refused, *changed.refused), kept, changed)
 
 
@@ -219,7 +220,7 @@ def nothing(matches: Matches) -> NothingToRewrite:
         listed = "; ".join(f"{r.name}: {r.reason}" for r in matches.refusals[:3])
         return NothingToRewrite(
             f"none of {len(matches.refusals)} attentions can be rewritten: {listed}",
-            hint="`rewriter inspect` lists every site with its reason",
+            hint=LISTS,
         )
     return NothingToRewrite(
         "the model has no attention: no softmax weighs value tokens by query-key scores",

@@ -44,6 +44,10 @@ class VerificationFailed(RewriteError):
     """The rewritten model did not pass its checks; nothing was written."""
 
 
+class CannotWrite(RewriteError):
+    """The output cannot be written: the disk is full, or fails. What was there before is still there."""
+
+
 class InvalidModelFile(RewriteError):
     """The input file is broken, or unsafe to open."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 
@@ -21,3 +22,11 @@ def is_onnx(model: Any) -> bool:
     return (onnx is not None and isinstance(model, onnx.ModelProto)) or (
         onnx_ir is not None and isinstance(model, onnx_ir.Model)
     )
+
+
+def larger_than_memory(folder: Path) -> bool:
+    """True if a checkpoint's safetensors take more than half of the memory that is free: a rewrite holds some twice."""
+    import psutil  # type: ignore[import-untyped]
+
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return bool(2 * size > psutil.virtual_memory().available)

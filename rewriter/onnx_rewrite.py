@@ -22,7 +22,7 @@ from rewriter.capture.faithful import without_unfaithful
 from rewriter.capture.onnx_file import OnnxCapture, capture, hidden_anchors
 from rewriter.capture.onnx_load import copy_of
 from rewriter.capture.unfuse import WrittenOut, fused_nodes, unfuse
-from rewriter.decision import Decision, Stopwatch, decide, is_causal, report, rows, with_kept
+from rewriter.decision import LISTS, Decision, Stopwatch, decide, is_causal, report, rows, with_kept
 from rewriter.errors import NothingToRewrite, VerificationFailed
 from rewriter.install.onnx_function import install
 from rewriter.install.onnx_obstacles import obstacle
@@ -117,7 +117,7 @@ def _installable(captured: OnnxCapture, decision: Decision) -> Decision:
     refused = [(name, reason) for name, reason in reasons.items() if reason is not None]
     kept = tuple(r for r in decision.replacements if reasons[r.site.name] is None)
     if not kept and not decision.blocks.replacements:
-        raise NothingToRewrite("; ".join(f"{n}: {r}" for n, r in (*decision.refused, *refused)[:3]))
+        raise NothingToRewrite("; ".join(f"{n}: {r}" for n, r in (*decision.refused, *refused)[:3]), hint=LISTS)
     return replace(decision, replacements=kept, refused=(*decision.refused, *refused))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from rewriter.calibration.tokenizer import tokenizer_beside
 from rewriter.decision import assignment, require_supported
 from rewriter.errors import UsageError
-from rewriter.model_kinds import is_onnx, is_torch
+from rewriter.model_kinds import is_onnx, is_torch, larger_than_memory
 from rewriter.report.rewrite_report import RewriteReport
 from rewriter.verify.result import Verification
 
@@ -19,7 +19,7 @@ class Rewritten:
     """What `optimize` returns for a path.
 
     Attributes:
-        model: the rewritten model: an onnx_ir.Model, or a torch module.
+        model: the rewritten model: an onnx_ir.Model, a torch module, or a checkpoint that is only rewritten on saving.
         rewrite_report: site by site what changed, how exact, and what was refused and why.
         source: the Hugging Face directory that was read; its tokenizer and other small files go along on saving.
     """
@@ -31,11 +31,12 @@ class Rewritten:
     def save(self, path: str | Path, *, external_data: str = "auto") -> None:
         """Write it: an .onnx file (``external_data`` as on the command line) or a Hugging Face directory."""
         if is_torch(self.model):
-            save(self.model, path)
-            if self.source is not None:
-                from rewriter.install.persistence import copy_side_files
+            from rewriter.install.persistence import save as write_folder
 
-                copy_side_files(self.source, Path(path))
+            write_folder(self.model, path, source=self.source)
+            return
+        if self.source is not None:
+            self.model.write(Path(path))
             return
         from rewriter.install.onnx_write import save as write
 
@@ -52,6 +53,7 @@ def optimize(
     kernels: str = "auto",
     inplace: bool = False,
     verify: bool = True,
+    streamed: bool | None = None,
 ) -> Any:
     """Rewrite a model's attention to `target` and return a model of the same kind.
 
@@ -71,6 +73,8 @@ def optimize(
             legal). Graphs and .onnx files hold standard operators; see `rewriter kernels` for the latter.
         inplace: edit the given torch module instead of a copy.
         verify: compare with the original before returning.
+        streamed: of a Hugging Face directory, rewrite the weights one by one on saving and never hold all of them; by
+            default if they take more than half the free memory. `rewriter.streamed_rewrite` says what that leaves out.
 
     Returns:
         The same kind as `model`. Torch models carry the report as ``rewrite_report``, an onnx_ir.Model in
@@ -86,7 +90,7 @@ def optimize(
     require_supported(kernels)
     assignment(target, layers)
     if isinstance(model, (str, Path)):
-        return _optimize_path(Path(model), target, layers, calibration, example_inputs, kernels, verify)
+        return _optimize_path(Path(model), target, layers, calibration, example_inputs, kernels, verify, streamed)
     if is_onnx(model):
         _refuse_by_name(kernels, "an ONNX model")
         return _optimize_onnx(model, target, layers, calibration, verify)
@@ -108,16 +112,33 @@ def _refuse_by_name(kernels: str, kind: str) -> None:
 
 
 def _optimize_path(
-    path: Path, target: Any, layers: str | None, calibration: Any, example_inputs: Any, kernels: str, verify: bool
+    path: Path,
+    target: Any,
+    layers: str | None,
+    calibration: Any,
+    example_inputs: Any,
+    kernels: str,
+    verify: bool,
+    streamed: bool | None,
 ) -> Rewritten:
     if not path.exists():
         raise UsageError(f"no such file: {path}", hint="check the path")
     if path.is_dir():
+        if streamed or (streamed is None and calibration is None and larger_than_memory(path)):
+            from rewriter.streamed_rewrite import rewrite_streamed
+
+            if calibration is not None:
+                raise UsageError("a streamed checkpoint is not run, so it cannot be calibrated", hint="leave one out")
+            return Rewritten(*rewrite_streamed(path, target, layers=layers), path)
         tokenizer = tokenizer_beside(path) if calibration is not None else None
         module = _optimize_torch(
             load(path), target, layers, calibration, example_inputs, kernels, True, verify, tokenizer
         )
         return Rewritten(module, module.rewrite_report, path)
+    if streamed:
+        raise UsageError(
+            "only Hugging Face directories are streamed", hint=".onnx files never are in memory as a whole"
+        )
     _refuse_by_name(kernels, "an .onnx file")
     from rewriter.capture.onnx_load import load as load_onnx
     from rewriter.onnx_rewrite import rewrite_onnx

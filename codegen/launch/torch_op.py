@@ -180,8 +180,11 @@ def _computed(
     if _worth_it(spec, q, k):
         choice = _required(spec, device, None, q, k, v)
         try:
-            return run(choice)
-        except KernelError:
+            if choice not in _UNBUILDABLE:
+                return run(choice)
+        except KernelError as error:
+            if not isinstance(error, NotLegal):
+                _UNBUILDABLE.add(choice)
             _warn_once()
     return _laid_out(torch_body.grouped_query_attention(spec, q, k, v, bias, sinks=sinks))
 
@@ -261,6 +264,10 @@ def _spec(
 def _laid_out(output: Tensor) -> Tensor:
     """A tensor of its own, laid out as `empty_output` says."""
     return output.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+_UNBUILDABLE: set[Choice] = set()
+"""Kernels that "auto" has tried to build in this process in vain, perhaps for minutes, and does not try again."""
 
 
 @functools.cache

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ from codegen.errors import CompilationFailed, NoCompiler
 
 COMPILERS = ("g++", "clang++", "c++")
 VARIABLES = ("REWRITER_CXX", "CXX")
+TIMEOUT = "REWRITER_CXX_TIMEOUT"
 TIMEOUT_S = 120.0
 
 BASE_FLAGS = (
@@ -89,26 +92,53 @@ def flags(isa: Isa) -> tuple[str, ...]:
     return (*BASE_FLAGS, *ISA_FLAGS[isa])
 
 
-def build(sources: Sequence[Path], output: Path, isa: Isa, *, timeout: float = TIMEOUT_S) -> None:
+def build(sources: Sequence[Path], output: Path, isa: Isa, *, timeout: float | None = None) -> None:
     """Compile and link `sources` into the shared library `output`.
 
     Raises:
         NoCompiler: there is none.
-        CompilationFailed: it refused the source, or took longer than `timeout` seconds.
+        CompilationFailed: it refused the source, crashed, or took longer than `timeout` seconds
+            (by default REWRITER_CXX_TIMEOUT, else two minutes).
     """
+    timeout = _timeout() if timeout is None else timeout
     compiler = find_compiler()
+    program = compiler.command[0]
     command = [*compiler.command, *flags(isa), *map(str, sources), "-o", str(output)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+        code, said = _run(command, timeout)
     except subprocess.TimeoutExpired as error:
         raise CompilationFailed(
-            f"{compiler.command[0]} took longer than {timeout:g} s", hint='try again, or use kernels="off"'
+            f"{program} took longer than {timeout:g} s", hint=f'set {TIMEOUT} to more seconds, or use kernels="off"'
         ) from error
     except OSError as error:
-        raise NoCompiler(f"{compiler.command[0]} does not start: {error}") from error
-    if done.returncode != 0:
-        first = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:300])
+        raise NoCompiler(f"{program} does not start: {error}") from error
+    if code < 0:
+        raise CompilationFailed(f"{program} was ended by signal {-code}", hint="free some memory, then try again")
+    if code != 0:
+        first = next((line for line in said.splitlines() if "error" in line), said.strip()[:300])
         raise CompilationFailed(
-            f"{compiler.command[0]} refused a kernel: {first}",
-            hint="g++ 12 or newer is needed; name one in REWRITER_CXX",
+            f"{program} refused a kernel: {first}", hint="g++ 12 or newer is needed; name one in REWRITER_CXX"
         )
+    if not output.is_file():
+        raise CompilationFailed(f"{program} reported success and wrote nothing", hint="name another in REWRITER_CXX")
+
+
+def _timeout() -> float:
+    try:
+        return float(os.environ.get(TIMEOUT, "") or TIMEOUT_S)
+    except ValueError as error:
+        raise NoCompiler(f"{TIMEOUT} is no number of seconds", hint=f"unset it, or write {TIMEOUT}=600") from error
+
+
+def _run(command: Sequence[str], timeout: float) -> tuple[int, str]:
+    """(exit code, standard error). A compiler is several processes; on a timeout or an interruption all of them go."""
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True
+    ) as process:
+        try:
+            _, said = process.communicate(timeout=timeout)
+        except BaseException:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            raise
+    return process.returncode, said

@@ -15,7 +15,7 @@ def tokenizer_beside(folder: Path) -> Any:
             try:
                 from transformers import AutoTokenizer
 
-                return AutoTokenizer.from_pretrained(place)
+                return AutoTokenizer.from_pretrained(place, trust_remote_code=False, local_files_only=True)
             except (ImportError, OSError, ValueError):
                 return None
     return None

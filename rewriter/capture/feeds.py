@@ -23,6 +23,7 @@ _MASKED = -1e4
 """What an additive mask holds where it masks; fits float16."""
 _UNKNOWN_BOUND = 8
 _LARGEST_ID = 1000
+_LARGEST_INPUT = 1 << 28
 MOST_NUMBERS = 2**28
 """Of one made-up input; real ones are smaller, and what a broken file declares may be anything."""
 _SPECIAL_IDS = 3
@@ -297,6 +298,10 @@ def _inner_shapes(model: ir.Model) -> Iterator[list[int]]:
 
 
 def _values(role: InputRole, shape: tuple[int, ...], sizes: Sizes, mask: MaskStyle, rng: np.random.Generator) -> Array:
+    if prod(shape) > _LARGEST_INPUT:
+        raise UnsupportedModel(
+            f"an input of the size {list(shape)} is too large to be tried", hint="export it with smaller or open sizes"
+        )
     return _raw_values(role, shape, sizes, mask, rng).astype(role.dtype.numpy())
 
 

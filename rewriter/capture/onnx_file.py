@@ -212,6 +212,7 @@ def open_session(proto: onnx.ModelProto, folder: str | None, *, optimise: bool) 
     options.intra_op_num_threads = 1
     if not optimise:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry("session.disable_prepacking", "1")  # a second copy of every matrix
     if folder is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
     return ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])

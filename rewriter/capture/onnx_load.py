@@ -208,6 +208,20 @@ def _check_structure(proto: onnx.ModelProto, name: str) -> None:
         if not isinstance(text, str):  # protobuf hands out bytes where they are no UTF-8
             raise InvalidModelFile(f"{name} holds a name that is no text: {text!r:.60}", hint=hint)
     _check_arity(proto, name)
+    _check_inputs(proto.graph, name)
+
+
+def _check_inputs(graph: onnx.GraphProto, name: str) -> None:
+    """What a node of the main graph reads is made somewhere: runtimes open no other file, later stages count on it."""
+    known = {x.name for x in (*graph.input, *graph.initializer)} | {x.values.name for x in graph.sparse_initializer}
+    known.update(output for node in graph.node for output in node.output)
+    for node in graph.node:
+        for read in node.input:
+            if read and read not in known:
+                raise InvalidModelFile(
+                    f"{name} is malformed: node {node.name[:80]!r} reads {read[:80]!r}, which nothing makes",
+                    hint="export the model again",
+                )
 
 
 def _check_supported(proto: onnx.ModelProto, name: str) -> None:

@@ -11,7 +11,6 @@ import contextlib
 import mmap
 import os
 import re
-import secrets
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -21,6 +20,8 @@ from typing import IO, TYPE_CHECKING, Literal
 import onnx_ir as ir
 
 from rewriter import progress
+from rewriter.copy_bytes import copy_range
+from rewriter.drafts import draft_path, drafts_of, new_token, sweep, sync_folder, writing
 from rewriter.errors import UnsupportedModel, UsageError
 
 if TYPE_CHECKING:
@@ -47,21 +48,21 @@ def save(model: ir.Model, path: str | Path, *, external_data: ExternalData = "au
 
     Raises:
         UsageError: the folder does not exist, `path` is a folder, or cannot be written.
+        CannotWrite: the disk is full.
         UnsupportedModel: "never" was asked for and one protobuf cannot hold the model.
     """
     target = _Target.at(Path(path))
     wants_file = _wants_data_file(model, external_data)
-    try:
-        target.clean_stale()
-        target.temporary_model.touch(exist_ok=False)  # tells others at work on the same output that we are, too
-        if wants_file:
-            _save_pair(model, target)
-        else:
-            _save_single(model, target)
-    except PermissionError as error:
-        raise UsageError(f"{target.path} cannot be written", hint="check the folder's permissions") from error
-    finally:
-        target.drop_temporaries()
+    with writing(target.path):
+        try:
+            target.clean_stale()
+            target.temporary_model.touch(exist_ok=False)  # tells others at work on the same output that we are, too
+            if wants_file:
+                _save_pair(model, target)
+            else:
+                _save_single(model, target)
+        finally:
+            target.drop_temporaries()
 
 
 def _wants_data_file(model: ir.Model, external_data: ExternalData) -> bool:
@@ -213,7 +214,8 @@ def _varint(value: int) -> bytes:
 def _write_tensor(tensor: ir.TensorProtocol, file: IO[bytes]) -> None:
     start = file.tell()
     if isinstance(tensor, ir.ExternalTensor):
-        tensor.tofile(file)
+        with open(tensor.path, "rb") as source:
+            copy_range(source, tensor.offset or 0, tensor.nbytes, file)
     else:
         file.write(tensor.tobytes())
     if file.tell() - start != tensor.nbytes:
@@ -243,7 +245,7 @@ def _publish(model: ir.Model, target: _Target, placed: list[Placed], data_name: 
         os.replace(target.temporary_data, target.folder / data_name)
     target.copy_mode()
     os.replace(target.temporary_model, target.path)
-    target.sync_folder()
+    sync_folder(target.folder)
     doomed = {target.folder / name for name in target.unused_data_files()}
     _rebind(model, target, placed, data_name, {os.path.realpath(file) for file in doomed})
     for file in doomed:
@@ -269,7 +271,7 @@ def _rebind(model: ir.Model, target: _Target, placed: list[Placed], data_name: s
 class _Target:
     """The output, and the names that one call of `save` uses on the way there.
 
-    Temporaries carry the writing process's id, so that a later call can tell what a killed one left behind.
+    See `rewriter.drafts` for how a later call can tell what a killed one left behind.
     """
 
     path: Path
@@ -285,15 +287,15 @@ class _Target:
             raise UsageError(f"{path} is a folder", hint="name the output file, e.g. out.onnx")
         if not os.access(folder, os.W_OK):
             raise UsageError(f"the output folder {folder} is not writable", hint="check its permissions")
-        return _Target(path.absolute(), folder, secrets.token_hex(4))
+        return _Target(path.absolute(), folder, new_token())
 
     @property
     def temporary_model(self) -> Path:
-        return self.folder / f".{self.path.name}.{os.getpid()}-{self.token}.tmp"
+        return draft_path(self.path, self.token)
 
     @property
     def temporary_data(self) -> Path:
-        return self.folder / f".{self.path.name}.{os.getpid()}-{self.token}.data.tmp"
+        return draft_path(self.path, self.token, "data")
 
     @contextlib.contextmanager
     def open_model(self) -> Iterator[IO[bytes]]:
@@ -317,38 +319,21 @@ class _Target:
         with contextlib.suppress(FileNotFoundError):
             shutil.copymode(self.path, self.temporary_model)
 
-    def sync_folder(self) -> None:
-        with contextlib.suppress(OSError):  # some file systems and Windows cannot sync a folder
-            handle = os.open(self.folder, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
-
     def drop_temporaries(self) -> None:
         for path in (self.temporary_model, self.temporary_data):
             path.unlink(missing_ok=True)
 
     def clean_stale(self) -> None:
         """Remove what killed calls for the same output left: temporaries, and data that no model came to use."""
-        for file, process, _ in self._temporaries():
-            if not _is_alive(process):
-                file.unlink(missing_ok=True)
+        sweep(self.path)
         for name in self.unused_data_files():
             if name != self._usual_data_name:
                 (self.folder / name).unlink(missing_ok=True)
 
     def unused_data_files(self) -> list[str]:
         """Data files of this output that no model points to and no running process is about to use."""
-        writing = {f"{self.path.name}.{token}.data" for _, process, token in self._temporaries() if _is_alive(process)}
-        return [name for name in self._own_data_files() - writing if not self.is_mentioned(name)]
-
-    def _temporaries(self) -> Iterator[tuple[Path, int, str]]:
-        pattern = re.compile(rf"\.{re.escape(self.path.name)}\.(\d+)-([0-9a-f]{{8}})(\.data)?\.tmp")
-        for file in self.folder.iterdir():
-            match = pattern.fullmatch(file.name)
-            if match is not None:
-                yield file, int(match[1]), match[2]
+        coming = {f"{self.path.name}.{draft.token}.data" for draft in drafts_of(self.path) if not draft.is_stale}
+        return [name for name in self._own_data_files() - coming if not self.is_mentioned(name)]
 
     @property
     def _usual_data_name(self) -> str:
@@ -357,7 +342,7 @@ class _Target:
     def free_data_name(self) -> str:
         """A data file name that no model in the folder points to."""
         usual = self._usual_data_name
-        others = any(token != self.token for _, _, token in self._temporaries())
+        others = any(draft.token != self.token for draft in drafts_of(self.path))
         if others or ((self.folder / usual).exists() and self.is_mentioned(usual)):
             return f"{self.path.name}.{self.token}.data"
         return usual
@@ -380,13 +365,3 @@ def _mentions(file: Path, text: bytes) -> bool:
         return True
     with file.open("rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as view:
         return view.find(text) >= 0
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OSError):
-        return True
-    return True

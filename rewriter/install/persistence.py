@@ -12,15 +12,15 @@ import importlib.metadata
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rewriter.errors import InvalidModelFile, UsageError
+from rewriter.errors import InvalidModelFile, RewriteError, UsageError, first_line
 from rewriter.install import expert_mixer, huggingface, repeated_projection, token_mixer
 from rewriter.install.expert_mixer import expert_mixers
 from rewriter.install.mixer import rebuild
@@ -30,42 +30,51 @@ from rewriter.install.torch_module import mixers, place
 from rewriter.report import stored
 from rewriter.report.rewrite_report import RewriteReport
 from rewriter.whole_file import write_whole
+from rewriter.whole_folder import whole_folder
 
 FORMAT = 1
 MANIFEST = "rewrite.json"
+WEIGHTS = "rewritten.safetensors"
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
 EXPLANATION = "this folder holds a rewritten model; load it with rewriter.load(path)"
 
 
+OURS = (MANIFEST, stored.FILE, "rewritten*.safetensors", "model*.safetensors*", "pytorch_model*.bin*")
+"""Files of an older checkpoint that a new one takes the place of."""
+
+
 def save(
-    model: nn.Module, path: str | os.PathLike[str], *, state_dict: Mapping[str, Tensor] | None = None, **kwargs: Any
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    state_dict: Mapping[str, Tensor] | None = None,
+    source: Path | None = None,
+    **kwargs: Any,
 ) -> None:
     """Write `model` to the folder `path`, so that `load` (or from_pretrained, where the config suffices) reads it.
 
-    A new folder appears whole or not at all. An existing one is switched over by replacing rewrite.json, after the
-    new weights are there; files that are no part of the checkpoint stay.
+    The folder appears whole or not at all, and takes the place of an existing one in one moment; files there that are
+    no part of the checkpoint stay.
 
     Args:
         state_dict: weights to write instead of the model's own, e.g. gathered from several devices.
+        source: the folder that the model came from; its side files (tokenizer, ...) go along.
         kwargs: for save_pretrained, where it is used.
 
     Raises:
-        UsageError: if the folder above `path` does not exist, or `path` is a file.
+        UsageError: if the folder above `path` does not exist, or `path` is a file, or may not be written.
+        CannotWrite: if the disk is full.
     """
     target = Path(path)
-    if not target.parent.is_dir():
-        raise UsageError(f"{target.parent} is not a folder", hint="Create it first.")
+    if not target.absolute().parent.is_dir():
+        raise UsageError(f"{target.absolute().parent} is not a folder", hint="Create it first.")
     if target.exists() and not target.is_dir():
         raise UsageError(f"{target} is a file", hint="Give the name of a folder.")
-    if target.exists():
-        _write(model, target, state_dict, kwargs)
-        return
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as beside:
-        draft = Path(beside) / target.name
-        draft.mkdir()
+    with whole_folder(target, drop=OURS) as draft:
         _write(model, draft, state_dict, kwargs)
-        os.rename(draft, target)
+        if source is not None:
+            copy_side_files(source, draft, there=target)
 
 
 def load(path: str | os.PathLike[str], *, module: nn.Module | None = None) -> nn.Module:
@@ -120,12 +129,24 @@ NOT_COPIED = (
 """Files of a checkpoint that describe or hold the weights, and those about it as a repository."""
 
 
-def copy_side_files(source: Path, target: Path) -> None:
-    """Copy what else belongs to a checkpoint (tokenizer, preprocessor, licence); what is there already stays."""
+def copy_side_files(source: Path, target: Path, *, there: Path | None = None) -> None:
+    """Copy what else belongs to a checkpoint (tokenizer, preprocessor, licence).
+
+    What `target`, or the folder `there` that it will replace, has already is not copied; links that lead out of the
+    checkpoint are not followed.
+    """
     for file in sorted(source.iterdir()):
-        other = target / file.name
-        if file.is_file() and not other.exists() and not any(fnmatch.fnmatch(file.name, p) for p in NOT_COPIED):
-            shutil.copyfile(file, other)
+        taken = any((folder / file.name).exists() for folder in (target, there) if folder is not None)
+        if not taken and _is_side_file(file):
+            shutil.copyfile(file, target / file.name)
+
+
+def _is_side_file(file: Path) -> bool:
+    if not file.is_file() or any(fnmatch.fnmatch(file.name, p) for p in NOT_COPIED):
+        return False
+    folder = file.parent.resolve()
+    blobs = folder.parent.parent / "blobs"  # where a download cache keeps what its folders link to
+    return file.resolve().parent in (folder, blobs)
 
 
 # ---------------------------------------------------------------------- writing
@@ -148,19 +169,13 @@ def _write_weights_and_config(
     if huggingface.is_pretrained(model) and plain and huggingface.config_tells_all(model):
         model_class: Any = type(model)
         model_class.save_pretrained(model, folder, state_dict=state_dict, **kwargs)
-        (folder / MANIFEST).unlink(missing_ok=True)
-        _discard(folder, "rewritten*.safetensors")
         return
-    weights = _free_name(folder)
-    tied = _write_weights(model.state_dict() if state_dict is None else state_dict, folder / weights)
-    _replace_json(folder / MANIFEST, _manifest(model, weights, tied))
+    tied = _write_weights(model.state_dict() if state_dict is None else state_dict, folder / WEIGHTS)
+    _replace_json(folder / MANIFEST, _manifest(model, WEIGHTS, tied))
     if huggingface.is_pretrained(model):
         _replace_json(folder / CONFIG, _stopping_config(model))
         if getattr(model, "generation_config", None) is not None:
             model.generation_config.save_pretrained(folder)  # type: ignore[union-attr, operator]
-    _discard(folder, "rewritten*.safetensors", keep=weights)
-    _discard(folder, "model*.safetensors*")
-    _discard(folder, "pytorch_model*.bin*")
 
 
 def _manifest(model: nn.Module, weights: str, tied: Mapping[str, str]) -> dict[str, Any]:
@@ -231,17 +246,6 @@ def _replace_json(file: Path, data: Mapping[str, Any]) -> None:
     write_whole(json.dumps(data, indent=1, sort_keys=True) + "\n", file)
 
 
-def _free_name(folder: Path) -> str:
-    names = ("rewritten.safetensors", *(f"rewritten-{i}.safetensors" for i in range(1, 1000)))
-    return next(name for name in names if not (folder / name).exists())
-
-
-def _discard(folder: Path, pattern: str, keep: str = "") -> None:
-    for file in folder.glob(pattern):
-        if file.name != keep:
-            file.unlink()
-
-
 def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
@@ -252,16 +256,77 @@ def _version(package: str) -> str:
 # ---------------------------------------------------------------------- reading
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """An ordinary checkpoint, not loaded.
+
+    Attributes:
+        model_class: one of transformers' own. raw: config.json as it is.
+    """
+
+    folder: Path
+    model_class: Any
+    raw: Mapping[str, Any]
+
+    @staticmethod
+    def at(folder: Path) -> Checkpoint:
+        """Raises InvalidModelFile if the config is missing, broken or asks for code; UsageError for unknown classes."""
+        if not (folder / CONFIG).is_file():
+            raise InvalidModelFile(f"{folder} has no {MANIFEST}", hint="Give a folder that rewriter.save wrote.")
+        raw = _read_json(folder / CONFIG)
+        names = raw.get("architectures")
+        model_class = _model_class(str(names[0]) if isinstance(names, list) and names else "")
+        _refuse_code(raw, folder / CONFIG)
+        return Checkpoint(folder, model_class, raw)
+
+    def config(self) -> Any:
+        """The config as transformers understands it. Raises InvalidModelFile if it does not."""
+        try:
+            return self.model_class.config_class.from_dict(dict(self.raw))
+        except Exception as error:  # each architecture checks its config in its own way
+            raise InvalidModelFile(
+                f"{self.folder / CONFIG} cannot be read: {first_line(error)}", hint="download it again"
+            ) from error
+
+
 def _load_plain(folder: Path, module: nn.Module | None) -> nn.Module:
-    if not (folder / CONFIG).is_file() or module is not None:
+    if module is not None:
         raise InvalidModelFile(f"{folder} has no {MANIFEST}", hint="Give a folder that rewriter.save wrote.")
-    names = _read_json(folder / CONFIG).get("architectures") or [""]
-    loaded: nn.Module = _model_class(str(names[0])).from_pretrained(folder)
+    model_class = Checkpoint.at(folder).model_class
+    try:
+        # weights_only: where there are no safetensors, the unpickler must make nothing but tensors
+        loaded: nn.Module = model_class.from_pretrained(folder, weights_only=True, local_files_only=True)
+    except Exception as error:  # whatever its parts raise on broken configs, cut-off weights and forbidden pickles
+        if isinstance(error, MemoryError | RewriteError):
+            raise
+        raise InvalidModelFile(
+            f"{folder} cannot be read: {first_line(error)}", hint="download or save it again, as safetensors"
+        ) from error
     return loaded
+
+
+ATTENTION = ("attn_implementation", "_attn_implementation")
+
+
+def _refuse_code(config: Any, file: Path) -> None:
+    """A config may name a repository to fetch its attention from, which is code; names of torch's own are words."""
+    if isinstance(config, Mapping):
+        for key, value in config.items():
+            asked = [] if key not in ATTENTION else list(value.values()) if isinstance(value, Mapping) else [value]
+            if any(name is not None and not str(name).replace("_", "").isalnum() for name in asked):
+                raise InvalidModelFile(
+                    f"{file} is unsafe: it asks for code from elsewhere ({key}: {str(value)[:80]!r})",
+                    hint="remove that entry",
+                )
+            _refuse_code(value, file)
+    elif isinstance(config, list):
+        for value in config:
+            _refuse_code(value, file)
 
 
 def _build(manifest: Mapping[str, Any], folder: Path) -> nn.Module:
     architecture = manifest.get("architecture") or {}
+    _refuse_code({"attn_implementation": architecture.get("attention"), **architecture}, folder / MANIFEST)
     if architecture.get("kind") != "transformers":
         raise UsageError(
             f"{folder} holds a {architecture.get('class', 'module')}, which has to be built by you",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -26,6 +25,7 @@ from rewriter.kernels import triton_files
 from rewriter.kernels.folder import LIBRARY, MANIFEST, copy, digest
 from rewriter.kernels.needed import Need, needs
 from rewriter.whole_file import write_whole
+from rewriter.whole_folder import whole_folder
 
 
 def emit(model: Path, output: Path, archs: Sequence[str]) -> dict[str, Any]:
@@ -45,9 +45,11 @@ def emit(model: Path, output: Path, archs: Sequence[str]) -> dict[str, Any]:
     wanted = needs(model)
     try:
         choices = {arch: [_choice(need, device) for need in wanted] for arch, device in devices.items()}
-        return _write(choices, output, ort=model.is_file())
+        with whole_folder(output) as draft:
+            found = _write(choices, draft, ort=model.is_file())
     except KernelError as error:
         raise RewriteError(str(error), hint=error.hint) from error
+    return {**found, "output": str(output), "manifest": str(output / MANIFEST)}
 
 
 def _device(arch: str) -> Device:
@@ -71,21 +73,7 @@ def _choice(need: Need, device: Device) -> Choice:
 
 
 def _write(choices: Mapping[str, Sequence[Choice]], output: Path, *, ort: bool) -> dict[str, Any]:
-    """Each file appears whole; the manifest, which vouches for the others, comes last.
-
-    What is interrupted leaves no folder that was not there before.
-    """
-    there = output.exists()
-    output.mkdir(exist_ok=True)
-    try:
-        return _build(choices, output, ort=ort)
-    except BaseException:
-        if not there:
-            shutil.rmtree(output, ignore_errors=True)
-        raise
-
-
-def _build(choices: Mapping[str, Sequence[Choice]], output: Path, *, ort: bool) -> dict[str, Any]:
+    """All files, and the manifest that vouches for them."""
     kernels: list[dict[str, Any]] = []
     library: dict[str, Any] | None = None
     tools: dict[str, str] = {}
@@ -112,7 +100,7 @@ def _build(choices: Mapping[str, Sequence[Choice]], output: Path, *, ort: bool) 
                 advance(len(kernels))
     found: dict[str, Any] = {"kernels": kernels, "library": library, **tools}
     write_whole(json.dumps(found, indent=1) + "\n", output / MANIFEST)
-    return {**found, "output": str(output), "manifest": str(output / MANIFEST)}
+    return found
 
 
 def _resources(choice: Choice) -> dict[str, int]:

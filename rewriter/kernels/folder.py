@@ -19,9 +19,13 @@ def library_in(folder: Path) -> Path:
     """The onnxruntime library of a folder that `rewriter kernels` wrote, unchanged since.
 
     Raises:
-        UsageError: there is no such folder, or no library in it.
+        UsageError: there is no such folder, no library in it, or everybody may write to it.
         InvalidModelFile: the manifest is broken, or the library is not the one it describes.
     """
+    if folder.is_dir() and folder.stat().st_mode & stat.S_IWOTH:
+        raise UsageError(
+            f"every user may write to {folder}, and what lies there is run", hint=f"chmod o-w {folder}, and build anew"
+        )
     manifest = read_manifest(folder)
     library = manifest.get("library")
     if not isinstance(library, dict):

@@ -90,7 +90,7 @@ def lead(report: RewriteReport) -> str:
 def _cards(report: RewriteReport) -> tuple[Card, ...]:
     cards = [
         _card("K/V cache per token", report.kv_bytes_per_token, "B"),
-        _card("flops of a pass", report.flops, ""),
+        *([] if report.flops is None else [_card("flops of a pass", report.flops, "")]),
         _card("parameters", report.parameters, ""),
     ]
     if report.fidelity is not None:

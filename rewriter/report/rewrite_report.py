@@ -102,7 +102,7 @@ class RewriteReport:
         refused: selected but left alone.
         parameters: number of weights.
         kv_bytes_per_token: bytes that a K/V cache holds per token over all layers.
-        flops: of one forward pass on the example inputs.
+        flops: of one forward pass on the example inputs; None if the model was not run.
         fidelity: end to end; None if verification was off.
         seconds: wall time by stage: capture, match, transform, install, verify.
         arithmetic: where cache and flops come from, and how they grow with length.
@@ -114,7 +114,7 @@ class RewriteReport:
     refused: tuple[Refused, ...]
     parameters: Change
     kv_bytes_per_token: Change
-    flops: Change
+    flops: Change | None
     fidelity: Fidelity | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
     arithmetic: Arithmetic | None = field(default=None, repr=False)
@@ -138,7 +138,7 @@ class RewriteReport:
             "refused": [row.to_dict() for row in self.refused],
             "parameters": self.parameters.to_dict(),
             "kv_bytes_per_token": self.kv_bytes_per_token.to_dict(),
-            "flops": self.flops.to_dict(),
+            "flops": None if self.flops is None else self.flops.to_dict(),
             "fidelity": self.fidelity.to_dict() if self.fidelity is not None else None,
             "seconds": {stage: round(value, 4) for stage, value in self.seconds.items()},
         }
@@ -206,7 +206,9 @@ def _site_cells(row: SiteRow) -> tuple[str, ...]:
     return printable(row.name), row.before, row.after, row.merge, row.step, number(row.error), number(row.floor)
 
 
-def _change_cells(change: Change) -> tuple[str, str, str]:
+def _change_cells(change: Change | None) -> tuple[str, str, str]:
+    if change is None:
+        return "-", "-", "-"
     ratio = f"{change.after / change.before:.3f}" if change.before else "-"
     return f"{change.before:,}", f"{change.after:,}", ratio
 

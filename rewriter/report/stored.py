@@ -53,7 +53,7 @@ def _report(found: Mapping[str, Any]) -> RewriteReport:
         refused=tuple(Refused(_text(row["name"]), _text(row["reason"])) for row in found["refused"]),
         parameters=_change(found["parameters"]),
         kv_bytes_per_token=_change(found["kv_bytes_per_token"]),
-        flops=_change(found["flops"]),
+        flops=None if found["flops"] is None else _change(found["flops"]),
         fidelity=None if drift is None else _fidelity(drift),
         arithmetic=None if numbers is None else _arithmetic(numbers),
     )

@@ -7,12 +7,14 @@ run.json: the step, the recipe, the curve. Where the data stand follows from the
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rewriter.errors import InvalidModelFile, UsageError
+from rewriter.drafts import writing
+from rewriter.errors import InvalidModelFile, UsageError, first_line
 
 RUN = "run.json"
 PREFIX, DRAFT = "step-", ".draft-"
@@ -38,28 +40,36 @@ def sweep(folder: Path) -> None:
 
 
 def write(accelerator: Any, folder: Path, step: int, run: Mapping[str, Any], keep: int) -> None:
-    """Save the state of all processes after `step` steps; every process calls this. Older checkpoints go."""
+    """Save the state of all processes after `step` steps; every process calls this. Older checkpoints go.
+
+    Raises CannotWrite if the disk is full; the checkpoints that were there are still there.
+    """
     draft = folder / f"{DRAFT}{step:09d}"
-    try:
-        if accelerator.is_main_process:
-            shutil.rmtree(draft, ignore_errors=True)
-            draft.mkdir(parents=True)
-        accelerator.wait_for_everyone()
-        accelerator.save_state(str(draft))
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            (draft / RUN).write_text(json.dumps(dict(run)) + "\n", encoding="utf-8")
-            target = folder / f"{PREFIX}{step:09d}"
-            if target.exists():
-                _remove(target)
-            draft.rename(target)
-            for old in complete(folder)[:-keep]:
-                _remove(old)
-        accelerator.wait_for_everyone()
-    except BaseException:
-        if accelerator.is_main_process:
-            shutil.rmtree(draft, ignore_errors=True)
-        raise
+    with writing(folder):
+        try:
+            _write(accelerator, draft, folder / f"{PREFIX}{step:09d}", run)
+            if accelerator.is_main_process:
+                for old in complete(folder)[:-keep]:
+                    _remove(old)
+            accelerator.wait_for_everyone()
+        except BaseException:
+            if accelerator.is_main_process:
+                shutil.rmtree(draft, ignore_errors=True)
+            raise
+
+
+def _write(accelerator: Any, draft: Path, target: Path, run: Mapping[str, Any]) -> None:
+    if accelerator.is_main_process:
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(draft))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        (draft / RUN).write_text(json.dumps(dict(run)) + "\n", encoding="utf-8")
+        if target.exists():
+            _remove(target)
+        draft.rename(target)
 
 
 def read(checkpoint: Path) -> dict[str, Any]:
@@ -75,6 +85,19 @@ def read(checkpoint: Path) -> dict[str, Any]:
             f"{file} cannot be read: {error}", hint="remove it to resume from an older one"
         ) from error
     return dict(found)
+
+
+def restore(accelerator: Any, checkpoint: Path) -> None:
+    """Put the state of all processes back; torch's unpickler makes nothing but tensors and plain numbers of it.
+
+    Raises InvalidModelFile if a file is damaged, or holds anything else.
+    """
+    try:
+        accelerator.load_state(str(checkpoint))
+    except (pickle.UnpicklingError, OSError, EOFError, RuntimeError, ValueError, KeyError) as error:
+        raise InvalidModelFile(
+            f"{checkpoint} is damaged: {first_line(error)}", hint="remove it to resume from an older one"
+        ) from error
 
 
 def _remove(checkpoint: Path) -> None:

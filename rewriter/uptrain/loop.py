@@ -201,7 +201,7 @@ class Loop:
                 f"{found} belongs to another run: its recipe, data or student differ",
                 hint="resume with the same arguments, or start the run anew in another folder",
             )
-        self.accelerator.load_state(str(found))
+        checkpoint.restore(self.accelerator, found)
         curve = [Point.of(point) for point in run["curve"]]
         drift = {int(step): Drift(**values) for step, values in run["drift"].items()}
         return State(run["step"], run["tokens"], run["seconds"], curve, drift)

@@ -23,7 +23,7 @@ from torch import nn
 from passes.dataflow import Array
 from rewriter.calibration import batches as calibration
 from rewriter.calibration.onnx_trial import feeds_of
-from rewriter.errors import UnsupportedModel, UsageError, first_line
+from rewriter.errors import InvalidModelFile, UnsupportedModel, UsageError, first_line
 from rewriter.uptrain.batch import Batch
 from rewriter.uptrain.objective import require_main, run
 from rewriter.uptrain.pairs import changed
@@ -94,7 +94,7 @@ def find_twin(twin: Any, folder: Path | None) -> nn.Module:
         )
     try:
         return load(twin)
-    except OSError as error:  # a config without weights beside it
+    except InvalidModelFile as error:  # a config without weights beside it
         raise UnsupportedModel(f"{twin} holds no torch model: {first_line(error)}", hint=HINT) from error
 
 

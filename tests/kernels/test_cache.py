@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from codegen import cache
-from codegen.errors import CorruptBinary, UnsafeCache
+from codegen.errors import CorruptBinary, UnsafeCache, UnusableCache
 
 
 @pytest.fixture
@@ -64,6 +64,49 @@ def test_a_folder_of_somebody_else_is_refused(home: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(os, "getuid", lambda: own + 1)
     with pytest.raises(UnsafeCache, match="another user"):
         cache.root()
+
+
+def test_a_folder_that_anybody_may_replace_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A private folder in one that everybody may write to can be swapped for another; with the sticky bit it cannot."""
+    above = tmp_path / "above"
+    above.mkdir()
+    monkeypatch.setenv("REWRITER_CACHE", str(above / "cache"))
+    above.chmod(0o777)
+    with pytest.raises(UnsafeCache, match="every user may replace"):
+        cache.root()
+    above.chmod(0o1777)
+    assert cache.root() == (above / "cache").resolve()
+
+
+def test_links_are_followed_once(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever may turn the link later has no say: what it led to was checked, and that is used."""
+    link = tmp_path / "link"
+    home.mkdir(mode=0o700)
+    link.symlink_to(home)
+    monkeypatch.setenv("REWRITER_CACHE", str(link))
+    entry = cache.load_or_build("k-1", _write("one"))
+    assert entry.folder.parent == home.resolve()
+    (home / "k-2").symlink_to(home / "k-1")
+    again = cache.load_or_build("k-2", _write("two"))
+    assert again.built and not again.folder.is_symlink() and again.file("kernel.so").read_text() == "two"
+
+
+def test_a_cache_that_cannot_be_made_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        monkeypatch.setenv("REWRITER_CACHE", str(place))
+        with pytest.raises(UnusableCache) as refused:
+            cache.root()
+        assert "REWRITER_CACHE" in refused.value.hint
+
+
+def test_what_a_killed_build_left_goes_with_the_next(home: Path) -> None:
+    home.mkdir(mode=0o700)
+    for name in (".k-1.abcd1234", ".k-10.abcd1234"):
+        (home / name).mkdir()
+        (home / name / "kernel.so").write_text("half")
+    cache.load_or_build("k-1", _write("one"))
+    assert not (home / ".k-1.abcd1234").exists() and (home / ".k-10.abcd1234").exists()
 
 
 def test_a_changed_binary_is_built_anew_and_never_handed_out(home: Path) -> None:

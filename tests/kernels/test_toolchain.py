@@ -45,11 +45,30 @@ def test_a_refused_source_is_said_with_the_compilers_first_error(tmp_path: Path)
         cxx.build([tmp_path / "k.cpp"], tmp_path / "k.so", Isa.AVX2)
 
 
-def test_a_compiler_that_hangs_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    program = _script(tmp_path / "slow", 'case "$1" in --version) echo slow 1;; *) exec sleep 60;; esac')
+@pytest.mark.parametrize("line", ["exec sleep 60", "sleep 60 & echo $! > child; wait"], ids=["alone", "with a child"])
+def test_a_compiler_that_hangs_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str) -> None:
+    """With whatever it started: g++ is a driver, and what takes long is its child."""
+    program = _script(tmp_path / "slow", f'case "$1" in --version) echo slow 1;; *) {line};; esac')
     monkeypatch.setenv("REWRITER_CXX", str(program))
+    monkeypatch.setenv("REWRITER_CXX_TIMEOUT", "0.5")
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(CompilationFailed, match="longer than"):
-        cxx.build([tmp_path / "k.cpp"], tmp_path / "k.so", Isa.AVX2, timeout=0.5)
+        cxx.build([tmp_path / "k.cpp"], tmp_path / "k.so", Isa.AVX2)
+    if (tmp_path / "child").exists():
+        state = Path(f"/proc/{(tmp_path / 'child').read_text().strip()}/stat")
+        assert not state.exists() or state.read_text().split()[2] == "Z"
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [("kill -9 $$", "signal 9"), ("exit 0", "wrote nothing"), ("echo error: bad >&2; exit 1", "error: bad")],
+    ids=["killed", "silent", "failing"],
+)
+def test_a_compiler_that_fails_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, words: str) -> None:
+    program = _script(tmp_path / "bad", f'case "$1" in --version) echo bad 1;; *) {line};; esac')
+    monkeypatch.setenv("REWRITER_CXX", str(program))
+    with pytest.raises(CompilationFailed, match=words):
+        cxx.build([tmp_path / "k.cpp"], tmp_path / "k.so", Isa.AVX2)
 
 
 def test_the_variant_follows_the_processor() -> None:

@@ -124,6 +124,7 @@ def _broken(change: Callable[[onnx.ModelProto], object], tmp_path: Path) -> Path
         (lambda p: p.graph.initializer[0].dims.__setitem__(0, -1), "negative size"),
         (lambda p: setattr(p.graph.initializer[0], "data_type", 999), "unknown type 999"),
         (lambda p: p.graph.node[0].ClearField("input"), "has 0 inputs"),
+        (lambda p: p.graph.node[0].input.__setitem__(0, "nowhere"), "which nothing makes"),
         (lambda p: p.graph.node[0].input.extend("abcdefghij"), "inputs"),
     ],
 )

@@ -1,0 +1,235 @@
+"""Files that mean harm: nothing outside is read, no code runs, no control code reaches a terminal or a page.
+
+Links and places of external data are in tests/unit/test_onnx_load.py, the cache of kernels in
+tests/kernels/test_cache.py, what may reach a template in tests/kernels/test_render.py. docs/security.md is the promise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+import rewriter
+from benchmarks import fuzz
+from rewriter import cli
+from rewriter.errors import InvalidModelFile, UsageError
+from rewriter.install.persistence import copy_side_files
+from rewriter.kernels.folder import library_in
+from tests.uptrain.small_models import llama, student_of, token_ids
+
+EVIL = "\x1b[31m\x07</title><script>alert(1)</script>\"'{{7*7}}{% x %}`touch pwned`$(touch pwned)/../../\u202ex\r\n"
+
+
+class Runs:
+    """Unpickled by anything but a careful unpickler, it writes a file."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return eval, (f"open({str(self.marker)!r}, 'w').close()",)
+
+
+# ---------------------------------------------------------------------- names
+
+
+def hostile(path: Path) -> Path:
+    """A sound model in which everything that has a name has an evil one."""
+    model = onnx.load_from_string(fuzz.sound(0))
+    names: dict[str, str] = {"": ""}
+
+    def renamed(name: str) -> str:
+        return names.setdefault(name, f"{EVIL}{len(names)}")
+
+    outside = {x.name for x in (*model.graph.input, *model.graph.output)}
+    names.update({name: name for name in outside})
+    for node in model.graph.node:
+        node.name = f"/layers.0/attn{EVIL}{node.name}"
+        node.doc_string = EVIL
+        for values in (node.input, node.output):
+            values[:] = [renamed(name) for name in values]
+    for tensor in model.graph.initializer:
+        tensor.name = renamed(tensor.name)
+    del model.graph.value_info[:]
+    model.graph.name = model.producer_name = model.producer_version = EVIL
+    model.metadata_props.add(key=EVIL, value=EVIL)
+    onnx.save(model, path)
+    return path
+
+
+class Elements(HTMLParser):
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.found.add(tag)
+
+
+def said(*words: str) -> tuple[int, str]:
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = cli.run(list(words))
+    return code, out.getvalue() + err.getvalue()
+
+
+def harmless(text: str) -> bool:
+    return all(c == "\n" or c.isprintable() for c in text)
+
+
+def test_evil_names_go_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through every command that reads a file, down to the files that it writes."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("REWRITER_CACHE", str(tmp_path / "cache"))
+    path, out = str(hostile(tmp_path / "in.onnx")), str(tmp_path / "out.onnx")
+    commands = (
+        ("inspect", path, "--graph", "page.html"),
+        ("inspect", path, "--graph", "site.svg"),
+        ("rewrite", path, out, "-t", "mqa"),
+        ("verify", out, "--against", path),
+        ("profile", path, out, "--runs", "1"),
+        ("kernels", out, "-o", "built"),
+    )
+    for words in commands:
+        code, text = said(*words)
+        assert code == 0 and harmless(text), (words, code, ascii(text[-500:]))
+    code, text = said("rewrite", path, out, "-t", "gqa7", "--debug")
+    assert code == 2 and harmless(text) and "attn" in text
+    assert {"pwned"}.isdisjoint(p.name for p in tmp_path.rglob("*"))
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "in.onnx", "out.onnx", "page.html", "site.svg", "built", "cache",
+    }  # fmt: skip
+    for page in ("page.html", "site.svg"):
+        text = (tmp_path / page).read_text()
+        assert "script" not in Elements(text).found and "alert" in text, "the control: the name is there, as text"
+        assert not [c for c in text if not (c.isprintable() or c in "\n\t")]
+    for source in (tmp_path / "built").glob("*.cpp"):
+        assert "alert" not in source.read_text() and "7*7" not in source.read_text()
+    _, text = said("inspect", path, "--json")
+    assert harmless(text) and EVIL in json.loads(text.splitlines()[0])["producer"]
+    assert not harmless(EVIL), "the control: the name is not harmless in itself"
+
+
+def test_a_page_with_the_raw_name_would_be_noticed() -> None:
+    assert "script" in Elements(f"<title>{EVIL}</title>").found
+
+
+# ---------------------------------------------------------------------- pickles
+
+
+def test_a_pickled_checkpoint_runs_nothing(tmp_path: Path) -> None:
+    folder, marker = tmp_path / "model", tmp_path / "pwned"
+    llama().save_pretrained(folder)
+    state = {k: v.clone() for k, v in llama().state_dict().items()}
+    (folder / "model.safetensors").unlink()
+    torch.save(state, folder / "pytorch_model.bin")
+    assert rewriter.load(folder) is not None, "the control: plain tensors are read"
+    torch.save({**state, "x": Runs(marker)}, folder / "pytorch_model.bin")
+    with pytest.raises(InvalidModelFile) as refused:
+        rewriter.load(folder)
+    assert refused.value.hint and not marker.exists()
+    assert said("inspect", str(folder))[0] == 3
+    torch.load(folder / "pytorch_model.bin", weights_only=False)
+    assert marker.exists(), "the control: another reader would have run it"
+
+
+def test_a_pickle_in_a_checkpoint_of_training_runs_nothing(tmp_path: Path) -> None:
+    marker, run = tmp_path / "pwned", tmp_path / "run"
+    recipe = rewriter.Recipe(steps=2, batch=2, window=16, validation=2, save_every=1)
+    teacher = llama()
+    rewriter.uptrain(student_of(teacher), teacher, token_ids(600), recipe=recipe, checkpoints=run)
+    newest = sorted(run.glob("step-*"))[-1]
+    torch.save(Runs(marker), newest / "optimizer.bin")
+    with pytest.raises(InvalidModelFile, match="damaged"):
+        rewriter.uptrain(student_of(teacher), teacher, token_ids(600), recipe=recipe, checkpoints=run, resume=True)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".npz"])
+def test_pickled_arrays_run_nothing(tmp_path: Path, suffix: str) -> None:
+    marker, path = tmp_path / "pwned", tmp_path / f"data{suffix}"
+    array = np.array([Runs(marker)], dtype=object)
+    (np.save if suffix == ".npy" else np.savez)(path, array)
+    model = fuzz.sound(0)
+    (tmp_path / "in.onnx").write_bytes(model)
+    words = ["rewrite", str(tmp_path / "in.onnx"), str(tmp_path / "out.onnx"), "-t", "mqa", "--calibration", str(path)]
+    assert said(*words)[0] == 2 and not marker.exists()
+    loaded = np.load(path, allow_pickle=True)
+    assert (loaded if suffix == ".npy" else loaded["arr_0"]) is not None and marker.exists(), "the control"
+
+
+# ---------------------------------------------------------------------- checkpoints that name code, or other files
+
+
+def edited(folder: Path, file: str, **entries: Any) -> Path:
+    content = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps({**content, **entries}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"attn_implementation": "someone/attention"},
+        {"_attn_implementation": "someone/attention@v1:forward"},
+        {"text_config": {"attn_implementation": "someone/attention"}},
+        {"attn_implementation": {"": "someone/attention"}},
+    ],
+    ids=["plain", "private", "nested", "by part"],
+)
+def test_a_config_that_asks_for_code_is_refused(tmp_path: Path, entries: dict[str, Any]) -> None:
+    llama().save_pretrained(tmp_path / "model")
+    edited(tmp_path / "model", "config.json", _attn_implementation="eager")
+    assert rewriter.load(tmp_path / "model") is not None, "the control"
+    with pytest.raises(InvalidModelFile, match="code from elsewhere"):
+        rewriter.load(edited(tmp_path / "model", "config.json", **entries))
+
+
+def test_code_beside_a_checkpoint_is_not_run(tmp_path: Path) -> None:
+    folder, marker = tmp_path / "model", tmp_path / "pwned"
+    llama().save_pretrained(folder)
+    (folder / "code.py").write_text(f"open({str(marker)!r}, 'w').close()\n")
+    auto = {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M", "AutoTokenizer": ["code.T", None]}
+    edited(folder, "config.json", auto_map=auto)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"auto_map": auto, "tokenizer_class": "T"}))
+    assert rewriter.load(folder) is not None
+    from rewriter.calibration.tokenizer import tokenizer_beside
+
+    tokenizer_beside(folder)
+    assert not marker.exists()
+    exec((folder / "code.py").read_text())
+    assert marker.exists(), "the control"
+
+
+def test_side_files_that_lead_elsewhere_do_not_go_along(tmp_path: Path) -> None:
+    """A checkpoint that links to a private file must not carry it into an output that may be published."""
+    hub = tmp_path / "models--a--b"
+    folder, blobs, out = hub / "snapshots" / "1", hub / "blobs", tmp_path / "out"
+    for made in (folder, blobs, out):
+        made.mkdir(parents=True)
+    (tmp_path / "id_rsa").write_text("secret")
+    (blobs / "abc").write_text("words")
+    (folder / "vocab.txt").symlink_to("../../blobs/abc")
+    (folder / "notes.txt").symlink_to(tmp_path / "id_rsa")
+    copy_side_files(folder, out)
+    assert {p.name for p in out.iterdir()} == {"vocab.txt"} and not (out / "vocab.txt").is_symlink()
+
+
+def test_a_library_that_everybody_may_change_is_not_loaded(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text("{}")
+    tmp_path.chmod(0o777)
+    with pytest.raises(UsageError, match="every user may write"):
+        library_in(tmp_path)
+    tmp_path.chmod(0o700)
+    with pytest.raises(UsageError, match="no library"):
+        library_in(tmp_path)
