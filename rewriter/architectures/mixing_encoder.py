@@ -88,7 +88,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, shown: Tensor | None) -> Tensor:
         q, k, v = (p(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (self.query, self.key, self.value))
-        mask = None if shown is None else shown[:, None, None, :].to(torch.bool)
+        mask = None
+        if shown is not None:  # added, as exporters take a mask of truth values apart into several passes over scores
+            hidden = shown[:, None, None, :] == 0
+            mask = torch.zeros_like(hidden, dtype=q.dtype).masked_fill(hidden, torch.finfo(q.dtype).min)
         dropped = self.dropped if self.training else 0.0
         attended = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropped)
         output: Tensor = self.output(attended.transpose(1, 2).flatten(2))

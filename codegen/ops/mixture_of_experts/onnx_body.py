@@ -1,6 +1,6 @@
 """The mixture of experts as a model-local ONNX function over standard operators, valid at any opset from 12 on.
 
-Tokens are gathered for each expert and experts work as one batched product. Where experts choose, what they give is
+Tokens are gathered for each expert, and experts work one by one. Where experts choose, what they give is
 added up by ScatterND from opset 16 on; before, every expert's answer to every token is looked up, zero where there is
 none, and summed. Where tokens choose, each token looks up the answers to its own choices. TopK breaks ties by the lower
 index, by its definition.
@@ -267,17 +267,27 @@ def _rows(body: _Body, spec: MixtureOfExperts, slots: ir.Value, kept: ir.Value, 
 
 
 def _experts(body: _Body, spec: MixtureOfExperts, x: ir.Value, held: Parameters) -> ir.Value:
-    """[E, n, H] of x [E, n, H]"""
+    """[E, n, H] of x [E, n, H]: one by one, since onnxruntime prepares constant matrices of two axes, not batches."""
+    rows = [_expert(body, spec, x, held, expert) for expert in range(spec.experts)]
+    worked = body.op("Concat", rows, "worked_mH", [ir.AttrInt64("axis", 0)])  # m = E n
+    return body.reshaped(worked, [spec.experts, -1, spec.hidden], "worked_EnH")
+
+
+def _expert(body: _Body, spec: MixtureOfExperts, x: ir.Value, held: Parameters, expert: int) -> ir.Value:
+    """[n, H]"""
+
+    def of(value: ir.Value, name: str) -> ir.Value:
+        return body.op("Gather", [value, body.scalar(expert)], name)
 
     def projected(name: str, given: ir.Value) -> ir.Value:
-        product = body.op("MatMul", [given, held[f"{name}_weight"]], f"{name}_products")
+        product = body.op("MatMul", [given, of(held[f"{name}_weight"], f"{name}_matrix")], f"{name}_products")
         if f"{name}_bias" not in held:
             return product
-        bias = body.reshaped(held[f"{name}_bias"], [spec.experts, 1, -1], f"{name}_bias_E1")
-        return body.op("Add", [product, bias], name)
+        return body.op("Add", [product, of(held[f"{name}_bias"], f"{name}_vector")], name)
 
-    up = projected("up", x)
+    given = of(x, "given_nH")
+    up = projected("up", given)
     if spec.gated:
-        gate = activate(body, spec.activation, projected("gate", x), "activated_EnF")
-        return projected("down", body.op("Mul", [gate, up], "inner_EnF"))
-    return projected("down", activate(body, spec.activation, up, "activated_EnF"))
+        gate = activate(body, spec.activation, projected("gate", given), "activated_nF")
+        return projected("down", body.op("Mul", [gate, up], "inner_nF"))
+    return projected("down", activate(body, spec.activation, up, "activated_nF"))

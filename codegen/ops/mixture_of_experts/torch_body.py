@@ -151,11 +151,21 @@ def _places(spec: MixtureOfExperts, best: Tensor, choices: Tensor) -> Tensor:
 
 
 def _experts(spec: MixtureOfExperts, x: Tensor, parameters: dict[str, Tensor]) -> Tensor:
-    """[E, n, H] of x [E, n, H], expert by expert."""
+    """[E, n, H] of x [E, n, H], as a batch; in files one by one, since onnxruntime prepares single matrices only."""
+    held = {n: p.to(x.dtype) for n, p in parameters.items() if n.startswith(("gate_", "up_", "down_"))}
+    if not torch.onnx.is_in_onnx_export():
+        return _worked(spec, x, {n: p[:, None] if n.endswith("bias") else p for n, p in held.items()})
+    return torch.stack([_worked(spec, x[e], {n: p[e] for n, p in held.items()}) for e in range(spec.experts)])
+
+
+def _worked(spec: MixtureOfExperts, x: Tensor, held: dict[str, Tensor]) -> Tensor:
+    """Of all experts, or of one: [E, n, H] or [n, H]."""
 
     def projected(name: str, given: Tensor) -> Tensor:
-        weight, bias = parameters[f"{name}_weight"].to(x.dtype), parameters.get(f"{name}_bias")
-        return given @ weight if bias is None else torch.baddbmm(bias[:, None].to(x.dtype), given, weight)
+        weight, bias = held[f"{name}_weight"], held.get(f"{name}_bias")
+        if bias is None:
+            return given @ weight
+        return (torch.baddbmm if given.dim() == 3 else torch.addmm)(bias, given, weight)
 
     up = projected("up", x)
     inner = activate(spec.activation, projected("gate", x)) * up if spec.gated else activate(spec.activation, up)
