@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from codegen.spec import GroupedQueryAttention, LinearMixing, Spec
-from passes.cost import Cost
+from passes.cost import Cost, Scores, all_scores
 from passes.dataflow import Flow
 from passes.match.attention import Matches
 from passes.site import AttentionSite
@@ -83,8 +83,10 @@ def arithmetic(
     bytes_per_number: int,
     *,
     whole_caches: Collection[str] = (),
+    scores: Scores = all_scores,
 ) -> Arithmetic:
-    """`costs` are the totals (before, after) that are to be explained; `whole_caches` is as there.
+    """`costs` are the totals (before, after) that are to be explained; `whole_caches` and `scores` are as
+    there.
 
     What is not token mixing is taken to grow with the number of tokens, which leaves out that a pooler or a
     classifier may look at one token only.
@@ -92,10 +94,10 @@ def arithmetic(
     specs = {r.site.name: r.spec for r in replacements}
     shapes = [matches.evidence[s.name].q.tokens.rows.shape for s in matches.sites]
     batch, tokens = (int(n) for n in max(shapes, key=lambda shape: int(shape[1])))
-    old = sum(_recorded(flow, matches, s, None) for s in matches.sites)
-    new = sum(_recorded(flow, matches, s, specs.get(s.name)) for s in matches.sites)
+    old = sum(_recorded(flow, matches, s, None, scores) for s in matches.sites)
+    new = sum(_recorded(flow, matches, s, specs.get(s.name), scores) for s in matches.sites)
     recorded = Work(tokens, (old, new), (costs[0].flops - old, costs[1].flops - new), batch)
-    curve = tuple(_at(n, recorded, matches.sites, specs) for n in lengths(specs.values()))
+    curve = tuple(_at(n, recorded, matches.sites, specs, scores) for n in lengths(specs.values()))
     return Arithmetic(bytes_per_number, _cache_terms(matches.sites, specs, whole_caches), recorded, curve)
 
 
@@ -106,21 +108,28 @@ def lengths(specs: Iterable[Spec]) -> tuple[int, ...]:
     return (*usual, limit) if usual else (max(limit // 2, 1), max(limit, 2))
 
 
-def _recorded(flow: Flow, matches: Matches, site: AttentionSite, spec: Spec | None) -> int:
+def _recorded(flow: Flow, matches: Matches, site: AttentionSite, spec: Spec | None, scores: Scores) -> int:
     evidence = matches.evidence[site.name]
     batch, queries = (int(n) for n in evidence.q.tokens.rows.shape)
-    return mixing_flops(site, spec, batch, queries, int(evidence.k.tokens.new.stop))
+    return mixing_flops(site, spec, batch, queries, int(evidence.k.tokens.new.stop), scores)
 
 
-def mixing_flops(site: AttentionSite, spec: Spec | None, batch: int, queries: int, keys: int) -> int:
+def mixing_flops(
+    site: AttentionSite, spec: Spec | None, batch: int, queries: int, keys: int, scores: Scores = all_scores
+) -> int:
     """Of a site as it is (`spec` None) or as it will be; products that a mask hides are counted."""
     if spec is None or isinstance(spec, GroupedQueryAttention):
-        return 2 * batch * site.heads * queries * keys * (site.head_dim + site.value_dim)
+        count = site.heads * queries * keys
+        if spec is not None and spec.pattern:
+            count = scores(spec.pattern, site.heads, queries, keys)
+        return 2 * batch * count * (site.head_dim + site.value_dim)
     return spec.flops(batch, queries)
 
 
-def _at(length: int, recorded: Work, sites: Sequence[AttentionSite], specs: dict[str, Spec]) -> Work:
-    mixing = tuple(sum(mixing_flops(s, chosen.get(s.name), 1, length, length) for s in sites) for chosen in ({}, specs))
+def _at(length: int, recorded: Work, sites: Sequence[AttentionSite], specs: dict[str, Spec], scores: Scores) -> Work:
+    mixing = tuple(
+        sum(mixing_flops(s, chosen.get(s.name), 1, length, length, scores) for s in sites) for chosen in ({}, specs)
+    )
     seen = recorded.batch * recorded.tokens
     projections = tuple(flops * length // seen for flops in recorded.projections)
     return Work(length, (mixing[0], mixing[1]), (projections[0], projections[1]))

@@ -276,7 +276,15 @@ def report(
     )
     after = replace(after, flops=after.flops - decision.blocks.flops_saved(flow))
     explained = (
-        arithmetic(flow, matches, decision.replacements, (before, after), bytes_per_number, whole_caches=whole_caches)
+        arithmetic(
+            flow,
+            matches,
+            decision.replacements,
+            (before, after),
+            bytes_per_number,
+            whole_caches=whole_caches,
+            scores=scores,
+        )
         if matches.sites
         else None
     )

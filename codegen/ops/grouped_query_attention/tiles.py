@@ -39,7 +39,7 @@ class Tile:
         return len(self.queries) * len(self.keys)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=32)
 def tiles(sight: Sight, queries: int, keys: int) -> tuple[Tile, ...]:
     """Tiles that hold every query once, the queries being the last of the keys' positions."""
     return tuple(_tiles(sight, queries, keys))
@@ -47,17 +47,18 @@ def tiles(sight: Sight, queries: int, keys: int) -> tuple[Tile, ...]:
 
 def _tiles(sight: Sight, queries: int, keys: int) -> Iterator[Tile]:
     offset = keys - queries
-    everywhere = _seen_by_all(sight, keys)
+    every: Positions = np.arange(keys, dtype=np.int64)  # tiles that hold many keys are views of it
+    everywhere = _seen_by_all(sight, every)
     for start, stop in _cuts(sight, offset, keys):
         rows = np.arange(start, stop, dtype=np.int64)
         if not sight.ordered:
             rows = rows[~seen_by_all(sight, rows)]
         if len(rows):
-            yield Tile(rows - offset, _keys(sight, start, stop, keys, everywhere))
+            yield Tile(rows - offset, _keys(sight, start, stop, every, everywhere))
     if not sight.ordered:  # these see all keys
         rows = everywhere[everywhere >= offset]
         for first in range(0, len(rows), MOST):
-            yield Tile(rows[first : first + MOST] - offset, np.arange(keys, dtype=np.int64))
+            yield Tile(rows[first : first + MOST] - offset, every)
 
 
 def computed_scores(pattern: Pattern, heads: int, queries: int, keys: int) -> int:
@@ -86,20 +87,21 @@ def _cuts(sight: Sight, start: int, stop: int) -> Iterator[tuple[int, int]]:
         start = end
 
 
-def _keys(sight: Sight, start: int, stop: int, keys: int, everywhere: Positions) -> Positions:
+def _keys(sight: Sight, start: int, stop: int, every: Positions, everywhere: Positions) -> Positions:
     """All keys that a query from `start` to `stop` sees."""
-    limit = stop if sight.ordered else keys
+    limit = stop if sight.ordered else len(every)
     if sight.strided:
-        return np.arange(limit, dtype=np.int64)
+        return every[:limit]
     low = min(start - sight.reach + 1, start // sight.block * sight.block)
     high = max(stop - 1 + sight.reach, ((stop - 1) // sight.block + 1) * sight.block)
     low, high = max(low, 0), min(high, limit)
     before = everywhere[everywhere < low]
     after = everywhere[(everywhere >= high) & (everywhere < limit)]
-    return np.concatenate([before, np.arange(low, high, dtype=np.int64), after])
+    if not len(before) and not len(after):
+        return every[low:high]
+    return np.concatenate([before, every[low:high], after])
 
 
-def _seen_by_all(sight: Sight, keys: int) -> Positions:
-    positions: Positions = np.arange(keys, dtype=np.int64)
+def _seen_by_all(sight: Sight, positions: Positions) -> Positions:
     seen: NDArray[np.bool_] = seen_by_all(sight, positions)
     return positions[seen]
