@@ -6,7 +6,8 @@ MiniLM: mean cosine of sentence embeddings with the original's, on lines of a pl
 SmolLM2: perplexity relative to the original's on held-out text, and the largest change of a logit for its twin whose
 heads are turned copies of each other. The floor is the same model with every selected attention's output zeroed.
 Calibration and held-out text are different plays, and no gradient step is taken; what healing gives back is measured in
-the parts minilm-healed and smollm2-healed (`benchmarks.healing`).
+the parts minilm-healed and smollm2-healed (`benchmarks.healing`), what choosing for each layer gives in minilm-auto and
+smollm2-auto (`benchmarks.auto_choice`).
 """
 
 from __future__ import annotations
@@ -21,18 +22,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import rewriter
+from benchmarks.auto_choice import auto_table, minilm_auto, smollm2_auto
 from benchmarks.healing import healed_table, minilm_healed, smollm2_healed
 from benchmarks.machine import machine
 from benchmarks.rows import Row, markdown_table, put_section, write_json
+from benchmarks.texts import CALIBRATION, HELD_OUT, WINDOW, cosine, embedded, sentences, token_ids
 from passes.targets import GroupedQuery
 from rewriter.demo.perplexity import perplexity
-from rewriter.demo.weights import minilm, play, smollm2, smollm2_twin
+from rewriter.demo.weights import minilm, smollm2, smollm2_twin
 
-CALIBRATION, HELD_OUT = ("lear", "macbeth", "othello"), "hamlet"
-WINDOW = 512
 LOGIT_GOAL = 1e-3
 
 
@@ -55,22 +56,15 @@ WEIGHT_ONLY = (Merge("mean", "mean", 0), Merge("aligned", "aligned", 0), Merge("
 # ------------------------------------------------------------ MiniLM
 
 
-def sentences(plays: Sequence[str], count: int, seed: int) -> list[str]:
-    """Lines of 30 to 80 characters, drawn without replacement."""
-    lines = [s for name in plays for line in play(name).splitlines() if 30 < len(s := line.strip()) < 80]
-    order = torch.randperm(len(lines), generator=torch.Generator().manual_seed(seed))[:count]
-    return [lines[i] for i in order]
-
-
 def minilm_rows(quick: bool) -> Iterator[Row]:
     model, tokenizer = minilm()
     batch = dict(tokenizer(sentences([HELD_OUT], 64 if quick else 256, 1), padding=True, return_tensors="pt"))
-    wished = _embedded(model, batch)
+    wished = embedded(model, batch)
     sizes = (256,) if quick else (128, 512, 2048)
     for heads, ratio, goal in ((6, "1/2", 0.95), (3, "1/4", None), (1, "MQA", 0.82)):
         if quick and heads == 3:
             continue
-        floor = _cosine(wished, _embedded(_zeroed(model, "attention.output.dense"), batch))
+        floor = cosine(wished, embedded(_zeroed(model, "attention.output.dense"), batch))
         merges = [*WEIGHT_ONLY, *(Merge("mean + refit", "mean", n) for n in sizes[-1:])]
         merges += [Merge("joint + refit", "joint", n) for n in sizes]
         for merge in merges:
@@ -78,25 +72,13 @@ def minilm_rows(quick: bool) -> Iterator[Row]:
             start = time.perf_counter()
             small = rewriter.optimize(model, _target(heads, merge), calibration=texts, verify=False)
             seconds = time.perf_counter() - start
-            found = _cosine(wished, _embedded(small, batch))
+            found = cosine(wished, embedded(small, batch))
             best = goal if merge.name == "joint + refit" and merge.calibration == sizes[-1] else None
             name = f"{merge.name}, {merge.calibration} sentences" if merge.calibration else merge.name
             yield Row(
                 "minilm cosine", f"kv {ratio}, {name}", found, floor, "attention zeroed", "cosine", found / floor,
                 best, None if best is None else found >= best, {"seconds": round(seconds, 1)},
             )  # fmt: skip
-
-
-def _embedded(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Mean over real tokens, normalised: how the model is used."""
-    with torch.no_grad():
-        states: Tensor = model(**batch).last_hidden_state
-    mask = batch["attention_mask"][..., None]
-    return nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
-
-
-def _cosine(a: Tensor, b: Tensor) -> float:
-    return float((a * b).sum(-1).mean())
 
 
 def _target(heads: int, merge: Merge) -> GroupedQuery:
@@ -118,10 +100,10 @@ def _zeroed(model: nn.Module, suffix: str, layers: Callable[[str], bool] = lambd
 
 def smollm2_rows(quick: bool) -> Iterator[Row]:
     model, tokenizer = smollm2()
-    held = _ids(tokenizer, HELD_OUT, 2 if quick else 8)
+    held = token_ids(tokenizer, HELD_OUT, 2 if quick else 8)
     base = perplexity(model, held)
     count = 8 if quick else 16
-    calibration = torch.cat([_ids(tokenizer, name, -(-count // 3)) for name in CALIBRATION])[: count * WINDOW]
+    calibration = torch.cat([token_ids(tokenizer, name, -(-count // 3)) for name in CALIBRATION])[: count * WINDOW]
     jobs = (
         [("last 8 layers", "-8:", 1.15)] if quick else [("last 8 layers", "-8:", 1.15), ("all 30 layers", "all", 3.0)]
     )
@@ -148,11 +130,6 @@ def smollm2_rows(quick: bool) -> Iterator[Row]:
             )  # fmt: skip
 
 
-def _ids(tokenizer: Any, name: str, windows: int) -> Tensor:
-    ids: Tensor = tokenizer(play(name), return_tensors="pt", verbose=False).input_ids[0]
-    return ids[: windows * WINDOW]
-
-
 # ------------------------------------------------------------ the turned twin
 
 
@@ -161,7 +138,7 @@ def twin_rows(quick: bool) -> Iterator[Row]:
     model, tokenizer = smollm2()
     twin = turned_twin(model)
     del model
-    ids = _ids(tokenizer, HELD_OUT, 1)[: 128 if quick else WINDOW][None]
+    ids = token_ids(tokenizer, HELD_OUT, 1)[: 128 if quick else WINDOW][None]
     with torch.no_grad():
         before = twin(ids).logits
         floor = float((twin(ids).logits - _zeroed(twin, "o_proj")(ids).logits).abs().max())
@@ -206,6 +183,8 @@ PARTS: dict[str, Callable[[bool], Iterator[Row]]] = {
     "minilm": minilm_rows,
     "twin": twin_rows,
     "smollm2": smollm2_rows,
+    "minilm-auto": minilm_auto,
+    "smollm2-auto": smollm2_auto,
     "minilm-healed": minilm_healed,
     "smollm2-healed": smollm2_healed,
 }
@@ -213,8 +192,9 @@ PARTS: dict[str, Callable[[bool], Iterator[Row]]] = {
 
 def document(rows: Sequence[Row], quick: bool) -> str:
     where = machine()
-    healed = [r for r in rows if "healed" in r.name]
-    lines = [[r.name, r.case, r.ours, r.peer, r.goal, r.ok, r.more.get("seconds")] for r in rows if r not in healed]
+    healed, chosen = ([r for r in rows if word in r.name] for word in ("healed", "auto"))
+    plain = [r for r in rows if r not in healed and r not in chosen]
+    lines = [[r.name, r.case, r.ours, r.peer, r.goal, r.ok, r.more.get("seconds")] for r in plain]
     header = ["what", "case", "measured", "attention zeroed", "goal", "met", "s"]
     size = "--quick: small samples" if quick else "all cases"
     note = (
@@ -223,7 +203,8 @@ def document(rows: Sequence[Row], quick: bool) -> str:
         "gradient step but where it says healed."
     )
     tables = [markdown_table(header, lines)] if lines else []
-    return "\n\n".join([note, *tables, *([healed_table(healed)] if healed else [])])
+    more = [t(r) for t, r in ((auto_table, chosen), (healed_table, healed)) if r]
+    return "\n\n".join([note, *tables, *more])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

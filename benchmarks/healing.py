@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import rewriter
 from benchmarks.rows import Row, markdown_table
+from benchmarks.texts import CALIBRATION, HELD_OUT, WINDOW, cosine, embedded, sentences, token_ids
 from passes.targets import GroupedQuery
 from rewriter import Recipe
 from rewriter.demo.packaged_files import packaged_file
@@ -28,14 +29,12 @@ from rewriter.demo.perplexity import perplexity
 from rewriter.demo.weights import PLAYS, minilm, play, smollm2
 from rewriter.uptrain.divergence import kl_divergence
 
-CALIBRATION, HELD_OUT = ("lear", "macbeth", "othello"), "hamlet"
 BUDGET = 600.0
 """Seconds of healing, with all threads at work."""
 MINILM_QUICK, SMOLLM2_QUICK = 40, 6
 """Steps with --quick: enough to see that it runs, and whither it goes."""
 PROBE = 6
 """Steps that are timed to see how many fit."""
-WINDOW = 512
 
 
 def training_plays() -> list[str]:
@@ -86,21 +85,20 @@ def precision() -> str:
 
 
 def minilm_healed(quick: bool) -> Iterator[Row]:
-    fidelity: Any = import_module("benchmarks.fidelity")
     model, tokenizer = minilm()
-    batch = dict(tokenizer(fidelity.sentences([HELD_OUT], 256, 1), padding=True, return_tensors="pt"))
-    wished = fidelity._embedded(model, batch)
-    texts = fidelity.sentences(training_plays(), 10**9, 3)
-    calibration = fidelity.sentences(CALIBRATION, 128 if quick else 512, 0)
+    batch = dict(tokenizer(sentences([HELD_OUT], 256, 1), padding=True, return_tensors="pt"))
+    wished = embedded(model, batch)
+    texts = sentences(training_plays(), 10**9, 3)
+    calibration = sentences(CALIBRATION, 128 if quick else 512, 0)
     student = rewriter.optimize(model, GroupedQuery(6, "joint"), calibration=(calibration, tokenizer), verify=False)
-    before = fidelity._cosine(wished, fidelity._embedded(student, batch))
+    before = cosine(wished, embedded(student, batch))
     rows = [{"input_ids": ids} for ids in tokenizer(texts, truncation=True, max_length=64)["input_ids"]]
     recipe = Recipe(batch=64, window=64, learning_rate=3e-4, layer_phase=0.0, precision=precision(), validation=64)
     other = dict(tokenizer(help_sentences(256), padding=True, truncation=True, max_length=64, return_tensors="pt"))
-    away = [fidelity._cosine(fidelity._embedded(model, other), fidelity._embedded(student, other))]
+    away = [cosine(embedded(model, other), embedded(student, other))]
     found = healed(student, model, rows, replace(recipe, steps=MINILM_QUICK if quick else None), BUDGET)
-    after = fidelity._cosine(wished, fidelity._embedded(student, batch))
-    away.append(fidelity._cosine(fidelity._embedded(model, other), fidelity._embedded(student, other)))
+    after = cosine(wished, embedded(student, batch))
+    away.append(cosine(embedded(model, other), embedded(student, other)))
     goal = None if quick else 0.985
     yield Row(
         "minilm cosine, healed", f"kv 1/2, joint + refit, {found.done.steps} steps", after, before, "before healing",
@@ -114,12 +112,11 @@ def minilm_healed(quick: bool) -> Iterator[Row]:
 
 def smollm2_healed(quick: bool) -> Iterator[Row]:
     model, tokenizer = smollm2()
-    fidelity: Any = import_module("benchmarks.fidelity")
-    held = fidelity._ids(tokenizer, HELD_OUT, 2 if quick else 8)
+    held = token_ids(tokenizer, HELD_OUT, 2 if quick else 8)
     other = _encoded(tokenizer, help_text())[: len(held)]
     base, away = perplexity(model, held), perplexity(model, other)
     ids = np.concatenate([_encoded(tokenizer, play(name)).numpy() for name in training_plays()])
-    calibration = torch.cat([fidelity._ids(tokenizer, n, 2 if quick else 6) for n in CALIBRATION])
+    calibration = torch.cat([token_ids(tokenizer, n, 2 if quick else 6) for n in CALIBRATION])
     recipe = Recipe(batch=4, window=256, learning_rate=4e-5, layer_phase=0.0, precision=precision(), validation=4)
     recipe = replace(recipe, steps=SMOLLM2_QUICK if quick else None)
     steps = 0

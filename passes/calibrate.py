@@ -28,11 +28,14 @@ from passes.targets.mixing import Fit
 from passes.targets.replacement import Replacement
 from passes.targets.sparse import Sparse
 from passes.weights.group import Moments
+from passes.weights.grouping import Groups
 from passes.weights.merge import Freedom, Merged, contiguous, readers
 from passes.weights.moments import MomentSums
 from passes.weights.projection import SiteWeights, site_weights
 from passes.weights.refit import NormalEquations
 
+PAIRED = 4
+"""Batches whose statistics decide which heads are alike."""
 SLOW = 1.0
 """Radians over a calibration sequence up to which a rotating pair is merged as if it stood still."""
 
@@ -44,7 +47,14 @@ def calibrated(
 
     `tell` is called with each site's name. Raises KeyError if a site's values cannot be followed through the program.
     """
-    pair = PairedRuns(flow, matches, probe)
+    done, refused = rewritten(PairedRuns.start(flow, matches, probe), steps, tell)
+    return tuple(done[s.site.name] for s in steps if s.site.name in done), refused
+
+
+def rewritten(
+    pair: PairedRuns, steps: Sequence[Step], tell: Callable[[str], None] | None = None
+) -> tuple[dict[str, Replacement], tuple[tuple[str, str], ...]]:
+    """As `calibrated`, on runs that are under way; the students then hold all replacements, behind the last site."""
     done: dict[str, Replacement] = {}
     refused: list[tuple[str, str]] = []
     pooled: dict[tuple[Value, Value], Merged] = {}
@@ -61,7 +71,7 @@ def calibrated(
                 done[step.site.name] = fit_mixing(pair, step.site, step.target, mixed)
         except NoSublayer as reason:
             refused.append((step.site.name, str(reason)))
-    return tuple(done[s.site.name] for s in steps if s.site.name in done), tuple(refused)
+    return done, tuple(refused)
 
 
 def _merge(
@@ -84,16 +94,18 @@ def _merge(
     shared = len(pair.sharing(site)) > 1
     if shared and key not in pooled:
         pooled[key] = _pooled(pair, site, target, freedom, weights, [s for s in steps if s.site in pair.sharing(site)])
-    reference = [t.advance(site.out.output, {site.out.output})[site.out.output] for t in pair.teachers]
-    looked = pair.see(site, weights, pair.students)
+    look = pair.look(site, weights)
     if shared:
         merged = pooled[key]
     else:
-        freedom = replace(freedom, slow=_slow(site, looked))
-        merged = merge_site(pair.flow, site, target, freedom, _moments(site, target, weights, looked), method=method)
-        merged = _refitted(site, merged, looked, reference)
-    for run, look, before in zip(pair.students, looked, reference, strict=True):
-        run.put(site.out.output, projected(site, merged.weights, look, before))
+        seen = pair.fit(look.seen)
+        freedom = replace(freedom, slow=_slow(site, seen))
+        groups = target.groups(weights, site, freedom, lambda both: _moments(site, both, weights, seen[:PAIRED]))
+        moments = _moments(site, groups, weights, seen)
+        merged = merge_site(pair.flow, site, target, freedom, moments, method=method, groups=groups)
+        merged = _refitted(site, merged, seen, pair.fit(look.reference))
+    for run, seen_here, before in zip(pair.students, look.seen, look.reference, strict=True):
+        run.put(site.out.output, projected(site, merged.weights, seen_here, before))
     return target.merged(pair.flow, site, merged, method)
 
 
@@ -109,16 +121,14 @@ def _pooled(
     runs = pair.probe.trials()
     seen: list[Activations] = []
     for other in sorted((s.site for s in unit), key=lambda s: s.anchor):
-        seen += pair.see(other, weights, runs)
-    moments = _moments(site, target, weights, seen)
-    freedom = replace(freedom, slow=_slow(site, seen))
-    return merge_site(pair.flow, site, target, freedom, moments, method=target.method(True))
-
-
-def _moments(
-    site: AttentionSite, target: GroupedQuery, weights: SiteWeights, looked: Sequence[Activations]
-) -> list[Moments]:
+        seen += pair.fit(pair.see(other, weights, runs))
     groups = contiguous(site.kv_heads, target.kv_heads)
+    moments = _moments(site, groups, weights, seen)
+    freedom = replace(freedom, slow=_slow(site, seen))
+    return merge_site(pair.flow, site, target, freedom, moments, method=target.method(True), groups=groups)
+
+
+def _moments(site: AttentionSite, groups: Groups, weights: SiteWeights, looked: Sequence[Activations]) -> list[Moments]:
     reading = readers(groups, site.group)
     sums = [MomentSums() for _ in groups]
     for look in looked:

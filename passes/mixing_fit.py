@@ -37,15 +37,14 @@ def fit_mixing(
     unit = pair.sharing(site)
     if len(unit) > 1 and key not in shared:
         shared[key] = _pooled(pair, unit, target.fitting(around.hidden, pair.flow, site, around))
-    reference = [_output(run, around) for run in pair.teachers]
-    looked = pair.see(site, site_weights(pair.flow, site), pair.students)
-    prepared = [fitting.prepare(_hidden(look)) for look in looked]
+    look = pair.look(site, site_weights(pair.flow, site))
+    prepared = [fitting.prepare(_hidden(seen)) for seen in look.seen]
     if len(unit) > 1:
         fit = shared[key]
     else:
-        _add(fitting, around, looked, prepared, reference)
+        _add(fitting, around, pair.fit(look.seen), pair.fit(prepared), pair.fit(look.reference))
         fit = fitting.solve()
-    for run, given, before in zip(pair.students, prepared, reference, strict=True):
+    for run, given, before in zip(pair.students, prepared, look.reference, strict=True):
         run.put(around.output, around.laid_out(fit.output(given), before))
     return target.fitted(pair.flow, site, evidence, fit)
 
@@ -57,7 +56,8 @@ def _pooled(pair: PairedRuns, unit: Sequence[AttentionSite], fitting: Fitting) -
         around = sublayer(pair.flow, site, pair.matches.evidence[site.name])
         looked = pair.see(site, site_weights(pair.flow, site), runs)
         prepared = [fitting.prepare(_hidden(look)) for look in looked]
-        _add(fitting, around, looked, prepared, [_output(run, around) for run in runs])
+        reference = [_output(run, around) for run in runs]
+        _add(fitting, around, pair.fit(looked), pair.fit(prepared), pair.fit(reference))
     return fitting.solve()
 
 

@@ -24,6 +24,9 @@ class Trial(Protocol):
     def put(self, value: Value, array: Array) -> None:
         """Let everything that follows read `array` in place of a value that was computed; shape and dtype stay."""
 
+    def fork(self) -> Trial:
+        """Another run that stands where this one stands, and goes on by itself."""
+
 
 class Probe(Protocol):
     """Calibration batches, ready to be run."""

@@ -21,8 +21,7 @@ def see_less(pair: PairedRuns, site: AttentionSite, target: Sparse) -> Replaceme
     weights = site_weights(pair.flow, site)
     if site.out is None or weights.out is None:  # there is no place at which the students could be told
         return done
-    reference = [t.advance(site.out.output, {site.out.output})[site.out.output] for t in pair.teachers]
-    looked = pair.see(site, weights, pair.students)
-    for run, look, before in zip(pair.students, looked, reference, strict=True):
-        run.put(site.out.output, projected(site, weights, replace(look, pattern=done.pattern), before))
+    look = pair.look(site, weights)
+    for run, seen, before in zip(pair.students, look.seen, look.reference, strict=True):
+        run.put(site.out.output, projected(site, weights, replace(seen, pattern=done.pattern), before))
     return done

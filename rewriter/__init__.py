@@ -21,6 +21,7 @@ from rewriter.errors import (
 )
 
 if TYPE_CHECKING:
+    from passes.budget import Budget
     from rewriter.inspection import Inspection, inspect, targets
     from rewriter.install.bounded_cache import bounded_cache
     from rewriter.optimize import Rewritten, load, optimize, save, use_kernels, verify
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _LAZY = {
+    "Budget": "passes.budget",
     "Inspection": "rewriter.inspection",
     "Recipe": "rewriter.uptrain.recipe",
     "Rewritten": "rewriter.optimize",
@@ -49,6 +51,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "Budget",
     "Inspection",
     "InvalidModelFile",
     "NothingToRewrite",

@@ -55,6 +55,13 @@ class Merge(StrEnum):
     JOINT = "joint"
 
 
+class Grouping(StrEnum):
+    """Which key/value heads share one."""
+
+    CONTIGUOUS = "contiguous"
+    SIMILAR = "similar"
+
+
 class Kernels(StrEnum):
     """Which generated kernels a rewritten PyTorch model may use."""
 
@@ -194,8 +201,17 @@ def rewrite(
         Path | None,
         typer.Option("--calibration", help="Texts (.txt, .jsonl), token ids (.npy) or inputs (.npz, .safetensors)."),
     ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            "--budget", metavar="LIMITS", help="For --target auto: kv=0.5, speed=1.3, drift=0.02, or several."
+        ),
+    ] = None,
     merge: Annotated[
         Merge | None, typer.Option("--merge", help="How heads become one; joint with --calibration, else mean.")
+    ] = None,
+    grouping: Annotated[
+        Grouping | None, typer.Option("--grouping", help="Which heads share one: neighbours, or those most alike.")
     ] = None,
     kernels: Annotated[Kernels, typer.Option("--kernels", help="Generated kernels to use.")] = Kernels.AUTO,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Check the result before writing it.")] = True,
@@ -226,8 +242,9 @@ def rewrite(
 
         done = rewriter.optimize(
             str(model),
-            _target(target, merge),
+            _target(target, merge, grouping),
             layers=layers,
+            budget=budget,
             calibration=_calibration(calibration),
             kernels=kernels.value,
             verify=verify,
@@ -507,17 +524,19 @@ def _calibration(path: Path | None) -> Any:
     return read_calibration(path)
 
 
-def _target(name: str, merge: Merge | None) -> Any:
+def _target(name: str, merge: Merge | None, grouping: Grouping | None) -> Any:
     """The target of this name with the asked merge; names that are unknown are left for `optimize` to refuse."""
-    if merge is None:
+    given = {"merge": merge and merge.value, "grouping": grouping and grouping.value}
+    asked: dict[str, Any] = {option: value for option, value in given.items() if value is not None}
+    if not asked:
         return name
-    from passes.targets import GroupedQuery
+    from passes.targets import Auto, GroupedQuery
     from passes.targets.catalogue import find
 
     found = find(name)
-    if found is not None and not isinstance(found, GroupedQuery):
-        raise UsageError(f"--merge says how heads become one, and {name} has none", hint="leave --merge out")
-    return name if found is None else replace(found, merge=merge.value)
+    if found is not None and not isinstance(found, (Auto, GroupedQuery)):
+        raise UsageError(f"--{next(iter(asked))} says how heads become one, and {name} has none", hint="leave it out")
+    return name if found is None else replace(found, **asked)
 
 
 def _shapes(given: Sequence[str]) -> dict[str, tuple[int, ...]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import re
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,6 +13,7 @@ from typing import Any
 from codegen.ops.grouped_query_attention.tiles import computed_scores
 from passes.arithmetic import arithmetic
 from passes.calibrate import calibrated
+from passes.choose import Chosen
 from passes.cost import Scores, costs, parameters_removed
 from passes.dataflow import Flow
 from passes.match.attention import Matches
@@ -22,13 +24,16 @@ from passes.plan import Plan, PlanError, Step, make_plan, sharing
 from passes.protocols import Probe
 from passes.site import AttentionSite
 from passes.sublayer import NoSublayer
+from passes.targets.auto import Auto
 from passes.targets.catalogue import CATALOGUE, AttentionTarget, Target, find
 from passes.targets.grouped_query import describe
 from passes.targets.replacement import Replacement
 from passes.targets.sparse_mixer import SparseMixer
 from rewriter import progress
+from rewriter.auto_choice import Settled, as_auto, settle, with_choice
 from rewriter.block_decision import BlockDecision, decide_blocks
 from rewriter.errors import NothingToRewrite, UnknownTarget, UsageError
+from rewriter.report.choice import ChoiceReport
 from rewriter.report.rewrite_report import Change, Refused, RewriteReport, SiteRow
 
 
@@ -56,6 +61,7 @@ class Decision:
         refused: (name, reason).
         kept: sites that the target leaves as they are by its definition, with the reason.
         blocks: the same for feed-forward blocks.
+        chosen: how the plan came about, where it was chosen under a budget.
     """
 
     target: str
@@ -63,13 +69,19 @@ class Decision:
     refused: tuple[tuple[str, str], ...]
     kept: tuple[tuple[AttentionSite, str], ...] = ()
     blocks: BlockDecision = field(default_factory=BlockDecision)
+    chosen: Chosen | None = None
 
 
 def assignment(target: Any, layers: str | None) -> tuple[str, dict[str, Target]]:
     """(what to call it, target by selector) for a name, a target object or a mapping from selectors to either.
 
-    Raises UnknownTarget, or UsageError for a mapping beside `layers`.
+    Nothing is assigned yet where the target is "auto" and has not been chosen for. Raises UnknownTarget, or UsageError
+    for a mapping beside `layers`.
     """
+    if isinstance(target, Settled):
+        return target.name, {f"^{re.escape(name)}$": t for name, t in target.chosen.targets.items()}
+    if (automatic := as_auto(target)) is not None:
+        return automatic.name, {}
     if isinstance(target, Mapping):
         if layers is not None:
             raise UsageError("layers beside a mapping of targets", hint="the mapping's keys select layers already")
@@ -83,6 +95,9 @@ def _resolve(target: Any) -> Target:
     if isinstance(target, Target):
         return target
     found = find(target) if isinstance(target, str) else None
+    if isinstance(found, Auto) or isinstance(target, Auto):
+        raise UsageError("auto decides about all selected sites and cannot be one target among others",
+                         hint='use target="auto" with layers=...')  # fmt: skip
     if found is None:
         names = ", ".join(e.name for e in CATALOGUE)
         raise UnknownTarget(f"unknown target {target!r}", hint=f"targets: {names} (see `rewriter targets`)")
@@ -114,9 +129,12 @@ def decide(
 
     Raises UnknownTarget, UsageError (selector or head count that does not fit) and NothingToRewrite.
     """
-    name, by_selector = assignment(target, layers)
+    assignment(target, layers)
     if not matches.sites:
         raise nothing(matches)
+    if (automatic := as_auto(target)) is not None:
+        target, layers = settle(flow, matches, automatic, layers, None if probe is None else probe(matches)), None
+    name, by_selector = assignment(target, layers)
     changed = _decide_blocks(flow, matches, by_selector, probe, blocks)
     try:
         plan = make_plan(flow, matches.sites, {s: _for_attentions(t) for s, t in by_selector.items()})
@@ -134,7 +152,11 @@ def decide(
     if not done and not changed.replacements:
         reasons = "; ".join(f"{n}: {r}" for n, r in (*changed.refused, *refused, *((s.name, r) for s, r in kept))[:3])
         raise NothingToRewrite(f"none of the selected sites can be rewritten to {name}: {reasons}", hint=LISTS)
-    return Decision(name, done, (*_selected_refusals(matches), *refused, *changed.refused), kept, changed)
+    refused = (*_selected_refusals(matches), *refused, *changed.refused)
+    if not isinstance(target, Settled):
+        return Decision(name, done, refused, kept, changed)
+    left, untried = with_choice(matches, target.chosen, {n for n, _ in refused})
+    return Decision(name, done, (*refused, *untried), (*kept, *left), changed, target.chosen)
 
 
 def _for_attentions(target: Target) -> AttentionTarget:
@@ -302,6 +324,7 @@ def report(
         seconds=dict(seconds),
         arithmetic=explained,
         drawings=_drawings(flow, matches, decision),
+        choice=None if decision.chosen is None else ChoiceReport(decision.chosen),
     )
 
 

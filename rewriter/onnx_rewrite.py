@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -15,8 +16,9 @@ from passes.match.confirm import confirm
 from passes.match.feed_forward import FeedForwards, confirm_feed_forward, find_feed_forward
 from passes.protocols import Probe
 from passes.site import Refusal
+from rewriter.auto_choice import as_auto, settle
 from rewriter.block_decision import BlockDecision
-from rewriter.calibration.batches import batches
+from rewriter.calibration.batches import Batch, batches
 from rewriter.calibration.onnx_trial import onnx_probe
 from rewriter.capture.faithful import without_unfaithful
 from rewriter.capture.onnx_file import OnnxCapture, capture, hidden_anchors
@@ -43,18 +45,21 @@ def match_onnx(model: ir.Model) -> tuple[OnnxCapture, Matches]:
 
 
 def _unfuse_rewritable(
-    model: ir.Model, spare: ir.Model, target: Any, layers: str | None
-) -> tuple[dict[str, WrittenOut], tuple[tuple[str, str], ...]]:
+    model: ir.Model, spare: ir.Model, target: Any, layers: str | None, given: Callable[[Matches], list[Batch]] | None
+) -> tuple[dict[str, WrittenOut], tuple[tuple[str, str], ...], Any]:
     """Write out just those fused operators whose attention will be rewritten, found out on a spare copy.
 
-    Also gives (name, reason) of what is refused there.
+    Also gives (name, reason) of what is refused there, and the target, which is chosen here if it is "auto".
     """
     if not fused_nodes(model):
-        return {}, ()
+        return {}, (), target
     captured, matches = match_onnx(spare)
+    if (automatic := as_auto(target)) is not None and matches.sites:
+        probe = None if given is None else onnx_probe(captured, given(matches))
+        target, layers = settle(captured.flow, matches, automatic, layers, probe), None
     chosen = decide(captured.flow, matches, target, layers, blocks=FeedForwards)
     decision = _installable(captured, chosen)
-    return unfuse(model, {r.site.owner for r in decision.replacements}), decision.refused
+    return unfuse(model, {r.site.owner for r in decision.replacements}), decision.refused, target
 
 
 def _without_left(captured: OnnxCapture, matches: Matches) -> Matches:
@@ -137,17 +142,22 @@ def rewrite_onnx(
     Raises UnsupportedModel, NothingToRewrite, UsageError, VerificationFailed.
     """
     watch = Stopwatch()
+
+    def given(found: Matches) -> list[Batch]:
+        return batches(calibration, causal=is_causal(found), tokenizer=tokenizer)
+
     with watch.stage("capture"):
         spare = copy_of(original) if fused_nodes(model) else model
-        written_out, refused = _unfuse_rewritable(model, spare, target, layers)
+        written_out, refused, target = _unfuse_rewritable(
+            model, spare, target, layers, None if calibration is None else given
+        )
         captured = capture(model, written_out)
     with watch.stage("match"):
         matches = _without_left(captured, match_capture(captured))
     with watch.stage("transform"):
 
         def probe(found: Matches) -> Probe:
-            given = batches(calibration, causal=is_causal(found), tokenizer=tokenizer)
-            return onnx_probe(captured, given)
+            return onnx_probe(captured, given(found))
 
         chosen = decide(
             captured.flow,

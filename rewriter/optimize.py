@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rewriter.auto_choice import with_budget
 from rewriter.calibration.tokenizer import tokenizer_beside
 from rewriter.decision import assignment, require_supported
 from rewriter.errors import UsageError
@@ -48,6 +49,7 @@ def optimize(
     target: Any,
     *,
     layers: str | None = None,
+    budget: Any = None,
     calibration: Any = None,
     example_inputs: Any = None,
     kernels: str = "auto",
@@ -62,6 +64,9 @@ def optimize(
             an onnx_ir.Model, or a path to an .onnx file or a Hugging Face directory.
         target: a name ("mqa", "gqa4"), a target object, or a mapping from layer selectors to either.
         layers: which sites: "all", "0-7", "-4:", "encoder", "decoder", "cross", or a regular expression on names.
+        budget: for the target "auto": a `Budget` or its text, "kv=0.5" (at most half of the K/V bytes), "speed=1.3"
+            (1.3 times fewer flops) or "drift=0.02" (KL divergence in nats per token where the model gives logits, else
+            1 - cosine, on calibration batches held out).
         calibration: what to take statistics of: token ids (an integer array, [N] or [B, T]), a pair (texts, tokenizer)
             or texts alone where the model's folder holds a tokenizer, a DataLoader, or a list of batches (dicts, tuples
             or tensors). Heads are then merged jointly unless the target says otherwise, and each site's output
@@ -88,6 +93,7 @@ def optimize(
         VerificationFailed: the result is wrong; nothing is returned.
     """
     require_supported(kernels)
+    target = with_budget(target, budget)
     assignment(target, layers)
     if isinstance(model, (str, Path)):
         return _optimize_path(Path(model), target, layers, calibration, example_inputs, kernels, verify, streamed)

@@ -1,5 +1,6 @@
 """Targets: one file per destination, what it accepts and how it transforms weights."""
 
+from passes.targets.auto import Auto
 from passes.targets.experts import Experts
 from passes.targets.fourier import Fourier
 from passes.targets.gated_unit import GatedUnit
@@ -9,6 +10,7 @@ from passes.targets.sparse import SparseFixed, SparseStrided, Window
 from passes.targets.sparse_mixer import SparseMixer
 
 __all__ = [
+    "Auto",
     "Experts",
     "Fourier",
     "GatedUnit",

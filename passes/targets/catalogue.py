@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from codegen.spec import Structure
+from passes.targets.auto import Auto
 from passes.targets.fourier import HYBRID, Fourier
 from passes.targets.gated_unit import CHUNK, GatedUnit
 from passes.targets.grouped_query import GroupedQuery
@@ -36,7 +37,7 @@ class Entry:
     paper: str
     rewrites: str
     needs: str
-    parse: Callable[[str], Target | None]
+    parse: Callable[[str], Target | Auto | None]
 
     def to_dict(self) -> dict[str, str]:
         keys = ("name", "summary", "paper", "rewrites", "needs")
@@ -117,6 +118,19 @@ def _made(kind: Callable[..., Target], stem: str, name: str, most: int) -> Targe
         return kind(*numbers, **form) if len(numbers) <= most else None
     except (TypeError, ValueError):  # no such form here, or numbers that do not fit
         return None
+
+
+def _parse_auto(name: str) -> Auto | None:
+    found = re.fullmatch(r"auto(?::(.+))?", name)
+    if found is None:
+        return None
+    candidates: list[AttentionTarget] = []
+    for part in found.group(1).split("+") if found.group(1) else []:
+        candidate = find(part)
+        if candidate is None or isinstance(candidate, (Auto, SparseMixer)):
+            return None
+        candidates.append(candidate)
+    return Auto(candidates=tuple(candidates))
 
 
 CATALOGUE: tuple[Entry, ...] = (
@@ -241,9 +255,17 @@ CATALOGUE: tuple[Entry, ...] = (
         "as window",
         _parse_strided,
     ),
+    Entry(
+        "auto",
+        "each site gets what keeps the answer best under a budget (kv=0.5, speed=1.3, drift=0.02)",
+        "ours",
+        "sites that a mixed-integer program picks by measured sensitivity; of every gqaN, or of auto:gqa4+fnet",
+        "a budget, calibration, and SciPy (the extra `auto`)",
+        _parse_auto,
+    ),
 )
 
 
-def find(name: str) -> Target | None:
+def find(name: str) -> Target | Auto | None:
     """The target of this name, None if there is none."""
     return next((t for e in CATALOGUE if (t := e.parse(name.strip().lower())) is not None), None)

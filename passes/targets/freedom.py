@@ -9,7 +9,7 @@ import numpy as np
 from passes.dataflow import Flow
 from passes.match.attention import Evidence
 from passes.match.operands import Traced
-from passes.site import AttentionSite, Projection
+from passes.site import AttentionSite, Modifier, Projection
 from passes.weights.merge import Freedom
 
 _EVEN = 2e-2
@@ -24,7 +24,34 @@ def freedom_of(flow: Flow, site: AttentionSite, evidence: Evidence, sharing: Seq
         keys=_keys(flow, site, evidence, alike),
         values=_values(flow, site, evidence, alike),
         centred=all(m.kind not in {"softcap", "sinks"} for m in site.modifiers),
+        order=_order(flow, site, evidence, alike),
     )
+
+
+def _order(flow: Flow, site: AttentionSite, evidence: Evidence, alike: Sequence[AttentionSite]) -> str | None:
+    """Query heads change places with their rows of the query projection and their columns of the output projection;
+    whatever else treats heads apart would have to follow."""
+    if alike:
+        return "other attentions use the same weights"
+    if site.bent:
+        return "a norm stands between projection and score, and may differ from head to head"
+    if any(_by_head(flow, m) for m in site.modifiers):
+        return "its scores get a bias or a mask for each head"
+    if evidence.q.tokens.offset is not None:
+        return "a bias is added to the query heads after their projection"
+    return _shared(flow, site.q.projection, "query", 1) or _values(flow, site, evidence, alike)
+
+
+def _by_head(flow: Flow, modifier: Modifier) -> bool:
+    """Whether a step between score and softmax has numbers for each head, equal or not."""
+    if modifier.kind == "sinks":
+        return True
+    if modifier.value is None:
+        return False
+    shape = flow.shape(modifier.value)
+    if modifier.apart is not None:
+        return any(size != 1 for size in shape[-4:-2])
+    return len(shape) >= 3 and shape[-3] != 1
 
 
 def _keys(flow: Flow, site: AttentionSite, evidence: Evidence, alike: Sequence[AttentionSite]) -> str | None:

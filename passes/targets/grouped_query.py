@@ -7,8 +7,9 @@ lossy elsewhere. Pooling before or after a rotary embedding is the same thing, s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from codegen.spec import GroupedQueryAttention
 from passes.dataflow import Array, Flow
@@ -18,9 +19,14 @@ from passes.targets.freedom import freedom_of
 from passes.targets.misfit import Misfit
 from passes.targets.replacement import Replacement
 from passes.weights.group import Moments
+from passes.weights.grouping import Groups, pair_losses, pairs, similar
 from passes.weights.merge import METHODS, Freedom, Merged, Method, contiguous, merge_heads
 from passes.weights.pooling import legal_head_counts, mean_pool, ties
-from passes.weights.projection import operand_bias, operand_weight, site_weights
+from passes.weights.projection import SiteWeights, operand_bias, operand_weight, site_weights
+
+Grouping = Literal["contiguous", "similar"]
+
+GROUPINGS: tuple[Grouping, ...] = ("contiguous", "similar")
 
 
 @dataclass(frozen=True)
@@ -33,16 +39,22 @@ class GroupedQuery:
             towards each other first and turns queries and output projection back; "joint" is the best shared head for
             scores and outputs, and refits the output projection where there is calibration. None stands for "mean"
             without calibration and "joint" with it.
+        grouping: which heads share one: "contiguous", neighbours as in the paper, or "similar", those that cost least
+            to merge; where they are not neighbours query heads change places. Where those cannot be moved, neighbours
+            are grouped, and the report says so.
     """
 
     kv_heads: int
     merge: Method | None = None
+    grouping: Grouping = "contiguous"
 
     def __post_init__(self) -> None:
         if self.kv_heads < 1:
             raise ValueError(f"kv_heads must be at least 1, not {self.kv_heads}")
         if self.merge is not None and self.merge not in METHODS:
             raise ValueError(f"unknown merge {self.merge!r}; there are {', '.join(METHODS)}")
+        if self.grouping not in GROUPINGS:
+            raise ValueError(f"unknown grouping {self.grouping!r}; there are {', '.join(GROUPINGS)}")
 
     def method(self, calibrated: bool) -> Method:
         """The merge, the default resolved."""
@@ -97,10 +109,11 @@ class GroupedQuery:
         `evidence` is needed by merges other than the mean; raises ValueError without. `sharing` are the sites that use
         the same weights.
         """
-        if self.method(False) == "mean" or tied(flow, site, self.kv_heads):
+        plain = self.method(False) == "mean" and self.grouping == "contiguous"
+        if plain or tied(flow, site, self.kv_heads):
             return self.pooled(flow, site)
         if evidence is None:
-            raise ValueError(f"merge {self.merge!r} needs the site's evidence")
+            raise ValueError(f"merge {self.merge!r} and grouping {self.grouping!r} need the site's evidence")
         freedom = freedom_of(flow, site, evidence, sharing)
         return self.merged(flow, site, merge_site(flow, site, self, freedom), self.method(False))
 
@@ -115,6 +128,20 @@ class GroupedQuery:
                     tensors[f"{role}_{part}"] = mean_pool(tensor, operand.heads, self.kv_heads)
         return Replacement(site, specification(site, self.kv_heads), tensors, exact, describe(site), self.name)
 
+    def groups(
+        self,
+        weights: SiteWeights,
+        site: AttentionSite,
+        freedom: Freedom,
+        measured: Callable[[Groups], Sequence[Moments]] | None = None,
+    ) -> Groups:
+        """Key/value heads of each group; by statistics of pairs of heads, if there are any."""
+        neighbours = contiguous(site.kv_heads, self.kv_heads)
+        if self.grouping == "contiguous" or freedom.order is not None or self.kv_heads in (1, site.kv_heads):
+            return neighbours
+        moments = None if measured is None else measured(pairs(site.kv_heads))
+        return similar(pair_losses(weights, site.group, freedom, moments), self.kv_heads)
+
     def merged(self, flow: Flow, site: AttentionSite, merged: Merged, method: Method) -> Replacement:
         """A replacement out of merged weights."""
         return Replacement(
@@ -125,7 +152,10 @@ class GroupedQuery:
             describe(site),
             self.name,
             merge=method,
-            notes=tuple(f"{operand} are averaged: {reason}" for operand, reason in merged.notes.items()),
+            notes=tuple(
+                f"neighbouring heads are grouped: {reason}" if part == "order" else f"{part} are averaged: {reason}"
+                for part, reason in merged.notes.items()
+            ),
         )
 
 
@@ -137,11 +167,19 @@ def merge_site(
     moments: Sequence[Moments] | None = None,
     *,
     method: Method | None = None,
+    groups: Groups | None = None,
 ) -> Merged:
-    """One site's heads merged as the target (or `method`) says, by statistics of each group if there are any."""
-    groups = contiguous(site.kv_heads, target.kv_heads)
+    """One site's heads merged as the target (or `method`) says, by statistics of each group if there are any.
+
+    `groups` are those that the statistics are of; without statistics they are found by the weights.
+    """
+    weights = site_weights(flow, site)
+    found = target.groups(weights, site, freedom) if groups is None else groups
     chosen = method or target.method(moments is not None)
-    return merge_heads(site_weights(flow, site), site.group, groups, chosen, freedom, moments)
+    merged = merge_heads(weights, site.group, found, chosen, freedom, moments)
+    if target.grouping == "similar" and freedom.order is not None:
+        return replace(merged, notes={**merged.notes, "order": freedom.order})
+    return merged
 
 
 def as_tensors(flow: Flow, site: AttentionSite, merged: Merged) -> dict[str, Array]:

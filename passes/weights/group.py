@@ -83,25 +83,28 @@ class Blocks:
 class KeyMerge:
     """New keys ``key @ stacked keys`` [D, m D], and queries ``query[h] @ q_h`` [Q, D, D].
 
-    `lost` is the part of the scores' energy that no choice of weights could keep in this form, 0 to 1.
+    `lost` is the part of the scores' energy that no choice of weights could keep in this form, 0 to 1; `energy` is the
+    whole, where it was computed.
     """
 
     key: Array
     query: Array
     lost: float
+    energy: float = 0.0
 
 
 @dataclass(frozen=True)
 class ValueMerge:
     """New values ``value @ stacked values`` [Dv, m Dv], output columns [Q, E, Dv], and what the output bias gains [E].
 
-    `lost` is as in `KeyMerge`, for the attention's output.
+    `lost` and `energy` are as in `KeyMerge`, for the attention's output.
     """
 
     value: Array
     out: Array
     offset: Array
     lost: float
+    energy: float = 0.0
 
 
 def weight_moments(group: Group) -> Moments:

@@ -75,7 +75,7 @@ def join_keys(group: Group, moments: Moments, blocks: Blocks, *, centred: bool) 
         for h in range(heads):
             query[h][np.ix_(free, free)] = turned[h]
         kept, total = kept + part, total + whole
-    return KeyMerge(key, query, _lost(kept, total))
+    return KeyMerge(key, query, _lost(kept, total), total)
 
 
 def join_values(group: Group, moments: Moments, *, offset: bool) -> ValueMerge:
@@ -103,7 +103,8 @@ def join_values(group: Group, moments: Moments, *, offset: bool) -> ValueMerge:
     value = leading.T @ inverse_root(pooled)
     out = np.stack([refitted(o, m, value) for o, m in zip(reading, each, strict=True)])
     left = np.einsum("hed,hd->e", reading - out @ value, moments.means) if offset else np.zeros(width)
-    return ValueMerge(value, out, left, _lost(float(energy[::-1][:dim].sum()), float(energy.sum())))
+    kept, total = float(energy[::-1][:dim].sum()), float(energy.sum())
+    return ValueMerge(value, out, left, _lost(kept, total), total)
 
 
 def refitted(reading: Array, moment: Array, value: Array) -> Array:

@@ -35,6 +35,7 @@ class Freedom:
         keys, values: why the operand can only be averaged; None if it can be merged otherwise.
         centred: scores go straight into a softmax.
         slow: rotating features that are treated as if they did not, pair by pair, slowest first.
+        order: why query heads cannot change places; None if they can, so that any heads may form a group.
     """
 
     partner: tuple[int, ...] | None = None
@@ -42,6 +43,7 @@ class Freedom:
     values: str | None = None
     centred: bool = True
     slow: tuple[int, ...] = ()
+    order: str | None = None
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Merged:
         weights: query heads in the order of `order`.
         order: the old query head at each new place.
         lost_keys, lost_values: worst over groups of what a merge of this form could not keep; None where averaged.
-        notes: operands that were averaged, and why.
+        notes: operands that were averaged, and why; under "order" why no other heads than neighbours form groups.
         refitted: the output projection has been refitted since.
         sampled: losses are of calibration data; other inputs may lose more.
     """
@@ -159,10 +161,14 @@ def _keys(group: Group, moments: Moments, method: Method, freedom: Freedom) -> K
         identity = np.eye(dim)
         key = np.tile(identity, (1, group.members)) / group.members
         return KeyMerge(key, np.broadcast_to(identity, (len(group.reads), dim, dim)), 1.0)
-    blocks = Blocks.of(dim, freedom.partner, freedom.slow if method == "joint" else ())
     if method == "aligned":
-        return align_keys(group, moments, blocks)
-    return join_keys(group, moments, blocks, centred=freedom.centred)
+        return align_keys(group, moments, Blocks.of(dim, freedom.partner))
+    return join_keys(group, moments, blocks_of(group, freedom), centred=freedom.centred)
+
+
+def blocks_of(group: Group, freedom: Freedom) -> Blocks:
+    """What may be combined in keys that are merged jointly: slow features count as free."""
+    return Blocks.of(group.k.shape[1], freedom.partner, freedom.slow)
 
 
 def _values(group: Group, moments: Moments, method: Method, freedom: Freedom, weights: SiteWeights) -> ValueMerge:

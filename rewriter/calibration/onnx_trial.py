@@ -40,8 +40,9 @@ class Program:
             self.last.update({name: i for name in node.inputs if name})
 
     def session(self, start: int, stop: int, wanted: frozenset[Value]) -> ort.InferenceSession:
-        """Nodes `start` to `stop`, the latter included; gives `wanted` and what later nodes read."""
-        key = (start, stop, wanted)
+        """Nodes `start` to `stop`, the latter included; gives `wanted` and what later nodes read, perhaps more."""
+        known = (k for k in self._sessions if k[:2] == (start, stop) and k[2] >= wanted)
+        key = next(known, (start, stop, wanted))
         if key not in self._sessions:
             self._sessions[key] = self._open(start, stop, wanted)
         return self._sessions[key]
@@ -118,6 +119,11 @@ class OnnxTrial:
         if value in self._held:
             old = self._held[value]
             self._held[value] = np.ascontiguousarray(array, dtype=old.dtype).reshape(old.shape)
+
+    def fork(self) -> OnnxTrial:
+        other = OnnxTrial(self._program, self._held)
+        other._next = self._next
+        return other
 
 
 class OnnxProbe:

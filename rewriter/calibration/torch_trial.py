@@ -163,6 +163,11 @@ class TorchTrial:
         if isinstance(old, torch.Tensor):
             self._held[value] = torch.from_numpy(np.ascontiguousarray(array)).to(old).view(old.shape)
 
+    def fork(self) -> TorchTrial:
+        other = TorchTrial(self._program, {})
+        other._held, other._next = dict(self._held), self._next
+        return other
+
     def _filled(self, arguments: Any) -> Any:
         return torch.utils._pytree.tree_map(
             lambda a: self._held[a.name] if isinstance(a, Reference) else a,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rewriter.report.choice import FRONTIER, ChoiceReport, choice_line, frontier_cells
 from rewriter.report.printable import printable
 from rewriter.verify.result import Fidelity
 
@@ -107,6 +108,7 @@ class RewriteReport:
         seconds: wall time by stage: capture, match, transform, install, verify.
         arithmetic: where cache and flops come from, and how they grow with length.
         drawings: the subgraphs that were rewritten or refused, one of each kind.
+        choice: how the plan was chosen, for the target "auto".
     """
 
     target: str
@@ -119,6 +121,7 @@ class RewriteReport:
     seconds: Mapping[str, float] = field(default_factory=dict)
     arithmetic: Arithmetic | None = field(default=None, repr=False)
     drawings: tuple[Drawing, ...] = field(default=(), repr=False)
+    choice: ChoiceReport | None = None
 
     def save_html(self, path: str | Path) -> None:
         """Write the report as one .html file that loads nothing from elsewhere.
@@ -141,6 +144,7 @@ class RewriteReport:
             "flops": None if self.flops is None else self.flops.to_dict(),
             "fidelity": self.fidelity.to_dict() if self.fidelity is not None else None,
             "seconds": {stage: round(value, 4) for stage, value in self.seconds.items()},
+            **({} if self.choice is None else {"auto": self.choice.to_dict()}),
         }
 
     def __str__(self) -> str:
@@ -167,6 +171,9 @@ class RewriteReport:
                 ("flops", *_change_cells(self.flops)),
             ]
         )
+        if self.choice is not None:
+            lines += _columns([FRONTIER, *frontier_cells(self.choice.to_dict())])
+            lines.append(choice_line(self.choice.to_dict()))
         if self.fidelity is not None:
             lines.append(fidelity_line(self.fidelity))
         return lines

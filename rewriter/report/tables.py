@@ -11,6 +11,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from rewriter.report.choice import FRONTIER, choice_line, frontier_cells
 from rewriter.report.printable import printable
 from rewriter.report.rewrite_report import note_lines, number, requantised_line
 
@@ -103,6 +104,8 @@ def rewrite(done: Row) -> RenderableType:
     parts += [Text(line) for line in note_lines([(s["name"], s["notes"]) for s in done["sites"]])]
     costs = ("parameters", "kv_bytes_per_token", "flops")
     parts.append(table(("", "before", "after", "ratio"), (_cost_cells(name, done.get(name)) for name in costs)))
+    if done.get("auto"):
+        parts += [table(FRONTIER, frontier_cells(done["auto"])), Text(choice_line(done["auto"]))]
     parts.append(fidelity(done.get("fidelity")))
     seconds = ", ".join(f"{stage} {value:.2f}" for stage, value in (done.get("seconds") or {}).items())
     parts.append(Text(f"seconds: {printable(seconds)}"))

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from passes.drift import cosines, divergences
 from rewriter.verify.result import Fidelity
 
 Array = NDArray[Any]
@@ -66,25 +67,3 @@ class Drift:
             return None
         kl = float(np.mean(self._kls)) if self.logits else None
         return Fidelity(self.max_abs, float(np.mean(self._cosines)), kl)
-
-
-def cosines(before: Array, after: Array) -> Array:
-    """Cosine of each pair of rows, [N, D] and [N, D] to [N]; 1 where both rows are zero."""
-    norms = np.linalg.norm(before, axis=-1) * np.linalg.norm(after, axis=-1)
-    dots = np.einsum("nd,nd->n", before, after)
-    both_zero = ~before.any(axis=-1) & ~after.any(axis=-1)
-    result: Array = np.where(both_zero, 1.0, dots / np.where(norms > 0, norms, 1.0))
-    return result
-
-
-def divergences(before: Array, after: Array) -> Array:
-    """KL(softmax(before) ‖ softmax(after)) of each pair of rows in nats, [N, D] and [N, D] to [N]."""
-    log_p, log_q = _log_softmax(before), _log_softmax(after)
-    result: Array = np.maximum((np.exp(log_p) * (log_p - log_q)).sum(axis=-1), 0.0)
-    return result
-
-
-def _log_softmax(x: Array) -> Array:
-    shifted = x - x.max(axis=-1, keepdims=True)
-    result: Array = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-    return result

@@ -190,7 +190,7 @@ def test_rewrite_json(model: Path, tmp_path: Path, fake: Fake, capsys: Capture) 
     assert found["kv_bytes_per_token"] == {"before": 64, "after": 32}
     assert found["fidelity"] == {"max_abs": 0.5, "cosine": 0.9, "kl": 0.01}
     assert calls[0][0] == (str(model), "gqa2")
-    given = {"layers": "0-1", "calibration": None, "kernels": "auto", "verify": True, "streamed": None}
+    given = {"layers": "0-1", "budget": None, "calibration": None, "kernels": "auto", "verify": True, "streamed": None}
     assert calls[0][1] == given
     assert done.saved == [(out, {"external_data": "auto"})]
 

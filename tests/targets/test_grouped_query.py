@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from functools import cache
 
@@ -172,4 +173,4 @@ def test_the_catalogue_says_everything_about_each_target() -> None:
     assert len(set(names)) == len(names) and {"mqa", "gqaN"} <= set(names)
     for entry in CATALOGUE:
         assert all(entry.to_dict().values())
-        assert entry.parse(entry.name.replace("N", "2").replace("[:k]", ":2")) is not None
+        assert entry.parse(re.sub(r"\[:\w\]", ":2", entry.name.replace("N", "2"))) is not None

@@ -13,9 +13,10 @@ import onnx.numpy_helper as nh
 import onnx_ir as ir
 import pytest
 
+from passes.drift import cosines, divergences
 from rewriter.errors import InvalidModelFile
 from rewriter.install.onnx_write import save
-from rewriter.verify.drift import Drift, cosines, divergences
+from rewriter.verify.drift import Drift
 from rewriter.verify.kv_cache import cache_ports
 from rewriter.verify.onnx_pair import tolerance, verify_onnx
 from rewriter.verify.record import read_record
