@@ -6,8 +6,8 @@ changes; on longer ones the step is lossy until the feature maps are trained to 
 ("attention transfer", which is the first phase of uptraining).
 
 Before training a far key whose features say nothing (of zeros) weighs `FAR` of what the best near key weighs, as in the
-published configurations: factors of 0.1 and 1, and two softmaxes over 64 features. FAVOR+ estimates the softmax itself and
-needs no such number.
+published configurations: factors of 0.1 and 1, and two softmaxes over 64 features. FAVOR+ estimates the softmax itself
+and needs no such number.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ class LinearTerm(nn.Module):
         if torch.compiler.is_compiling():
             return shown
         order = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
-        implied = order if causal or kept.shape[2] == 1 else torch.ones_like(order)
+        implied = order if causal else torch.ones_like(order)
         wanted = shown[:, None, None] & (order if ordered else torch.ones_like(order))
         counts = shown[:, None, keys - queries :, None]  # a padded query may see what it likes
         biased = mask.dtype != torch.bool and bool(((mask != 0) & kept).any())

@@ -75,13 +75,13 @@ def install(
     mixer = build.mixer(spec_after, protocol, after)
     _check_grouping(proof, mixer, after, record, owner)
     if linear is not None:
-        _make_linear(mixer, *linear, record, owner)
+        _make_linear(mixer, *linear, record)
     place(model, owner, mixer)
     return mixer
 
 
 def _make_linear(
-    mixer: RewrittenMixer, spec: LinearAttention, parameters: Mapping[str, Tensor], record: CallRecord, owner: str
+    mixer: RewrittenMixer, spec: LinearAttention, parameters: Mapping[str, Tensor], record: CallRecord
 ) -> None:
     """Give a mixer its feature maps, and let it answer the recorded call once."""
     like = mixer.k_proj.weight
@@ -91,7 +91,7 @@ def _make_linear(
         with torch.no_grad(), evaluating(mixer):
             mixer(*map(snapshot, record.args), **_snapshots(record.kwargs))
     except TypeError as error:
-        raise UnsupportedModel(f"{owner}: {error}", hint="Load Hugging Face models with attention on sdpa.") from error
+        raise UnsupportedModel(str(error), hint="Load Hugging Face models with attention on sdpa.") from error
 
 
 def place(model: nn.Module, owner: str, mixer: RewrittenMixer | TokenMixer | ExpertMixer | Absorbed) -> None:

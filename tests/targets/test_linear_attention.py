@@ -109,6 +109,17 @@ def test_padding_is_hidden_and_other_masks_are_refused() -> None:
             model(**{**inputs, "attention_mask": odd})
 
 
+def test_a_mask_of_keys_alone_is_read() -> None:
+    layer = torch.nn.TransformerEncoderLayer(16, 2, batch_first=True).eval()
+    x, hidden = torch.randn(2, 20, 16), torch.zeros(2, 20, dtype=torch.bool)
+    hidden[1, 13:] = True
+    fast = rewriter.optimize(layer, "linear:4", example_inputs=(x, None, hidden))
+    with torch.no_grad():
+        padded = fast(x, None, hidden)
+        assert relative(padded[1:, :13], fast(x[1:, :13], None, hidden[1:, :13])) < CLOSE
+        assert relative(layer(x, None, hidden)[1:, :13], padded[1:, :13]) > 1e-3  # the control
+
+
 def test_later_tokens_leave_no_trace_and_decoding_is_the_whole_at_once() -> None:
     model = rewritten(LLAMA, "linear:4")
     ids = LLAMA.inputs(2, 30, 3)["input_ids"]
