@@ -192,6 +192,18 @@ def test_graphs_files_and_rewritten_models_are_refused(zoo_onnx: Callable[..., P
         rewriter.optimize(rewritten(BERT, "linear:4"), "gqa2", example_inputs=BERT.inputs(2, 30, 0))
 
 
+def test_compiled_and_exported_at_one_length() -> None:
+    model = rewritten(LLAMA, "linear:4")
+    inputs = {"input_ids": LLAMA.inputs(2, 30, 1)["input_ids"], "use_cache": False}
+    expected = LLAMA.run(model, inputs)
+    program = torch.export.export(model, (), inputs, strict=False)
+    assert relative(program.module()(**inputs).logits, expected) < CLOSE
+    with torch.no_grad():
+        assert relative(torch.compile(model, backend="aot_eager")(**inputs).logits, expected) < CLOSE
+    torch._dynamo.reset()
+    assert relative(LLAMA.run(LLAMA.build(), inputs), expected) > 1e-3  # the control
+
+
 def test_inspection_names_it_for_modules() -> None:
     assert all("linear" in names for names in rewriter.inspect(BERT.build()).targets.values() if "mqa" in names)
 
