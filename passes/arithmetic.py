@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
-from codegen.spec import GroupedQueryAttention, LinearMixing, Spec
+from codegen.spec import GroupedQueryAttention, LinearAttention, LinearMixing, Spec
 from passes.cost import Cost, Scores, all_scores
 from passes.dataflow import Flow
 from passes.match.attention import Matches
@@ -148,4 +148,6 @@ def _cache_terms(
 def _cached_heads(site: AttentionSite, spec: Spec | None, whole_caches: Collection[str]) -> int:
     if spec is None or site.name in whole_caches:
         return site.kv_heads
+    if isinstance(spec, LinearAttention):
+        return spec.attention.kv_heads
     return spec.kv_heads if isinstance(spec, GroupedQueryAttention) else 0

@@ -24,6 +24,7 @@ from passes.site import AttentionSite
 from passes.sparse_run import see_less
 from passes.sublayer import NoSublayer
 from passes.targets.grouped_query import GroupedQuery, merge_site, tied
+from passes.targets.linear_attention import LinearHeads
 from passes.targets.mixing import Fit
 from passes.targets.replacement import Replacement
 from passes.targets.sparse import Sparse
@@ -65,6 +66,8 @@ def rewritten(
         try:
             if isinstance(step.target, GroupedQuery):
                 done[step.site.name] = _merge(pair, step.site, step.target, pooled, steps)
+            elif isinstance(step.target, LinearHeads):
+                done[step.site.name] = _linear(pair, step.site, step.target)
             elif isinstance(step.target, Sparse):
                 done[step.site.name] = see_less(pair, step.site, step.target)
             else:
@@ -72,6 +75,12 @@ def rewritten(
         except NoSublayer as reason:
             refused.append((step.site.name, str(reason)))
     return done, tuple(refused)
+
+
+def _linear(pair: PairedRuns, site: AttentionSite, target: LinearHeads) -> Replacement:
+    """Nothing is fitted, and the students go on with the original's attention: its features are not trained yet."""
+    done = target.transform(pair.flow, site, pair.matches.evidence[site.name], pair.sharing(site))
+    return replace(done, notes=(*done.notes, "calibration does not reach it: layers above are fitted to the original"))
 
 
 def _merge(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from codegen.ops.grouped_query_attention.tiles import computed_scores
 from codegen.sight import Pattern
-from codegen.spec import TokenMixing
+from codegen.spec import LinearAttention, TokenMixing
 from passes.dataflow import Flow, Node
 from passes.match.attention import Matches
 from passes.site import AttentionSite, Norm
@@ -58,6 +58,8 @@ def costs(
     saved += sum(_mixing_saves(flow, matches, s, mixed[s.name]) for s in sites if s.name in mixed)
     sparse = {r.site.name: r.pattern for r in replacements if r.pattern}
     saved += sum(_sparse_saves(matches, s, sparse[s.name], scores) for s in sites if s.name in sparse)
+    linear = {r.site.name: r.linear for r in replacements if r.linear is not None}
+    saved += sum(_linear_saves(flow, matches, s, linear[s.name]) for s in sites if s.name in linear)
     before = sum(_kv_numbers(s, s.kv_heads) for s in sites) * bytes_per_number
     after = sum(_kv_numbers(s, cached.get(s.name, s.kv_heads)) for s in sites) * bytes_per_number
     return Cost(before, base), Cost(after, base - saved)
@@ -70,6 +72,11 @@ def parameters_removed(flow: Flow, replacements: Sequence[Replacement]) -> int:
     for r in replacements:
         if r.mixing is not None:
             removed += _mixing_removes(flow, r, r.mixing, seen)
+            continue
+        if r.linear is not None:
+            fresh = {(o.projection.weight, role) for role, o in (("k", r.site.k), ("v", r.site.v))} - seen
+            removed -= sum(tensor.size for tensor in r.tensors.values()) if fresh else 0
+            seen.update(fresh)
             continue
         for role, operand in (("k", r.site.k), ("v", r.site.v)):
             key = (operand.projection.weight, role)
@@ -111,6 +118,11 @@ def _mixing_saves(flow: Flow, matches: Matches, site: AttentionSite, spec: Token
     projections = sum(_node_flops(flow, flow.nodes[i]) for i in nodes)
     batch, tokens = (int(n) for n in matches.evidence[site.name].q.tokens.rows.shape)
     return projections + _contraction_flops(flow, matches, site) - spec.flops(batch, tokens)
+
+
+def _linear_saves(flow: Flow, matches: Matches, site: AttentionSite, spec: LinearAttention) -> int:
+    batch, queries, _ = _sizes(matches, site)
+    return _contraction_flops(flow, matches, site) - spec.flops(batch, queries)
 
 
 def _sparse_saves(matches: Matches, site: AttentionSite, pattern: Pattern, scores: Scores) -> int:

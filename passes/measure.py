@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from codegen.ops.grouped_query_attention.reference import shown
+from codegen.ops.linear_attention.reference import linear_attention
 from codegen.ops.token_mixing import token_mixing
 from codegen.spec import GroupedQueryAttention, TokenMixing
 from passes.dataflow import Array, Flow
@@ -23,6 +24,8 @@ def site_error(flow: Flow, evidence: Evidence, replacement: Replacement) -> tupl
     """
     if replacement.mixing is not None:
         return _mixing_error(flow, replacement, replacement.mixing)
+    if replacement.linear is not None:
+        return _linear_error(flow, evidence, replacement)
     spec = replacement.grouped
     if spec.pattern:
         return _sparse_error(flow, evidence, spec)
@@ -69,6 +72,27 @@ def _sparse_error(flow: Flow, evidence: Evidence, spec: GroupedQueryAttention) -
     output = np.einsum("bhst,bhtd->bhsd", softmax(scores)[..., : values.shape[2]], values)
     size = float(np.linalg.norm(reference[alive]))
     return float(np.linalg.norm((output - reference)[alive])) / max(size, 1e-30), 1.0
+
+
+def _linear_error(flow: Flow, evidence: Evidence, replacement: Replacement) -> tuple[float, float]:
+    """Of the attention's output, on the recorded operands without what is multiplied in behind their projections."""
+    path, site, spec = evidence.path, replacement.site, replacement.linear
+    assert spec is not None
+    query, keys, values = (
+        np.asarray(recorded(flow, view, traced.tokens), dtype=np.float64)
+        for view, traced in ((path.q, evidence.q), (path.k, evidence.k), (path.v, evidence.v))
+    )
+    reference = recorded(flow, path.output_view, evidence.q.tokens)
+    keys, values = (x[:, np.arange(site.kv_heads) * x.shape[1] // site.kv_heads] for x in (keys, values))
+    scores = np.einsum("bhsd,bhtd->bhst", query, np.repeat(keys, spec.attention.group, axis=1)) * path.scale
+    for modifier in path.modifiers:
+        scores = apply_modifier(flow, modifier, scores)
+    alive = scores > -1e4
+    query, keys = query / site.q.gain, keys / site.k.gain
+    output = linear_attention(spec, query, keys, values, replacement.tensors, alive.any(axis=(1, 2)))
+    rows = alive.any(-1)
+    size = float(np.linalg.norm(reference[rows]))
+    return float(np.linalg.norm((output - reference)[rows])) / max(size, 1e-30), 1.0
 
 
 def _mixing_error(flow: Flow, replacement: Replacement, spec: TokenMixing) -> tuple[float, float] | None:

@@ -174,7 +174,7 @@ def _install(
             left[group.path] = group
             reasons.update({r.site.name: str(error) for r in group.replacements})
     first = {p: g.replacements[0] for p, g in left.items()}
-    attending = {p: g.replacements for p, g in left.items() if first[p].mixing is None and not first[p].pattern}
+    attending = {p: g.replacements for p, g in left.items() if _keeps_its_form(first[p])}
     kept, failed = keep_forwards(module, flow, attending, reasons, args, kwargs)
     failed = {
         **failed,
@@ -188,6 +188,11 @@ def _install(
             hint="a module that cannot be replaced can be rewritten as a graph: pass torch.export.export(model, ...)",
         )
     return replace(decision, replacements=tuple(done), refused=refused), kept
+
+
+def _keeps_its_form(replacement: Replacement) -> bool:
+    """Whether an attention stays one over all keys, so that its module's own forward can compute it."""
+    return replacement.mixing is None and replacement.linear is None and not replacement.pattern
 
 
 def _by_owner(flow: Flow, replacements: Sequence[Replacement]) -> list[_Owned]:
@@ -259,7 +264,7 @@ def _install_one(module: torch.nn.Module, flow: Flow, group: _Owned, records: Ma
     after = _new_parameters(before, first)
     q_key, k_key, v_key = (_key(flow, o) for o in (site.q, site.k, site.v))
     turned = "q_weight" in first.tensors
-    knob = not first.pattern and knob_applies(module, group.path, k_key, v_key) if k_key and v_key else False
+    knob = _keeps_its_form(first) and knob_applies(module, group.path, k_key, v_key) if k_key and v_key else False
     if k_key and v_key and (q_key or not turned) and knob:
         query = q_key if turned else None
         apply_knob(module, group.path, k_key, v_key, first.grouped.kv_heads, after, record, q_weight_key=query)
@@ -282,8 +287,13 @@ def _install_one(module: torch.nn.Module, flow: Flow, group: _Owned, records: Ma
         out=_submodule(flow, site, group.path, "out"),
         q_norm=_submodule(flow, site, group.path, "q"),
         k_norm=_submodule(flow, site, group.path, "k"),
+        linear=None if first.linear is None else (first.linear, _tensors(first)),
     )
     _write(output)
+
+
+def _tensors(replacement: Replacement) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in replacement.tensors.items()}
 
 
 def _output_writes(

@@ -5,6 +5,7 @@ from passes.targets.experts import Experts
 from passes.targets.fourier import Fourier
 from passes.targets.gated_unit import GatedUnit
 from passes.targets.grouped_query import GroupedQuery
+from passes.targets.linear_attention import LinearHeads
 from passes.targets.linear_mixing import LinearMixer
 from passes.targets.sparse import SparseFixed, SparseStrided, Window
 from passes.targets.sparse_mixer import SparseMixer
@@ -15,6 +16,7 @@ __all__ = [
     "Fourier",
     "GatedUnit",
     "GroupedQuery",
+    "LinearHeads",
     "LinearMixer",
     "SparseFixed",
     "SparseMixer",

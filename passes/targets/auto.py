@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from passes.budget import Budget
 from passes.site import AttentionSite
 from passes.targets.grouped_query import GroupedQuery, Grouping
+from passes.targets.linear_attention import LinearHeads
 from passes.weights.merge import Method
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ class Auto:
 
     def __post_init__(self) -> None:
         self._merged(GroupedQuery(1))  # refuses an unknown merge or grouping
+        if any(isinstance(target, LinearHeads) for target in self.candidates):
+            raise ValueError("what linear attention does before its training cannot be weighed against other targets")
 
     @property
     def name(self) -> str:

@@ -6,11 +6,13 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from codegen.spec import Structure
+from codegen.spec import FeatureMap, Structure
 from passes.targets.auto import Auto
 from passes.targets.fourier import HYBRID, Fourier
 from passes.targets.gated_unit import CHUNK, GatedUnit
 from passes.targets.grouped_query import GroupedQuery
+from passes.targets.linear_attention import CHUNK as LINEAR_CHUNK
+from passes.targets.linear_attention import LinearHeads
 from passes.targets.linear_mixing import LONGEST, NAMES, LinearMixer
 from passes.targets.sparse import FORMS, SparseFixed, SparseStrided, Window
 from passes.targets.sparse_mixer import SparseMixer, sparse_mixer
@@ -18,7 +20,7 @@ from passes.targets.sparse_mixer import SparseMixer, sparse_mixer
 Mixer = Fourier | LinearMixer | GatedUnit
 """Targets of which one computation takes the place of an attention with all its projections."""
 
-AttentionTarget = GroupedQuery | Mixer | Window | SparseFixed | SparseStrided
+AttentionTarget = GroupedQuery | Mixer | Window | SparseFixed | SparseStrided | LinearHeads
 """What an attention can become."""
 
 Target = AttentionTarget | SparseMixer
@@ -107,6 +109,15 @@ def _parse_strided(name: str) -> Target | None:
     return _made(SparseStrided, "sparse-strided", name, 1)
 
 
+def _parse_heads(name: str) -> Target | None:
+    words = "|".join(re.escape(f.value) for f in FeatureMap)
+    found = re.fullmatch(rf"linear(?::(\d{{1,6}})?,?({words})?)?", name)
+    if found is None or name.endswith((":", ",")) or name.startswith("linear:,"):
+        return None
+    chunk = int(found.group(1) or LINEAR_CHUNK)
+    return LinearHeads(chunk, FeatureMap(found.group(2) or FeatureMap.LEARNED)) if chunk else None
+
+
 def _made(kind: Callable[..., Target], stem: str, name: str, most: int) -> Target | None:
     """Out of ``stem[:number,...][,form]``; None if the name is another's, or says what cannot be."""
     found = re.fullmatch(rf"{stem}(?::(\d{{1,9}}(?:,\d{{1,9}})*)?,?({'|'.join(FORMS)})?)?", name)
@@ -127,7 +138,7 @@ def _parse_auto(name: str) -> Auto | None:
     candidates: list[AttentionTarget] = []
     for part in found.group(1).split("+") if found.group(1) else []:
         candidate = find(part)
-        if candidate is None or isinstance(candidate, (Auto, SparseMixer)):
+        if candidate is None or isinstance(candidate, (Auto, SparseMixer, LinearHeads)):
             return None
         candidates.append(candidate)
     return Auto(candidates=tuple(candidates))
@@ -254,6 +265,14 @@ CATALOGUE: tuple[Entry, ...] = (
         "as sparse-fixed; for data with a period, not for text",
         "as window",
         _parse_strided,
+    ),
+    Entry(
+        "linear[:chunk,features]",
+        "softmax in chunks of 64 tokens and their neighbours, a product of features beyond; linear time",
+        "arXiv 2410.10254, 2402.04347",
+        "what far keys weigh; heads keep their projections; features are learned, elu1 or favor+",
+        "self-attention of torch modules, causal or bidirectional; uptraining, which trains the features",
+        _parse_heads,
     ),
     Entry(
         "auto",

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from codegen.sight import Pattern
-from codegen.spec import GroupedQueryAttention, Spec, TokenMixing
+from codegen.spec import GroupedQueryAttention, LinearAttention, Spec, TokenMixing
 from passes.dataflow import Array
 from passes.site import AttentionSite
 from passes.sublayer import Sublayer
@@ -17,9 +17,9 @@ class Replacement:
     """A site's new mixer.
 
     Attributes:
-        spec: what it computes. Grouped attention takes the place of the contractions and the softmax, mixing that of
-            the whole sublayer: all projections, that of the output included.
-        tensors: new parameters by role. For mixing those of the spec's `shapes`. For
+        spec: what it computes. Grouped and linear attention take the place of the contractions and the softmax, mixing
+            that of the whole sublayer: all projections, that of the output included.
+        tensors: new parameters by role. For mixing and linear attention those of the spec's `shapes`. For
             grouped attention ``k_weight`` [kv_heads * head_dim, in], ``k_bias`` [kv_heads * head_dim], ``v_weight``,
             ``v_bias``; rows are head-major in the order of `Operand.columns`. Where queries and output
             follow the merge also ``q_weight`` [heads * head_dim, in], ``q_bias``, ``out_weight``
@@ -45,7 +45,10 @@ class Replacement:
 
     @property
     def grouped(self) -> GroupedQueryAttention:
-        """The spec of a replacement that is grouped attention; raises TypeError for any other."""
+        """The spec of a replacement that is grouped attention, or the heads of linear attention; raises TypeError for
+        any other."""
+        if isinstance(self.spec, LinearAttention):
+            return self.spec.attention
         if not isinstance(self.spec, GroupedQueryAttention):
             raise TypeError(f"{self.site.name} becomes {self.after}, which is no grouped attention")
         return self.spec
@@ -53,7 +56,12 @@ class Replacement:
     @property
     def mixing(self) -> TokenMixing | None:
         """The spec of a replacement that mixes tokens without attention, None for any other."""
-        return None if isinstance(self.spec, GroupedQueryAttention) else self.spec
+        return None if isinstance(self.spec, GroupedQueryAttention | LinearAttention) else self.spec
+
+    @property
+    def linear(self) -> LinearAttention | None:
+        """The spec of a replacement that is linear attention, None for any other."""
+        return self.spec if isinstance(self.spec, LinearAttention) else None
 
     @property
     def around(self) -> Sublayer:

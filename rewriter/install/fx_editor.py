@@ -116,6 +116,11 @@ class Editor:
         """What will be done at a site. Raises UnsupportedModel if it cannot be."""
         if replacement.mixing is not None:
             return plan_mixing(self, replacement)
+        if replacement.linear is not None:
+            raise UnsupportedModel(
+                "linear attention is installed in torch modules only, not in graphs",
+                hint="rewrite the module before it is exported",
+            )
         site, spec, tensors = replacement.site, replacement.grouped, replacement.tensors
         plans = []
         if spec.pattern and spec.sinks:

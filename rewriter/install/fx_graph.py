@@ -178,7 +178,7 @@ def _plan(
     refused: dict[str, str] = {}
     for replacement in replacements:
         name = replacement.site.name
-        if name in failed and (replacement.mixing is not None or replacement.pattern):
+        if name in failed and (replacement.mixing or replacement.linear or replacement.pattern):
             refused[name] = failed[name]
         elif name in failed:
             try:

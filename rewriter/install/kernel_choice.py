@@ -36,6 +36,12 @@ def choose_kernels(
             f"{len(sparse)} attentions are sparse, and there is no {kernels} kernel of sparse attention",
             hint='use kernels="auto" or "off"',
         )
+    linear = [mixer for mixer in mixers(model).values() if mixer.linear_term is not None]
+    if kernels not in ("auto", "off") and linear:
+        raise UsageError(
+            f"{len(linear)} attentions are linear, and there is no {kernels} kernel of linear attention",
+            hint='use kernels="auto" or "off"',
+        )
     detach(model)
     attached = kernels != "off" and attach(model, kernels, args, kwargs, everywhere=everywhere)
     if kernels not in ("auto", "off") and not found and not attached:

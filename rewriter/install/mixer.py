@@ -21,6 +21,7 @@ from codegen.ops.grouped_query_attention.torch_body import grouped_query_attenti
 from codegen.sight import from_json
 from codegen.spec import GroupedQueryAttention
 from rewriter.errors import UnsupportedModel
+from rewriter.install.linear_term import LinearTerm
 from rewriter.install.mimicry import mimic_attributes
 from rewriter.install.protocol import Protocol, mask_kind
 
@@ -81,6 +82,7 @@ class RewrittenMixer(nn.Module):
             out = linear(parameters.out_weight, parameters.out_bias)
         self.out_proj = out
         self.q_norm, self.k_norm, self.position = q_norm, k_norm, position
+        self.linear_term: LinearTerm | None = None  # with it, a softmax for near keys only
         self.input_norm: nn.Module | None = None
         self.output_norm: nn.Module | None = None
         self.taken_from: dict[str, str | None] = {}
@@ -130,12 +132,16 @@ class RewrittenMixer(nn.Module):
         k, v = self._keys_and_values(call, context, value)
         places = self._places(call)
         causal, mask = self._visible(call, q, places)
+        if self.linear_term is not None and not _at_the_end(past, q, k):
+            raise TypeError("linear attention needs a cache that only grows, as transformers' DynamicCache")
         if causal and mask is None and call.get("cache") is not None:
             causal, k, v = _causal_over_cache(q, k, v)
         bias = self._bias(call, q, k, past)
         if bias is not None:
             causal, mask = False, _combine(_square(mask, causal, q, k), bias, q.dtype)
-        if self.spec.pattern and not _at_the_end(past, q, k):
+        if self.linear_term is not None:
+            output, weights = self._linear(self.linear_term, call, q, k, v, mask, causal)
+        elif self.spec.pattern and not _at_the_end(past, q, k):
             shown = self._shown(past, q, k, places)
             mask, causal = _combine(_square(mask, causal, q, k), shown, q.dtype), False
             output, weights = self._attend(call, q, k, v, mask, causal, masked=True)
@@ -209,7 +215,7 @@ class RewrittenMixer(nn.Module):
     def _past_length(self, call: Call) -> Any:
         """Tokens in the cache before this call; only asked for where positions have to be known."""
         cache = call.get("cache")
-        if cache is None or (self.position is None and not self.spec.pattern):
+        if cache is None or (self.position is None and not self.spec.pattern and self.linear_term is None):
             return 0
         past = cache.get_seq_length(self.layer_index)
         return past.clone() if isinstance(past, Tensor) else past  # static caches count in place
@@ -312,6 +318,14 @@ class RewrittenMixer(nn.Module):
             return grouped_query_attention_with_weights(spec, q, k, v, mask, dropout=dropout)
         return attention(spec, q, k, v, mask, dropout=dropout, kernels=self.kernels), None
 
+    def _linear(
+        self, term: LinearTerm, call: Call, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
+    ) -> tuple[Tensor, None]:
+        """Without attention weights, and so without their dropout."""
+        if "weights" in self.protocol.returns or (call.get("wants_weights") and "none" not in self.protocol.returns):
+            raise TypeError("linear attention has no attention weights to return; ask for none (use sdpa)")
+        return term(q, k, v, mask, causal), None
+
     def _finish(self, call: Call, output: Tensor) -> Tensor:
         """[B, H, S, Dv] -> [B, S, E], with what the original does to its result."""
         output = output.transpose(1, 2).flatten(2)
@@ -368,6 +382,7 @@ class RewrittenMixer(nn.Module):
             "shapes": {name: [*layer.weight.shape, layer.bias is not None] for name, layer in own.items()},
             "layer_index": self.layer_index,
             "position": self.position is not None,
+            "linear": None if self.linear_term is None else self.linear_term.describe(),
         }
 
     def extra_repr(self) -> str:
@@ -399,6 +414,8 @@ def rebuild(description: Call, original: nn.Module) -> RewrittenMixer:
         **taken,
     )
     mixer.taken_from = dict(description["taken"])
+    if description.get("linear") is not None:
+        mixer.linear_term = LinearTerm.from_json(description["linear"], like)
     mixer.adopt(mixer.protocol, original)
     return mixer
 

@@ -22,6 +22,8 @@ def obstacle(capture: OnnxCapture, replacement: Replacement) -> str | None:
             f"the file's opset is {opset}, and functions for what replaces attention need {OLDEST_OPSET} or later; "
             f"convert it first (onnx.version_converter.convert_version(model, {OLDEST_OPSET}))"
         )
+    if replacement.linear is not None:
+        return "linear attention is installed in torch modules only: rewrite the module the file was exported from"
     if replacement.pattern:
         return _sparse_obstacle(capture, replacement)
     if replacement.mixing is not None:  # it has been seen to be a map of hidden states, and nothing is laid out anew

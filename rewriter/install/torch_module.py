@@ -7,18 +7,19 @@ the new weights takes the module's place.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from codegen.spec import GroupedQueryAttention
+from codegen.spec import GroupedQueryAttention, LinearAttention
 from rewriter.errors import UnsupportedModel
 from rewriter.install.call_record import CallRecord, evaluating, snapshot
 from rewriter.install.expert_mixer import ExpertMixer
 from rewriter.install.huggingface import guard_saving, keep_output_capture, move_dispatch_hook
+from rewriter.install.linear_term import LinearTerm
 from rewriter.install.mixer import MixerParameters, RewrittenMixer, stripped
 from rewriter.install.protocol import Protocol, read_protocol
 from rewriter.install.reproduction import HINT, disagreement, settle
@@ -40,6 +41,7 @@ def install(
     out: str | None = None,
     q_norm: str | None = None,
     k_norm: str | None = None,
+    linear: tuple[LinearAttention, Mapping[str, Tensor]] | None = None,
 ) -> RewrittenMixer:
     """Replace `model.<owner>` in place by a `RewrittenMixer` with `spec_after` and the parameters `after`.
 
@@ -52,6 +54,7 @@ def install(
         out: path, from the owner, of the submodule that projects the merged heads; None if there is none or if
             `before.out_weight` holds it.
         q_norm, k_norm: paths, from the owner, of norms over each head's features.
+        linear: what far keys weigh instead of a softmax, with its parameters.
 
     Raises:
         UnsupportedModel: if the original cannot be reproduced with its own weights; the model is then unchanged.
@@ -59,6 +62,8 @@ def install(
     original = _owned(model, owner)
     after = _owned_parameters(after, before.k_weight, original)
     if isinstance(original, RewrittenMixer):
+        if linear is not None or original.linear_term is not None:
+            raise UnsupportedModel(f"{owner} is rewritten already", hint="Rewrite the original model.")
         mixer = _again(original, _seeing_no_more(original.spec, spec_after, owner), after)
         _check_grouping(copy.deepcopy(original), mixer, after, record, owner)
         place(model, owner, mixer)
@@ -69,8 +74,24 @@ def install(
     protocol = settle(original, proof, record, owner)
     mixer = build.mixer(spec_after, protocol, after)
     _check_grouping(proof, mixer, after, record, owner)
+    if linear is not None:
+        _make_linear(mixer, *linear, record)
     place(model, owner, mixer)
     return mixer
+
+
+def _make_linear(
+    mixer: RewrittenMixer, spec: LinearAttention, parameters: Mapping[str, Tensor], record: CallRecord
+) -> None:
+    """Give a mixer its feature maps, and let it answer the recorded call once."""
+    like = mixer.k_proj.weight
+    fresh = {name: owned_parameter(tensor, like, like.requires_grad) for name, tensor in parameters.items()}
+    mixer.linear_term = LinearTerm(spec, fresh)
+    try:
+        with torch.no_grad(), evaluating(mixer):
+            mixer(*map(snapshot, record.args), **_snapshots(record.kwargs))
+    except TypeError as error:
+        raise UnsupportedModel(str(error), hint="Load Hugging Face models with attention on sdpa.") from error
 
 
 def place(model: nn.Module, owner: str, mixer: RewrittenMixer | TokenMixer | ExpertMixer | Absorbed) -> None:

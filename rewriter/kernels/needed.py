@@ -46,7 +46,7 @@ def needs(path: Path) -> list[Need]:
         raise NothingToRewrite(
             "the model has no rewritten attention and no mix that calls kernels",
             hint="rewrite it first; models whose config or standard Attention operator holds the heads have none, and "
-            "there are none of sparse attention",
+            "there are none of sparse and of linear attention",
         )
     return list(dict.fromkeys(found))
 
@@ -61,7 +61,7 @@ def _of_module(path: Path) -> list[Need]:
     model = load(path)
     for mixer in mixers(model).values():
         name = str(mixer.q_proj.weight.dtype).removeprefix("torch.")
-        if name in {d.value for d in DType}:
+        if name in {d.value for d in DType} and mixer.linear_term is None:
             found += [Need(computed(spec), DType(name)) for spec in mixer.specs() if not spec.pattern]
     for mixing in token_mixers(model).values():
         name = str(next(model.parameters()).dtype).removeprefix("torch.")
