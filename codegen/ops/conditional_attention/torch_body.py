@@ -59,12 +59,12 @@ def local_attention(spec: ConditionalAttention, x: Tensor, seen: Tensor, paramet
     tokens, block = x.shape[1], spec.block
     missing = -tokens % block
     query, key, value = (
-        functional.pad(_projected(spec, f"light_{role}", x, parameters), (0, 0, 0, missing))
-        .unflatten(2, (-1, block))
-        .transpose(1, 2)
+        torch.unflatten(
+            functional.pad(_projected(spec, f"light_{role}", x, parameters), (0, 0, 0, missing)), 2, (-1, block)
+        ).transpose(1, 2)
         for role in ("query", "key", "value")
     )  # each [B, G, H, C, D]
-    visible = functional.pad(seen, (0, missing)).unflatten(1, (-1, block))
+    visible = torch.unflatten(functional.pad(seen, (0, missing)), 1, (-1, block))
     at = torch.arange(block, device=x.device)
     distance = torch.arange(3 * block, device=x.device) - block - at[:, None]  # [C, 3 C]
     near = distance.abs() <= spec.radius
@@ -84,7 +84,7 @@ def _beside(blocks: Tensor, dim: int = 2) -> Tensor:
 
 def _projected(spec: ConditionalAttention, name: str, x: Tensor, parameters: Parameters) -> Tensor:
     """[B, H, S, D]"""
-    return (x @ parameters[f"{name}_weight"]).unflatten(-1, (-1, spec.head_dim)).transpose(1, 2)
+    return torch.unflatten(x @ parameters[f"{name}_weight"], -1, (-1, spec.head_dim)).transpose(1, 2)
 
 
 def _attended(

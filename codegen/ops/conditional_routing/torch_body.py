@@ -52,12 +52,18 @@ def route(router: Router, x: Tensor, u: Tensor, shown: Tensor | None = None, *, 
 def chosen(router: Router, scores: Tensor, shown: Tensor | None = None, *, soft: bool = False) -> Routed:
     """The same of scores [B, S]."""
     ranked = scores if shown is None else scores.masked_fill(~shown, LEAST)
-    order = ranked.detach().sort(dim=-1, descending=True, stable=True).indices
-    index = order[:, : router.kept(scores.shape[-1], soft=soft)]
+    index = _highest(ranked.detach(), router.kept(scores.shape[-1], soft=soft))
     if soft:
         return Routed(index, soft_top_k(router, scores, shown).gather(1, index))
     weight = torch.ones_like(scores) if shown is None else shown.to(scores.dtype)
     return Routed(index, weight.gather(1, index).detach())
+
+
+def _highest(scores: Tensor, count: int) -> Tensor:
+    """[B, count]: where the highest stand, in order; of equal ones the lower index comes first."""
+    if torch.onnx.is_in_onnx_export():  # whose TopK is so by definition, and which has no stable sort
+        return scores.topk(count, dim=-1).indices
+    return scores.sort(dim=-1, descending=True, stable=True).indices[:, :count]
 
 
 def soft_top_k(router: Router, scores: Tensor, shown: Tensor | None = None) -> Tensor:
