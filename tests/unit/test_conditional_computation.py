@@ -95,7 +95,9 @@ def test_gradients_flow_through_the_soft_selection_only() -> None:
 def test_who_is_routed() -> None:
     scores = torch.tensor([[0.0, 3.0, 1.0, 3.0, 2.0, -1.0, 0.5, 0.25] * 2])
     hard = routing_body.chosen(QUARTER, scores)
-    assert hard.index.tolist() == [[1, 3, 9, 11]] and hard.weight.tolist() == [[1.0] * 4]  # ties: the lower token
+    assert hard.index.tolist() == [[1, 3, 9, 11]] and hard.weight.tolist() == [[1.0] * 4]
+    ties = torch.arange(4096)[None] % 2 / 2  # long enough for a sort that is not stable to show
+    assert routing_body.chosen(QUARTER, ties).index.tolist() == [list(range(1, 2048, 2))]
     soft = routing_body.chosen(QUARTER, scores, soft=True)
     assert soft.index.tolist() == [[1, 3, 9, 11, 4]]  # 9 / 8 times 4, rounded up
     assert routing_body.chosen(replace(QUARTER, surplus=1.0), scores, soft=True).index.shape == (1, 4)
