@@ -1,0 +1,44 @@
+"""The conditional feed-forward block in plain, differentiable torch: the heavy branch is given routed tokens only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from codegen.conditional import ConditionalFeedForward
+from codegen.ops.activation.torch_body import activate
+from codegen.ops.conditional_routing.reference import require_fitting
+from codegen.ops.conditional_routing.torch_body import route
+
+
+def conditional_feed_forward(
+    spec: ConditionalFeedForward,
+    x: Tensor,
+    shown: Tensor | None = None,
+    *,
+    soft: bool = False,
+    **parameters: Tensor,
+) -> Tensor:
+    """[B, S, hidden] of x [B, S, hidden] and parameters of `ConditionalFeedForward.shapes`, in x's dtype.
+
+    Args:
+        shown: bool [B, S], False for padding.
+        soft: as in training.
+
+    Raises:
+        ValueError: if x or a parameter contradicts the spec, or a parameter is given or missing against it.
+    """
+    require_fitting(spec, tuple(x.shape), {name: tuple(p.shape) for name, p in parameters.items()})
+    routed = route(spec.router, x, parameters["router"], shown, soft=soft)
+    heavy = _branch(spec, "heavy", routed.gather(x), parameters)
+    return routed.add(_branch(spec, "light", x, parameters), heavy)
+
+
+def _branch(spec: ConditionalFeedForward, name: str, x: Tensor, held: Mapping[str, Tensor]) -> Tensor:
+    up = x @ held[f"{name}_up_weight"]
+    if spec.gated:
+        inner = activate(spec.activation, x @ held[f"{name}_gate_weight"]) * up
+    else:
+        inner = activate(spec.activation, up)
+    return inner @ held[f"{name}_down_weight"]
