@@ -33,10 +33,12 @@ def newest(folder: Path) -> Path:
     return found[-1]
 
 
-def sweep(folder: Path) -> None:
-    """Remove what a killed run left half-written."""
+def sweep(folder: Path, keep: int) -> None:
+    """Remove what a killed run left half-written, and checkpoints beyond the newest `keep` that it had no time to."""
     for draft in folder.glob(f"{DRAFT}*"):
         shutil.rmtree(draft, ignore_errors=True)
+    for old in complete(folder)[:-keep]:
+        _remove(old)
 
 
 def write(accelerator: Any, folder: Path, step: int, run: Mapping[str, Any], keep: int) -> None:

@@ -48,7 +48,7 @@ def train(
     """
     different = changed(student, teacher)
     _require_apart(student, teacher, different, recipe)
-    _prepare_folder(accelerator, folder, resume)
+    _prepare_folder(accelerator, folder, resume, recipe.keep)
     _seed(recipe.seed, accelerator.process_index)
     learning = to_train(student, teacher, list(different), recipe.train)
     learning = learning if only is None else learning & set(only)
@@ -100,7 +100,7 @@ def _require_apart(student: nn.Module, teacher: nn.Module, different: Sequence[s
         raise UsageError("student and teacher are equal: nothing was rewritten", hint="give the rewritten model first")
 
 
-def _prepare_folder(accelerator: Any, folder: Path | None, resume: bool) -> None:
+def _prepare_folder(accelerator: Any, folder: Path | None, resume: bool, keep: int) -> None:
     """Sweep what a killed run left; a folder with checkpoints is only for resuming."""
     if folder is None:
         return
@@ -114,7 +114,7 @@ def _prepare_folder(accelerator: Any, folder: Path | None, resume: bool) -> None
         raise UsageError(f"{folder} holds checkpoints of a run", hint="resume it (--resume), or name another folder")
     if accelerator.is_main_process:
         folder.mkdir(exist_ok=True)
-        checkpoint.sweep(folder)
+        checkpoint.sweep(folder, keep)
     accelerator.wait_for_everyone()
 
 
