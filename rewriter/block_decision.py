@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -13,6 +12,7 @@ from passes.feed_forward_site import FeedForwardSite
 from passes.match.feed_forward import FeedForwards
 from passes.plan import named_by
 from passes.protocols import Probe
+from passes.stacks import stacks
 from passes.targets.experts import BlockReplacement, Experts, block_error
 from rewriter.report.rewrite_report import SiteRow
 
@@ -61,7 +61,7 @@ def decide_blocks(
     """`wanted` are targets by layer selector, later ones win; with a probe, experts are fitted."""
     by_site: dict[str, Experts] = {}
     for selector, target in wanted.items():
-        for stack in _stacks([s for s in found.sites if s.name in named_by(selector, found.sites)]):
+        for stack in stacks([s for s in found.sites if s.name in named_by(selector, found.sites)]):
             by_site.update({s.name: target for s in target.chosen(stack)})
     refused = {
         s.name: reason
@@ -80,14 +80,6 @@ def decide_blocks(
     ]
     selected = {r.name: r.reason for r in found.refusals}
     return BlockDecision(tuple(done), tuple(rows), (*selected.items(), *refused.items()))
-
-
-def _stacks(sites: Sequence[FeedForwardSite]) -> list[list[FeedForwardSite]]:
-    """Sites whose names differ in nothing but numbers are one stack of layers."""
-    stacks: dict[str, list[FeedForwardSite]] = {}
-    for site in sorted(sites, key=lambda s: s.anchor):
-        stacks.setdefault(re.sub(r"\d+", "#", site.name), []).append(site)
-    return list(stacks.values())
 
 
 def _shared(site: FeedForwardSite, sites: Sequence[FeedForwardSite]) -> str | None:

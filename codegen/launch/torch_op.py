@@ -49,31 +49,16 @@ def attention(
         NotLegal: a language was asked for by name and has no kernel of this.
         ValueError: operands that contradict the spec.
     """
-    if spec.pattern:
-        return _sparse(spec, q, k, v, bias, sinks, dropout, kernels)
-    if kernels == "off" or dropout or not _considers(q, k, v, bias, kernels):
+    if spec.pattern and kernels not in ("auto", "off"):
+        raise NotLegal(f"there is no {kernels} kernel of sparse attention", hint='use kernels="auto" or "off"')
+    # the operator's numbers hold no pattern, and no kernel follows one
+    if spec.pattern or kernels == "off" or dropout or not _considers(q, k, v, bias, kernels):
         return torch_body.grouped_query_attention(spec, q, k, v, bias, sinks=sinks, dropout=dropout)
     if kernels == "auto" and not torch.compiler.is_compiling() and not _worth_it(spec, q, k):
         return torch_body.grouped_query_attention(spec, q, k, v, bias, sinks=sinks)
     numbers = (spec.kv_heads, spec.scale, spec.causal, spec.softcap, spec.masked_rows_are_zero)
     found: Tensor = _operator(q, k, v, bias, sinks, *numbers, kernels)
     return found
-
-
-def _sparse(
-    spec: GroupedQueryAttention,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    sinks: Tensor | None,
-    dropout: float,
-    kernels: str,
-) -> Tensor:
-    """The torch body: the operator's numbers hold no pattern, and no kernel follows one."""
-    if kernels not in ("auto", "off"):
-        raise NotLegal(f"there is no {kernels} kernel of sparse attention", hint='use kernels="auto" or "off"')
-    return torch_body.grouped_query_attention(spec, q, k, v, bias, sinks=sinks, dropout=dropout)
 
 
 def _considers(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, kernels: str) -> bool:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from codegen.spec import TokenMixing
 from passes.dataflow import Array
 from passes.site import AttentionSite
+from passes.stacks import stacks
 from passes.sublayer import Sublayer
 from passes.targets.grouped_query import describe
 from passes.targets.replacement import Replacement
@@ -61,10 +61,7 @@ def refusal(site: AttentionSite, *, causal: bool = False) -> str | None:
 
 def on_top(sites: Sequence[AttentionSite], count: int) -> list[AttentionSite]:
     """The top `count` attentions of each stack: sites whose names differ in nothing but numbers."""
-    stacks: dict[str, list[AttentionSite]] = {}
-    for site in sorted(sites, key=lambda s: s.anchor):
-        stacks.setdefault(re.sub(r"\d+", "#", site.name), []).append(site)
-    return [s for stack in stacks.values() for s in stack[max(len(stack) - count, 0) :]]
+    return [s for stack in stacks(sites) for s in stack[max(len(stack) - count, 0) :]]
 
 
 def told(fit: Fit) -> str:

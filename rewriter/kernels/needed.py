@@ -52,6 +52,7 @@ def needs(path: Path) -> list[Need]:
 
 
 def _of_module(path: Path) -> list[Need]:
+    from codegen.launch.operands import DTYPES
     from codegen.launch.torch_op import computed
     from rewriter.install.persistence import load
     from rewriter.install.token_mixer import token_mixers
@@ -60,14 +61,12 @@ def _of_module(path: Path) -> list[Need]:
     found: list[Need] = []
     model = load(path)
     for mixer in mixers(model).values():
-        name = str(mixer.q_proj.weight.dtype).removeprefix("torch.")
-        if name in {d.value for d in DType} and mixer.linear_term is None:
-            found += [Need(computed(spec), DType(name)) for spec in mixer.specs() if not spec.pattern]
-    for mixing in token_mixers(model).values():
-        name = str(next(model.parameters()).dtype).removeprefix("torch.")
-        if name in {d.value for d in DType} and isinstance(mixing.spec, FourierMixing):
-            found.append(Need(mixing.spec, DType(name)))
-    return found
+        dtype = DTYPES.get(mixer.q_proj.weight.dtype)
+        if dtype is not None and mixer.linear_term is None:
+            found += [Need(computed(spec), dtype) for spec in mixer.specs() if not spec.pattern]
+    dtype = DTYPES.get(next(model.parameters()).dtype)
+    specs = [mixing.spec for mixing in token_mixers(model).values()]
+    return found + [Need(s, dtype) for s in specs if dtype is not None and isinstance(s, FourierMixing)]
 
 
 def _of_file(path: Path) -> list[Need]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime as ort
 import pytest
 from numpy.typing import NDArray
 
@@ -21,6 +19,7 @@ from codegen.ops.grouped_query_attention.onnx_body import DOMAIN, attributes, fu
 from codegen.ops.grouped_query_attention.reference import grouped_query_attention
 from codegen.registry import Choice
 from codegen.spec import GroupedQueryAttention
+from tests.kernels.ort_sessions import operators_run, profiled_session
 from tests.kernels.problems import choice, here
 
 pytestmark = pytest.mark.skipif(not here(), reason="no instruction set that there are kernels for")
@@ -51,19 +50,7 @@ def _model(spec: GroupedQueryAttention, dtype: ir.DataType) -> bytes:
 
 
 def _session(spec: GroupedQueryAttention, library: Path | None, folder: Path, dtype: Any = ir.DataType.FLOAT) -> Any:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 2
-    options.log_severity_level = 3
-    options.enable_profiling = True
-    options.profile_file_prefix = str(folder / "profile")
-    if library is not None:
-        options.register_custom_ops_library(str(library))
-    return ort.InferenceSession(_model(spec, dtype), options, providers=["CPUExecutionProvider"])
-
-
-def _operators(session: Any) -> set[str]:
-    events = json.loads(Path(session.end_profiling()).read_text())
-    return {e["args"]["op_name"] for e in events if e["name"].endswith("_kernel_time")}
+    return profiled_session(_model(spec, dtype), library, folder)
 
 
 def _feeds(spec: GroupedQueryAttention, queries: int, keys: int, dtype: Any = np.float32) -> dict[str, Array]:
@@ -97,8 +84,8 @@ def test_with_the_library_the_kernel_runs_and_without_it_the_function(
         wrong = {**feeds, "v": feeds["v"] * 1.001}  # control
         with pytest.raises(AssertionError):
             np.testing.assert_allclose(fast.run(None, wrong)[0], right, rtol=2e-5, atol=3e-6)
-    assert _operators(fast) == {function_name(spec)}
-    assert "MatMul" in _operators(plain)
+    assert operators_run(fast) == {function_name(spec)}
+    assert "MatMul" in operators_run(plain)
 
 
 def test_half_precision(library: Path, tmp_path: Path) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime as ort
 import pytest
 from numpy.typing import NDArray
 
@@ -28,6 +26,7 @@ from codegen.ops.fourier_mixing.onnx_body import (
 )
 from codegen.ops.fourier_mixing.reference import fourier_mixing
 from codegen.spec import FourierMixing
+from tests.kernels.ort_sessions import operators_run, profiled_session
 from tests.kernels.problems import CAUSAL, choice, here
 
 pytestmark = pytest.mark.skipif(not here(), reason="no instruction set that there are kernels for")
@@ -67,19 +66,7 @@ def _model(spec: FourierMixing, dtype: ir.DataType) -> bytes:
 
 
 def _session(spec: FourierMixing, library: Path | None, folder: Path, dtype: Any = ir.DataType.FLOAT) -> Any:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 2
-    options.log_severity_level = 3
-    options.enable_profiling = True
-    options.profile_file_prefix = str(folder / "profile")
-    if library is not None:
-        options.register_custom_ops_library(str(library))
-    return ort.InferenceSession(_model(spec, dtype), options, providers=["CPUExecutionProvider"])
-
-
-def _operators(session: Any) -> set[str]:
-    events = json.loads(Path(session.end_profiling()).read_text())
-    return {e["args"]["op_name"] for e in events if e["name"].endswith("_kernel_time")}
+    return profiled_session(_model(spec, dtype), library, folder)
 
 
 def _feeds(spec: FourierMixing, batch: int, tokens: int, dtype: Any = np.float32) -> dict[str, Array]:
@@ -106,8 +93,8 @@ def test_with_the_library_the_kernel_runs_and_without_it_the_function(
         wrong = {**feeds, "x": feeds["x"][:, ::-1] + 0.01}  # control
         with pytest.raises(AssertionError):
             np.testing.assert_allclose(fast.run(None, wrong)[0], right, rtol=1e-4, atol=2e-4)
-    assert function_name(spec) in _operators(fast)
-    assert function_name(spec) not in _operators(plain)
+    assert function_name(spec) in operators_run(fast)
+    assert function_name(spec) not in operators_run(plain)
 
 
 def test_half_precision_and_no_tokens(library: Path, tmp_path: Path) -> None:

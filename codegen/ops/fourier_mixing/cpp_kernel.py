@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from codegen.device import DType, Isa
@@ -40,7 +39,6 @@ def source(spec: FourierMixing, dtype: DType, isa: Isa) -> str:
             "dtype": dtype,
             "isa": isa,
             "lanes": lanes,
-            "strides": _strides(lanes),
             "hidden": spec.hidden,
             "hartley": spec.hartley,
             "gain": spec.gain,
@@ -68,7 +66,3 @@ def resources(spec: FourierMixing, dtype: DType, isa: Isa) -> dict[str, int]:
     """What a kernel takes: bytes of scratch per thread besides what the number of tokens asks for."""
     lanes = lanes_of(isa)
     return {"scratch_bytes": 2 * spec.hidden * 2 * lanes * 4, "rows": 2 * lanes, "vector_bytes": 4 * lanes}
-
-
-def _strides(lanes: int) -> Sequence[int]:
-    return [lanes >> step for step in range(1, lanes.bit_length())]

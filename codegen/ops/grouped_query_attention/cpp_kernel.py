@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -80,7 +79,6 @@ def source(spec: GroupedQueryAttention, dtype: DType, isa: Isa) -> str:
             "name": kernel_name(spec, dtype, isa),
             "isa": isa,
             "lanes": cut.lanes,
-            "strides": _strides(cut.lanes),
             "rows": cut.rows,
             "key_tile": cut.key_tile,
             "block_rows": cut.block_rows,
@@ -111,10 +109,6 @@ def resources(spec: GroupedQueryAttention, dtype: DType, isa: Isa) -> dict[str, 
         "register_rows": cut.block_rows,
         "vector_bytes": 4 * cut.lanes,
     }
-
-
-def _strides(lanes: int) -> Sequence[int]:
-    return [lanes >> step for step in range(1, lanes.bit_length())]
 
 
 def _stack(spec: GroupedQueryAttention, cut: Tiling) -> int:
