@@ -149,5 +149,5 @@ def _cached_heads(site: AttentionSite, spec: Spec | None, whole_caches: Collecti
     if spec is None or site.name in whole_caches:
         return site.kv_heads
     if isinstance(spec, LinearAttention):
-        return spec.attention.kv_heads
+        return 0 if spec.attention.causal else spec.attention.kv_heads
     return spec.kv_heads if isinstance(spec, GroupedQueryAttention) else 0

@@ -46,11 +46,13 @@ def costs(
 
     `whole_caches` and `whole_projections` name rewritten sites that still cache, and project to, all heads. `scores`
     says how many scores of sparse attentions are computed. What is cached per token is what a full cache holds: that a
-    query sees fewer keys does not free those that later ones see.
+    query sees fewer keys does not free those that later ones see. Causal linear attention caches nothing per token.
     """
     mixed = {r.site.name: r.mixing for r in replacements if r.mixing is not None}
+    linear = {r.site.name: r.linear for r in replacements if r.linear is not None}
     heads = {r.site.name: 0 if r.mixing is not None else r.grouped.kv_heads for r in replacements}
-    cached = {name: count for name, count in heads.items() if name not in whole_caches}
+    still = {name for name, spec in linear.items() if spec.attention.causal}  # their state is of one size
+    cached = {name: 0 if name in still else count for name, count in heads.items() if name not in whole_caches}
     computed = {name: count for name, count in heads.items() if name not in whole_projections}
     sites = matches.sites
     base = _projection_flops(flow) + sum(_contraction_flops(flow, matches, s) for s in sites)
@@ -58,7 +60,6 @@ def costs(
     saved += sum(_mixing_saves(flow, matches, s, mixed[s.name]) for s in sites if s.name in mixed)
     sparse = {r.site.name: r.pattern for r in replacements if r.pattern}
     saved += sum(_sparse_saves(matches, s, sparse[s.name], scores) for s in sites if s.name in sparse)
-    linear = {r.site.name: r.linear for r in replacements if r.linear is not None}
     saved += sum(_linear_saves(flow, matches, s, linear[s.name]) for s in sites if s.name in linear)
     before = sum(_kv_numbers(s, s.kv_heads) for s in sites) * bytes_per_number
     after = sum(_kv_numbers(s, cached.get(s.name, s.kv_heads)) for s in sites) * bytes_per_number

@@ -1,4 +1,4 @@
-"""A key/value cache of bounded size for models whose attentions see a window and some first tokens.
+"""A key/value cache of bounded size for models whose attentions see a window and some first tokens, or are linear.
 
 Keys that no later query sees are dropped, and the others keep the positions and the rotation that they were stored
 with: so what a model answers is what it answers with a cache that holds everything (unlike StreamingLLM,
@@ -15,30 +15,36 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from codegen.sight import Pattern, Sight
 from rewriter.errors import UsageError
+from rewriter.install.linear_cache import LinearLayer
 from rewriter.install.torch_module import mixers
 
 
 def bounded_cache(model: nn.Module) -> DynamicCache:
     """An empty cache for ``past_key_values`` of a Hugging Face decoder, or of its ``generate``.
 
-    Layers rewritten to `window` hold their first tokens and the last ``w - 1``; all others hold everything, or what the
-    model's config says. It takes any number of tokens at a time and goes through beam search; it cannot be cropped.
+    Layers rewritten to `window` hold their first tokens and the last ``w - 1``, those rewritten to `linear` two chunks
+    and a sum (as they do in transformers' own cache); all others hold everything, or what the model's config says. It
+    takes any number of tokens at a time and goes through beam search; it cannot be cropped.
 
-    Raises UsageError if no layer of the model sees a causal window.
+    Raises UsageError if no layer of the model sees a causal window or is linear and causal.
     """
     config: Any = getattr(model, "config", None)
     cache = DynamicCache(config=config) if config is not None else DynamicCache()
     sizes = {m.layer_index: found for m in mixers(model).values() if (found := _size(m.spec.pattern)) is not None}
     bounded = {index: size for index, size in sizes.items() if index is not None}
-    if not bounded:
+    terms = {m.layer_index: m.linear_term.spec for m in mixers(model).values() if m.linear_term is not None}
+    linear = {index: spec for index, spec in terms.items() if index is not None and spec.attention.causal}
+    if not bounded and not linear:
         raise UsageError(
-            "no attention of the model sees a causal window, so that none can do without its first keys",
-            hint='rewrite it with target="window" first',
+            "no attention of the model sees a causal window or is linear, so that none can do without its first keys",
+            hint='rewrite it with target="window" or target="linear" first',
         )
     plain: Any = DynamicLayer
-    cache.layers += [plain() for _ in range(max(bounded) + 1 - len(cache.layers))]
+    cache.layers += [plain() for _ in range(max([*bounded, *linear]) + 1 - len(cache.layers))]
     for index, (reach, sinks) in bounded.items():
         cache.layers[index] = BoundedLayer(reach, sinks)
+    for index, spec in linear.items():
+        cache.layers[index] = LinearLayer(spec)
     return cache
 
 

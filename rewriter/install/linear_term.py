@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from codegen.ops.linear_attention.torch_body import linear_attention
+from codegen.ops.linear_attention.torch_body import linear_attention, resume
 from codegen.spec import FeatureMap, GroupedQueryAttention, LinearAttention
 
 HIDES = -1e4
@@ -31,15 +31,28 @@ class LinearTerm(nn.Module):
             kept = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, tensor.requires_grad)
             self.register_parameter(name, kept)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    def claim(self, cache: Any, index: int | None) -> None:
+        """Let a cache that would grow hold this attention's state instead, if it can."""
+        if hasattr(cache, "layers"):  # of transformers, which is imported already then
+            from rewriter.install.linear_cache import claim
+
+            claim(cache, index, self.spec)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, layer: Any = None) -> Tensor:
         """[B, H, S, V] of q [B, H, S, D], k [B, N, T, D], v [B, N, T, V].
 
         `mask` is boolean (True keeps) or additive, broadcasts to [B, H, S, T], and comes in addition to `causal`.
+        `layer` is the cache's, which k and v come from; if it is a `LinearLayer`, it is brought up to date.
 
         Raises TypeError for a mask that is more than the spec's order and hidden keys.
         """
         parameters = {name: getattr(self, name) for name in self.spec.shapes}
-        return linear_attention(self.spec, q, k, v, parameters, self._shown(q, k, mask, causal))
+        shown = self._shown(q, k, mask, causal)
+        if not hasattr(layer, "settle"):
+            return linear_attention(self.spec, q, k, v, parameters, shown)
+        output, after = resume(self.spec, q, k, v, parameters, layer.sums, shown)
+        layer.settle(after)
+        return output
 
     def _shown(self, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> Tensor | None:
         """[B, T]: keys that the last query sees, once the others are known to see the same of those before them."""

@@ -132,7 +132,7 @@ class RewrittenMixer(nn.Module):
         k, v = self._keys_and_values(call, context, value)
         places = self._places(call)
         causal, mask = self._visible(call, q, places)
-        if self.linear_term is not None and not _at_the_end(past, q, k):
+        if self.linear_term is not None and places is None and not _at_the_end(past, q, k):
             raise TypeError("linear attention needs a cache that only grows, as transformers' DynamicCache")
         if causal and mask is None and call.get("cache") is not None:
             causal, k, v = _causal_over_cache(q, k, v)
@@ -193,6 +193,8 @@ class RewrittenMixer(nn.Module):
         v = self._heads(self.v_proj(value), self.spec.kv_heads, None)
         if store is None:
             return k, v
+        if self.linear_term is not None and not cross:
+            self.linear_term.claim(store, self.layer_index)
         position = call.get("cache_position")
         extra = () if position is None else ({"cache_position": position},)
         k, v = store.update(k, v, self.layer_index, *extra)
@@ -202,15 +204,16 @@ class RewrittenMixer(nn.Module):
 
     def _places(self, call: Call) -> Tensor | None:
         """Positions [T] of the keys that a cache which drops some of them gave back; None for any other."""
-        cache: Any = call.get("cache") if self.spec.pattern else None
+        found: Tensor | None = getattr(self._cache_layer(call), "key_positions", None)
+        return found
+
+    def _cache_layer(self, call: Call) -> Any:
+        """The part of the cache that is this attention's own, if it may have dropped keys."""
+        cache: Any = call.get("cache") if self.spec.pattern or self.linear_term is not None else None
         if hasattr(cache, "is_updated"):
             cache = cache.self_attention_cache
-        layers = getattr(cache, "layers", ())
-        index = self.layer_index
-        found: Tensor | None = None
-        if index is not None and index < len(layers):
-            found = getattr(layers[index], "key_positions", None)
-        return found
+        layers, index = getattr(cache, "layers", ()), self.layer_index
+        return layers[index] if index is not None and index < len(layers) else None
 
     def _past_length(self, call: Call) -> Any:
         """Tokens in the cache before this call; only asked for where positions have to be known."""
@@ -324,7 +327,7 @@ class RewrittenMixer(nn.Module):
         """Without attention weights, and so without their dropout."""
         if "weights" in self.protocol.returns or (call.get("wants_weights") and "none" not in self.protocol.returns):
             raise TypeError("linear attention has no attention weights to return; ask for none (use sdpa)")
-        return term(q, k, v, mask, causal), None
+        return term(q, k, v, mask, causal, self._cache_layer(call)), None
 
     def _finish(self, call: Call, output: Tensor) -> Tensor:
         """[B, H, S, Dv] -> [B, S, E], with what the original does to its result."""

@@ -73,7 +73,8 @@ def _tensors(cache: Any) -> Iterable[torch.Tensor]:
     elif hasattr(cache, "layers"):
         parts = cache.layers
     elif hasattr(cache, "keys") and hasattr(cache, "values"):
-        parts = (cache.keys, cache.values)
+        sums = getattr(cache, "sums", None)  # of linear attention
+        parts = (cache.keys, cache.values) if sums is None else (cache.keys, cache.values, sums)
     elif hasattr(cache, "self_attention_cache"):
         parts = (cache.self_attention_cache, cache.cross_attention_cache)
     for part in parts:

@@ -77,7 +77,8 @@ def test_two_chunks_are_the_original_and_more_are_not(case: ZooCase, target: Lin
     assert [(row.after, row.exact, row.merge) for row in report.sites] == [(target.name, False, "initialised")] * 2
     assert all(row.error is not None and 0 < row.error < 2 for row in report.sites)
     assert report.parameters.after == sum(p.numel() for p in model.parameters()) > report.parameters.before
-    assert report.kv_bytes_per_token.after == report.kv_bytes_per_token.before
+    assert report.kv_bytes_per_token.after == (0 if case is LLAMA else report.kv_bytes_per_token.before)
+    assert report.kv_bytes_per_token.before > 0
     work = {w.tokens: w.mixing for w in report.arithmetic.curve}
     assert work[32768][1] < work[32768][0] / 50 and work[32768][1] == 2 * work[16384][1]
 

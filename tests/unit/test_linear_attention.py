@@ -13,7 +13,7 @@ from torch import Tensor
 
 from codegen.ops.grouped_query_attention.reference import grouped_query_attention
 from codegen.ops.linear_attention import reference
-from codegen.ops.linear_attention.torch_body import linear_attention
+from codegen.ops.linear_attention.torch_body import linear_attention, resume, settled
 from codegen.spec import FeatureMap, GroupedQueryAttention, LinearAttention
 from passes.targets.linear_attention import initial, orthogonal
 
@@ -69,6 +69,36 @@ def test_of_two_chunks_it_is_softmax_attention(features: FeatureMap, causal: boo
         expected = grouped_query_attention(spec.attention, *given)
         apart = np.abs(body(spec, given, drawn).numpy() - expected).max()
         assert apart < 1e-12 if same else apart > 1e-3, keys
+
+
+@pytest.mark.parametrize("features", FEATURES)
+def test_sums_stand_for_all_but_two_chunks(features: FeatureMap) -> None:
+    """In pieces of any size, with hidden keys, it is the whole at once; the state is as small as it says."""
+    spec = spec_of(features)
+    given, drawn = operands(spec, 31, 31)
+    parameters = {name: torch.from_numpy(a) for name, a in drawn.items()}
+    visible = torch.from_numpy(np.random.default_rng(1).random((2, 31)) < 0.7)
+    for shown in (None, visible):
+        whole = body(spec, given, drawn, None if shown is None else shown.numpy())
+        for pieces in ([1] * 31, [5, 8, 1, 4, 13], [31], [12, 19]):
+            held, sums, done, found = [torch.from_numpy(a[:, :, :0]) for a in given[1:]], None, 0, []
+            for size in pieces:
+                at = slice(done, done + size)
+                q, k, v = (torch.from_numpy(a[:, :, at]) for a in given)
+                keys, values = torch.cat((held[0], k), 2), torch.cat((held[1], v), 2)
+                first, done = done - held[0].shape[2], done + size
+                part = None if shown is None else shown[:, first:done]
+                output, sums = resume(spec, q, keys, values, parameters, sums, part)
+                gone = settled(spec, keys.shape[2])
+                held = [x[:, :, gone:] for x in (keys, values)]
+                assert held[0].shape[2] < 2 * CHUNK
+                found.append(output)
+            np.testing.assert_allclose(torch.cat(found, 2).numpy(), whole.numpy(), atol=1e-10)
+    assert sums is not None
+    lost = resume(spec, q, keys, values, parameters, torch.zeros_like(sums), part)[0]
+    assert float((lost - output).abs().max()) > 1e-3  # the control
+    with pytest.raises(ValueError, match="causal"):
+        resume(spec_of(features, causal=False), q, keys, values, parameters)
 
 
 @pytest.mark.parametrize("features", FEATURES)

@@ -2,6 +2,7 @@
 
 The sums over chunks before (and behind) a query's near ones are running sums of shifted chunks, not differences, which
 would leave roundings of later tokens in earlier results. Beside values each sum carries a one, and so the divisor.
+Token by token (`resume`) such a sum stands for all keys but those of two chunks.
 
 Shape legend: B batch, N key/value heads, R query heads of each, S queries, T keys, D head_dim, V value_dim, F features;
 C tokens of a chunk, P chunks of keys, G chunks that queries lie in, W near keys: 2 C, 3 C where not causal.
@@ -34,15 +35,59 @@ def linear_attention(
     dtype = torch.promote_types(q.dtype, torch.float32)
     with torch.autocast(q.device.type, enabled=False):
         wide = {name: value.to(dtype) for name, value in parameters.items()}
-        return _computed(spec, q.to(dtype), k.to(dtype), v.to(dtype), wide, shown).to(q.dtype)
+        return _computed(spec, q.to(dtype), k.to(dtype), v.to(dtype), wide, shown)[0].to(q.dtype)
+
+
+def resume(
+    spec: LinearAttention,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    parameters: Parameters,
+    before: Tensor | None = None,
+    shown: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(output, after): what `linear_attention` gives where the first keys of a sequence are known by a sum alone.
+
+    Args:
+        q, k, v, shown: as there, of the keys that are not in `before`; these begin with a chunk.
+        before: [B, N, F, V + 1], float32 or wider: the sum over all chunks before k; None for none.
+
+    `after` is `before` and the first `settled(spec, T)` keys of k, which later calls then leave out.
+
+    Raises ValueError if an operand contradicts the spec, or the spec is not causal.
+    """
+    check(spec, q, k, v, parameters)
+    if not spec.attention.causal:
+        raise ValueError("only a causal attention can go on token by token")
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    with torch.autocast(q.device.type, enabled=False):
+        wide = {name: value.to(dtype) for name, value in parameters.items()}
+        start = q.new_zeros(q.shape[0], *k.shape[1:2], spec.width, v.shape[3] + 1, dtype=dtype)
+        start = start if before is None else before.to(dtype)
+        output, after = _computed(spec, q.to(dtype), k.to(dtype), v.to(dtype), wide, shown, start)
+    assert after is not None
+    return output.to(q.dtype), after
+
+
+def settled(spec: LinearAttention, tokens: int) -> int:
+    """Of the first `tokens` of a sequence, those that are far from all that follow."""
+    return max(tokens // spec.chunk - 1, 0) * spec.chunk
 
 
 def _computed(
-    spec: LinearAttention, q: Tensor, k: Tensor, v: Tensor, parameters: Parameters, shown: Tensor | None
-) -> Tensor:
+    spec: LinearAttention,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    parameters: Parameters,
+    shown: Tensor | None,
+    start: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Output, and with `start`, the sum over what was before k, that sum over all that is settled."""
     tokens, first = q.shape[2], k.shape[2] - q.shape[2]
-    if tokens == 0:
-        return q.new_zeros(*q.shape[:3], v.shape[3])
+    if tokens == 0 and start is None:
+        return q.new_zeros(*q.shape[:3], v.shape[3]), None
     chunk, lead = spec.chunk, first % spec.chunk
     at = slice(first // chunk, first // chunk + -(-(lead + tokens) // chunk))  # the chunks that queries lie in
     ones = k.new_ones(*k.shape[:3], 1)
@@ -61,13 +106,12 @@ def _computed(
         greatest = torch.maximum(greatest, features.amax(-1, keepdim=True))
         features = (features - greatest).exp()
     near = (scores - greatest).exp() @ _near(spec, values, at)[:, :, None]
-    learned = _features(spec, k, parameters, "key_map")
-    learned = learned.exp() if spec.features is FeatureMap.FAVOR else learned
-    sums = _beyond(spec, _by_chunk(learned, chunk).transpose(-1, -2) @ values, at)
-    total = near + (features * gain.exp()) @ sums[:, :, None]
+    sums = _beyond(spec, k, values, parameters, at, start)
+    total = near + (features * gain.exp()) @ sums[:, :, at][:, :, None]
     output, divisor = total[..., :-1], total[..., -1:]
     output = (output / torch.where(divisor > 0, divisor, 1.0)).flatten(3, 4)[..., lead : lead + tokens, :]
-    return output.flatten(1, 2)
+    after = None if start is None else sums[:, :, settled(spec, k.shape[2]) // chunk + 1].clone()
+    return output.flatten(1, 2), after
 
 
 def _grouped(spec: LinearAttention, x: Tensor) -> Tensor:
@@ -95,13 +139,28 @@ def _order(spec: LinearAttention, device: torch.device) -> Tensor:
     return columns <= rows if spec.attention.causal else torch.ones_like(columns <= rows)
 
 
-def _beyond(spec: LinearAttention, each: Tensor, at: slice) -> Tensor:
-    """[B, N, G, F, V + 1]: what the chunks beyond the near ones of each chunk of `at` add up to."""
-    before = F.pad(each, (0, 0, 0, 0, 2, 0)).cumsum(dim=2)[:, :, at]
+def _beyond(
+    spec: LinearAttention, k: Tensor, values: Tensor, parameters: Parameters, at: slice, start: Tensor | None
+) -> Tensor:
+    """[B, N, .., F, V + 1]: for each chunk, at least up to those of `at`, the sum over all beyond its near ones.
+
+    With `start`, the sum over what was before k, for one more chunk where `settled` needs that.
+    """
+    chunks = values.shape[2]
+    if spec.attention.causal:  # of the last chunks nothing is beyond
+        chunks = max(at.stop - 2, 0) if start is None else settled(spec, k.shape[2]) // spec.chunk
+        k, values = k[:, :, : chunks * spec.chunk], values[:, :, :chunks]
+    learned = _features(spec, k, parameters, "key_map")
+    learned = learned.exp() if spec.features is FeatureMap.FAVOR else learned
+    each = _by_chunk(learned, spec.chunk).transpose(-1, -2) @ values
+    before = F.pad(each, (0, 0, 0, 0, 2, 0))
+    if start is not None:
+        before = torch.cat((start[:, :, None], before[:, :, 1:]), dim=2)
+    before = before.cumsum(dim=2)
     if spec.attention.causal:
         return before
     behind = F.pad(each, (0, 0, 0, 0, 0, 2)).flip(2).cumsum(dim=2).flip(2)
-    return before + behind[:, :, at.start + 2 : at.stop + 2]
+    return before[:, :, :chunks] + behind[:, :, 2:]
 
 
 def _features(spec: LinearAttention, x: Tensor, parameters: Parameters, own: str) -> Tensor:
