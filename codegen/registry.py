@@ -9,6 +9,7 @@ from typing import Any
 from codegen.device import Device, DType, Isa, Language
 from codegen.hooks import Lowered
 from codegen.ops.fourier_mixing import cpp_kernel as fourier_cpp
+from codegen.ops.fourier_mixing import cuda_kernel as fourier_cuda
 from codegen.ops.fourier_mixing import triton_kernel as fourier_triton
 from codegen.ops.grouped_query_attention import cpp_kernel as gqa_cpp
 from codegen.ops.grouped_query_attention import triton_kernel as gqa_triton
@@ -104,6 +105,16 @@ KERNELS: tuple[Kernel, ...] = (
             source=fourier_triton.source,
         )
         for kind, archs in fourier_triton.ARCHS.items()
+    ),
+    Kernel(
+        op=FourierMixing,
+        language=Language.CUDA,
+        device_kind="cuda",
+        archs=fourier_cuda.ARCHS,
+        dtypes=fourier_cuda.DTYPES,
+        legal=fourier_cuda.legal,
+        name=fourier_cuda.kernel_name,
+        source=fourier_cuda.source,
     ),
 )
 

@@ -105,7 +105,7 @@ def _resolve(target: Any) -> Target:
 
 
 LISTS = "`rewriter inspect` lists every site with what it can become, or why it cannot"
-KERNELS = ("auto", "off", "cpp", "triton")
+KERNELS = ("auto", "off", "cpp", "triton", "cuda")
 
 
 def require_supported(kernels: str) -> None:

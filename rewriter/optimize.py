@@ -74,8 +74,8 @@ def optimize(
             is used on.
         example_inputs: inputs to capture a torch model with; Hugging Face models have defaults.
         kernels: at the rewritten attentions of torch models: "auto" (a generated kernel where it is legal and measured
-            to be faster than torch's own operators), "off", or "cpp" or "triton" (always; an error where it is not
-            legal). Graphs and .onnx files hold standard operators; see `rewriter kernels` for the latter.
+            to be faster than torch's own operators), "off", or "cpp", "triton" or "cuda" (always; an error where it is
+            not legal). Graphs and .onnx files hold standard operators; see `rewriter kernels` for the latter.
         inplace: edit the given torch module instead of a copy.
         verify: compare with the original before returning.
         streamed: of a Hugging Face directory, rewrite the weights one by one on saving and never hold all of them; by
@@ -213,7 +213,8 @@ def use_kernels(model: Any, kernels: str = "auto", *, example_inputs: Any = None
     fused attention ("sdpa"). The model has to give the same outputs as before.
 
     Args:
-        kernels: "auto" where the tuning table says that they are faster, "cpp" or "triton" always, "off" to undo.
+        kernels: "auto" where the tuning table says that they are faster, "cpp", "triton" or "cuda" always, "off" to
+            undo.
         example_inputs: a call of the model; Hugging Face models have defaults.
 
     Raises UsageError if `kernels` names a language and nothing can call it, or there are no example inputs.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from codegen.device import DType, Language, host
 from codegen.errors import KernelError, NotLegal
-from codegen.launch import fourier_host, triton_source
+from codegen.launch import fourier_cuda, fourier_host, triton_source
 from codegen.launch.operands import DTYPES
 from codegen.launch.torch_op import graphics_card
 from codegen.ops.fourier_mixing import triton_kernel
@@ -38,7 +38,7 @@ def mix(
     where a gradient is wanted, in captured graphs, under autocast, and with "auto" where none was measured.
 
     Raises:
-        NotLegal: kernels is "cpp" or "triton", and there is no such kernel of this.
+        NotLegal: kernels is "cpp", "triton" or "cuda", and there is no such kernel of this.
         ValueError: operands that contradict the spec.
     """
     language = _worthwhile(spec, x) if kernels == "auto" else None if kernels == "off" else Language(kernels)
@@ -47,7 +47,8 @@ def mix(
     try:
         if language is Language.CPP:
             return fourier_host.launch(spec, x, gain, bias)
-        return launch(spec, x, gain, bias, arch=graphics_card(x.device)[0].arch if x.is_cuda else "")
+        by = fourier_cuda.launch if language is Language.CUDA else launch
+        return by(spec, x, gain, bias, arch=graphics_card(x.device)[0].arch if x.is_cuda else "")
     except KernelError:
         if kernels != "auto":
             raise

@@ -19,7 +19,7 @@ def mix(spec: TokenMixing, x: Tensor, parameters: Mapping[str, Tensor], *, kerne
     Linear mixing is two matrix products, which no kernel of ours does better than torch; gated units have none either.
 
     Raises:
-        NotLegal: kernels is "cpp" or "triton", and the spec is one of Fourier mixing that has no such kernel.
+        NotLegal: kernels is "cpp", "triton" or "cuda", and the spec is one of Fourier mixing that has no such kernel.
         ValueError: operands that contradict the spec.
     """
     if isinstance(spec, LinearMixing):

@@ -26,7 +26,7 @@ from codegen.registry import Choice, select, why_not
 from codegen.spec import GroupedQueryAttention
 from codegen.tuning.table import Problem, faster
 
-KERNELS = ("auto", "off", "cpp", "triton")
+KERNELS = ("auto", "off", "cpp", "triton", "cuda")
 """What `attention` takes: by the tuning table, never, or always (an error where there is no kernel)."""
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
-import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -14,33 +12,13 @@ from typing import Any
 
 from codegen.errors import CompilationFailed, NoCompiler
 from codegen.ops.signature import Signature
+from codegen.toolchain import cubin
+from codegen.toolchain.cubin import Resources
 
 REPRODUCIBLE = {"TRITON_DISABLE_LINE_INFO": "1", "TRITON_DEFAULT_FP_FUSION": "1"}
 """Set before Triton is imported: no paths in binaries, and a fixed choice of fused multiply-adds."""
 
 _WARP = {"cuda": 32, "hip": 64}
-
-
-@dataclass(frozen=True)
-class Resources:
-    """What a compiled kernel takes of a multiprocessor.
-
-    Attributes:
-        registers, stack: registers and bytes of stack per thread; None where no tool tells.
-        shared: bytes of shared memory.
-        spills: loads from and stores to local memory in the code; None where no tool tells.
-        matrix, vector_copies: instructions of the matrix unit; asynchronous or wide copies of 16 bytes.
-    """
-
-    registers: int | None
-    stack: int | None
-    shared: int
-    spills: int | None
-    matrix: int
-    vector_copies: int
-
-    def to_dict(self) -> dict[str, int | None]:
-        return dict(vars(self))
 
 
 @dataclass(frozen=True)
@@ -125,29 +103,4 @@ def _resources(compiled: Any, code: bytes, backend: str) -> Resources:
             len(re.findall(r"\bv_mfma_", text)),
             len(re.findall(r"\b(?:buffer|global)_load_dwordx4\b", text)),
         )
-    assembly, usage = _disassembled(code)
-    registers = re.search(r"\bREG:(\d+)", usage)
-    stack = re.search(r"\bSTACK:(\d+)", usage)
-    return Resources(
-        int(registers.group(1)) if registers else None,
-        int(stack.group(1)) if stack else None,
-        int(compiled.metadata.shared),
-        len(re.findall(r"\b(?:LDL|STL)\b", assembly)),
-        len(re.findall(r"\b(?:HMMA|HGMMA|QGMMA|UTCHMMA|UTCQMMA|DMMA)\b", assembly)),
-        len(re.findall(r"\bLDGSTS\.E\.[A-Z0-9.]*128\b|\bUTMALDG\b|\bLDG\.E\.[A-Z0-9.]*128\b", assembly)),
-    )
-
-
-def _disassembled(code: bytes) -> tuple[str, str]:
-    """(instructions, resource usage) as cuobjdump, which comes with Triton, prints them."""
-    tool = Path(str(_triton().__file__)).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(code)
-        file.flush()
-        answers = [
-            subprocess.run(
-                [str(tool), option, file.name], capture_output=True, text=True, timeout=120, check=True
-            ).stdout
-            for option in ("--dump-sass", "--dump-resource-usage")
-        ]
-    return answers[0], answers[1]
+    return cubin.resources(code, str(compiled.metadata.name), int(compiled.metadata.shared))

@@ -41,7 +41,7 @@ def attach(
     Unless the model gives the same outputs with kernels and comes by them at all, it is left as it was.
 
     Args:
-        kernels: "auto", "cpp" or "triton", as `codegen.launch.torch_op.attention` takes it.
+        kernels: "auto", "cpp", "triton" or "cuda", as `codegen.launch.torch_op.attention` takes it.
         args, kwargs: a call of the model.
         everywhere: not only where the head count was changed, but at every attention.
     """

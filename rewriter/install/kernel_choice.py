@@ -20,7 +20,7 @@ def choose_kernels(
     """Tell a model's attentions which kernels to call, in place.
 
     Args:
-        kernels: "auto", "off", "cpp" or "triton".
+        kernels: "auto", "off", "cpp", "triton" or "cuda".
         args, kwargs: a call of the model, by which Hugging Face models prove that they go on answering the same.
         everywhere: also at attentions of a Hugging Face model that were not rewritten.
 

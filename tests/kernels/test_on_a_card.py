@@ -89,11 +89,16 @@ def test_the_operator_eager_compiled_and_trained() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["f16", "bf16"])
-@pytest.mark.parametrize(("batch", "tokens", "hidden"), [(3, 512, 768), (1, 2047, 96), (2, 1, 5), (4, 33, 130)])
-def test_fourier_mixing(batch: int, tokens: int, hidden: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("kernels", "batch", "tokens", "hidden"),
+    [("triton", 3, 512, 768), ("triton", 1, 2047, 96), ("triton", 2, 1, 5), ("triton", 4, 33, 130),
+     ("cuda", 3, 512, 768), ("cuda", 1, 2048, 768), ("cuda", 5, 128, 1024), ("cuda", 3, 45, 75), ("cuda", 1, 2, 2),
+     ("cuda", 1, 4096, 4096)],
+)  # fmt: skip
+def test_fourier_mixing(kernels: str, batch: int, tokens: int, hidden: int, dtype: torch.dtype) -> None:
     spec = FourierMixing(hidden, gain=True, bias=True)
     x = fourier_problems.draw(spec, dtype, batch, tokens)
-    found = mix(spec, *(None if t is None else t.cuda() for t in x), kernels="triton").cpu()  # type: ignore[arg-type]
+    found = mix(spec, *(None if t is None else t.cuda() for t in x), kernels=kernels).cpu()  # type: ignore[arg-type]
     assert fourier_problems.distance(spec, *x, found) < fourier_problems.K
     other = (x[0].roll(1, 2) + 0.5, *x[1:])
     assert fourier_problems.distance(spec, *other, found) > fourier_problems.K, "the control: another sequence"

@@ -1,0 +1,104 @@
+"""Loads CUDA binaries and launches their kernels on torch's current stream, through the driver's C interface.
+
+The caller has made the operands' device current; torch has made its context.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from codegen.errors import NotLegal
+
+Argument = ctypes.c_void_p | ctypes.c_int | ctypes.c_longlong | ctypes.c_float
+
+_SMALL_SHARED = 48 << 10
+"""Bytes of shared memory that a kernel gets without asking."""
+
+_MAX_DYNAMIC_SHARED = 8
+"""CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES."""
+
+_STREAM_SERIALIZATION = 6
+"""CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION."""
+
+
+class Kernel(Protocol):
+    """A kernel that can be launched: on a card, or in tests elsewhere."""
+
+    def __call__(
+        self, grid: tuple[int, int, int], block: int, shared: int, arguments: Sequence[Argument], *, early: bool = False
+    ) -> None:
+        """Start `grid` blocks of `block` threads with `shared` bytes of shared memory.
+
+        Args:
+            early: may start before the work ahead of it in the stream has ended; the kernel itself waits for it.
+        """
+        ...
+
+
+class _Attribute(ctypes.Structure):
+    _fields_ = (("id", ctypes.c_int), ("gap", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_char * 60))
+
+
+class _Configuration(ctypes.Structure):
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("count", ctypes.c_uint),
+    )
+
+
+_EARLY = _Attribute(_STREAM_SERIALIZATION, 0, 1)
+
+
+class DriverKernel:
+    """One function of a loaded binary."""
+
+    def __init__(self, module: ctypes.c_void_p, name: str, shared: int) -> None:
+        self._module = module  # never unloaded: kernels may be in flight when Python ends
+        self._function = ctypes.c_void_p()
+        _check(_driver().cuModuleGetFunction(ctypes.byref(self._function), module, name.encode()), name)
+        if shared > _SMALL_SHARED:
+            _check(_driver().cuFuncSetAttribute(self._function, _MAX_DYNAMIC_SHARED, shared), name)
+
+    def __call__(
+        self, grid: tuple[int, int, int], block: int, shared: int, arguments: Sequence[Argument], *, early: bool = False
+    ) -> None:
+        places = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(a) for a in arguments))
+        configuration = _Configuration(
+            grid, (block, 1, 1), shared, torch.cuda.current_stream().cuda_stream, ctypes.pointer(_EARLY), int(early)
+        )
+        _check(_driver().cuLaunchKernelEx(ctypes.byref(configuration), self._function, places, None), "a launch")
+
+
+def load(code: bytes, names: dict[str, int]) -> dict[str, Kernel]:
+    """Kernels of a cubin by name, in the current context; `names` says how much shared memory each asks for.
+
+    Raises NotLegal if the driver refuses the binary.
+    """
+    module = ctypes.c_void_p()
+    _check(_driver().cuModuleLoadData(ctypes.byref(module), code), "a binary")
+    return {name: DriverKernel(module, name, shared) for name, shared in names.items()}
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise NotLegal("there is no CUDA driver", hint='use kernels="auto" or "off"') from error
+
+
+def _check(code: int, what: str) -> None:
+    if code:
+        text = ctypes.c_char_p()
+        _driver().cuGetErrorString(code, ctypes.byref(text))
+        reason = (text.value or b"unknown").decode()
+        raise NotLegal(f"the CUDA driver refused {what}: {reason} ({code})", hint='use kernels="triton" or "off"')

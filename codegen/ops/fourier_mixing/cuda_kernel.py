@@ -1,0 +1,214 @@
+"""Fourier mixing as CUDA C++: fast transforms in shared memory, single precision between 16-bit operands."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from codegen import hooks
+from codegen.device import DType
+from codegen.render import identifier, numbers, render
+from codegen.spec import FourierMixing
+
+TEMPLATE = "cuda/fourier_mixing.cu.j2"
+
+ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+
+DTYPES = (DType.BFLOAT16, DType.FLOAT16)
+"""Twiddle factors come from the card's fast sine, which is good for half precisions."""
+
+RADICES = (16, 12, 10, 9, 8, 6, 5, 4, 3, 2)
+"""What one pass can do in registers. Each is written out or a product of two of those that are."""
+
+COMPOSITES = {6: (3, 2), 8: (4, 2), 9: (3, 3), 10: (5, 2), 12: (4, 3), 16: (4, 4)}
+
+MOST_FEATURES, MOST_TOKENS = 4096, 4096
+"""What fits a multiprocessor's shared memory."""
+
+WIDTH = 16
+"""Rows between the two kernels are padded to this many pairs, a whole number of blocks' columns and of sectors."""
+
+SAMPLE_TOKENS = 512
+"""The length that a source is rendered for where none is named: a kernel knows its length."""
+
+MOST_POINTS = 16
+"""Points that a thread holds at once, unless a cut says otherwise."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How work is cut; 0 means the default of `cut_for`.
+
+    Attributes:
+        feature_threads, token_threads: threads of one transform.
+        pairs: pairs of tokens to a block, over features.
+        columns: features to a block, over tokens: 2, 4, 8 or 16.
+        early: the second kernel is started before the first has ended, and waits on the card (from sm_90 on).
+    """
+
+    feature_threads: int = 0
+    pairs: int = 0
+    token_threads: int = 0
+    columns: int = 0
+    early: bool = True
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A cut with its numbers, and what launches of both kernels take: threads of a block, bytes of shared memory."""
+
+    cut: Cut
+    width: int
+    feature_block: int
+    feature_shared: int
+    token_block: int
+    token_shared: int
+
+
+@functools.cache
+def radices(length: int) -> tuple[int, ...] | None:
+    """Radices of the passes, from the least to the greatest: few, and then small; None if a prime above 5 divides."""
+    if length == 1:
+        return None
+    best: tuple[int, ...] | None = (length,) if length in RADICES else None
+    for radix in RADICES:
+        if length % radix == 0 and length != radix and (rest := radices(length // radix)) is not None:
+            found = tuple(sorted((radix, *rest)))
+            if best is None or (len(found), sum(found)) < (len(best), sum(best)):
+                best = found
+    return best
+
+
+def threads_for(length: int) -> int:
+    """Threads of a transform: the number that leaves the fewest idle, of those that need few registers."""
+    own = radices(length)
+    assert own is not None
+
+    def cost(threads: int) -> tuple[int, int]:
+        return sum(radix * math.ceil(length // radix / threads) * threads for radix in own), -threads
+
+    fitting = [t for t in {length // r for r in own} if max(r * math.ceil(length // r / t) for r in own) <= MOST_POINTS]
+    return min(fitting, key=cost)
+
+
+def cut_for(spec: FourierMixing, tokens: int, arch: str, cut: Cut | None = None) -> Cut:
+    """`cut` with defaults for what it leaves open."""
+    cut = cut or Cut()
+    features, own = cut.feature_threads or threads_for(spec.hidden), cut.token_threads or threads_for(tokens)
+    columns = cut.columns or (8 if tokens <= 1024 else 4)
+    pairs = cut.pairs or max(1, 128 // features)
+    return Cut(features, pairs, own, columns, cut.early and arch not in ("sm_80", "sm_86", "sm_89"))
+
+
+def legal(spec: Any, dtype: DType) -> str | None:
+    """Why there is no such kernel at any length, or None if there is one."""
+    if not isinstance(spec, FourierMixing):
+        return f"there is no CUDA kernel of {type(spec).__name__}"
+    if spec.hartley:
+        return "the Hartley transform has no kernel"
+    if dtype not in DTYPES:
+        return f"there is no kernel in {dtype.value}"
+    return _why_not_length(spec.hidden, MOST_FEATURES, "features")
+
+
+def legal_tokens(tokens: int) -> str | None:
+    """Why there is no kernel for sequences of this length, or None if there is one."""
+    return _why_not_length(tokens, MOST_TOKENS, "tokens")
+
+
+def _why_not_length(length: int, most: int, what: str) -> str | None:
+    if length > most:
+        return f"more than {most} {what} do not fit the kernel's shared memory"
+    if length < 2 or radices(length) is None:
+        return f"{length} {what} are no product of 2, 3 and 5"
+    return None
+
+
+def kernel_name(spec: FourierMixing, dtype: DType, arch: str, *, tokens: int = SAMPLE_TOKENS) -> hooks.Lowered:
+    """Readable, unique to the spec and the length, and nothing but letters, digits and underscores."""
+    words = ["gain"] * spec.gain + ["bias"] * spec.bias
+    return identifier("fourier_cuda", [f"s{tokens}", f"d{spec.hidden}", *words, dtype.short, arch], spec)
+
+
+def plan(spec: FourierMixing, tokens: int, arch: str, cut: Cut | None = None) -> Plan:
+    """What the launcher has to know of a source that was rendered with the same arguments."""
+    cut = cut_for(spec, tokens, arch, cut)
+    return Plan(
+        cut,
+        -(-spec.half // WIDTH) * WIDTH,
+        cut.pairs * cut.feature_threads,
+        cut.pairs * _span(spec.hidden) * 8,
+        cut.columns * cut.token_threads,
+        cut.columns * _span(tokens) * 8,
+    )
+
+
+def source(spec: FourierMixing, dtype: DType, arch: str, *, tokens: int = SAMPLE_TOKENS, cut: Cut | None = None) -> str:
+    """A file with two kernels, over features and over tokens, for sequences of this length.
+
+    Raises UnsafeInput if the spec holds anything but numbers and flags.
+    """
+    fields = numbers(spec)
+    name = kernel_name(spec, dtype, arch, tokens=tokens)
+    made = plan(spec, tokens, arch, cut)
+    feature_passes = _passes(spec.hidden, made.cut.feature_threads)
+    token_passes = _passes(tokens, made.cut.token_threads)
+    used = {it["radix"] for it in (*feature_passes, *token_passes)}
+    return render(
+        TEMPLATE,
+        {
+            "fields": fields,
+            "name": name,
+            "dtype": dtype,
+            "early": made.cut.early,
+            "hidden": spec.hidden,
+            "half": spec.half,
+            "tokens": tokens,
+            "gain": spec.gain,
+            "bias": spec.bias,
+            "width": made.width,
+            "feature_passes": feature_passes,
+            "feature_threads": made.cut.feature_threads,
+            "feature_padding": feature_passes[0]["radix"],
+            "feature_span": _span(spec.hidden),
+            "pairs": made.cut.pairs,
+            "token_passes": token_passes,
+            "token_threads": made.cut.token_threads,
+            "token_padding": token_passes[0]["radix"],
+            "columns": made.cut.columns,
+            "composites": [_composite(points) for points in sorted(COMPOSITES) if points in used],
+        },
+    )
+
+
+def _span(length: int) -> int:
+    """Places of a transform's points in shared memory, gaps included."""
+    first = (radices(length) or (length,))[0]
+    return length + -(-length // first)
+
+
+def _passes(length: int, threads: int) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    before = 1
+    for radix in radices(length) or ():
+        step = length // radix
+        count = math.ceil(step / threads)
+        angle = -2 * math.pi / (radix * before)
+        found.append({"radix": radix, "before": before, "step": step, "count": count, "angle": angle,
+                      "whole": step == count * threads})  # fmt: skip
+        before *= radix
+    return found
+
+
+def _composite(points: int) -> dict[str, Any]:
+    left, right = COMPOSITES[points]
+    angles = [2 * math.pi * i / points for i in range((left - 1) * (right - 1) + 1)]
+    roots = [[_exact(math.cos(a)), _exact(-math.sin(a))] for a in angles]
+    return {"points": points, "left": left, "right": right, "roots": roots}
+
+
+def _exact(value: float) -> float:
+    """Sines and cosines of quarter turns as they are."""
+    return round(value) + 0.0 if abs(value - round(value)) < 1e-12 else value
