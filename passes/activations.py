@@ -79,10 +79,23 @@ class Activations:
         return np.asarray(output.transpose(0, 2, 1, 3).reshape(output.shape[0], output.shape[2], -1))
 
     def _attention(self, weights: SiteWeights, index: Array) -> Array:
-        pairs = _pairs(self.site.k)
-        query = _turned(self.queries(weights), pairs, *self.turns[0])
-        keys = _turned(self.keys(weights), pairs, *self.turns[1])
-        return _softmax(self.flow, self.evidence, query, keys[:, index])
+        query, keys = self.turned_queries(self.queries(weights)), self.turned_keys(self.keys(weights))
+        return self.softmax(query, keys[:, index])
+
+    def softmax(self, query: Array, keys: Array) -> Array:
+        """[B, H, S, T], of rotated queries [B, H, S, D] and keys [B, H, T, D]."""
+        return _softmax(self.flow, self.evidence, query, keys)
+
+    def turned_queries(self, query: Array, *, back: bool = False) -> Array:
+        """[B, heads, S, D] rotated (and scaled) as the program does, or by the adjoint of that; likewise keys."""
+        return self._turned(query, 0, back)
+
+    def turned_keys(self, keys: Array, *, back: bool = False) -> Array:
+        return self._turned(keys, 1, back)
+
+    def _turned(self, plain: Array, which: int, back: bool) -> Array:
+        factors, gain = self.turns[which]
+        return _turned(plain, _pairs(self.site.k), factors.conj() if back else factors, gain)
 
     def largest_turn(self) -> Array:
         """[F]: how far each pair turns over the keys of this batch, in radians; 0 to pi."""

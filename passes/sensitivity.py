@@ -117,7 +117,7 @@ class Sensitivity:
                 base.remember(first, site_weights(self.flow, first))
             for target in targets:
                 branch = base.branch()
-                done, reasons = rewritten(branch, [Step(s, target) for s in unit])
+                done, reasons = rewritten(branch, [Step(s, target) for s in unit], refine=False)
                 refused.update(reasons)
                 if reasons:
                     continue
@@ -131,7 +131,7 @@ class Sensitivity:
     def of_plan(self, steps: Sequence[Step]) -> float:
         """Drift with all of a plan's steps taken, each fitted to what those before it give."""
         runs = PairedRuns.start(self.flow, self.matches, self.probe, self.fitted)
-        rewritten(runs, steps)
+        rewritten(runs, steps, refine=False)
         return self.answer.drift(self._measured(runs.students), self.places)
 
     def _effect(

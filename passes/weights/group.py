@@ -78,6 +78,24 @@ class Blocks:
         free = [*(d for d in range(dim) if partners[d] == d), *slow]
         return Blocks(np.array(pairs, dtype=np.int64).reshape(-1, 2), np.array(free, dtype=np.int64))
 
+    def commuting(self, matrix: Array) -> Array:
+        """The part of matrices [..., D, m D] that does not disturb the rotation: an orthogonal projection.
+
+        Each rotating pair reads only itself, by a complex number, free features read all free ones.
+        """
+        dim = len(self.free) + 2 * len(self.pairs)
+        if not len(self.pairs):
+            return matrix
+        found = np.zeros_like(matrix)
+        first, second = self.pairs.T
+        for start in range(0, matrix.shape[-1], dim):
+            found[..., self.free[:, None], start + self.free] = matrix[..., self.free[:, None], start + self.free]
+            same = (matrix[..., first, start + first] + matrix[..., second, start + second]) / 2
+            across = (matrix[..., second, start + first] - matrix[..., first, start + second]) / 2
+            found[..., first, start + first] = found[..., second, start + second] = same
+            found[..., second, start + first], found[..., first, start + second] = across, -across
+        return found
+
 
 @dataclass(frozen=True)
 class KeyMerge:
