@@ -51,6 +51,7 @@ docs: setup
 
 bench: setup
 	for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name --markdown docs/benchmarks.md || exit 1; done
+	$(BIN)/python -m benchmarks.real_models --markdown docs/benchmarks.md --readme README.md
 
 clean:
 	rm -rf .venv .site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

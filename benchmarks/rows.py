@@ -102,3 +102,13 @@ def put_section(path: Path, title: str, text: str) -> None:
     kept = [s for s in sections if s.splitlines()[0] != title]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n## ".join([head.rstrip() + "\n", *(s.rstrip() + "\n" for s in kept), f"{title}\n\n{text}\n"]))
+
+
+def put_between(path: Path, mark: str, text: str) -> None:
+    """Replace what stands between ``<!-- mark -->`` and ``<!-- end of mark -->``; raises ValueError without these."""
+    before = path.read_text()
+    start, end = f"<!-- {mark} -->\n", f"<!-- end of {mark} -->"
+    if before.count(start) != 1 or before.count(end) != 1 or before.index(end) < before.index(start):
+        raise ValueError(f"{path} has no place for {mark!r}")
+    head, rest = before.split(start)
+    path.write_text(f"{head}{start}{text}\n{end}{rest.split(end)[1]}")

@@ -150,6 +150,47 @@ def course(title: str, steps: Sequence[int], values: Sequence[float], split: int
     )
 
 
+def tradeoff(
+    title: str, x_label: str, mixes: Sequence[tuple[float, float]], plan: tuple[float, float], measured: float
+) -> Chart | None:
+    """Predicted drift over the part that is left of a cost, 100 % at the left; None if there are not two mixes.
+
+    Args:
+        mixes: (part left, drift) along the frontier, least saved first.
+        plan: the same of the chosen mix. measured: the drift that it was found to have.
+    """
+    if len(mixes) < 2:
+        return None
+    least = math.floor(min(left for left, _ in (*mixes, plan)) * 4) / 4
+    step = _round_up(max(measured, *(drift for _, drift in (*mixes, plan))) / 4)
+    x = _scale(1.0, least, _LEFT, WIDTH - _RIGHT)
+    y = _scale(0.0, 4 * step, HEIGHT - _BOTTOM, _TOP)
+    found = [
+        _line("best mixes", "after", [(x(left), y(drift)) for left, drift in mixes]),
+        _line("the plan, predicted", "after", [(x(plan[0]), y(plan[1]))]),
+        _line("the plan, measured", "before", [(x(plan[0]), y(measured))]),
+    ]
+    marks = [1.0 + (least - 1.0) * i / 4 for i in range(5)]
+    return Chart(
+        title,
+        tuple(found),
+        tuple(Tick(x(m), f"{m:.0%}") for m in marks),
+        tuple(Tick(y(i * step), f"{i * step:.3g}") for i in range(5)),
+        x_label,
+        f"{title}: the plan leaves {plan[0]:.0%}, drift {plan[1]:.3g} predicted, {measured:.3g} measured",
+    )
+
+
+def _round_up(value: float) -> float:
+    """The next number that reads well on an axis; 1 for nothing."""
+    if value <= 0:
+        return 1.0
+    power = 10.0 ** math.floor(math.log10(value))
+    return next(
+        f * power for f in (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0) if f * power >= value * (1 - 1e-9)
+    )
+
+
 def _scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
     span = (high - low) or 1.0
     return lambda value: start + (value - low) / span * (end - start)

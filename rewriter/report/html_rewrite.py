@@ -1,4 +1,4 @@
-"""The sections of a page about a rewrite: summary, site table, refusals, arithmetic, growth with length, drawings."""
+"""The sections of a page about a rewrite: summary, choice of "auto", sites, refusals, arithmetic, growth, drawings."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rewriter.report.charts import Chart, growth, remaining
+from rewriter.report.html_choice import choice_values
 from rewriter.report.html_page import Page, short, times
 from rewriter.report.rewrite_report import Change, RewriteReport, SiteRow, note_lines, number, requantised_line
 
 if TYPE_CHECKING:
     from passes.arithmetic import Arithmetic
 
-SECTIONS = ("summary", "sites", "refused", "arithmetic", "growth", "drawings", "seconds")
+SECTIONS = ("summary", "choice", "sites", "refused", "arithmetic", "growth", "drawings", "seconds")
 
 
 @dataclass(frozen=True)
@@ -63,12 +64,14 @@ def rewrite_page(report: RewriteReport) -> Page:
         "charts": () if found is None else tuple(c for c in _charts(found) if c is not None),
         "drawings": report.drawings,
         "total_seconds": sum(report.seconds.values()),
+        "choice": None if report.choice is None else choice_values(report.choice.to_dict()),
     }
     return Page(f"Rewrite to {report.target}", lead(report), _present(report), values)
 
 
 def _present(report: RewriteReport) -> tuple[str, ...]:
     there = {
+        "choice": report.choice is not None,
         "arithmetic": report.arithmetic is not None,
         "growth": report.arithmetic is not None,
         "drawings": bool(report.drawings),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import coverage, end_to_end, fidelity, flash_layers, kernels, rows
+from benchmarks import coverage, end_to_end, fidelity, flash_layers, kernels, real_models, rows
 from benchmarks.attentions import DOORS, Outcome
 from benchmarks.peers import PeerResult, model_type
 
@@ -176,3 +176,27 @@ def test_rows_of_flash_layers_carry_their_goals() -> None:
     assert told["flash-quad", flash_layers.SDPA] == (4.0, None, None, 5.23)
     (flat,) = flash_layers._flat({"inference": {1024: 9.0, 2048: 1.0, 16384: 1.2}})
     assert flat.ok is False and flat.ratio == pytest.approx(1 / 1.2)
+
+
+@pytest.mark.slow
+def test_a_real_model_before_and_after(tmp_path: Path) -> None:
+    target, page, readme = tmp_path / "rows.json", tmp_path / "benchmarks.md", tmp_path / "README.md"
+    readme.write_text("# x\n<!-- real models -->\nold\n<!-- end of real models -->\nkept\n")
+    places = ["--json", str(target), "--markdown", str(page), "--readme", str(readme)]
+    assert real_models.main(["--quick", "--only", "minilm", *places]) == 0
+    (row,) = json.loads(target.read_text())["rows"]
+    assert set(row) >= ROW and row["kv"] == 0.5 and 0.9 < row["parameters"] < 1 and row["ratio"] > 0
+    assert row["measure"] == "cosine" and 0.8 < row["drift"] < 1 and row["healed"] != row["drift"]
+    for text in (page.read_text(), readme.read_text()):
+        assert "| MiniLM-L6 | gqa6, joint | torch, CPU: 8 x 128 tokens |" in text and "old" not in text
+    assert readme.read_text().endswith("<!-- end of real models -->\nkept\n")
+    assert real_models.main(["--only", "nothing"]) == 2
+
+
+def test_a_place_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    page = tmp_path / "README.md"
+    for text in ("no marks", "<!-- a -->\n", "<!-- end of a -->\n<!-- a -->\n"):
+        page.write_text(text)
+        with pytest.raises(ValueError, match="no place for 'a'"):
+            rows.put_between(page, "a", "new")
+        assert page.read_text() == text

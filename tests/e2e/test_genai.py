@@ -7,6 +7,8 @@ its own that borrows everything else.
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from rewriter.demo.weights import smollm2
 from tests.e2e.borrowed_environment import make, run
 
 NEW_TOKENS = 12
+SAMPLES = Path(__file__).resolve().parents[2] / "samples"
 
 GENERATE = """
 import json, sys
@@ -74,3 +77,15 @@ def test_genai_builds_a_rewritten_checkpoint_and_generates_the_same_tokens(genai
     tokens = json.loads(run(genai_python, "-c", GENERATE, built, json.dumps(prompt), str(NEW_TOKENS)))
     assert tokens == generated(rewritten, prompt)
     assert tokens != generated(original, prompt), "the control: other weights give other tokens"
+
+
+def test_the_sample_serves_smollm2_elsewhere(genai_python: Path, tmp_path: Path) -> None:
+    sample = SAMPLES / "serve_elsewhere.py"
+    done = subprocess.run([sys.executable, sample, tmp_path, genai_python], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "built   9 query heads, 3 K/V heads" in done.stdout
+    said = dict(line.split(maxsplit=1) for line in done.stdout.splitlines() if line.startswith(("genai", "torch")))
+    assert said["genai"] == said["torch"] and "human eye" in said["torch"]
+    folder = tmp_path / "alone"
+    alone = subprocess.run([sys.executable, sample, folder], capture_output=True, text=True, timeout=240)
+    assert alone.returncode == 0 and f"vllm serve {folder / 'checkpoint'}" in alone.stdout

@@ -33,7 +33,10 @@ def number(text: str) -> int:
 
 
 def test_every_sample_is_tested() -> None:
-    tested = set(re.findall(r'run\("([\w.]+)"', Path(__file__).read_text(encoding="utf-8")))
+    files = (Path(__file__), Path(__file__).with_name("test_genai.py"))
+    tested = set(
+        re.findall(r'(?:run|SAMPLES)(?:\(| / )"([\w.]+)"', "".join(f.read_text(encoding="utf-8") for f in files))
+    )
     assert {path.name for path in SAMPLES.glob("*.py")} == tested
 
 
@@ -96,6 +99,26 @@ def test_a_target_of_ones_own_is_worse_than_the_mean_as_the_paper_says() -> None
     assert list(cosines) == ["gqa6", "strongest6", "0-2: strongest6, 3-5: gqa6"]
     mean, own, mixed = map(float, cosines.values())
     assert own < mixed < mean
+
+
+def test_a_budget_is_spent_where_it_costs_least(tmp_path: Path) -> None:
+    page = tmp_path / "auto.html"
+    printed = run("auto_under_budget.py", str(page))
+    lines = re.findall(r"^(auto|gqa6) +K/V bytes x (\S+) +sentence cosine (\S+)$", printed, re.M)
+    (auto, kv, chosen), (uniform, same, even) = lines
+    assert (auto, uniform) == ("auto", "gqa6") and float(kv) <= 0.5 == float(same)
+    assert float(chosen) > float(even) + 0.03
+    assert re.search(r"^plan for kv=0.5: .* predicted, .* measured", printed, re.M)
+    assert 'id="choice"' in page.read_text(encoding="utf-8")
+
+
+def test_a_long_text_is_read_with_a_bounded_cache() -> None:
+    printed = run("long_documents.py", "1024")
+    rows = {name.strip(): (float(p), number(size)) for name, p, size in re.findall(
+        r"^(as it is|window\S+|linear\S+) +(\S+) +([\d,]+)$", printed, re.M)}  # fmt: skip
+    whole, window, linear = rows["as it is"], rows["window:128,4"], rows["linear:64"]
+    assert whole[0] < window[0] < 2 * whole[0], "the window forgets, and not everything"
+    assert window[1] < 0.6 * whole[1] and linear[1] < 0.75 * whole[1]
 
 
 def test_two_processes_heal(tmp_path: Path) -> None:

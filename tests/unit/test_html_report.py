@@ -17,10 +17,16 @@ import torch
 import rewriter
 from codegen.spec import LinearMixing
 from passes.arithmetic import LENGTHS, lengths
+from passes.budget import Budget
+from passes.choose import Chosen, Mix
 from passes.picture import Box, Drawing, Picture, distinct
+from passes.sensitivity import Effect
+from passes.targets import GroupedQuery
 from rewriter.errors import UsageError
 from rewriter.profile.result import Measured, Milliseconds, Profile
 from rewriter.report import charts, stored
+from rewriter.report.choice import ChoiceReport
+from rewriter.report.html_choice import choice_values
 from rewriter.report.html_page import Page, render
 from rewriter.report.html_profile import profile_page
 from rewriter.report.html_rewrite import rewrite_page
@@ -139,6 +145,15 @@ def test_a_rewrites_page_says_everything(report: RewriteReport, tmp_path: Path) 
     assert "and 1 more of the same structure" in shown
 
 
+def test_a_chosen_plan_is_shown_with_what_it_was_chosen_from(report: RewriteReport) -> None:
+    page = render(rewrite_page(replace(report, choice=chosen())))
+    shown = Tags(page).words
+    assert {"layers.0", "layers.1", "0.04", "0.08", "keep", "mqa", "gqa2"} <= set(shown)
+    assert any("0.04 predicted, 0.05 measured on 1 of 4 batches" in word for word in shown)
+    assert re.findall(r'cell chosen" style="[^"]*">([^<]*)', page) == ["0.04", "0"]
+    assert 'id="choice"' not in render(rewrite_page(report)), "only where there was a choice"
+
+
 def test_a_page_loads_nothing_and_runs_nothing(report: RewriteReport) -> None:
     page = render(rewrite_page(report))
     assert "http" not in page.replace("http-equiv", "") and "src=" not in page and "url(" not in page
@@ -160,6 +175,29 @@ def hostile_report(report: RewriteReport) -> RewriteReport:
         refused=tuple(Refused(HOSTILE, HOSTILE) for _ in report.refused),
         drawings=(drawing, report.drawings[1]),
         seconds={HOSTILE: 1.0},
+        choice=chosen(HOSTILE, HOSTILE + "2"),
+    )  # fmt: skip
+
+
+def chosen(first: str = "layers.0", second: str = "layers.1", kv: tuple[int, int] = (8, 4)) -> ChoiceReport:
+    """Two units and two targets, as "auto" would report them."""
+    targets = (GroupedQuery(1), GroupedQuery(2))
+    effects = [
+        Effect((name,), target, drift, drift, saved, 100, 10)
+        for name, drifts in ((first, (0.04, 0.01)), (second, (0.08, 0.02)))
+        for target, drift, saved in zip(targets, drifts, kv, strict=True)
+    ]
+    mixes = [
+        Mix(drift, left if any(kv) else 1.0, 1 / left, names)
+        for drift, left, names in (
+            (0.0, 1.0, ("keep", "keep")), (0.04, 0.75, ("mqa", "keep")), (0.12, 0.5, ("mqa", "mqa")),
+        )
+    ]  # fmt: skip
+    return ChoiceReport(
+        Chosen(
+            Budget(kv=0.75), "kl", ((first,), (second,)), tuple(effects), mixes[1], {first: targets[0]}, 0.05,
+            tuple(mixes), 1, 4, (),
+        )
     )  # fmt: skip
 
 
@@ -180,7 +218,7 @@ def uptrained(name: str) -> Uptrained:
 
 
 PAGES: dict[str, Callable[[str, RewriteReport], Page]] = {
-    "rewrite": lambda name, report: rewrite_page(report),
+    "rewrite": lambda name, report: rewrite_page(replace(report, choice=report.choice or chosen())),
     "profile": lambda name, report: profile_page(profile_of(name, report)),
     "uptrain": lambda name, report: uptrain_page(uptrained(name), report),
 }
@@ -260,6 +298,24 @@ def test_curves_lie_inside_their_plot_and_in_the_right_order() -> None:
     assert chart.top <= high < low <= chart.bottom
     assert charts.growth("t", (128, 256), {"x": ("before", (0.0, 0.0))}, "B") is None
     assert charts.course("t", [0], [1.0]) is None and charts.course("t", [0, 1], [1.0, float("nan")]) is None
+
+
+def test_a_frontier_rises_as_less_is_left() -> None:
+    mixes = [(1.0, 0.0), (0.75, 0.1), (0.5, 0.4)]
+    chart = charts.tradeoff("t", "left", mixes, mixes[1], 0.2)
+    assert chart is not None
+    curve, predicted, measured_at = (line.end for line in chart.lines)
+    assert curve == pytest.approx((chart.right, chart.top)), "all that is saved, all the drift"
+    assert predicted[0] == measured_at[0] == pytest.approx((chart.left + chart.right) / 2)
+    assert chart.top < measured_at[1] < predicted[1] < chart.bottom
+    assert [tick.label for tick in chart.up] == ["0", "0.1", "0.2", "0.3", "0.4"]
+    assert charts.tradeoff("t", "left", mixes[:1], mixes[0], 0.0) is None
+
+
+@pytest.mark.parametrize(("kv", "label"), [((8, 4), "K/V bytes left"), ((0, 0), "flops left")], ids=["kv", "flops"])
+def test_what_cannot_be_saved_is_no_axis(kv: tuple[int, int], label: str) -> None:
+    chart = choice_values(chosen(kv=kv).to_dict()).chart
+    assert chart is not None and chart.x_label == label and len({tick.at for tick in chart.across}) == 5
 
 
 def test_structures_that_are_alike_are_drawn_once() -> None:
