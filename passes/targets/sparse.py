@@ -34,15 +34,19 @@ FORMS: tuple[Form, ...] = get_args(Form)
 
 @dataclass(frozen=True)
 class Sparse:
-    """What sparse targets have in common; `pattern` is a kind's own."""
+    """What sparse targets have in common; `sights` is a kind's own."""
 
     @property
     def name(self) -> str:
         raise NotImplementedError
 
+    def sights(self, heads: int, layer: int, *, causal: bool) -> Pattern:
+        """What the heads of the `layer`-th attention see."""
+        raise NotImplementedError
+
     def pattern(self, site: AttentionSite) -> Pattern:
         """The sights of a site's heads."""
-        raise NotImplementedError
+        return self.sights(site.heads, site.layer, causal=site.causal)
 
     def refuses(self, site: AttentionSite) -> str | None:
         """Why this site cannot follow a pattern of positions, or None."""
@@ -98,8 +102,8 @@ class Window(Sparse):
     def name(self) -> str:
         return _name("window", (self.width, self.sinks), (128, 4))
 
-    def pattern(self, site: AttentionSite) -> Pattern:
-        return (Sight(reach=self.width, sinks=self.sinks, ordered=site.causal),)
+    def sights(self, heads: int, layer: int, *, causal: bool) -> Pattern:
+        return (Sight(reach=self.width, sinks=self.sinks, ordered=causal),)
 
 
 @dataclass(frozen=True)
@@ -127,13 +131,13 @@ class SparseFixed(Sparse):
     def name(self) -> str:
         return _name("sparse-fixed", (self.block, self.summary), (128, 8), self.form)
 
-    def pattern(self, site: AttentionSite) -> Pattern:
-        blocks = Sight(block=self.block, ordered=site.causal)
+    def sights(self, heads: int, layer: int, *, causal: bool) -> Pattern:
+        blocks = Sight(block=self.block, ordered=causal)
         if self.form == "heads":
-            return tuple(self._summing(blocks, number) for number in range(self.block // self.summary))[: site.heads]
+            return tuple(self._summing(blocks, number) for number in range(self.block // self.summary))[:heads]
         if self.form == "merged":
             return (self._summing(blocks, 0),)
-        return (blocks if site.layer % 2 == 0 else self._summing(replace(blocks, block=1), 0),)
+        return (blocks if layer % 2 == 0 else self._summing(replace(blocks, block=1), 0),)
 
     def _summing(self, sight: Sight, number: int) -> Sight:
         last = self.block - number * self.summary
@@ -160,14 +164,14 @@ class SparseStrided(Sparse):
     def name(self) -> str:
         return _name("sparse-strided", (self.stride,), (128,), self.form)
 
-    def pattern(self, site: AttentionSite) -> Pattern:
-        near = Sight(reach=self.stride + 1, ordered=site.causal)
-        strided = Sight(stride=self.stride, ordered=site.causal)
+    def sights(self, heads: int, layer: int, *, causal: bool) -> Pattern:
+        near = Sight(reach=self.stride + 1, ordered=causal)
+        strided = Sight(stride=self.stride, ordered=causal)
         if self.form == "heads":
-            return (near, strided)[: site.heads]
+            return (near, strided)[:heads]
         if self.form == "merged":
             return (replace(near, stride=self.stride),)
-        return (near if site.layer % 2 == 0 else strided,)
+        return (near if layer % 2 == 0 else strided,)
 
 
 def _told(pattern: Pattern, causal: bool, queries: int, keys: int) -> str:
