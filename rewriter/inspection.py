@@ -142,17 +142,19 @@ def _inspect_torch(model: Any, example_inputs: Any, name: str) -> Inspection:
         flow = view(model, args, kwargs).flow
         matches = find_attention(flow)
         return _inspection(name, "torch", None, None, flow, matches, find_feed_forward(flow, matches.names))
+    from rewriter.placement import on_processor
     from rewriter.torch_rewrite import match_torch
 
-    try:
-        captured, matches, _ = match_torch(model, example_inputs)
-    except NotExportable as error:
-        refusals = tuple(_unexportable(model, str(error)))
-        if not refusals:
-            raise
-        return Inspection(name, "torch", None, None, (), refusals, ())
-    blocks = find_feed_forward(captured.flow, matches.names)
-    return _inspection(name, "torch", None, None, captured.flow, matches, blocks, (LinearHeads(),))
+    with on_processor(model):
+        try:
+            captured, matches, _ = match_torch(model, example_inputs)
+        except NotExportable as error:
+            refusals = tuple(_unexportable(model, str(error)))
+            if not refusals:
+                raise
+            return Inspection(name, "torch", None, None, (), refusals, ())
+        blocks = find_feed_forward(captured.flow, matches.names)
+        return _inspection(name, "torch", None, None, captured.flow, matches, blocks, (LinearHeads(),))
 
 
 def _unexportable(model: Any, reason: str) -> Iterator[Refusal]:

@@ -32,6 +32,7 @@ from rewriter.install.mixer import MixerParameters
 from rewriter.install.repeated_heads import keep_forwards
 from rewriter.install.token_mixing import Recorded, install_mixing
 from rewriter.install.torch_module import install
+from rewriter.placement import device_of, moved, on_processor
 from rewriter.report.rewrite_report import RewriteReport
 from rewriter.verify.torch_pair import run, verify_torch
 
@@ -65,11 +66,32 @@ def rewrite_torch(
 ) -> tuple[torch.nn.Module, RewriteReport]:
     """(rewritten model, report). The original is left alone unless `inplace`; `calibration` is as in `optimize`.
 
+    A model on a graphics card is rewritten on the processor and goes back to its card.
+
     Raises UnsupportedModel, NothingToRewrite, UsageError, VerificationFailed.
     """
     require_plain(model)
-    watch = Stopwatch()
+    device_of(model)
     module = model if inplace else copy.deepcopy(model)
+    with on_processor(module):
+        summary, call = _rewritten(module, target, layers, example_inputs, verify, calibration, tokenizer)
+    args, kwargs = moved(call, device_of(module))
+    choose_kernels(module, kernels, args, kwargs, everywhere=False)
+    return module, summary
+
+
+def _rewritten(
+    module: torch.nn.Module,
+    target: Any,
+    layers: str | None,
+    example_inputs: Any,
+    verify: bool,
+    calibration: Any,
+    tokenizer: Any,
+) -> tuple[RewriteReport, Call]:
+    """Rewrites `module` in place; returns the report, and the call that it was captured and checked with."""
+    watch = Stopwatch()
+    parameters = sum(p.numel() for p in module.parameters())
     with watch.stage("capture"):
         example_inputs = example_inputs if calibration is None else _examples(module, example_inputs, calibration)
         captured, (args, kwargs) = _captured(module, example_inputs)
@@ -95,7 +117,6 @@ def rewrite_torch(
             lambda: find_feed_forward(captured.flow, matches.names),
         )
         site_rows = {r.name: r for r in rows(captured.flow, matches, decision.replacements)}
-    parameters = sum(p.numel() for p in model.parameters())
     original = run(module, args, kwargs) if verify else None
     with watch.stage("install"):
         blocks, unproved = prove_experts(module, captured.flow, decision.blocks.replacements, args, kwargs)
@@ -113,7 +134,6 @@ def rewrite_torch(
             failed = verification.failures[0]
             raise VerificationFailed(f"the rewritten model failed the check {failed.name!r}: {failed.detail}")
         fidelity = verification.fidelity
-    choose_kernels(module, kernels, args, kwargs, everywhere=False)
     summary = report(
         captured.flow,
         matches,
@@ -126,7 +146,7 @@ def rewrite_torch(
         whole_caches={name for name, k in kept.items() if k.cache},
         whole_projections={name for name, k in kept.items() if k.projection},
     )
-    return module, summary
+    return summary, (args, kwargs)
 
 
 def _captured(module: torch.nn.Module, example_inputs: Any) -> tuple[TorchCapture, Call]:

@@ -29,7 +29,13 @@ class Batch:
     kwargs: Mapping[str, Any] = ()  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "kwargs", dict(self.kwargs))
+        object.__setattr__(self, "args", tuple(map(_on_the_processor, self.args)))
+        object.__setattr__(self, "kwargs", {k: _on_the_processor(v) for k, v in dict(self.kwargs).items()})
+
+
+def _on_the_processor(value: Any) -> Any:
+    """Tensors of a graphics card come along, since models are rewritten on the processor."""
+    return value.cpu() if hasattr(value, "cpu") else value
 
 
 def batches(calibration: Any, *, causal: bool, tokenizer: Any = None) -> list[Batch]:

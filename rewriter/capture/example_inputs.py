@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from rewriter.errors import UsageError
+from rewriter.placement import device_of, moved
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -20,10 +21,12 @@ def prepare(module: torch.nn.Module, example_inputs: Any = None) -> Call:
     """(args, kwargs) for one forward call.
 
     `example_inputs` is a mapping of keyword tensors, a tensor, or a sequence of positional arguments; None asks
-    for defaults, which models with a Hugging Face style ``config`` and ``main_input_name`` have.
+    for defaults, which models with a Hugging Face style ``config`` and ``main_input_name`` have. Tensors are brought to
+    the module's device.
     Raises UsageError when there are none.
     """
-    args, kwargs = as_call(default_inputs(module) if example_inputs is None else example_inputs)
+    given = as_call(default_inputs(module) if example_inputs is None else example_inputs)
+    args, kwargs = moved(given, device_of(module))
     return args, {**kwargs, **_without_cache(module, kwargs)}
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import rewriter
 from codegen.device import DType
 from codegen.launch.fourier_op import mix
 from codegen.launch.torch_op import attention, graphics_card
@@ -125,3 +126,40 @@ def test_a_rewritten_model_runs_on_the_kernel(monkeypatch: pytest.MonkeyPatch) -
         assert (fast(x) - right).abs().max() < 1e-4 * right.abs().max()
         assert len(calls) == 2
         assert (net(x) - right).abs().max() > 1e-2 * right.abs().max(), "the control: the rewriting itself is lossy"
+
+
+@pytest.mark.parametrize("calibrated", [False, True], ids=["weights alone", "calibrated"])
+def test_a_model_on_a_card_is_rewritten_and_stays_there(calibrated: bool) -> None:
+    """As on the processor, from default inputs and from ones that lie on the card."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=8,
+        num_key_value_heads=8, max_position_embeddings=64,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).eval()
+    ids = torch.randint(0, 64, (4, 24))
+    more = {"calibration": ids} if calibrated else {}
+    expected = rewriter.optimize(model, "gqa2", **more)
+    model.cuda()
+    more = {"calibration": ids.cuda()} if calibrated else {}
+    found = rewriter.optimize(model, "gqa2", **more)
+    assert {p.device.type for m in (model, found) for p in m.parameters()} == {"cuda"}
+    for name, tensor in expected.state_dict().items():
+        assert torch.allclose(tensor, found.state_dict()[name].cpu(), atol=1e-6), name
+    with torch.no_grad():
+        a, b = expected(ids).logits, found(ids.cuda()).logits.cpu()
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-3)
+        assert not torch.allclose(model(ids.cuda()).logits.cpu(), b, rtol=1e-3, atol=1e-3), "the control: it changed"
+    assert [s.kv_heads for s in rewriter.inspect(found).sites] == [2, 2]
+    assert rewriter.verify(found, model).checks
+    inputs = {"input_ids": ids.cuda()}
+    profile = rewriter.profile(model, found, provider="cuda", example_inputs=inputs, runs=2)
+    assert profile.before.ops and profile.after.ms.min > 0
+
+
+def test_a_model_on_two_devices_is_refused() -> None:
+    model = nn.Sequential(Mixer(), Mixer().cuda())
+    with pytest.raises(rewriter.RewriteError, match="spread over cpu, cuda:0"):
+        rewriter.optimize(model, "gqa2", example_inputs=(torch.randn(1, 5, 32),))
