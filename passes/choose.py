@@ -138,9 +138,9 @@ def _units(
 def _closed(site: AttentionSite, matches: Matches) -> tuple[AttentionSite, ...]:
     """The site and all that share weights with it, directly or through others, in execution order."""
     unit = {site.name: site}
-    todo = [site]
+    todo, shared = [site], sharing(matches.sites)
     while todo:
-        for other in sharing(todo.pop(), matches.sites):
+        for other in shared[todo.pop().name]:
             if other.name not in unit:
                 unit[other.name] = other
                 todo.append(other)

@@ -55,7 +55,7 @@ class PairedRuns:
         return PairedRuns(flow, matches, probe, teachers, probe.trials(), fitted or [True] * len(teachers))
 
     def sharing(self, site: AttentionSite) -> list[AttentionSite]:
-        return sharing(site, self.matches.sites)
+        return sharing(self.matches.sites)[site.name]
 
     def freedom(self, site: AttentionSite) -> Freedom:
         return freedom_of(self.flow, site, self.matches.evidence[site.name], self.sharing(site))

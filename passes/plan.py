@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from passes.dataflow import Flow
+from passes.dataflow import Flow, Value
 from passes.site import AttentionSite
 from passes.targets.catalogue import AttentionTarget
 
@@ -41,7 +41,8 @@ def select(selector: str, sites: Sequence[AttentionSite]) -> list[AttentionSite]
     "decoder", "cross"; anything else is a regular expression searched in site names.
     Raises PlanError if it names nothing or is no regular expression.
     """
-    chosen = [s for s in sites if _predicate(selector.strip(), sites)(s)]
+    names = _predicate(selector.strip(), sites)
+    chosen = [s for s in sites if names(s)]
     if not chosen:
         layers = sorted({s.layer for s in sites})
         raise PlanError(
@@ -65,7 +66,8 @@ class Selectable(Protocol):
 
 def named_by(selector: str, sites: Sequence[Selectable]) -> set[str]:
     """Names of the sites that a selector names; none is no error. Raises PlanError for a broken expression."""
-    return {s.name for s in sites if _predicate(selector.strip(), sites)(s)}
+    names = _predicate(selector.strip(), sites)
+    return {s.name for s in sites if names(s)}
 
 
 def _predicate(selector: str, sites: Sequence[Selectable]) -> Callable[[Selectable], bool]:
@@ -118,9 +120,12 @@ def make_plan(flow: Flow, sites: Sequence[AttentionSite], assignment: Mapping[st
 def _refusals(sites: Sequence[AttentionSite], by_site: Mapping[str, AttentionTarget]) -> dict[str, str]:
     """Why selected sites cannot be rewritten, by name; one refusal carries over to all that share its weights."""
     reasons = {s.name: r for s in sites if s.name in by_site and (r := by_site[s.name].refuses(s)) is not None}
+    shared = sharing(sites)
     while True:
         left = {name: target for name, target in by_site.items() if name not in reasons}
-        more = {s.name: r for s in sites if s.name in left and (r := _partial_sharing(s, sites, left)) is not None}
+        more = {
+            s.name: r for s in sites if s.name in left and (r := _partial_sharing(s, shared[s.name], left)) is not None
+        }
         if not more:
             return reasons
         reasons |= more
@@ -147,16 +152,33 @@ def _shortened(names: Sequence[str], most: int = 4) -> str:
 
 
 def _partial_sharing(
-    site: AttentionSite, sites: Sequence[AttentionSite], chosen: Mapping[str, AttentionTarget]
+    site: AttentionSite, sharing: Sequence[AttentionSite], chosen: Mapping[str, AttentionTarget]
 ) -> str | None:
     """Sites that share a stored projection are rewritten together or not at all."""
-    for other in sharing(site, sites):
+    for other in sharing:
         if other.name != site.name and chosen.get(other.name) != chosen[site.name]:
             return f"it shares its weights with {other.name}, which is not rewritten to the same target"
     return None
 
 
-def sharing(site: AttentionSite, sites: Sequence[AttentionSite]) -> list[AttentionSite]:
-    """The sites that use this one's key or value projection, itself among them."""
-    mine = {site.k.projection.weight, site.v.projection.weight}
-    return [s for s in sites if mine & {s.k.projection.weight, s.v.projection.weight}]
+def sharing(sites: Sequence[AttentionSite]) -> dict[str, list[AttentionSite]]:
+    """By a site's name, the sites that use its key or value projection, itself among them, in their order."""
+    users = _users(sites)
+    order = {site.name: i for i, site in enumerate(sites)}
+    found: dict[str, list[AttentionSite]] = {}
+    for site in sites:
+        mine = {s.name: s for weight in _key_value_weights(site) for s in users[weight]}
+        found[site.name] = sorted(mine.values(), key=lambda s: order[s.name])
+    return found
+
+
+def _users(sites: Sequence[AttentionSite]) -> dict[Value, list[AttentionSite]]:
+    users: dict[Value, list[AttentionSite]] = {}
+    for site in sites:
+        for weight in _key_value_weights(site):
+            users.setdefault(weight, []).append(site)
+    return users
+
+
+def _key_value_weights(site: AttentionSite) -> set[Value]:
+    return {site.k.projection.weight, site.v.projection.weight}

@@ -197,10 +197,11 @@ def _transform(
     """New weights without calibration, and what turned out not to be rewritable."""
     done: list[Replacement] = []
     refused: list[tuple[str, str]] = []
+    shared = sharing(matches.sites)
     for step in steps:
         evidence = matches.evidence[step.site.name]
         try:
-            done.append(step.target.transform(flow, step.site, evidence, sharing(step.site, matches.sites)))
+            done.append(step.target.transform(flow, step.site, evidence, shared[step.site.name]))
         except NoSublayer as reason:
             refused.append((step.site.name, str(reason)))
     return tuple(done), tuple(refused)
@@ -227,7 +228,8 @@ def _drop_kept(
         reasons |= target.keeps([s.site for s in steps if s.target == target])
     kept = tuple((s.site, reasons[s.site.name]) for s in steps if s.site.name in reasons)
     left = [s for s in steps if s.site.name not in reasons]
-    tied = {s.site.name: o.name for s in left for o in sharing(s.site, sites) if o.name in reasons}
+    shared = sharing(sites)
+    tied = {s.site.name: o.name for s in left for o in shared[s.site.name] if o.name in reasons}
     bound = tuple((name, f"it shares its weights with {other}, which stays") for name, other in tied.items())
     return tuple(s for s in left if s.site.name not in tied), kept, bound
 

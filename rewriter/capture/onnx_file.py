@@ -237,6 +237,18 @@ class _Constants:
         self.model, self.matrices = model, matrices
         self._computed: dict[str, Array] = {}
         self._producers = {o.name: n for n in model.graph for o in n.outputs if o.name}
+        self._places = {id(n): i for i, n in enumerate(model.graph)}
+
+    @cached_property
+    def _unfed(self) -> frozenset[str]:
+        """Names of computed values that no input reaches. Known at once: asking upwards each time takes a time that
+        grows with the depth of the value."""
+        held = self.model.graph.initializers
+        known: set[str] = set()
+        for node in self.model.graph:
+            if all(v is None or not v.name or v.name in known or v.name in held for v in node.inputs):
+                known.update(o.name for o in node.outputs if o.name)
+        return frozenset(known)
 
     def value(self, name: str) -> Array:
         initializer = self.model.graph.initializers.get(name)
@@ -250,7 +262,7 @@ class _Constants:
 
     def _compute(self, name: str) -> Array:
         node = self._producers.get(name)
-        if node is None:
+        if node is None or name not in self._unfed:
             raise KeyError(name)
         if node.op_type == "Constant":
             tensor = constant_tensor(node.outputs[0])
@@ -275,6 +287,7 @@ class _Constants:
             raise _refused(f"compute the constant {name[:80]!r}: {first_line(error)}") from error
 
     def _subgraph(self, node: ir.Node) -> list[ir.Node]:
+        """The nodes above a constant value's, itself included, in execution order."""
         found: dict[int, ir.Node] = {}
         todo = [node]
         while todo:
@@ -282,13 +295,9 @@ class _Constants:
             if id(current) in found:
                 continue
             found[id(current)] = current
-            for value in current.inputs:
-                producer = self._producers.get(value.name or "") if value is not None else None
-                if producer is not None:
-                    todo.append(producer)
-                elif value is not None and value.name not in self.model.graph.initializers:
-                    raise KeyError(value.name)
-        return [n for n in self.model.graph if id(n) in found]
+            above = (self._producers.get(v.name or "") for v in current.inputs if v is not None)
+            todo.extend(n for n in above if n is not None)
+        return sorted(found.values(), key=lambda n: self._places[id(n)])
 
     def _initializers(self, node: ir.Node) -> Iterator[onnx.TensorProto]:
         names = [v.name for v in node.inputs if v is not None and v.name]
