@@ -7,7 +7,7 @@ strings; recorded values and weights are numpy arrays (bfloat16 and float16 are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -57,11 +57,16 @@ class Weight:
     readers: int
 
 
+def unlike() -> None:
+    """The likeness of a node of which nothing is known: it is like no other."""
+
+
 @dataclass(frozen=True)
 class Node:
     """One operation that can be run on other inputs than the recorded ones.
 
-    ``evaluate`` takes one array per input (None where omitted) and returns one array per output.
+    ``evaluate`` takes one array per input (None where omitted) and returns one array per output. ``likeness`` is equal
+    for two nodes whose ``evaluate`` gives equal results on equal inputs; None where that is not known.
     """
 
     index: int
@@ -74,6 +79,7 @@ class Node:
     owner: str = ""
     """Opaque id, from the door, of whatever the node belongs to (a module path, a scope); "" if unknown."""
     name: str = ""
+    likeness: Callable[[], Hashable | None] = field(default=unlike, repr=False, compare=False)
 
 
 def read_inputs(node: Node) -> tuple[Value, ...]:
@@ -198,6 +204,11 @@ class Flow:
     @cached_property
     def _operands(self) -> dict[Value, tuple[int, int] | None]:
         """What `projection_operands` found so far, by a contraction's result."""
+        return {}
+
+    @cached_property
+    def projections(self) -> dict[Value, tuple[Node, Value | None] | None]:
+        """What `provenance.projection_at` found so far."""
         return {}
 
     def _find_operands(self, node: Node) -> tuple[int, int] | None:

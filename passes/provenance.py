@@ -13,13 +13,14 @@ numbers.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
+from passes.contents import Contents
 from passes.dataflow import CONTRACTIONS, LAYOUT, Array, Flow, Node, Value
 
 NORMS = frozenset(
@@ -139,10 +140,17 @@ def _sum(a: Array | None, b: Array | None) -> Array | None:
 
 
 class Tracer:
-    """Computes forms, each once. One tracer serves all sites of a flow."""
+    """Computes forms, each once. One tracer serves all sites of a flow.
+
+    Attributes:
+        known: what was read of structures that repeat, by structure (`match.repeats`).
+        contents: of values that no hidden state reaches.
+    """
 
     def __init__(self, flow: Flow) -> None:
         self.flow = flow
+        self.known: dict[Hashable, Any] = {}
+        self.contents = Contents(flow)
         self.sources: list[Source] = []
         self._bases: list[int] = []
         self._forms: dict[Value, Form] = {}
@@ -423,6 +431,12 @@ def projection_at(flow: Flow, value: Value) -> tuple[Node, Value | None] | None:
     A contraction whose only reader adds a constant vector is one source with it: a bias that is added
     before a rotation gets rotated.
     """
+    if value not in flow.projections:
+        flow.projections[value] = _find_projection(flow, value)
+    return flow.projections[value]
+
+
+def _find_projection(flow: Flow, value: Value) -> tuple[Node, Value | None] | None:
     node = flow.producer(value)
     if node is None:
         return None

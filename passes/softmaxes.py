@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from passes.dataflow import Node, Value
+from passes.dataflow import Node, Value, unlike
 
 
 def with_softmaxes(nodes: Sequence[Node]) -> tuple[Node, ...]:
@@ -20,7 +20,7 @@ def with_softmaxes(nodes: Sequence[Node]) -> tuple[Node, ...]:
     return tuple(
         node
         if (entering := _entering(node, producers)) is None
-        else replace(node, op="Softmax", domain="", attrs=entering.attrs, inputs=(entering.value,))
+        else replace(node, op="Softmax", domain="", attrs=entering.attrs, inputs=(entering.value,), likeness=unlike)
         for node in nodes
     )
 

@@ -12,7 +12,8 @@ from passes.match.groups import joined, require_groups
 from passes.match.learned_query import with_learned_queries
 from passes.match.linear_map import linear_map
 from passes.match.names import common_scope, exporter_scope, layer_of
-from passes.match.operands import HeadsApart, Traced, trace_operand
+from passes.match.operands import HeadsApart, Traced
+from passes.match.repeats import trace_repeated
 from passes.match.scores import FreeQuery, NotUnderstood, ScorePath, Unrelated, anchors, score_path, total_bias
 from passes.provenance import PASS_THROUGH, Tracer
 from passes.replay import TOLERANCES, replay
@@ -141,7 +142,7 @@ def _query(tracer: Tracer, path: ScorePath) -> tuple[ScorePath, Traced]:
 
 def _named(tracer: Tracer, view: object, role: str, *, shared: bool) -> Traced:
     try:
-        return trace_operand(tracer, view, shared_heads=shared)  # type: ignore[arg-type]
+        return trace_repeated(tracer, view, shared_heads=shared)  # type: ignore[arg-type]
     except HeadsApart as error:
         raise HeadsApart(f"{role}: {error}") from error
     except NotUnderstood as error:

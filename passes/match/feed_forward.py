@@ -7,11 +7,12 @@ the block's recorded output from its recorded input.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from passes.contents import Contents
 from passes.dataflow import LAYOUT, Array, Flow, Node, Value
 from passes.feed_forward_site import Activation, FeedForwardSite, HiddenInput
 from passes.match.feed_forward_blocks import Block, blocks, mixtures
@@ -46,6 +47,7 @@ def find_feed_forward(flow: Flow, taken: Iterable[str] = ()) -> FeedForwards:
         taken: names of attentions; a block inside whose scope one lies is not named after that scope alone.
     """
     names = _Names(flow, frozenset(taken))
+    readings = _Readings(Contents(flow))
     sites: list[FeedForwardSite] = []
     refusals: dict[tuple[str, str], Refusal] = {}
 
@@ -55,7 +57,7 @@ def find_feed_forward(flow: Flow, taken: Iterable[str] = ()) -> FeedForwards:
     for block in blocks(flow):
         name, layer, owner = names.of(block)
         try:
-            sites.append(_match(flow, block, name, layer, owner))
+            sites.append(_match(flow, block, readings, name, layer, owner))
         except Unrelated:
             continue
         except NotUnderstood as reason:
@@ -97,12 +99,12 @@ def _alike(a: FeedForwardSite, b: FeedForwardSite) -> bool:
 # ------------------------------------------------------------------ one block
 
 
-def _match(flow: Flow, block: Block, name: str, layer: int, owner: str) -> FeedForwardSite:
+def _match(flow: Flow, block: Block, readings: _Readings, name: str, layer: int, owner: str) -> FeedForwardSite:
     """Raises NotUnderstood with the refusal's reason, Unrelated where there is no nonlinearity at all."""
     if block.obstacle is not None:
         raise NotUnderstood(block.obstacle)
     inside = _Inside.of(flow, block)
-    reading = _read_activation(inside)
+    reading = readings.of(inside)
     factors = [HiddenInput(inside.projections[s.source], s.columns) for s in inside.slots]
     gate = factors[reading.gate] if reading.gate is not None else None
     up = factors[0 if reading.gate is None else 1 - reading.gate]
@@ -331,6 +333,47 @@ class _Reading:
     name: str | None
     of: Callable[[Array], Array] | None
     gate: int | None
+
+
+class _Readings:
+    """Activations, read once for all blocks of the same structure; replay proves each block by itself."""
+
+    def __init__(self, contents: Contents) -> None:
+        self.contents = contents
+        self.known: dict[Hashable, _Reading] = {}
+
+    def of(self, inside: _Inside) -> _Reading:
+        """Raises NotUnderstood, Unrelated."""
+        try:
+            structure = self._structure(inside)
+        except KeyError:  # something was not recorded
+            structure = None
+        if structure is None:
+            return _read_activation(inside)
+        if structure not in self.known:
+            self.known[structure] = _read_activation(inside)
+        known = self.known[structure]
+        return known if known.name else replace(known, of=_program(inside, known.gate))
+
+    def _structure(self, inside: _Inside) -> Hashable | None:
+        """Equal for blocks whose nodes do the same, on equal numbers; None if that is not known of some node."""
+        flow, block = inside.flow, inside.block
+        number = {v: i for i, v in enumerate(block.sources)}
+        entries: list[Hashable] = []
+        for index in block.inner:
+            node = flow.nodes[index]
+            if (likeness := node.likeness()) is None:
+                return None
+            read: list[Hashable] = []
+            for position, value in enumerate(node.inputs):
+                if (index, position) in inside.biases:
+                    read.append(("bias", flow.shape(value)))
+                else:
+                    read.append(number[value] if value in number or not value else self.contents.of(value))
+            entries.append((node.op, likeness, tuple(read)))
+            number.update({v: len(number) + i for i, v in enumerate(node.outputs) if v})
+        slots = tuple((s.source, s.columns.tobytes()) for s in inside.slots)
+        return (inside.shapes, slots, number[block.hidden], tuple(entries))
 
 
 def _read_activation(inside: _Inside) -> _Reading:

@@ -13,7 +13,8 @@ import numpy as np
 
 from passes.dataflow import LAYOUT, Flow, Value
 from passes.match.head_axis import with_heads_together
-from passes.match.operands import Traced, trace_operand
+from passes.match.operands import Traced
+from passes.match.repeats import trace_repeated
 from passes.match.scores import NotUnderstood, ScorePath
 from passes.provenance import PASS_THROUGH, Tracer
 from passes.site import Modifier
@@ -36,7 +37,7 @@ def unfolded(tracer: Tracer, path: ScorePath) -> tuple[ScorePath, Traced] | None
             continue
         view = replace(path.q, fold=group)
         try:
-            query = trace_operand(tracer, view, shared_heads=False)
+            query = trace_repeated(tracer, view, shared_heads=False)
         except NotUnderstood:
             continue
         batch, tokens = query.tokens.rows.shape

@@ -11,7 +11,8 @@ from dataclasses import replace
 
 from passes.dataflow import Flow
 from passes.match.head_axis import with_heads_together
-from passes.match.operands import Traced, trace_operand
+from passes.match.operands import Traced
+from passes.match.repeats import trace_repeated
 from passes.match.scores import NotUnderstood, OperandView, ScorePath
 from passes.provenance import Tracer
 from passes.site import Modifier
@@ -27,7 +28,7 @@ def joined(tracer: Tracer, path: ScorePath) -> tuple[ScorePath, Traced]:
     q, k, v, output = (_view(flow, view) for view in (path.q, path.k, path.v, path.output_view))
     ranks = path.ranks or (len(flow.shape(path.q.value)),) * len(path.modifiers)
     modifiers = tuple(_modifier(flow, m, r, (groups, heads)) for m, r in zip(path.modifiers, ranks, strict=True))
-    query = trace_operand(tracer, q, shared_heads=False)
+    query = trace_repeated(tracer, q, shared_heads=False)
     path = replace(path, q=q, k=k, v=v, modifiers=modifiers, output_view=output)
     together = with_heads_together(flow, path, query.tokens) if output.apart else path
     if together is None:

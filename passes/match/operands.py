@@ -89,7 +89,7 @@ def trace_operand(tracer: Tracer, view: OperandView, *, shared_heads: bool) -> T
     head_columns = own_columns[distinct]
     lookup = _Lookup(source, origin, rows, head_columns)
     seam, axes, factor = _seam(tracer, view.value, lookup)
-    path = _path(flow, projection.output, seam or view.value)
+    path = path_between(flow, projection.output, seam or view.value)
     stem, stem_axes, stem_features = _stem(tracer, projection, path, lookup)
     operand = Operand(
         projection=projection,
@@ -107,7 +107,7 @@ def trace_operand(tracer: Tracer, view: OperandView, *, shared_heads: bool) -> T
         past=past,
         past_head_axis=_past_head_axis(tracer, ids[0], new, past, canonical),
         presents=_presents(tracer, path, lookup),
-        reshapes=_reshapes(tracer, _path(flow, stem, seam), lookup) if seam else (),
+        reshapes=_reshapes(tracer, path_between(flow, stem, seam), lookup) if seam else (),
     )
     return Traced(operand, tokens, group, factor)
 
@@ -672,7 +672,7 @@ def _told_apart(first: Array, second: Array) -> Array:
     return flat.reshape(first.shape)
 
 
-def _path(flow: Flow, start: Value, end: Value) -> tuple[int, ...]:
+def path_between(flow: Flow, start: Value, end: Value) -> tuple[int, ...]:
     """Nodes on any route from `start` to `end`, shape subgraphs included, in order."""
     if start == end:
         return ()

@@ -18,7 +18,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from codegen.ops.grouped_query_attention.onnx_tiles import masked_name
-from passes.dataflow import CONTRACTIONS, LAYOUT, Array, Flow, Node, Value, Weight
+from passes.dataflow import CONTRACTIONS, LAYOUT, Array, Flow, Node, Value, Weight, unlike
 from passes.match.feed_forward_blocks import recorded_values
 from passes.match.scores import anchors
 from passes.provenance import PASS_THROUGH
@@ -33,6 +33,14 @@ from rewriter.capture.unfuse import WrittenOut, obstacle
 from rewriter.errors import UnsupportedModel, first_line
 
 FUNCTION_DOMAIN = "rewriter.ops"
+
+_PLAIN = frozenset(
+    {
+        *(ir.AttributeType.INT, ir.AttributeType.INTS, ir.AttributeType.FLOAT, ir.AttributeType.FLOATS),
+        *(ir.AttributeType.STRING, ir.AttributeType.STRINGS),
+    }
+)
+"""Attributes that are numbers and words."""
 
 _ELEMENT_TYPES = {
     "tensor(float)": ir.DataType.FLOAT,
@@ -447,7 +455,7 @@ def _product(index: int, node: ir.Node, product: QuantisedProduct) -> Node:
 
 def _on_tensors(index: int, node: ir.Node, through: OnTensors) -> Node:
     inputs = tuple(v.name or "" for v in through.inputs)
-    return replace(_node(index, node), op=through.op, inputs=inputs, evaluate=through.run)
+    return replace(_node(index, node), op=through.op, inputs=inputs, evaluate=through.run, likeness=unlike)
 
 
 def _node(index: int, node: ir.Node) -> Node:
@@ -469,7 +477,16 @@ def _node(index: int, node: ir.Node) -> Node:
         evaluate=_evaluator(node, attrs),
         owner=_owner(node),
         name=node.name or "",
+        likeness=partial(_likeness, node),
     )
+
+
+def _likeness(node: ir.Node) -> str | None:
+    """The operator and its attributes; None if some of them are more than numbers and words."""
+    plain = {k: a.value for k, a in node.attributes.items() if isinstance(a, ir.Attr) and a.type in _PLAIN}
+    if len(plain) < len(node.attributes):
+        return None
+    return f"{node.domain}::{node.op_type} {sorted(plain.items())!r} {len(node.outputs)}"
 
 
 def _written_out(function: ir.Function) -> bool:

@@ -10,6 +10,7 @@ import io
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -286,6 +287,7 @@ class _Builder:
                 evaluate=_evaluator(fx, tensors, {n: env[n] for n in (a.name for a in fx.all_input_nodes)}),
                 owner=_owner(fx),
                 name=fx.name,
+                likeness=partial(_likeness, fx, tensors),
             )
         )
 
@@ -335,6 +337,27 @@ def _evaluator(
         return tuple(p.numpy() for p in pieces)
 
     return evaluate
+
+
+def _likeness(fx: FxNode, operands: Sequence[FxNode | Literal]) -> str | None:
+    """The operator and its other arguments; None if something that is no operand reaches it from other nodes."""
+    numbers = {a.name: i for i, a in enumerate(operands) if isinstance(a, FxNode)}
+    if any(n.name not in numbers for n in fx.all_input_nodes):
+        return None
+    literal = {a.position for a in operands if isinstance(a, Literal)}
+    args = [None if i in literal else _numbered(a, numbers) for i, a in enumerate(fx.args)]
+    return f"{fx.target} {args!r} {_numbered(fx.kwargs, numbers)!r}"
+
+
+def _numbered(argument: Any, numbers: Mapping[str, int]) -> Any:
+    """An argument with operands as what they are by number."""
+    if isinstance(argument, FxNode):
+        return f"operand {numbers[argument.name]}"
+    if isinstance(argument, (list, tuple)):
+        return [_numbered(a, numbers) for a in argument]
+    if isinstance(argument, Mapping):
+        return {k: _numbered(a, numbers) for k, a in argument.items()}
+    return argument
 
 
 def _owner(fx: FxNode) -> str:
