@@ -16,7 +16,7 @@ from passes.match.feed_forward import FeedForwards, find_feed_forward
 from passes.picture import Picture, refusal_picture, site_picture
 from passes.site import AttentionSite, NotAttention, Refusal
 from passes.sublayer import NoSublayer, sublayer
-from passes.targets.catalogue import CATALOGUE, AttentionTarget
+from passes.targets.catalogue import CATALOGUE
 from passes.targets.fourier import HYBRID, Fourier
 from passes.targets.gated_unit import Form, GatedUnit
 from passes.targets.grouped_query import GroupedQuery
@@ -154,7 +154,7 @@ def _inspect_torch(model: Any, example_inputs: Any, name: str) -> Inspection:
                 raise
             return Inspection(name, "torch", None, None, (), refusals, ())
         blocks = find_feed_forward(captured.flow, matches.names)
-        return _inspection(name, "torch", None, None, captured.flow, matches, blocks, (LinearHeads(),))
+        return _inspection(name, "torch", None, None, captured.flow, matches, blocks)
 
 
 def _unexportable(model: Any, reason: str) -> Iterator[Refusal]:
@@ -178,11 +178,8 @@ def _inspection(
     flow: Flow,
     matches: Matches,
     blocks: FeedForwards,
-    of_modules: Sequence[AttentionTarget] = (),
 ) -> Inspection:
-    """`of_modules` are targets that only modules can be rewritten to."""
-    more = {s.name: tuple(t.name for t in of_modules if t.refuses(s) is None) for s in matches.sites}
-    choices = {s.name: (*_targets(flow, matches, s), *more[s.name]) for s in matches.sites}
+    choices = {s.name: _targets(flow, matches, s) for s in matches.sites}
     reasons = {s.name: GroupedQuery(1).refuses(s) for s in matches.sites}
     causal = any(s.causal and not s.cross for s in matches.sites)
     choices |= {f.name: _block_targets(f, causal) for f in blocks.sites}
@@ -236,7 +233,7 @@ def _targets(flow: Flow, matches: Matches, site: AttentionSite) -> tuple[str, ..
         with contextlib.suppress(NoSublayer):
             sublayer(flow, site, matches.evidence[site.name])
             names += [GatedUnit(form).name for form in get_args(Form)]
-    names += [t.name for t in (Window(), SparseFixed(), SparseStrided()) if t.refuses(site) is None]
+    names += [t.name for t in (Window(), SparseFixed(), SparseStrided(), LinearHeads()) if t.refuses(site) is None]
     return tuple(names)
 
 

@@ -180,6 +180,7 @@ def rewrite_onnx(
         parameters=count_parameters(original),
         bytes_per_number=_BYTES[captured.flow.dtype],
         seconds={},
+        whole_caches={r.site.name for r in decision.replacements if r.linear is not None},
         scores=computed_scores,
     )
     with watch.stage("install"):

@@ -118,7 +118,7 @@ class Editor:
             return plan_mixing(self, replacement)
         if replacement.linear is not None:
             raise UnsupportedModel(
-                "linear attention is installed in torch modules only, not in graphs",
+                "linear attention is installed in torch modules and files, not in graphs",
                 hint="rewrite the module before it is exported",
             )
         site, spec, tensors = replacement.site, replacement.grouped, replacement.tensors

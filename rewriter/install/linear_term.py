@@ -15,9 +15,7 @@ from torch import Tensor, nn
 
 from codegen.ops.linear_attention.torch_body import linear_attention, resume
 from codegen.spec import FeatureMap, GroupedQueryAttention, LinearAttention
-
-HIDES = -1e4
-"""An additive mask hides a key by this or less."""
+from passes.hidden_keys import HIDES
 
 
 class LinearTerm(nn.Module):

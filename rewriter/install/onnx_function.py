@@ -26,6 +26,7 @@ from passes.weights.projection import operand_bias, operand_weight
 from rewriter.capture.onnx_file import OnnxCapture
 from rewriter.capture.unfuse import WrittenOut
 from rewriter.install.onnx_experts import ExpertWriter
+from rewriter.install.onnx_linear import linear_call
 from rewriter.install.onnx_mixing import Mixing
 from rewriter.install.onnx_obstacles import (
     HEADS_IN_BATCH,
@@ -142,8 +143,12 @@ class _Editor:
             removed += self._sweep([last, *self._old_nodes(site)])
             removed += self._sweep(self._release_shapes(site))
             return Installed(site.name, tuple(n for n in removed if n in self._stored), 0.0, False)
-        spec, error = replacement.grouped, 0.0
         self.fed = {}
+        if replacement.linear is not None:
+            self._attend(replacement)
+            removed = [*self._sweep(self._old_nodes(site)), *self._sweep(self._release_shapes(site))]
+            return Installed(site.name, tuple(n for n in removed if n in self._stored), 0.0, False)
+        spec, error = replacement.grouped, 0.0
         for role, operand in () if spec.pattern else (("k", site.k), ("v", site.v)):
             weight, bias = replacement.tensors[f"{role}_weight"], replacement.tensors.get(f"{role}_bias")
             error = max(error, self._reproject(site, role, operand, spec.kv_heads, weight, bias))
@@ -330,12 +335,13 @@ class _Editor:
     def _attend(self, replacement: Replacement) -> None:
         site, spec = replacement.site, replacement.grouped
         kept = self._kept_operator(site)
-        if kept is not None and (not spec.pattern or kept.node.op_type == "GroupQueryAttention"):
+        stays = not spec.pattern and replacement.linear is None
+        if kept is not None and (stays or kept.node.op_type == "GroupQueryAttention"):
             self._put_back(kept, spec.kv_heads, window_size(spec.pattern))
             return
         q, k, v = (self.seams.get(o.seam, (self.value(o.seam), o.seam_axes)) for o in (site.q, site.k, site.v))
         if (
-            not spec.pattern
+            stays
             and self.capture.flow.nodes[site.anchor].op == "Attention"
             and self._keep_operator(site, spec.kv_heads, k, v, self.seams.get(site.q.seam))
         ):
@@ -349,12 +355,13 @@ class _Editor:
             for role, (value, axes), heads in (("q", q, spec.heads), ("k", k, spec.kv_heads), ("v", v, spec.kv_heads))
         ]
         dtype = self.capture.element_type(site.output) or output.dtype or ir.DataType.FLOAT
-        bias = self._bias(nodes, site, dtype)
         plain = spec.softcap is None and not spec.masked_rows_are_zero and not spec.sinks and not spec.pattern
-        if self.opset in (23, 24) and plain and self._bias_has_queries(site):
-            attended = self._standard(nodes, site, spec.causal, operands, bias)
+        if replacement.linear is not None:
+            attended = linear_call(self, nodes, replacement, operands, dtype)
+        elif self.opset in (23, 24) and plain and self._bias_has_queries(site):
+            attended = self._standard(nodes, site, spec.causal, operands, self._bias(nodes, site, dtype))
         else:
-            attended = self._function(nodes, replacement, operands, bias, dtype)
+            attended = self._function(nodes, replacement, operands, self._bias(nodes, site, dtype), dtype)
         attended = self._from_canonical(nodes, attended, site)
         attended.type, attended.shape = output.type, output.shape
         self.graph.insert_after(after, nodes)

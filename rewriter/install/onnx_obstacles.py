@@ -7,6 +7,7 @@ from passes.dataflow import Flow, Value
 from passes.site import AttentionSite, Operand
 from passes.targets.replacement import Replacement
 from rewriter.capture.onnx_file import OnnxCapture, unflattened
+from rewriter.install.onnx_linear import linear_obstacle
 
 _WRITABLE = frozenset({("bh", "s", "d"), ("b", "s", "hd")})
 OLDEST_OPSET = 12
@@ -23,7 +24,7 @@ def obstacle(capture: OnnxCapture, replacement: Replacement) -> str | None:
             f"convert it first (onnx.version_converter.convert_version(model, {OLDEST_OPSET}))"
         )
     if replacement.linear is not None:
-        return "linear attention is installed in torch modules only: rewrite the module the file was exported from"
+        return laid_otherwise(site) or linear_obstacle(capture, replacement)
     if replacement.pattern:
         return _sparse_obstacle(capture, replacement)
     if replacement.mixing is not None:  # it has been seen to be a map of hidden states, and nothing is laid out anew
@@ -67,12 +68,17 @@ def _sparse_obstacle(capture: OnnxCapture, replacement: Replacement) -> str | No
             "its GroupQueryAttention operator takes a length for each sequence of the batch, and knows no pattern but "
             "a window without sinks: ask for window:128,0"
         )
+    return laid_otherwise(site) or _sinks_obstacle(capture, site)
+
+
+def laid_otherwise(site: AttentionSite) -> str | None:
+    """Why operands and output cannot be laid out anew around a function call, None if they can."""
     for what, axes in (("queries", site.q.seam_axes), ("keys", site.k.seam_axes), ("values", site.v.seam_axes)):
         if not writable(axes) and not (heads_apart(axes) and what == "queries"):
             return f"{what} laid out as {axes} cannot be rewritten"
     if not writable(site.output_axes):
         return f"the output laid out as {site.output_axes} cannot be rewritten"
-    return _sinks_obstacle(capture, site)
+    return None
 
 
 def window_size(pattern: Pattern) -> int | None:

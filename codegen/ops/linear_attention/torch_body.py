@@ -89,7 +89,7 @@ def _computed(
     if tokens == 0 and start is None:
         return q.new_zeros(*q.shape[:3], v.shape[3]), None
     chunk, lead = spec.chunk, first % spec.chunk
-    at = slice(first // chunk, first // chunk + -(-(lead + tokens) // chunk))  # the chunks that queries lie in
+    at = slice(first // chunk, first // chunk + _chunks(lead + tokens, chunk))  # the chunks that queries lie in
     ones = k.new_ones(*k.shape[:3], 1)
     hidden = ones if shown is None else shown[:, None, :, None].to(k.dtype).expand_as(ones)
     values = _by_chunk(torch.cat((v, ones), dim=-1) * hidden, chunk)
@@ -109,7 +109,7 @@ def _computed(
     sums = _beyond(spec, k, values, parameters, at, start)
     total = near + (features * gain.exp()) @ sums[:, :, at][:, :, None]
     output, divisor = total[..., :-1], total[..., -1:]
-    output = (output / torch.where(divisor > 0, divisor, 1.0)).flatten(3, 4)[..., lead : lead + tokens, :]
+    output = _by_token(output / torch.where(divisor > 0, divisor, 1.0), lead, tokens)
     after = None if start is None else sums[:, :, settled(spec, k.shape[2]) // chunk + 1].clone()
     return output.flatten(1, 2), after
 
@@ -119,10 +119,27 @@ def _grouped(spec: LinearAttention, x: Tensor) -> Tensor:
     return torch.unflatten(x, 1, (spec.attention.kv_heads, spec.attention.group))
 
 
+def _chunks(tokens: int, chunk: int) -> int:
+    """How many chunks hold so many tokens; in programs that are exported more, since a size of one would be fixed."""
+    return tokens // chunk + 2 if torch.compiler.is_exporting() else -(-tokens // chunk)
+
+
 def _by_chunk(x: Tensor, chunk: int, lead: int = 0) -> Tensor:
     """[..., tokens, features] as [..., chunks, C, features]; zeros stand in `lead` places before and behind the end."""
-    padded = F.pad(x, (0, 0, lead, -(lead + x.shape[-2]) % chunk))
-    return torch.unflatten(padded, -2, (padded.shape[-2] // chunk, chunk))
+    count = _chunks(lead + x.shape[-2], chunk)
+    if torch.compiler.is_exporting():  # by an index: exporters doubt reshapes to sizes that they cannot bound
+        numbers = torch.arange(count, device=x.device)[:, None] * chunk + torch.arange(chunk, device=x.device) - lead
+        numbers = torch.where(numbers < 0, x.shape[-2], numbers).clamp(max=x.shape[-2])
+        return F.pad(x, (0, 0, 0, 1))[..., numbers, :]
+    return torch.unflatten(F.pad(x, (0, 0, lead, count * chunk - lead - x.shape[-2])), -2, (count, chunk))
+
+
+def _by_token(x: Tensor, lead: int, tokens: int) -> Tensor:
+    """[..., tokens, features] of [..., chunks, C, features], without the places of `_by_chunk`."""
+    whole = x.flatten(-3, -2)
+    if torch.compiler.is_exporting():  # a slice would be checked against a length that exporters cannot bound
+        return F.pad(whole, (0, 0, -lead, lead + tokens - whole.shape[-2]))
+    return whole[..., lead : lead + tokens, :]
 
 
 def _near(spec: LinearAttention, x: Tensor, at: slice) -> Tensor:
@@ -147,7 +164,7 @@ def _beyond(
     With `start`, the sum over what was before k, for one more chunk where `settled` needs that.
     """
     chunks = values.shape[2]
-    if spec.attention.causal:  # of the last chunks nothing is beyond
+    if spec.attention.causal and not torch.compiler.is_exporting():  # of the last chunks nothing is beyond
         chunks = max(at.stop - 2, 0) if start is None else settled(spec, k.shape[2]) // spec.chunk
         k, values = k[:, :, : chunks * spec.chunk], values[:, :, :chunks]
     learned = _features(spec, k, parameters, "key_map")

@@ -1,0 +1,110 @@
+"""Linear attention in a file: one call of a model-local function takes the place of the contractions and the softmax.
+
+Projections, rotations, norms and caches stay as they are; feature maps and gains are new initializers. Masks are read
+for which keys they hide from the last query, which is what they hide from all (`passes/hidden_keys.py`).
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import onnx_ir as ir
+
+from codegen.ops.linear_attention.onnx_body import DOMAIN, attributes, function, stored
+from passes.dataflow import Value
+from passes.hidden_keys import HIDES, masks_of, more_than_hidden_keys
+from passes.site import AttentionSite, Modifier
+from passes.targets.replacement import Replacement
+from rewriter.capture.onnx_file import OnnxCapture
+from rewriter.onnx_nodes import NodeWriter
+
+
+class Editing(Protocol):
+    """What is needed of the editor of the model."""
+
+    capture: OnnxCapture
+    model: ir.Model
+    opset: int
+    write: NodeWriter
+
+    def value(self, name: Value) -> ir.Value: ...
+
+
+def linear_obstacle(capture: OnnxCapture, replacement: Replacement) -> str | None:
+    """Why a site whose operands can be laid out anew cannot become linear, None if it can."""
+    site = replacement.site
+    written = capture.written_out.get(site.owner)
+    if written is not None and written.node.op_type == "GroupQueryAttention":
+        return "its GroupQueryAttention operator takes a length for each sequence, so that positions differ by row"
+    flows = [capture.flow, *([capture.other.flow] if capture.other is not None else [])]
+    return next((reason for flow in flows if (reason := more_than_hidden_keys(flow, site)) is not None), None)
+
+
+def linear_call(
+    editor: Editing, nodes: list[ir.Node], replacement: Replacement, operands: list[ir.Value], dtype: ir.DataType
+) -> ir.Value:
+    """[B, H, S, E] in `dtype`, of q, k and v laid out as [B, heads, tokens, features]."""
+    site, spec, model = replacement.site, replacement.linear, editor.model
+    assert spec is not None
+    shown = _shown(editor, nodes, site)
+    body = function(spec, editor.opset, shown is not None)
+    model.functions.setdefault(body.identifier(), body)
+    model.opset_imports.setdefault(DOMAIN, 1)
+    model.ir_version = max(model.ir_version, 8)
+    held = [
+        editor.write.constant(array, f"{site.name}.{role}")
+        for role, array in stored(spec, replacement.tensors, dtype).items()
+    ]
+    inputs = [*operands, *held, *([] if shown is None else [shown])]
+    described = attributes(spec, dtype, site.q.gain, site.k.gain)
+    name = editor.write.unique(f"{site.name}/attention")  # a name that captures read the site off
+    node = ir.Node(DOMAIN, body.name, inputs, described, num_outputs=1, name=name)
+    node.outputs[0].name = editor.write.unique(f"{site.name}.attended")
+    nodes.append(node)
+    return node.outputs[0]
+
+
+def _shown(editor: Editing, nodes: list[ir.Node], site: AttentionSite) -> ir.Value | None:
+    """Boolean, broadcasts to [B, T]: what the last query sees; None where there is no mask."""
+    total: ir.Value | None = None
+    for number, modifier in enumerate(m for m in site.modifiers if m.value in masks_of(site)):
+        name = f"{site.name}.shown{number or ''}"
+        part = _kept(editor, nodes, modifier, _last_row(editor, nodes, site, modifier, name), name)
+        both = f"{site.name}.shown_by_both"
+        total = part if total is None else editor.write.op(nodes, "And", [total, part], both)
+    return total
+
+
+def _last_row(editor: Editing, nodes: list[ir.Node], site: AttentionSite, modifier: Modifier, name: str) -> ir.Value:
+    """[B or 1, T or 1] of a mask [.., S, T], of which each axis but the last may be 1 or missing."""
+    assert modifier.value is not None
+    value, write, shape = editor.value(modifier.value), editor.write, editor.capture.flow.shape(modifier.value)
+
+    def take(number: int, axis: int) -> ir.Value:
+        index = write.scalar(number, ir.DataType.INT64, f"{name}.index")
+        return write.op(nodes, "Gather", [value, index], f"{name}.part", axis=axis)
+
+    if len(shape) > 1:
+        value = take(-1, len(shape) - 2)
+    leading = len(shape) - 2
+    if len(shape) == 3 and shape[0] not in (1, site.heads):  # heads lie along the axis of the batch
+        bounds = [write.ints([n], f"{name}.bound") for n in (0, 2**31, 0, site.heads)]
+        return write.op(nodes, "Slice", [value, *bounds], f"{name}.of_first_head")
+    by_batch = len(shape) == (5 if modifier.apart is not None else 4)
+    for _ in range(leading - by_batch):  # heads, of which all see the same
+        value = take(0, int(by_batch))
+    if by_batch:
+        return value
+    return write.op(nodes, "Reshape", [value, write.ints([1, -1], f"{name}.flat")], f"{name}.by_key")
+
+
+def _kept(editor: Editing, nodes: list[ir.Node], modifier: Modifier, row: ir.Value, name: str) -> ir.Value:
+    """Boolean: which keys a row of a mask keeps."""
+    write = editor.write
+    if modifier.kind != "bias":
+        return row if modifier.kind == "mask" else write.op(nodes, "Not", [row], name)
+    assert modifier.value is not None and modifier.number is not None
+    dtype = editor.capture.element_type(modifier.value) or row.dtype or ir.DataType.FLOAT
+    if modifier.number != 1.0:
+        row = write.op(nodes, "Mul", [row, write.scalar(modifier.number, dtype, f"{name}.factor")], f"{name}.scaled")
+    return write.op(nodes, "Greater", [row, write.scalar(HIDES, dtype, f"{name}.least")], name)
