@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from codegen.spec import Activation
+from codegen.activation import Activation
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,14 @@ class ConditionalFeedForward:
     """``light(x) + weight · heavy(x)`` of x [B, S, hidden]; the weight is 0 for tokens that are not routed.
 
     Both branches are ``(activation(x gate_weight) * (x up_weight)) down_weight``, or without `gated`
-    ``activation(x up_weight) down_weight``. The router reads the same x. There are no biases and no residual.
+    ``activation(x up_weight) down_weight``. The router reads the same x. There is no residual.
 
     Attributes:
         hidden, light, heavy: features outside, and inside of each branch.
         router: of the tokens.
         activation, gated: of both branches.
+        up_bias: vectors are added to what is activated, and to what a gate multiplies.
+        down_bias: a vector [hidden] is added to each branch's result.
     """
 
     hidden: int
@@ -71,6 +73,8 @@ class ConditionalFeedForward:
     router: Router = field(default_factory=Router)
     activation: Activation = Activation.GELU_TANH
     gated: bool = True
+    up_bias: bool = False
+    down_bias: bool = False
 
     def __post_init__(self) -> None:
         _at_least_one(hidden=self.hidden, light=self.light, heavy=self.heavy)
@@ -82,7 +86,9 @@ class ConditionalFeedForward:
         for branch, inner in (("light", self.light), ("heavy", self.heavy)):
             for name in ("gate", "up") if self.gated else ("up",):
                 found[f"{branch}_{name}_weight"] = (self.hidden, inner)
+                found |= {f"{branch}_{name}_bias": (inner,)} if self.up_bias else {}
             found[f"{branch}_down_weight"] = (inner, self.hidden)
+            found |= {f"{branch}_down_bias": (self.hidden,)} if self.down_bias else {}
         return found
 
     def flops(self, batch: int, tokens: int, *, soft: bool = False) -> int:
@@ -97,9 +103,9 @@ class ConditionalAttention:
     """``light(x, x) + query weight · heavy(x, key weight · x)`` of x [B, S, hidden].
 
     Light heads see the keys within a radius. Heavy heads attend from routed tokens to tokens that another router chose,
-    whose *input* is multiplied by their weights; if a norm lies before keys, it must come before that product, so x is
-    the normed state. Weights are 0 for tokens that are not routed, and these are no keys. Each branch has projections
-    of its own, without biases, and both add up. A query that sees no key (all padding) gives zeros. No residual.
+    whose *input* is multiplied by their weights (biases are not); if a norm lies before keys, it must come before that
+    product, so x is the normed state. Weights are 0 for tokens that are not routed, and these are no keys. Each branch
+    has projections of its own, and both add up. A query that sees no key (all padding) gives zeros. No residual.
 
     Attributes:
         hidden, head_dim: features outside, and of each head.
@@ -110,6 +116,8 @@ class ConditionalAttention:
         buckets: to scores is added a number by head and by the bucket of key minus query position, as in T5
             (arXiv 1910.10683), in both branches; 0 for none. A multiple of 4.
         farthest: from this distance on all are in the last bucket.
+        bias: vectors are added to queries and values; a softmax does not see what is added to keys.
+        output_bias: a vector [hidden] is added to the result of every token.
     """
 
     hidden: int
@@ -122,6 +130,8 @@ class ConditionalAttention:
     scale: float = 1.0
     buckets: int = 0
     farthest: int = 128
+    bias: bool = False
+    output_bias: bool = False
 
     def __post_init__(self) -> None:
         _at_least_one(hidden=self.hidden, head_dim=self.head_dim)
@@ -139,24 +149,27 @@ class ConditionalAttention:
         found: dict[str, tuple[int, ...]] = {"query_router": (self.hidden,), "key_router": (self.hidden,)}
         for branch, heads in (("light", self.light_heads), ("heavy", self.heavy_heads)):
             inner = heads * self.head_dim
-            found |= {f"{branch}_{name}_weight": (self.hidden, inner) for name in ("query", "key", "value")}
+            for name in ("query", "key", "value"):
+                found[f"{branch}_{name}_weight"] = (self.hidden, inner)
+                found |= {f"{branch}_{name}_bias": (inner,)} if self.bias and name != "key" else {}
             found[f"{branch}_output_weight"] = (inner, self.hidden)
+        found |= {"output_bias": (self.hidden,)} if self.output_bias else {}
         if self.buckets:
             found["distances"] = (self.buckets, self.light_heads + self.heavy_heads)
         return found
 
-    @property
-    def block(self) -> int:
+    def block(self, tokens: int) -> int:
         """Light queries are taken in blocks of this many tokens, each with the blocks before and behind it."""
-        return self.radius + 1
+        return min(self.radius + 1, tokens)
 
     def flops(self, batch: int, tokens: int, *, soft: bool = False) -> int:
         """Of all products, two for each multiplication, hidden scores included; the soft top-k is not counted."""
         light, heavy = self.light_heads * self.head_dim, self.heavy_heads * self.head_dim
         queries, keys = self.queries.kept(tokens, soft=soft), self.keys.kept(tokens, soft=soft)
-        padded = -(-tokens // self.block) * self.block
+        block = self.block(tokens)
+        padded = -(-tokens // block) * block
         projections = 4 * tokens * light + 2 * (queries + keys) * heavy + 2 * tokens
-        scores = padded * 3 * self.block * light + queries * keys * heavy
+        scores = padded * 3 * block * light + queries * keys * heavy
         return 2 * batch * (self.hidden * projections + 2 * scores)
 
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import ClassVar
 
+from codegen.activation import Activation as Activation
+from codegen.conditional import ConditionalAttention
 from codegen.sight import Pattern
 
 
@@ -219,21 +221,6 @@ class LinearMixing:
     def flops(self, batch: int, tokens: int) -> int:
         """Of both products, two for each multiplication."""
         return 2 * batch * tokens * self.hidden * (tokens + self.hidden)
-
-
-class Activation(Enum):
-    """What a feed-forward block applies between its two products, element by element."""
-
-    RELU = "relu"
-    RELU_SQUARED = "relu_squared"
-    GELU = "gelu"
-    """``x Phi(x)``, by the error function."""
-    GELU_TANH = "gelu_tanh"
-    """Its usual approximation by tanh."""
-    QUICK_GELU = "quick_gelu"
-    """``x sigmoid(1.702 x)``."""
-    SILU = "silu"
-    TANH = "tanh"
 
 
 class Routing(Enum):
@@ -484,7 +471,7 @@ def _gated_shapes(spec: GatedAttention | MixedChunkAttention) -> dict[str, tuple
 GatedUnit = GatedAttention | MixedChunkAttention
 """A map of hidden states that is an attention and a feed-forward in one."""
 
-TokenMixing = FourierMixing | LinearMixing | GatedUnit
+TokenMixing = FourierMixing | LinearMixing | GatedUnit | ConditionalAttention
 """What takes the place of an attention with all its projections."""
 
 Spec = GroupedQueryAttention | LinearAttention | TokenMixing

@@ -96,14 +96,17 @@ def _linear_error(flow: Flow, evidence: Evidence, replacement: Replacement) -> t
 
 
 def _mixing_error(flow: Flow, replacement: Replacement, spec: TokenMixing) -> tuple[float, float] | None:
-    """Of the whole sublayer, on all recorded tokens. None where its output was not recorded."""
+    """Of the whole sublayer, on all recorded tokens, padding left out where the mix heeds it. None where its output was
+    not recorded."""
     around = replacement.around
     try:
         hidden, output = flow.value(around.input), flow.value(around.output)
     except KeyError:
         return None
     reference = np.asarray(around.by_token(output, hidden.shape), dtype=np.float64)
-    mixed = token_mixing(spec, around.by_token(hidden, hidden.shape), **replacement.tensors)
+    mixed = token_mixing(spec, around.by_token(hidden, hidden.shape), replacement.shown, **replacement.tensors)
+    if replacement.shown is not None:
+        mixed, reference = mixed[replacement.shown], reference[replacement.shown]
     size = float(np.linalg.norm(reference))
     return float(np.linalg.norm(mixed - reference)) / max(size, 1e-30), 1.0
 

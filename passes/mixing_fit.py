@@ -32,13 +32,13 @@ def fit_mixing(
     """
     evidence = pair.matches.evidence[site.name]
     around = sublayer(pair.flow, site, evidence)
-    fitting = target.fitting(around.hidden, pair.flow, site, around)
+    fitting = target.fitting(pair.flow, site, evidence, around)
     key = (site.k.projection.weight, site.v.projection.weight)
     unit = pair.sharing(site)
     if len(unit) > 1 and key not in shared:
-        shared[key] = _pooled(pair, unit, target.fitting(around.hidden, pair.flow, site, around))
+        shared[key] = _pooled(pair, unit, target.fitting(pair.flow, site, evidence, around))
     look = pair.look(site, site_weights(pair.flow, site))
-    prepared = [fitting.prepare(_hidden(seen)) for seen in look.seen]
+    prepared = [fitting.prepare(_hidden(seen), seen.asking) for seen in look.seen]
     if len(unit) > 1:
         fit = shared[key]
     else:
@@ -55,7 +55,7 @@ def _pooled(pair: PairedRuns, unit: Sequence[AttentionSite], fitting: Fitting) -
     for site in sorted(unit, key=lambda s: s.anchor):
         around = sublayer(pair.flow, site, pair.matches.evidence[site.name])
         looked = pair.see(site, site_weights(pair.flow, site), runs)
-        prepared = [fitting.prepare(_hidden(look)) for look in looked]
+        prepared = [fitting.prepare(_hidden(look), look.asking) for look in looked]
         reference = [_output(run, around) for run in runs]
         _add(fitting, around, pair.fit(looked), pair.fit(prepared), pair.fit(reference))
     return fitting.solve()

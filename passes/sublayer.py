@@ -58,7 +58,7 @@ def sublayer(flow: Flow, site: AttentionSite, evidence: Evidence) -> Sublayer:
     shape = flow.shape(source)
     if site.out.features != shape[-1]:
         raise NoSublayer(f"it maps {shape[-1]} features to {site.out.features}")
-    batch_first = _token_order(evidence, shape)
+    batch_first = token_order(evidence, shape)
     if batch_first is None or ("batch" if batch_first else "tokens") not in merge_orders(flow, site):
         raise NoSublayer("its tokens do not run over the axes of its hidden states")
     return Sublayer(source, site.out.output, batch_first, shape[-1])
@@ -81,7 +81,7 @@ def _above(flow: Flow, value: Value) -> Iterator[Value]:
         yield value
 
 
-def _token_order(evidence: Evidence, shape: tuple[int, ...]) -> bool | None:
+def token_order(evidence: Evidence, shape: tuple[int, ...]) -> bool | None:
     """True for [B, S, E], False for [S, B, E], None if the attention's tokens lie otherwise."""
     rows = evidence.q.tokens.rows
     if rows.shape == shape[:2] and np.array_equal(rows.reshape(-1), np.arange(rows.size)):

@@ -1,4 +1,4 @@
-"""Which feed-forward blocks become mixtures of experts, and of which weights: the same for all doors."""
+"""What takes the place of which feed-forward blocks, and with which weights: the same for all doors."""
 
 from __future__ import annotations
 
@@ -9,15 +9,21 @@ import numpy as np
 
 from passes.dataflow import Array, Flow
 from passes.feed_forward_site import FeedForwardSite
+from passes.match.attention import Matches
 from passes.match.feed_forward import FeedForwards
 from passes.plan import named_by
 from passes.protocols import Probe
 from passes.stacks import stacks
-from passes.targets.experts import BlockReplacement, Experts, block_error
+from passes.targets.block import BlockReplacement, block_error, surroundings
+from passes.targets.conditional_feed_forward import ConditionalBlocks
+from passes.targets.experts import Experts
 from rewriter.report.rewrite_report import SiteRow
 
 MOST_TOKENS = 2048
-"""Calibration tokens that a fit of experts looks at."""
+"""Calibration tokens that a fit looks at."""
+
+BlockTarget = Experts | ConditionalBlocks
+"""What a feed-forward block can become."""
 
 
 @dataclass(frozen=True)
@@ -47,31 +53,33 @@ class BlockDecision:
 
     def flops_saved(self, flow: Flow) -> int:
         """On the recorded inputs, two for each multiplication."""
-        return sum(_dense_flops(flow, r.site) - r.spec.flops(_tokens(flow, r.site)) for r in self.replacements)
+        return sum(_dense_flops(flow, r.site) - r.flops(flow) for r in self.replacements)
 
 
 def decide_blocks(
     flow: Flow,
-    wanted: Mapping[str, Experts],
+    matches: Matches,
+    wanted: Mapping[str, BlockTarget],
     found: FeedForwards,
-    *,
-    causal: bool,
     probe: Callable[[], Probe] | None = None,
 ) -> BlockDecision:
-    """`wanted` are targets by layer selector, later ones win; with a probe, experts are fitted."""
-    by_site: dict[str, Experts] = {}
+    """`wanted` are targets by layer selector, later ones win; with a probe, weights are fitted."""
+    by_site: dict[str, BlockTarget] = {}
     for selector, target in wanted.items():
         for stack in stacks([s for s in found.sites if s.name in named_by(selector, found.sites)]):
             by_site.update({s.name: target for s in target.chosen(stack)})
+    around = {s.name: surroundings(flow, matches, s) for s in found.sites if s.name in by_site}
     refused = {
         s.name: reason
         for s in found.sites
-        if s.name in by_site and (reason := by_site[s.name].refuses(s, causal=causal) or _shared(s, found.sites))
+        if s.name in by_site and (reason := by_site[s.name].refuses(s, around[s.name]) or _shared(s, found.sites))
     }
     left = [s for s in found.sites if s.name in by_site and s.name not in refused]
     inputs = _inputs(left, probe()) if probe is not None and left else {}
     done = [
-        by_site[s.name].transform(flow, s) if s.name not in inputs else by_site[s.name].fitted(flow, s, inputs[s.name])
+        by_site[s.name].fitted(flow, s, around[s.name], inputs[s.name])
+        if s.name in inputs
+        else by_site[s.name].transform(flow, s, around[s.name])
         for s in left
     ]
     rows = [

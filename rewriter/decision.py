@@ -20,15 +20,15 @@ from passes.match.attention import Matches
 from passes.match.feed_forward import FeedForwards
 from passes.measure import site_error
 from passes.picture import Drawing, distinct, refusal_picture, site_picture
-from passes.plan import Plan, PlanError, Step, make_plan, sharing
+from passes.plan import Plan, PlanError, Step, make_plan, named_by, sharing
 from passes.protocols import Probe
 from passes.site import AttentionSite
 from passes.sublayer import NoSublayer
 from passes.targets.auto import Auto
-from passes.targets.catalogue import CATALOGUE, AttentionTarget, Target, find
+from passes.targets.catalogue import CATALOGUE, AttentionTarget, Layered, Target, find
+from passes.targets.colt5 import Colt5
 from passes.targets.grouped_query import describe
 from passes.targets.replacement import Replacement
-from passes.targets.sparse_mixer import SparseMixer
 from rewriter import progress
 from rewriter.auto_choice import Settled, as_auto, settle, with_choice
 from rewriter.block_decision import BlockDecision, decide_blocks
@@ -137,7 +137,7 @@ def decide(
     name, by_selector = assignment(target, layers)
     changed = _decide_blocks(flow, matches, by_selector, probe, blocks)
     try:
-        plan = make_plan(flow, matches.sites, {s: _for_attentions(t) for s, t in by_selector.items()})
+        plan = make_plan(flow, matches.sites, _for_attentions(matches, by_selector))
     except PlanError as error:
         raise UsageError(str(error), hint=error.hint) from error
     steps, refused = _drop_idle(plan)
@@ -159,8 +159,15 @@ def decide(
     return Decision(name, done, (*refused, *untried), (*kept, *left), changed, target.chosen)
 
 
-def _for_attentions(target: Target) -> AttentionTarget:
-    return target.mixing if isinstance(target, SparseMixer) else target
+def _for_attentions(matches: Matches, by_selector: Mapping[str, Target]) -> dict[str, AttentionTarget]:
+    """What targets for whole layers do to attentions, by selector; cross-attentions may get a target of their own."""
+    found: dict[str, AttentionTarget] = {}
+    for selector, target in by_selector.items():
+        found[selector] = target.mixing if isinstance(target, Layered) else target
+        if isinstance(target, Colt5):
+            crossing = named_by(selector, [s for s in matches.sites if s.cross])
+            found |= {f"^{re.escape(name)}$": target.crossing for name in sorted(crossing)}
+    return found
 
 
 def _decide_blocks(
@@ -170,16 +177,16 @@ def _decide_blocks(
     probe: Callable[[Matches], Probe] | None,
     blocks: Callable[[], FeedForwards] | None,
 ) -> BlockDecision:
-    wanted = {s: t.blocks for s, t in by_selector.items() if isinstance(t, SparseMixer)}
+    wanted = {s: t.blocks for s, t in by_selector.items() if isinstance(t, Layered)}
     if not wanted:
         return BlockDecision()
     if blocks is None:
         raise UsageError(
-            "feed-forward blocks of a flat graph cannot become experts in this version",
+            "feed-forward blocks of a flat graph are not rewritten in this version",
             hint="pass the module itself, or an .onnx file",
         )
     given = None if probe is None else lambda: probe(matches)
-    return decide_blocks(flow, wanted, blocks(), causal=is_causal(matches), probe=given)
+    return decide_blocks(flow, matches, wanted, blocks(), given)
 
 
 def _calibrated(

@@ -16,7 +16,9 @@ from passes.match.feed_forward import FeedForwards, find_feed_forward
 from passes.picture import Picture, refusal_picture, site_picture
 from passes.site import AttentionSite, NotAttention, Refusal
 from passes.sublayer import NoSublayer, sublayer
+from passes.targets.block import surroundings
 from passes.targets.catalogue import CATALOGUE
+from passes.targets.colt5 import Colt5
 from passes.targets.fourier import HYBRID, Fourier
 from passes.targets.gated_unit import Form, GatedUnit
 from passes.targets.grouped_query import GroupedQuery
@@ -154,7 +156,7 @@ def _inspect_torch(model: Any, example_inputs: Any, name: str) -> Inspection:
                 raise
             return Inspection(name, "torch", None, None, (), refusals, ())
         blocks = find_feed_forward(captured.flow, matches.names)
-        return _inspection(name, "torch", None, None, captured.flow, matches, blocks)
+        return _inspection(name, "torch", None, None, captured.flow, matches, blocks, module=True)
 
 
 def _unexportable(model: Any, reason: str) -> Iterator[Refusal]:
@@ -178,11 +180,15 @@ def _inspection(
     flow: Flow,
     matches: Matches,
     blocks: FeedForwards,
+    *,
+    module: bool = False,
 ) -> Inspection:
+    """`module` says whether it is a torch module, of which alone some targets can be made."""
     choices = {s.name: _targets(flow, matches, s) for s in matches.sites}
+    if module:
+        choices |= {name: (*chosen, *_of_modules(flow, matches, name)) for name, chosen in choices.items()}
     reasons = {s.name: GroupedQuery(1).refuses(s) for s in matches.sites}
-    causal = any(s.causal and not s.cross for s in matches.sites)
-    choices |= {f.name: _block_targets(f, causal) for f in blocks.sites}
+    choices |= {f.name: _block_targets(flow, matches, f, module=module) for f in blocks.sites}
     good = tuple(s for s in matches.sites if choices[s.name] or reasons[s.name] is None)
     bad = tuple(
         Refusal(s.name, s.layer, reason, s.anchor, s.owner, s.heads, s.head_dim)
@@ -237,8 +243,23 @@ def _targets(flow: Flow, matches: Matches, site: AttentionSite) -> tuple[str, ..
     return tuple(names)
 
 
-def _block_targets(site: FeedForwardSite, causal: bool) -> tuple[str, ...]:
-    return tuple(t.name for t in SPARSE if t.blocks.refuses(site, causal=causal) is None)
+def _of_modules(flow: Flow, matches: Matches, name: str) -> tuple[str, ...]:
+    """Likewise those that only modules can be rewritten to."""
+    site = next(s for s in matches.sites if s.name == name)
+    target, found = Colt5(), list[str]()
+    if site.cross:
+        found += [target.name] if target.crossing.refuses(site) is None and target.crossing.idle(site) is None else []
+    elif target.mixing.refuses(site) is None:
+        with contextlib.suppress(NoSublayer):
+            target.mixing.transform(flow, site, matches.evidence[name])
+            found.append(target.name)
+    return tuple(found)
+
+
+def _block_targets(flow: Flow, matches: Matches, site: FeedForwardSite, *, module: bool) -> tuple[str, ...]:
+    around = surroundings(flow, matches, site)
+    choices = (*SPARSE, *((Colt5(),) if module else ()))
+    return tuple(t.name for t in choices if t.blocks.refuses(site, around) is None)
 
 
 def _layout(site: AttentionSite) -> str:

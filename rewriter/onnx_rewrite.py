@@ -27,7 +27,7 @@ from rewriter.capture.unfuse import WrittenOut, fused_nodes, unfuse
 from rewriter.decision import LISTS, Decision, Stopwatch, decide, is_causal, report, rows, with_kept
 from rewriter.errors import NothingToRewrite, VerificationFailed
 from rewriter.install.onnx_function import install
-from rewriter.install.onnx_obstacles import obstacle
+from rewriter.install.onnx_obstacles import block_obstacle, obstacle
 from rewriter.report import stored
 from rewriter.report.rewrite_report import RewriteReport
 from rewriter.verify.onnx_pair import verify_onnx
@@ -121,9 +121,11 @@ def _installable(captured: OnnxCapture, decision: Decision) -> Decision:
     reasons = {r.site.name: obstacle(captured, r) for r in decision.replacements}
     refused = [(name, reason) for name, reason in reasons.items() if reason is not None]
     kept = tuple(r for r in decision.replacements if reasons[r.site.name] is None)
-    if not kept and not decision.blocks.replacements:
+    failed = {b.site.name: reason for b in decision.blocks.replacements if (reason := block_obstacle(b)) is not None}
+    blocks, refused = decision.blocks.without(failed), [*refused, *failed.items()]
+    if not kept and not blocks.replacements:
         raise NothingToRewrite("; ".join(f"{n}: {r}" for n, r in (*decision.refused, *refused)[:3]), hint=LISTS)
-    return replace(decision, replacements=kept, refused=(*decision.refused, *refused))
+    return replace(decision, replacements=kept, refused=(*decision.refused, *refused), blocks=blocks)
 
 
 def rewrite_onnx(

@@ -24,13 +24,13 @@ from rewriter.capture.torch_export import TorchCapture, capture
 from rewriter.decision import Decision, Stopwatch, decide, is_causal, report, rows
 from rewriter.errors import NothingToRewrite, UnsupportedModel, UsageError, VerificationFailed
 from rewriter.install.call_record import CallRecord, record_calls
-from rewriter.install.expert_mixing import install_experts, prove_experts
+from rewriter.install.expert_mixing import install_blocks, prove_blocks
 from rewriter.install.huggingface import apply_knob, knob_applies
 from rewriter.install.kept import Kept, noted
 from rewriter.install.kernel_choice import choose_kernels
 from rewriter.install.mixer import MixerParameters
 from rewriter.install.repeated_heads import keep_forwards
-from rewriter.install.token_mixing import Recorded, install_mixing
+from rewriter.install.token_mixing import Recorded, drop_unread_positions, install_mixing
 from rewriter.install.torch_module import install
 from rewriter.placement import device_of, moved, on_processor
 from rewriter.report.rewrite_report import RewriteReport
@@ -119,12 +119,13 @@ def _rewritten(
         site_rows = {r.name: r for r in rows(captured.flow, matches, decision.replacements)}
     original = run(module, args, kwargs) if verify else None
     with watch.stage("install"):
-        blocks, unproved = prove_experts(module, captured.flow, decision.blocks.replacements, args, kwargs)
+        blocks, unproved = prove_blocks(module, captured.flow, decision.blocks.replacements, args, kwargs)
         decision = replace(
             decision, blocks=decision.blocks.without(unproved), refused=(*decision.refused, *unproved.items())
         )
         decision, kept = _install(module, captured.flow, decision, args, kwargs)
-        install_experts(module, blocks)
+        install_blocks(module, blocks)
+        drop_unread_positions(module)
     fidelity = None
     if verify:
         with watch.stage("verify"):
@@ -254,11 +255,12 @@ def _mix_one(module: torch.nn.Module, flow: Flow, group: _Owned, records: Mappin
     assert first.mixing is not None and first.site.merged is not None
     around = first.around
     shape = flow.shape(around.input)
-    seen = (around.by_token(flow.value(v), shape) for v in (around.input, around.output, first.site.merged))
-    out = _output_module(flow, first)
-    install_mixing(
-        module, group.path, first.mixing, first.tensors, records, Recorded(*seen), heads=first.site.heads, out=out
+    hidden, output, merged = (
+        around.by_token(flow.value(v), shape) for v in (around.input, around.output, first.site.merged)
     )
+    seen = Recorded(hidden, output, merged, first.shown)
+    out = _output_module(flow, first)
+    install_mixing(module, group.path, first.mixing, first.tensors, records, seen, heads=first.site.heads, out=out)
 
 
 def _install_one(module: torch.nn.Module, flow: Flow, group: _Owned, records: Mapping[str, CallRecord]) -> None:

@@ -6,22 +6,36 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from codegen.conditional import ConditionalAttention
 from codegen.launch import fourier_op
+from codegen.ops.conditional_attention.torch_body import conditional_attention
 from codegen.ops.gated_attention.torch_body import gated_attention
 from codegen.ops.linear_mixing.torch_body import linear_mixing
 from codegen.ops.mixed_chunk_attention.torch_body import mixed_chunk_attention
 from codegen.spec import GatedAttention, LinearMixing, MixedChunkAttention, TokenMixing
 
 
-def mix(spec: TokenMixing, x: Tensor, parameters: Mapping[str, Tensor], *, kernels: str = "auto") -> Tensor:
+def mix(
+    spec: TokenMixing,
+    x: Tensor,
+    parameters: Mapping[str, Tensor],
+    *,
+    kernels: str = "auto",
+    shown: Tensor | None = None,
+    soft: bool = False,
+) -> Tensor:
     """[B, S, hidden] of x [B, S, hidden] and the spec's parameters, in x's dtype; for `kernels` see `fourier_op.mix`.
 
-    Linear mixing is two matrix products, which no kernel of ours does better than torch; gated units have none either.
+    Linear mixing is two matrix products, which no kernel of ours does better than torch; gated units have none either,
+    nor has conditional attention, which alone heeds `shown` (bool [B, S], False for padding) and `soft` (routing as in
+    training).
 
     Raises:
         NotLegal: kernels is "cpp", "triton" or "cuda", and the spec is one of Fourier mixing that has no such kernel.
         ValueError: operands that contradict the spec.
     """
+    if isinstance(spec, ConditionalAttention):
+        return conditional_attention(spec, x, shown, soft=soft, **parameters)
     if isinstance(spec, LinearMixing):
         return linear_mixing(spec, x, **parameters)
     if isinstance(spec, GatedAttention):

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from codegen.conditional import ConditionalAttention, Router
+from codegen.ops.conditional_attention.reference import conditional_attention
 from codegen.ops.fourier_mixing.reference import fourier_mixing
 from codegen.ops.gated_attention import reference as unit
 from codegen.ops.linear_mixing.reference import linear_mixing
@@ -27,12 +29,19 @@ from codegen.spec import (
 )
 
 
-def token_mixing(spec: TokenMixing, x: NDArray[Any], **parameters: NDArray[Any]) -> NDArray[np.float64]:
+def token_mixing(
+    spec: TokenMixing, x: NDArray[Any], shown: NDArray[np.bool_] | None = None, **parameters: NDArray[Any]
+) -> NDArray[np.float64]:
     """The oracle: [B, S, hidden] of x [B, S, hidden] and the spec's parameters.
+
+    Args:
+        shown: [B, S], False for padding, which conditional attention alone heeds.
 
     Raises:
         ValueError: if operands contradict the spec.
     """
+    if isinstance(spec, ConditionalAttention):
+        return conditional_attention(spec, x, shown, soft=False, **parameters)
     if isinstance(spec, LinearMixing):
         return linear_mixing(spec, x, **parameters)
     if isinstance(spec, GatedAttention):
@@ -58,6 +67,8 @@ def from_json(fields: Mapping[str, Any]) -> TokenMixing:
     """What `to_json` wrote; raises TypeError or ValueError if it is broken."""
     if "structure" in fields:
         return LinearMixing(**{**fields, "structure": Structure(fields["structure"])})
+    if "light_heads" in fields:
+        return ConditionalAttention(**{**fields, **{n: Router(**fields[n]) for n in ("queries", "keys")}})
     if "expanded" in fields:
         return _unit(dict(fields))
     return FourierMixing(**fields)

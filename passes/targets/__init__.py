@@ -1,6 +1,9 @@
 """Targets: one file per destination, what it accepts and how it transforms weights."""
 
 from passes.targets.auto import Auto
+from passes.targets.colt5 import Colt5
+from passes.targets.conditional_attention import ConditionalHeads
+from passes.targets.conditional_feed_forward import ConditionalBlocks
 from passes.targets.experts import Experts
 from passes.targets.fourier import Fourier
 from passes.targets.gated_unit import GatedUnit
@@ -12,6 +15,9 @@ from passes.targets.sparse_mixer import SparseMixer
 
 __all__ = [
     "Auto",
+    "Colt5",
+    "ConditionalBlocks",
+    "ConditionalHeads",
     "Experts",
     "Fourier",
     "GatedUnit",

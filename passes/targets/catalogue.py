@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from codegen.spec import FeatureMap, Structure
 from passes.targets.auto import Auto
+from passes.targets.colt5 import EVERY, Colt5, colt5
+from passes.targets.conditional_attention import ConditionalHeads
 from passes.targets.fourier import HYBRID, Fourier
 from passes.targets.gated_unit import CHUNK, GatedUnit
 from passes.targets.grouped_query import GroupedQuery
@@ -17,13 +19,16 @@ from passes.targets.linear_mixing import LONGEST, NAMES, LinearMixer
 from passes.targets.sparse import FORMS, SparseFixed, SparseStrided, Window
 from passes.targets.sparse_mixer import SparseMixer, sparse_mixer
 
-Mixer = Fourier | LinearMixer | GatedUnit
+Mixer = Fourier | LinearMixer | GatedUnit | ConditionalHeads
 """Targets of which one computation takes the place of an attention with all its projections."""
 
 AttentionTarget = GroupedQuery | Mixer | Window | SparseFixed | SparseStrided | LinearHeads
 """What an attention can become."""
 
-Target = AttentionTarget | SparseMixer
+Layered = SparseMixer | Colt5
+"""Targets for attentions and feed-forward blocks together."""
+
+Target = AttentionTarget | Layered
 """Every kind of target there is."""
 
 
@@ -97,6 +102,12 @@ def _parse_flash(name: str) -> Target | None:
     return GatedUnit("flash", chunk) if chunk else None
 
 
+def _parse_colt5(name: str) -> Target | None:
+    found = re.fullmatch(r"colt5(?::(\d{1,6}))?", name)
+    every = int(found.group(1) or EVERY) if found else 0
+    return colt5(every) if every else None
+
+
 def _parse_window(name: str) -> Target | None:
     return _made(Window, "window", name, 2)
 
@@ -138,7 +149,7 @@ def _parse_auto(name: str) -> Auto | None:
     candidates: list[AttentionTarget] = []
     for part in found.group(1).split("+") if found.group(1) else []:
         candidate = find(part)
-        if candidate is None or isinstance(candidate, (Auto, SparseMixer, LinearHeads)):
+        if candidate is None or isinstance(candidate, (Auto, Layered, LinearHeads)):
             return None
         candidates.append(candidate)
     return Auto(candidates=tuple(candidates))
@@ -224,6 +235,15 @@ CATALOGUE: tuple[Entry, ...] = (
         "as sparse-mixer; a quarter of the blocks' work",
         "as sparse-mixer",
         _parse_sparse_mixer(fast=True),
+    ),
+    Entry(
+        "colt5[:n]",
+        "light branches for all tokens, heavy ones for one in n that routers choose (n = 16)",
+        "arXiv 2303.09752",
+        "encoders' attentions (light heads near, heavy heads between routed tokens) and feed-forward blocks (half as "
+        "wide, all of it for routed tokens); cross-attention as mqa",
+        "encoder attention without rotation, biases by distance in buckets; pre-trained so or uptrained: " + _STRUCTURE,
+        _parse_colt5,
     ),
     Entry(
         "gau",

@@ -20,11 +20,11 @@ from typing import Literal
 
 import numpy as np
 
-from codegen.ops.activation.reference import activate
-from codegen.ops.mixture_of_experts.reference import mixture_of_experts, routed_gates
-from codegen.spec import Activation, MixtureOfExperts, Routing
+from codegen.ops.mixture_of_experts.reference import routed_gates
+from codegen.spec import MixtureOfExperts, Routing
 from passes.dataflow import Array, Flow
 from passes.feed_forward_site import FeedForwardSite
+from passes.targets.block import ACTIVATIONS, BlockReplacement, Surroundings
 from passes.weights.experts import (
     DenseBlock,
     Products,
@@ -33,19 +33,9 @@ from passes.weights.experts import (
     copies,
     dense_block,
     fitted_router,
+    hidden_layer,
     split,
 )
-
-ACTIVATIONS: Mapping[str, Activation] = {
-    "relu": Activation.RELU,
-    "relu2": Activation.RELU_SQUARED,
-    "gelu": Activation.GELU,
-    "gelu_tanh": Activation.GELU_TANH,
-    "gelu_quick": Activation.QUICK_GELU,
-    "silu": Activation.SILU,
-    "tanh": Activation.TANH,
-}
-"""What experts can apply, by the names of `passes.nonlinearities`."""
 
 WARMTHS = (1.0, 0.3, 0.1, 0.03)
 """What a fitted router's logits may be multiplied by. A cool router says who is served as a warm one does, and weighs
@@ -53,27 +43,6 @@ experts more evenly."""
 
 PROFILE_TOKENS = 512
 """Calibration tokens by whose hidden features clusters are found."""
-
-
-@dataclass(frozen=True)
-class BlockReplacement:
-    """A feed-forward site's mixture of experts.
-
-    Attributes:
-        exact: whether the mixture computes what the block did, up to rounding.
-        tensors: parameters by the names of `MixtureOfExperts.shapes`, float32.
-        before, after: short descriptions, e.g. ``"ffn3072"`` and ``"moe16"``.
-        merge: how experts were made: "split", "split, fitted" or "copies".
-    """
-
-    site: FeedForwardSite
-    spec: MixtureOfExperts
-    tensors: Mapping[str, Array]
-    before: str
-    after: str
-    merge: str
-    exact: bool = False
-    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -108,9 +77,9 @@ class Experts:
         start = (len(sites) - self.middle) // 2
         return tuple(sites[start : start + self.middle])
 
-    def refuses(self, site: FeedForwardSite, *, causal: bool) -> str | None:
+    def refuses(self, site: FeedForwardSite, around: Surroundings) -> str | None:
         """Why this block stays dense."""
-        if causal:
+        if around.causal_model:
             return "the model is causal, and who is served depends on later tokens"
         if site.activation.name not in ACTIVATIONS:
             return f"no expert applies its activation ({site.activation.name or 'one without a name'})"
@@ -136,7 +105,7 @@ class Experts:
             bias=block.down_bias is not None,
         )
 
-    def transform(self, flow: Flow, site: FeedForwardSite) -> BlockReplacement:
+    def transform(self, flow: Flow, site: FeedForwardSite, around: Surroundings) -> BlockReplacement:
         """Without data: clusters by the weights (MoEfication's parameter clustering), a router that points at them."""
         block = dense_block(flow, site)
         scale = np.full(self.experts, float(self.experts))
@@ -146,13 +115,13 @@ class Experts:
         tensors = split(block, balanced_clusters(weights.T, self.experts), scale)
         return self._replacement(site, block, tensors, "split", ())
 
-    def fitted(self, flow: Flow, site: FeedForwardSite, x: Array) -> BlockReplacement:
+    def fitted(self, flow: Flow, site: FeedForwardSite, around: Surroundings, x: Array) -> BlockReplacement:
         """By the block's hidden states x [N, width] on calibration data."""
         if self.method == "copies" or self.work == 1:
-            return self.transform(flow, site)
+            return self.transform(flow, site, around)
         block = dense_block(flow, site)
         kind = ACTIVATIONS[site.activation.name or ""]
-        hidden = _hidden(block, kind, x)
+        hidden = hidden_layer(block, kind, x)
         profile = np.abs(hidden[:: max(1, len(x) // PROFILE_TOKENS)])
         clusters = balanced_clusters(profile.T, self.experts)
         outputs = np.stack([hidden[:, members] @ block.down[members] for members in clusters])
@@ -196,23 +165,3 @@ class Experts:
 def _softmax(logits: Array) -> Array:
     raised = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
     return np.asarray(raised / raised.sum(axis=1, keepdims=True))
-
-
-def _hidden(block: DenseBlock, kind: Activation, x: Array) -> Array:
-    """[N, F], float32."""
-    wide = np.asarray(x, dtype=np.float32)
-    up = wide @ block.up + (0 if block.up_bias is None else block.up_bias)
-    if block.gate is None:
-        return np.asarray(activate(kind, up), dtype=np.float32)
-    gate = wide @ block.gate + (0 if block.gate_bias is None else block.gate_bias)
-    return np.asarray(activate(kind, gate) * up, dtype=np.float32)
-
-
-def block_error(flow: Flow, replacement: BlockReplacement) -> tuple[float, float]:
-    """(error, floor): relative root-mean-square error of the block's output on the recording, and of zeros."""
-    site = replacement.site
-    reference = np.asarray(flow.value(site.output), dtype=np.float64).reshape(-1, site.width)
-    x = np.asarray(flow.value(site.up.projection.input), dtype=np.float64).reshape(1, -1, site.width)
-    got = mixture_of_experts(replacement.spec, x, **replacement.tensors).output[0]
-    size = max(float(np.linalg.norm(reference)), 1e-30)
-    return float(np.linalg.norm(got - reference)) / size, 1.0

@@ -23,9 +23,9 @@ from passes.dataflow import Array, Flow
 from passes.match.attention import Evidence
 from passes.site import AttentionSite
 from passes.sublayer import Sublayer, sublayer
-from passes.targets.misfit import Misfit
 from passes.targets.mixing import Fit, Fitting, mixed, on_top, refusal, told
 from passes.targets.replacement import Replacement
+from passes.targets.whole import Whole
 from passes.weights.diagonal import DiagonalFit, DiagonalSums
 
 HYBRID = 2
@@ -33,7 +33,7 @@ HYBRID = 2
 
 
 @dataclass(frozen=True)
-class Fourier:
+class Fourier(Whole):
     """Mix tokens by a transform without parameters.
 
     Attributes:
@@ -57,14 +57,6 @@ class Fourier:
         """Why this site cannot be mixed, as far as its description tells; `transform` may find more."""
         return refusal(site)
 
-    def misfit(self, site: AttentionSite) -> Misfit | None:
-        """There is no number that could be wrong."""
-        return None
-
-    def idle(self, site: AttentionSite) -> str | None:
-        """An attention always has something to replace."""
-        return None
-
     def keeps(self, sites: Sequence[AttentionSite]) -> dict[str, str]:
         """The top attentions of each stack: sites whose names differ in nothing but numbers."""
         return {s.name: f"it stays: {self.name} keeps the top {self.keep} attentions" for s in on_top(sites, self.keep)}
@@ -76,9 +68,9 @@ class Fourier:
         around = sublayer(flow, site, evidence)
         return mixed(site, around, FourierMixing(around.hidden, hartley=self.hartley), {}, self._after, "none", ())
 
-    def fitting(self, hidden: int, flow: Flow, site: AttentionSite, around: Sublayer) -> Fitting:
-        """Fits a factor and a constant for each of `hidden` features."""
-        return _Scales(FourierMixing(hidden, hartley=self.hartley))
+    def fitting(self, flow: Flow, site: AttentionSite, evidence: Evidence, around: Sublayer) -> Fitting:
+        """Fits a factor and a constant for each feature."""
+        return _Scales(FourierMixing(around.hidden, hartley=self.hartley))
 
     def fitted(self, flow: Flow, site: AttentionSite, evidence: Evidence, fit: Fit) -> Replacement:
         """The transform with what was fitted. Raises NoSublayer as `transform`."""
@@ -99,7 +91,7 @@ class _Scales:
     spec: FourierMixing
     sums: DiagonalSums = field(default_factory=DiagonalSums)
 
-    def prepare(self, hidden: Array) -> Array:
+    def prepare(self, hidden: Array, shown: Array) -> Array:
         return fourier_mixing(self.spec, hidden)
 
     def add(self, prepared: Array, output: Array, asking: Array) -> None:

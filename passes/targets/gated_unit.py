@@ -25,9 +25,9 @@ from passes.dataflow import Array, Flow
 from passes.match.attention import Evidence
 from passes.site import AttentionSite
 from passes.sublayer import NoSublayer, Sublayer, sublayer
-from passes.targets.misfit import Misfit
 from passes.targets.mixing import Fit, Fitting, mixed, refusal, told
 from passes.targets.replacement import Replacement
+from passes.targets.whole import Whole
 from passes.weights.gated import attention_unit, chunked, harmonic_profile, mean_score_map, score_subspace
 from passes.weights.projection import site_weights
 from passes.weights.unit_refit import OutputSums
@@ -42,7 +42,7 @@ Form = Literal["gau", "flash-quad", "flash"]
 
 
 @dataclass(frozen=True)
-class GatedUnit:
+class GatedUnit(Whole):
     """One gated attention unit for each attention.
 
     Attributes:
@@ -64,18 +64,6 @@ class GatedUnit:
     def refuses(self, site: AttentionSite) -> str | None:
         """Why this site cannot become a unit, as far as its description tells; `transform` may find more."""
         return refusal(site, causal=True)
-
-    def misfit(self, site: AttentionSite) -> Misfit | None:
-        """There is no number that could be wrong."""
-        return None
-
-    def idle(self, site: AttentionSite) -> str | None:
-        """An attention always has something to replace."""
-        return None
-
-    def keeps(self, sites: Sequence[AttentionSite]) -> dict[str, str]:
-        """None."""
-        return {}
 
     def spec(self, site: AttentionSite, around: Sublayer) -> GatedAttention | MixedChunkAttention:
         """As wide as the heads' values together."""
@@ -106,7 +94,7 @@ class GatedUnit:
         tensors, kept = self._initial(flow, site, around)
         return self._replacement(site, around, tensors, "initialised", (_kept(kept),))
 
-    def fitting(self, hidden: int, flow: Flow, site: AttentionSite, around: Sublayer) -> Fitting:
+    def fitting(self, flow: Flow, site: AttentionSite, evidence: Evidence, around: Sublayer) -> Fitting:
         """Refits the output projection. Raises NoSublayer as `transform`."""
         tensors, kept = self._initial(flow, site, around)
         return _Refit(self.spec(site, around), tensors, kept)
@@ -169,7 +157,7 @@ class _Refit:
     kept: float
     sums: OutputSums = field(default_factory=OutputSums)
 
-    def prepare(self, hidden: Array) -> Array:
+    def prepare(self, hidden: Array, shown: Array) -> Array:
         return before_output(self.spec, hidden, self.tensors)
 
     def add(self, prepared: Array, output: Array, asking: Array) -> None:

@@ -24,15 +24,15 @@ from passes.dataflow import Array, Flow
 from passes.match.attention import Evidence
 from passes.site import AttentionSite
 from passes.targets.grouped_query import describe
-from passes.targets.misfit import Misfit
 from passes.targets.replacement import Replacement
+from passes.targets.whole import Whole
 
 CHUNK = 64
 FAR = 10 * 2 / 64
 
 
 @dataclass(frozen=True)
-class LinearHeads:
+class LinearHeads(Whole):
     """Softmax within a query's chunk and its neighbours, features beyond.
 
     Attributes:
@@ -63,18 +63,6 @@ class LinearHeads:
         if not _scale(site) > 0:
             return "its scores have no positive scale"
         return None
-
-    def misfit(self, site: AttentionSite) -> Misfit | None:
-        """Features fit any number of heads."""
-        return None
-
-    def idle(self, site: AttentionSite) -> str | None:
-        """A site always has keys beyond: lengths are open."""
-        return None
-
-    def keeps(self, sites: Sequence[AttentionSite]) -> dict[str, str]:
-        """No site is left as it is by definition."""
-        return {}
 
     def spec(self, site: AttentionSite) -> Spec:
         """The site's heads, with all of the scale behind the projections."""

@@ -21,9 +21,9 @@ from passes.dataflow import Array, Flow
 from passes.match.attention import Evidence
 from passes.site import AttentionSite
 from passes.sublayer import NoSublayer, Sublayer, sublayer
-from passes.targets.misfit import Misfit
 from passes.targets.mixing import Fit, Fitting, mixed, on_top, refusal, told
 from passes.targets.replacement import Replacement
+from passes.targets.whole import Whole
 from passes.weights.matrices import MatrixFitting
 
 LONGEST = 512
@@ -36,7 +36,7 @@ NAMES = {Structure.DENSE: "linear-mixer", Structure.CIRCULANT: "circulant", Stru
 
 
 @dataclass(frozen=True)
-class LinearMixer:
+class LinearMixer(Whole):
     """Mix tokens and features by matrices.
 
     Attributes:
@@ -61,14 +61,6 @@ class LinearMixer:
         """Why this site cannot be mixed, as far as its description tells; `transform` may find more."""
         return refusal(site)
 
-    def misfit(self, site: AttentionSite) -> Misfit | None:
-        """A length that is too short depends on what is fed, and is told by `transform`."""
-        return None
-
-    def idle(self, site: AttentionSite) -> str | None:
-        """An attention always has something to replace."""
-        return None
-
     def keeps(self, sites: Sequence[AttentionSite]) -> dict[str, str]:
         """The top attentions of each stack."""
         return {s.name: f"it stays: the top {self.keep} attentions do" for s in on_top(sites, self.keep)}
@@ -88,9 +80,9 @@ class LinearMixer:
         tensors = {n: (DEVIATION * draw.standard_normal(shape)).astype(np.float32) for n, shape in spec.shapes.items()}
         return mixed(site, around, spec, tensors, self.name, "initialised", (f"for up to {self.tokens} tokens",))
 
-    def fitting(self, hidden: int, flow: Flow, site: AttentionSite, around: Sublayer) -> Fitting:
-        """Fits both matrices and a constant, for `hidden` features."""
-        return _Matrices(LinearMixing(hidden, self.tokens, self.structure, bias=True), self)
+    def fitting(self, flow: Flow, site: AttentionSite, evidence: Evidence, around: Sublayer) -> Fitting:
+        """Fits both matrices and a constant."""
+        return _Matrices(LinearMixing(around.hidden, self.tokens, self.structure, bias=True), self)
 
     def fitted(self, flow: Flow, site: AttentionSite, evidence: Evidence, fit: Fit) -> Replacement:
         """The fitted matrices. Raises NoSublayer as `transform`."""
@@ -108,7 +100,7 @@ class _Matrices(MatrixFitting):
         super().__init__(spec)
         self.target = target
 
-    def prepare(self, hidden: Array) -> Array:
+    def prepare(self, hidden: Array, shown: Array) -> Array:
         _require_short(self.target, hidden.shape[1])
         return hidden
 

@@ -39,8 +39,9 @@ class Fit(Protocol):
 class Fitting(Protocol):
     """Collects batches, then fits."""
 
-    def prepare(self, hidden: Array) -> Array:
-        """What `add` and `Fit.output` work on, of hidden states [B, S, E]; raises NoSublayer if it takes none such."""
+    def prepare(self, hidden: Array, shown: Array) -> Array:
+        """What `add` and `Fit.output` work on, of hidden states [B, S, E] and [B, S] which tokens are no padding;
+        raises NoSublayer if it takes none such."""
 
     def add(self, prepared: Array, output: Array, asking: Array) -> None:
         """[B, S, E] that the attention gave, and [B, S] which tokens are no padding."""

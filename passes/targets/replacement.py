@@ -27,10 +27,11 @@ class Replacement:
         exact: True if the new mixer equals the old one up to rounding.
         before, after: short descriptions, e.g. ``"mha12"`` and ``"gqa4"``.
         merge: how heads became one: "mean", "aligned" or "joint"; for mixing how its result was fitted to the
-            attention's: "none", "initialised", "diagonal" or "matrices". "none" too where only what
-            queries see changes.
+            attention's: "none", "initialised", "diagonal", "matrices" or "output", for light and heavy heads
+            "selected" or "fitted". "none" too where only what queries see changes.
         notes: what was done otherwise than `merge` says, and why.
         sublayer: for mixing what it takes the place of.
+        shown: for conditional attention bool [B, S], the recorded tokens that are no padding.
     """
 
     site: AttentionSite
@@ -42,6 +43,7 @@ class Replacement:
     merge: str = "mean"
     notes: tuple[str, ...] = ()
     sublayer: Sublayer | None = None
+    shown: Array | None = None
 
     @property
     def grouped(self) -> GroupedQueryAttention:

@@ -22,8 +22,8 @@ from passes.dataflow import Flow
 from passes.match.attention import Evidence
 from passes.site import AttentionSite
 from passes.targets.grouped_query import describe, specification
-from passes.targets.misfit import Misfit
 from passes.targets.replacement import Replacement
+from passes.targets.whole import Whole
 
 Form = Literal["merged", "alternating", "heads"]
 """How a pattern's two parts are assigned: each head sees both; layers see the local one (even layers) and the other one
@@ -33,7 +33,7 @@ FORMS: tuple[Form, ...] = get_args(Form)
 
 
 @dataclass(frozen=True)
-class Sparse:
+class Sparse(Whole):
     """What sparse targets have in common; `sights` is a kind's own."""
 
     @property
@@ -56,18 +56,6 @@ class Sparse:
             return "it is one module with an earlier layer, so that they cannot take turns"
         softcaps = [i for i, m in enumerate(site.modifiers) if m.kind == "softcap"]
         return "a softcap follows a mask or bias on the scores" if softcaps and softcaps != [0] else None
-
-    def misfit(self, site: AttentionSite) -> Misfit | None:
-        """A pattern fits any number of heads."""
-        return None
-
-    def idle(self, site: AttentionSite) -> str | None:
-        """A site always has keys to lose: lengths are open."""
-        return None
-
-    def keeps(self, sites: Sequence[AttentionSite]) -> dict[str, str]:
-        """No site is left as it is by definition."""
-        return {}
 
     def transform(
         self, flow: Flow, site: AttentionSite, evidence: Evidence, sharing: Sequence[AttentionSite] = ()

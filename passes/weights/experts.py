@@ -16,6 +16,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from codegen.activation import Activation
+from codegen.ops.activation.reference import activate
 from passes.dataflow import Array, Flow
 from passes.feed_forward_site import FeedForwardSite, HiddenInput
 
@@ -64,6 +66,16 @@ def _factor(flow: Flow, part: HiddenInput) -> tuple[Array, Array | None]:
     positions = projection.bias_positions(part.columns)
     bias = flow.value(projection.bias).astype(np.float32).reshape(-1)
     return weight, np.where(positions < 0, np.float32(0), bias[positions])
+
+
+def hidden_layer(block: DenseBlock, kind: Activation, x: Array) -> Array:
+    """[N, F] of hidden states x [N, H], float32."""
+    wide = np.asarray(x, dtype=np.float32)
+    up = wide @ block.up + (0 if block.up_bias is None else block.up_bias)
+    if block.gate is None:
+        return np.asarray(activate(kind, up), dtype=np.float32)
+    gate = wide @ block.gate + (0 if block.gate_bias is None else block.gate_bias)
+    return np.asarray(activate(kind, gate) * up, dtype=np.float32)
 
 
 def balanced_clusters(profiles: Array, count: int, rounds: int = 8) -> Array:

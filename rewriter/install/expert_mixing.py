@@ -1,8 +1,8 @@
-"""The module door for experts: a feed-forward block's module is replaced once it is proved to be the block.
+"""The module door for blocks: a feed-forward block's module is replaced once it is proved to be the block.
 
 Proof is by recorded values, before anything is replaced. A module that reads the block's input and answers its output
 is the block. Where the block is two modules, one that answers the hidden layer and one that projects it (as in BERT),
-the experts stand in the place of the first and nothing in that of the second.
+experts, or a light and a heavy branch, stand in the place of the first and nothing in that of the second.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from codegen.conditional import ConditionalFeedForward
 from passes.dataflow import Array, Flow, Value
-from passes.targets.experts import BlockReplacement
+from passes.targets.block import BlockReplacement
 from rewriter.errors import UnsupportedModel
 from rewriter.install.call_record import CallRecord, record_calls
+from rewriter.install.conditional_block import ConditionalBlock
 from rewriter.install.expert_mixer import ExpertMixer, parameters_like
 from rewriter.install.reproduction import TOLERANCE
 from rewriter.install.token_mixer import Absorbed
@@ -29,10 +31,10 @@ NO_MODULE = "no module of its own computes it"
 
 @dataclass(frozen=True)
 class Proved:
-    """Where one block's experts go.
+    """Where what replaces one block goes.
 
     Attributes:
-        path: of the module whose place they take.
+        path: of the module whose place it takes.
         projection: path of the output projection's module where that lies outside, else None.
     """
 
@@ -41,7 +43,7 @@ class Proved:
     projection: str | None
 
 
-def prove_experts(
+def prove_blocks(
     model: nn.Module,
     flow: Flow,
     replacements: Sequence[BlockReplacement],
@@ -65,17 +67,22 @@ def prove_experts(
     return proved, failed
 
 
-def install_experts(model: nn.Module, proved: Sequence[Proved]) -> None:
-    """Put every mixture where it was proved to belong."""
+def install_blocks(model: nn.Module, proved: Sequence[Proved]) -> None:
+    """Put every new module where it was proved to belong."""
     for one in proved:
         original = model.get_submodule(one.path)
         like = next(original.parameters(), None)
         if like is None:
             raise UnsupportedModel(f"{one.path} holds no parameters of its own")
-        tensors = parameters_like(one.replacement.tensors, like)
-        place(model, one.path, ExpertMixer(one.replacement.spec, tensors))
+        place(model, one.path, _module(one.replacement, parameters_like(one.replacement.tensors, like)))
         if one.projection is not None:
             place(model, one.projection, Absorbed())
+
+
+def _module(replacement: BlockReplacement, parameters: Mapping[str, nn.Parameter]) -> ExpertMixer | ConditionalBlock:
+    if isinstance(replacement.spec, ConditionalFeedForward):
+        return ConditionalBlock(replacement.spec, parameters, batch_first=replacement.batch_first)
+    return ExpertMixer(replacement.spec, parameters)
 
 
 def _paths(model: nn.Module, flow: Flow, replacement: BlockReplacement) -> tuple[str | None, str | None, str | None]:

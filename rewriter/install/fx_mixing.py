@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import Node as FxNode
 
+from codegen.conditional import ConditionalAttention
 from codegen.spec import (
     FourierMixing,
     GatedAttention,
@@ -39,6 +40,8 @@ def plan_mixing(editor: Editor, replacement: Replacement) -> MixPlan:
         raise UnsupportedModel(
             "gated attention units are not written into graphs", hint="rewrite the module, or an .onnx file"
         )
+    if isinstance(replacement.spec, ConditionalAttention):
+        raise UnsupportedModel("conditional attention is not written into graphs", hint="rewrite the module")
     for value in (replacement.around.input, replacement.around.output):
         editor.node(value)
     return MixPlan(replacement)

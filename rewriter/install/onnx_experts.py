@@ -8,8 +8,9 @@ from typing import Protocol
 import onnx_ir as ir
 
 from codegen.ops.mixture_of_experts.onnx_body import DOMAIN, attributes, function, function_name, stored_as
+from codegen.spec import MixtureOfExperts
 from passes.dataflow import Value
-from passes.targets.experts import BlockReplacement
+from passes.targets.block import BlockReplacement
 from rewriter.capture.onnx_file import OnnxCapture
 from rewriter.onnx_nodes import NodeWriter
 
@@ -40,6 +41,7 @@ class ExpertWriter:
     def install(self, replacement: BlockReplacement) -> ir.Node:
         """Put the mixture in the place of the block's output; returns the node that gave it, now unread."""
         editor, site, spec = self.editor, replacement.site, replacement.spec
+        assert isinstance(spec, MixtureOfExperts), "others were refused before anything was edited"
         name = Value(site.up.projection.input)
         x, output = editor.value(name), editor.value(site.output)
         producer = output.producer()

@@ -20,7 +20,7 @@ from codegen.ops.grouped_query_attention.onnx_body import DOMAIN, attributes, fu
 from codegen.ops.grouped_query_attention.onnx_tiles import functions
 from passes.dataflow import Array, Flow, Value
 from passes.site import AttentionSite, Modifier, Operand
-from passes.targets.experts import BlockReplacement
+from passes.targets.block import BlockReplacement
 from passes.targets.replacement import Replacement
 from passes.weights.projection import operand_bias, operand_weight
 from rewriter.capture.onnx_file import OnnxCapture

@@ -107,6 +107,7 @@ class Mixing:
         elif isinstance(spec, (GatedAttention, MixedChunkAttention)):
             return self._unit(nodes, replacement, spec, x, kind)
         else:
+            assert isinstance(spec, FourierMixing), "others were refused before anything was edited"
             body, described = function(spec, editor.opset), attributes(spec, kind)
             tables = [*self._features(spec, kind), *self._lengths(nodes, replacement.around, spec, x, kind)]
             stored = computed_in(kind)

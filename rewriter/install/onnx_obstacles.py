@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from codegen.conditional import ConditionalAttention, ConditionalFeedForward
 from codegen.sight import Pattern, Sight
 from passes.dataflow import Flow, Value
 from passes.site import AttentionSite, Operand
+from passes.targets.block import BlockReplacement
 from passes.targets.replacement import Replacement
 from rewriter.capture.onnx_file import OnnxCapture, unflattened
 from rewriter.install.onnx_linear import linear_obstacle
 
 _WRITABLE = frozenset({("bh", "s", "d"), ("b", "s", "hd")})
+MODULES = "is installed in torch modules only: rewrite the module the file was exported from"
 OLDEST_OPSET = 12
 HEADS_IN_BATCH = frozenset({("bh", "s", "d"), ("bh", "d", "s")})
 
@@ -25,6 +28,8 @@ def obstacle(capture: OnnxCapture, replacement: Replacement) -> str | None:
         )
     if replacement.linear is not None:
         return laid_otherwise(site) or linear_obstacle(capture, replacement)
+    if isinstance(replacement.spec, ConditionalAttention):
+        return f"conditional attention {MODULES}"
     if replacement.pattern:
         return _sparse_obstacle(capture, replacement)
     if replacement.mixing is not None:  # it has been seen to be a map of hidden states, and nothing is laid out anew
@@ -48,6 +53,13 @@ def obstacle(capture: OnnxCapture, replacement: Replacement) -> str | None:
         if not writable(axes) and not apart:
             return f"{what} laid out as {axes} cannot be rewritten"
     return _sinks_obstacle(capture, site)
+
+
+def block_obstacle(replacement: BlockReplacement) -> str | None:
+    """The same of a feed-forward block."""
+    if isinstance(replacement.spec, ConditionalFeedForward):
+        return f"a conditional block {MODULES}"
+    return None
 
 
 def _sinks_obstacle(capture: OnnxCapture, site: AttentionSite) -> str | None:

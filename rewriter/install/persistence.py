@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from rewriter.errors import InvalidModelFile, RewriteError, UsageError, first_line
-from rewriter.install import expert_mixer, huggingface, repeated_projection, token_mixer
+from rewriter.install import conditional_block, expert_mixer, huggingface, repeated_projection, token_mixer
+from rewriter.install.conditional_block import conditional_blocks
 from rewriter.install.expert_mixer import expert_mixers
 from rewriter.install.mixer import rebuild
 from rewriter.install.shared_cache import share, sharers
@@ -164,7 +165,7 @@ def _write(model: nn.Module, folder: Path, state_dict: Mapping[str, Tensor] | No
 def _write_weights_and_config(
     model: nn.Module, folder: Path, state_dict: Mapping[str, Tensor] | None, kwargs: Mapping[str, Any]
 ) -> None:
-    replaced = mixers(model) or token_mixers(model) or expert_mixers(model)
+    replaced = mixers(model) or token_mixers(model) or expert_mixers(model) or conditional_blocks(model)
     plain = not replaced and not repeated_projection.repeated(model)
     if huggingface.is_pretrained(model) and plain and huggingface.config_tells_all(model):
         model_class: Any = type(model)
@@ -182,6 +183,7 @@ def _manifest(model: nn.Module, weights: str, tied: Mapping[str, str]) -> dict[s
     owners: dict[str, Any] = {path: {"kind": "mixer", **m.describe()} for path, m in mixers(model).items()}
     owners |= {path: {"kind": "token mixer", **m.describe()} for path, m in token_mixers(model).items()}
     owners |= {path: {"kind": "experts", **m.describe()} for path, m in expert_mixers(model).items()}
+    owners |= {path: {"kind": "light and heavy", **m.describe()} for path, m in conditional_blocks(model).items()}
     owners |= {path: {"kind": "absorbed"} for path in absorbed(model)}
     for path, module in huggingface.turned(model).items():
         owners[path] = huggingface.describe(module)
@@ -384,6 +386,8 @@ def _rewrite(model: nn.Module, owners: Mapping[str, Any]) -> None:
             place(model, path, token_mixer.rebuild(description, original))
         elif description["kind"] == "experts":
             place(model, path, expert_mixer.rebuild(description, original))
+        elif description["kind"] == "light and heavy":
+            place(model, path, conditional_block.rebuild(description, original))
         else:
             details = {name: value for name, value in description.items() if name != "kind"}
             place(model, path, rebuild(details, original))

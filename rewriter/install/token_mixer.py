@@ -11,11 +11,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from codegen.conditional import ConditionalAttention
 from codegen.launch.mixing_op import mix
 from codegen.ops.token_mixing import from_json, to_json
 from codegen.spec import GatedAttention, MixedChunkAttention, TokenMixing
 from rewriter.install.mimicry import mimic_attributes
 from rewriter.install.mixer import stripped
+from rewriter.install.padding import shown_tokens
 from rewriter.install.protocol import Protocol
 from rewriter.install.unit_cache import resumed
 
@@ -23,8 +25,9 @@ from rewriter.install.unit_cache import resumed
 class TokenMixer(nn.Module):
     """A mix that is called and answers like the attention module it replaces.
 
-    Masks and score biases that a caller gives have no effect, as the mix has no scores: padded tokens take part. There
-    are no attention weights: where the original returned them there is None. In training mode nothing is dropped.
+    Masks and score biases that a caller gives have no effect, as the mix has no scores: padded tokens take part.
+    Conditional attention alone heeds padding, and routes softly in training mode. There are no attention weights: where
+    the original returned them there is None. In training mode nothing is dropped.
     """
 
     def __init__(
@@ -64,7 +67,7 @@ class TokenMixer(nn.Module):
         turned = hidden.dim() == 3 and not self.protocol.batch_first
         batched = x[None] if hidden.dim() == 2 else x.transpose(0, 1) if turned else x
         parameters: dict[str, Tensor] = {name: getattr(self, name) for name in self.spec.shapes}
-        mixed = self._mixed(batched, parameters, call.get("cache"))
+        mixed = self._mixed(batched, parameters, call)
         output = mixed[0] if hidden.dim() == 2 else mixed.transpose(0, 1) if turned else mixed
         output = output + hidden if self.protocol.adds_input else output
         output = output if self.output_norm is None else self.output_norm(output)
@@ -76,7 +79,11 @@ class TokenMixer(nn.Module):
     def _causal(self) -> bool:
         return isinstance(self.spec, (GatedAttention, MixedChunkAttention)) and self.spec.causal
 
-    def _mixed(self, x: Tensor, parameters: Mapping[str, Tensor], cache: Any) -> Tensor:
+    def _mixed(self, x: Tensor, parameters: Mapping[str, Tensor], call: Mapping[str, Any]) -> Tensor:
+        cache = call.get("cache")
+        if isinstance(self.spec, ConditionalAttention):
+            shown = shown_tokens(self.protocol, call, *x.shape[:2])
+            return mix(self.spec, x, parameters, shown=shown, soft=self.training)
         if cache is not None and isinstance(self.spec, (GatedAttention, MixedChunkAttention)):
             return resumed(self, self.spec, cache, x, parameters)
         return mix(self.spec, x, parameters, kernels=self.kernels)

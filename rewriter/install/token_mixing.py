@@ -9,6 +9,7 @@ nothing at the projection's, so that both together are the mix.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,10 +24,11 @@ from passes.dataflow import Array
 from rewriter.errors import UnsupportedModel
 from rewriter.install.call_record import CallRecord, evaluating, snapshot
 from rewriter.install.mixer import stripped
+from rewriter.install.padding import shown_tokens
 from rewriter.install.protocol import Protocol, read_protocol
 from rewriter.install.reproduction import HINT, TOLERANCE, disagreement
 from rewriter.install.tensors import owned_parameter
-from rewriter.install.token_mixer import Absorbed, TokenMixer, norms
+from rewriter.install.token_mixer import Absorbed, TokenMixer, norms, token_mixers
 from rewriter.install.torch_module import place
 
 
@@ -37,11 +39,13 @@ class Recorded:
     Attributes:
         hidden, output: its input and output, [B, S, E].
         merged: what the output projection reads, [B, S, F].
+        shown: bool [B, S], tokens that are no padding, for mixes that heed it.
     """
 
     hidden: Array
     output: Array
     merged: Array
+    shown: Array | None = None
 
 
 def install_mixing(
@@ -80,7 +84,8 @@ def install_mixing(
         _require(_is(answer, seen.merged, protocol), owner, "its answer is not the attention's")
         _require_next(_record(records, out), answer, seen.output, protocol, out)
     mixer = _built(original, spec, protocol, tensors, record, owner)
-    _check(mixer, record, seen.hidden, tensors, owner)
+    _require_same_padding(mixer, record, seen, owner)
+    _check(mixer, record, seen, tensors, owner)
     place(model, owner, mixer)
     if outside:
         assert out is not None
@@ -200,7 +205,34 @@ def _position(original: nn.Module, protocol: Protocol, record: CallRecord, owner
     return stripped(original)
 
 
-def _check(mixer: TokenMixer, record: CallRecord, hidden: Array, tensors: Mapping[str, Array], owner: str) -> None:
+def drop_unread_positions(model: nn.Module) -> None:
+    """Mixes hand on a score bias, which is as large as all scores, only where an attention of their stack is left."""
+    mixes = token_mixers(model)
+    mixed = tuple(f"{path}." for path in mixes)
+    attending = [
+        path
+        for path, module in model.named_modules()
+        if callable(getattr(module, "compute_bias", None)) and not path.startswith(mixed)
+    ]
+    for path, mixer in mixes.items():
+        stack = re.split(r"\.\d+\.", path, maxsplit=1)[0]
+        if mixer.position is not None and not any(p.startswith(f"{stack}.") for p in attending):
+            mixer.position = None
+
+
+def _require_same_padding(mixer: TokenMixer, record: CallRecord, seen: Recorded, owner: str) -> None:
+    """What the new module takes for padding must be what the matched attention hid."""
+    if seen.shown is None:
+        return
+    try:
+        read = shown_tokens(mixer.protocol, mixer.protocol.read(record.args, record.kwargs), *seen.shown.shape)
+    except TypeError as error:
+        raise UnsupportedModel(f"{owner}: {error}", hint=HINT) from error
+    theirs = torch.ones(seen.shown.shape, dtype=torch.bool) if read is None else read.cpu()
+    _require(bool((theirs.numpy() == seen.shown).all()), owner, "its masks are read otherwise than it reads them")
+
+
+def _check(mixer: TokenMixer, record: CallRecord, seen: Recorded, tensors: Mapping[str, Array], owner: str) -> None:
     """On the recorded call the new module must answer in the original's structure with what the oracle gives."""
     with torch.no_grad(), evaluating(mixer):
         ours = mixer(*map(snapshot, record.args), **{n: snapshot(v) for n, v in record.kwargs.items()})
@@ -209,7 +241,7 @@ def _check(mixer: TokenMixer, record: CallRecord, hidden: Array, tensors: Mappin
     stored = {n: p.detach().double().cpu().numpy() for n in tensors if (p := getattr(mixer, n)) is not None}
     given = record.arguments[mixer.protocol.name("hidden") or ""]
     with torch.no_grad(), evaluating(mixer):
-        expected = _laid(token_mixing(mixer.spec, hidden, **stored), given, mixer.protocol)
+        expected = _laid(token_mixing(mixer.spec, seen.hidden, seen.shown, **stored), given, mixer.protocol)
         expected = expected + given if mixer.protocol.adds_input else expected
         expected = expected if mixer.output_norm is None else mixer.output_norm(expected)
     overflown = not bool(expected.isfinite().all())  # of half precision, by the sum over a whole sequence

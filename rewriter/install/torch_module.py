@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from codegen.spec import GroupedQueryAttention, LinearAttention
 from rewriter.errors import UnsupportedModel
 from rewriter.install.call_record import CallRecord, evaluating, snapshot
+from rewriter.install.conditional_block import ConditionalBlock
 from rewriter.install.expert_mixer import ExpertMixer
 from rewriter.install.huggingface import guard_saving, keep_output_capture, move_dispatch_hook
 from rewriter.install.linear_term import LinearTerm
@@ -94,7 +95,9 @@ def _make_linear(
         raise UnsupportedModel(str(error), hint="Load Hugging Face models with attention on sdpa.") from error
 
 
-def place(model: nn.Module, owner: str, mixer: RewrittenMixer | TokenMixer | ExpertMixer | Absorbed) -> None:
+def place(
+    model: nn.Module, owner: str, mixer: RewrittenMixer | TokenMixer | ExpertMixer | ConditionalBlock | Absorbed
+) -> None:
     """Put `mixer` wherever `model.<owner>` stands, with its hooks, and keep surrounding code working."""
     original = _owned(model, owner)
     keep_output_capture(model, owner, mixer)

@@ -29,7 +29,10 @@ ATTENTION = ConditionalAttention(
 SPECS = [
     pytest.param(BLOCK, id="gated"),
     pytest.param(replace(BLOCK, gated=False, activation=Activation.RELU, router=Router(1.0)), id="plain-all-routed"),
+    pytest.param(replace(BLOCK, up_bias=True, down_bias=True), id="gated-with-biases"),
+    pytest.param(replace(BLOCK, gated=False, up_bias=True), id="plain-with-inner-biases"),
     pytest.param(ATTENTION, id="attention"),
+    pytest.param(replace(ATTENTION, bias=True, output_bias=True), id="attention-with-biases"),
     pytest.param(replace(ATTENTION, buckets=0, radius=0, scale=0.5), id="attention-without-bias"),
     pytest.param(replace(ATTENTION, radius=40, light_heads=2), id="attention-wider-than-long"),
 ]
@@ -140,7 +143,13 @@ def test_torch_computes_what_the_oracle_computes(spec: Conditional, soft: bool) 
         assert np.allclose(narrow.numpy(), expected(spec, x, held, shown, soft=soft), atol=1e-3)
 
 
-@pytest.mark.parametrize("spec", [pytest.param(BLOCK, id="feed-forward"), pytest.param(ATTENTION, id="attention")])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        pytest.param(replace(BLOCK, up_bias=True, down_bias=True), id="feed-forward"),
+        pytest.param(replace(ATTENTION, bias=True, output_bias=True), id="attention"),
+    ],
+)
 def test_what_the_comparison_would_notice(spec: Conditional) -> None:
     """Controls: each parameter, the mask and the kind of selection change the oracle by more than tolerances."""
     x, held = problem(spec, 16, torch.float64)

@@ -42,7 +42,8 @@ def conditional_attention(
     some = np.broadcast_to(_kept(spec, scores, seen, soft=soft)[:, None, :], near.shape)
     light = _branch(spec, "light", wide, wide, near, held)
     heavy = _branch(spec, "heavy", wide, key[..., None] * wide, some, held)
-    return light + query[..., None] * heavy
+    found = light + query[..., None] * heavy
+    return found + held["output_bias"] if spec.output_bias else found
 
 
 def _kept(spec: ConditionalAttention, scores: Float64, seen: NDArray[np.bool_], *, soft: bool) -> NDArray[np.bool_]:
@@ -65,6 +66,7 @@ def _branch(
 
     def projected(role: str, given: Float64) -> Float64:
         product = given @ held[f"{name}_{role}_weight"]
+        product = product + held.get(f"{name}_{role}_bias", 0.0)
         return product.reshape(*given.shape[:2], -1, spec.head_dim).transpose(0, 2, 1, 3)
 
     scores = spec.scale * projected("query", x) @ projected("key", source).swapaxes(2, 3)

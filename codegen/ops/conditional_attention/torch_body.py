@@ -51,12 +51,13 @@ def conditional_attention(
         bias = _bias(spec, keys.index[:, None, :] - queries.index[:, :, None], parameters["distances"])
         bias = bias[:, spec.light_heads :]
     attended = _attended(spec, query, key, value, visible, bias).transpose(1, 2).flatten(2)
-    return queries.add(light, attended @ parameters["heavy_output_weight"])
+    found = queries.add(light, attended @ parameters["heavy_output_weight"])
+    return found + parameters["output_bias"] if spec.output_bias else found
 
 
 def local_attention(spec: ConditionalAttention, x: Tensor, seen: Tensor, parameters: Parameters) -> Tensor:
     """[B, S, E]: the light branch. Each block of queries meets its own keys and those of both blocks beside it."""
-    tokens, block = x.shape[1], spec.block
+    tokens, block = x.shape[1], spec.block(x.shape[1])
     missing = -tokens % block
     query, key, value = (
         torch.unflatten(
@@ -84,7 +85,10 @@ def _beside(blocks: Tensor, dim: int = 2) -> Tensor:
 
 def _projected(spec: ConditionalAttention, name: str, x: Tensor, parameters: Parameters) -> Tensor:
     """[B, H, S, D]"""
-    return torch.unflatten(x @ parameters[f"{name}_weight"], -1, (-1, spec.head_dim)).transpose(1, 2)
+    product = x @ parameters[f"{name}_weight"]
+    bias = parameters.get(f"{name}_bias")
+    product = product if bias is None else product + bias
+    return torch.unflatten(product, -1, (-1, spec.head_dim)).transpose(1, 2)
 
 
 def _attended(

@@ -39,9 +39,9 @@ def conditional_feed_forward(
 
 
 def _branch(spec: ConditionalFeedForward, name: str, x: Float64, held: dict[str, Float64]) -> Float64:
-    up = x @ held[f"{name}_up_weight"]
-    if spec.gated:
-        inner = activate(spec.activation, x @ held[f"{name}_gate_weight"]) * up
-    else:
-        inner = activate(spec.activation, up)
-    return np.asarray(inner @ held[f"{name}_down_weight"])
+    def product(role: str, given: Float64) -> Float64:
+        return np.asarray(given @ held[f"{name}_{role}_weight"] + held.get(f"{name}_{role}_bias", 0.0))
+
+    up = product("up", x)
+    inner = activate(spec.activation, product("gate", x)) * up if spec.gated else activate(spec.activation, up)
+    return product("down", inner)

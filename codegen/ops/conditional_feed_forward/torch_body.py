@@ -36,9 +36,11 @@ def conditional_feed_forward(
 
 
 def _branch(spec: ConditionalFeedForward, name: str, x: Tensor, held: Mapping[str, Tensor]) -> Tensor:
-    up = x @ held[f"{name}_up_weight"]
-    if spec.gated:
-        inner = activate(spec.activation, x @ held[f"{name}_gate_weight"]) * up
-    else:
-        inner = activate(spec.activation, up)
-    return inner @ held[f"{name}_down_weight"]
+    def product(role: str, given: Tensor) -> Tensor:
+        bias = held.get(f"{name}_{role}_bias")
+        found = given @ held[f"{name}_{role}_weight"]
+        return found if bias is None else found + bias
+
+    up = product("up", x)
+    inner = activate(spec.activation, product("gate", x)) * up if spec.gated else activate(spec.activation, up)
+    return product("down", inner)

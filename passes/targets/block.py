@@ -1,0 +1,127 @@
+"""What targets for feed-forward blocks have in common: what they know of a block's surroundings, what they give.
+
+Shape legend: B batch, S tokens, H features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from codegen.activation import Activation
+from codegen.conditional import ConditionalFeedForward
+from codegen.ops.conditional_feed_forward.reference import conditional_feed_forward
+from codegen.ops.mixture_of_experts.reference import mixture_of_experts
+from codegen.spec import MixtureOfExperts
+from passes.dataflow import Array, Flow
+from passes.feed_forward_site import FeedForwardSite
+from passes.match.attention import Matches
+from passes.site import AttentionSite
+from passes.sublayer import token_order
+
+ACTIVATIONS: Mapping[str, Activation] = {
+    "relu": Activation.RELU,
+    "relu2": Activation.RELU_SQUARED,
+    "gelu": Activation.GELU,
+    "gelu_tanh": Activation.GELU_TANH,
+    "gelu_quick": Activation.QUICK_GELU,
+    "silu": Activation.SILU,
+    "tanh": Activation.TANH,
+}
+"""What such blocks can apply, by the names of `passes.nonlinearities`."""
+
+BlockSpec = MixtureOfExperts | ConditionalFeedForward
+"""Everything that can take a feed-forward block's place."""
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a block alone does not tell.
+
+    Attributes:
+        causal_model: some attention of the model hides later tokens.
+        causal: such an attention lies above this block, so that its tokens must not look at later ones; None where all
+            that lie above are not understood.
+        batch_first: whether hidden states are [B, S, H]; False for [S, B, H], None where they run otherwise.
+    """
+
+    causal_model: bool = False
+    causal: bool | None = False
+    batch_first: bool | None = True
+
+
+def surroundings(flow: Flow, matches: Matches, site: FeedForwardSite) -> Surroundings:
+    """By the attentions above the block; by the next one where there is none."""
+    above = {node.index for node in flow.ancestors(site.up.projection.input)}
+    own = sorted((s for s in matches.sites if not s.cross), key=lambda s: s.anchor)
+    near = [s for s in own if s.anchor in above]
+    unclear = not near and any(r.anchor in above for r in matches.refusals)
+    near = near or own[:1]
+    return Surroundings(
+        causal_model=any(s.causal for s in own),
+        causal=None if unclear else any(s.causal for s in near),
+        batch_first=_batch_first(flow.shape(site.up.projection.input), matches, near[-1]) if near else None,
+    )
+
+
+def _batch_first(shape: tuple[int, ...], matches: Matches, near: AttentionSite) -> bool | None:
+    """By the sizes of the attention's batch and sequence; where these are equal, by the order of its tokens."""
+    rows = matches.evidence[near.name].q.tokens.rows
+    if len(shape) != 3 or sorted(shape[:2]) != sorted(rows.shape):
+        return None
+    if shape[0] == shape[1]:
+        return token_order(matches.evidence[near.name], shape[:2])
+    return bool(shape[:2] == rows.shape)
+
+
+@dataclass(frozen=True)
+class BlockReplacement:
+    """What takes a feed-forward site's place.
+
+    Attributes:
+        exact: whether it computes what the block did, up to rounding.
+        tensors: parameters by the names of the spec's `shapes`, float32.
+        before, after: short descriptions, e.g. ``"ffn3072"`` and ``"moe16"``.
+        merge: how it was made: "split", "split, fitted" or "copies" for experts, "selected" or "fitted" for branches.
+        batch_first: as in `Surroundings`, where that matters.
+    """
+
+    site: FeedForwardSite
+    spec: BlockSpec
+    tensors: Mapping[str, Array]
+    before: str
+    after: str
+    merge: str
+    exact: bool = False
+    notes: tuple[str, ...] = ()
+    batch_first: bool = True
+
+    def flops(self, flow: Flow) -> int:
+        """On the recorded inputs, two for each multiplication."""
+        shape = flow.shape(self.site.up.projection.input)[:-1]
+        tokens = int(np.prod(shape, dtype=np.int64))
+        if isinstance(self.spec, MixtureOfExperts):
+            return self.spec.flops(tokens)
+        batch = shape[0 if self.batch_first else 1]
+        return self.spec.flops(batch, tokens // max(batch, 1))
+
+    def output(self, x: Array) -> Array:
+        """The oracle's answer to hidden states x, laid out alike."""
+        if isinstance(self.spec, MixtureOfExperts):
+            flat = x.reshape(1, -1, self.site.width)
+            return np.asarray(mixture_of_experts(self.spec, flat, **self.tensors).output).reshape(x.shape)
+        ordered = x if self.batch_first else x.swapaxes(0, 1)
+        found = conditional_feed_forward(self.spec, ordered, soft=False, **self.tensors)
+        return np.asarray(found if self.batch_first else found.swapaxes(0, 1))
+
+
+def block_error(flow: Flow, replacement: BlockReplacement) -> tuple[float, float]:
+    """(error, floor): relative root-mean-square error of the block's output on the recording, and of zeros."""
+    site = replacement.site
+    reference = np.asarray(flow.value(site.output), dtype=np.float64).reshape(-1, site.width)
+    x = np.asarray(flow.value(site.up.projection.input), dtype=np.float64)
+    got = replacement.output(x).reshape(-1, site.width)
+    size = max(float(np.linalg.norm(reference)), 1e-30)
+    return float(np.linalg.norm(got - reference)) / size, 1.0
