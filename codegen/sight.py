@@ -93,7 +93,9 @@ def from_numbers(numbers: Sequence[int]) -> Pattern:
     if len(numbers) % width:
         raise ValueError(f"{len(numbers)} numbers are no pattern of {width} for each sight")
     rows = [numbers[start : start + width] for start in range(0, len(numbers), width)]
-    return tuple(Sight(*row[:-1], ordered=bool(row[-1])) for row in rows)
+    names = [f.name for f in fields(Sight)]
+    found: list[dict[str, Any]] = [dict(zip(names, row, strict=True)) for row in rows]
+    return tuple(Sight(**{**numbered, "ordered": bool(numbered["ordered"])}) for numbered in found)
 
 
 def from_json(described: Any) -> Pattern:
