@@ -1,6 +1,6 @@
 """Builds, checks and times every kernel for graphics cards, beside torch's own, in one run.
 
-    python -m benchmarks.gpu [--quick] [--json F] [--markdown F]
+    python -m benchmarks.gpu [--quick] [--only PART …] [--json F] [--markdown F]
 
 Needs a CUDA device and Triton; without them it says so and measures nothing (exit code 1). Each kernel is first held
 against attention in double precision. Times are CUDA events around single calls with the L2 cache flushed before each;
@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +26,19 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from benchmarks.kernels import Case, error_beside_double
 from benchmarks.machine import machine
 from benchmarks.rows import Row, markdown_table, put_section, write_json
-from codegen.ops.fourier_mixing import torch_body
-from codegen.spec import FourierMixing
+from codegen.ops.fourier_mixing import torch_body as fourier_body
+from codegen.ops.grouped_query_attention import torch_body
+from codegen.ops.grouped_query_attention.sparse_body import shown
+from codegen.sight import Pattern, Sight, visible
+from codegen.spec import FourierMixing, GroupedQueryAttention
 
 DECODE_GOAL, PREFILL_GOAL, MIXING_GOAL = 0.85, 0.6, 4.0
 CHECKED_QUERIES = 64
 DTYPE = "bfloat16"
 ERROR_LIMIT = 2e-2
 """Of bfloat16 results, relative to the largest: two roundings of the result and one of the weights."""
+
+PARTS = ("attention", "sparse", "fourier")
 
 Call = Callable[[], Tensor]
 
@@ -170,6 +177,91 @@ def _usable(peers: dict[str, Call]) -> dict[str, Call]:
     return kept
 
 
+# ---------------------------------------------------------------------- sparse attention
+
+
+def sparse_cases(*, quick: bool) -> list[tuple[str, int]]:
+    """(pattern, tokens); blocks and strides are the root of the length."""
+    names = ("window", "sparse-fixed", "sparse-fixed, both ways", "sparse-fixed by head", "sparse-strided")
+    return [(name, tokens) for tokens in ((4096,) if quick else (4096, 16384)) for name in names]
+
+
+def sparse_pattern(name: str, tokens: int) -> Pattern:
+    root = math.isqrt(tokens)
+    fixed = Sight(block=root, period=root, first=root - 8, last=root, ordered=True)
+    shifted = tuple(replace(fixed, first=root - 8 * n - 8, last=root - 8 * n) for n in range(root // 8))
+    found: dict[str, Pattern] = {
+        "window": (Sight(reach=128, sinks=4, ordered=True),),
+        "sparse-fixed": (fixed,),
+        "sparse-fixed, both ways": (replace(fixed, ordered=False),),
+        "sparse-fixed by head": shifted[:32],
+        "sparse-strided": (Sight(reach=root + 1, stride=root, ordered=True),),
+    }
+    return found[name]
+
+
+def run_sparse(case: tuple[str, int], clock: Clock, runs: int) -> list[Row]:
+    """The kernel beside FlexAttention with a block mask of the same pattern, and torch's attention to all keys."""
+    from codegen.launch.torch_op import graphics_card
+    from codegen.launch.triton_op import launch
+
+    name, tokens = case
+    pattern = sparse_pattern(name, tokens)
+    spec = GroupedQueryAttention(32, 8, 128, 128, 128**-0.5, pattern=pattern, masked_rows_are_zero=True)
+    q, k, v = draw_operands(Case("prefill", 1, 32, 8, 128, tokens, DTYPE))
+    device, processors = graphics_card(q.device)
+    works: dict[str, Call] = {
+        "ours": functools.partial(launch, spec, q, k, v, arch=device.arch, processors=processors),
+        **_usable({"FlexAttention, block mask": _flex(spec, q, k, v)}),
+        "torch sdpa, all keys": lambda: sdpa(q, k, v, is_causal=pattern[0].ordered, enable_gqa=True),
+        "the torch body": lambda: torch_body.grouped_query_attention(spec, q, k, v),
+    }
+    rows = slice(tokens // 2, tokens // 2 + CHECKED_QUERIES)  # in the middle, so that there is something behind
+    places = torch.arange(tokens, device=q.device)
+    seen = shown(pattern, 32, places[rows], places)
+    right = sdpa(q[:, :, rows].double(), k.double().repeat_interleave(4, 1), v.double().repeat_interleave(4, 1), seen)
+    error = float((works["ours"]()[:, :, rows].double() - right).abs().max() / right.abs().max())
+    return _beside(f"{name}, {tokens} tokens, 32 heads on 8, d 128, {DTYPE}", works, error, clock, runs)
+
+
+def _flex(spec: GroupedQueryAttention, q: Tensor, k: Tensor, v: Tensor) -> Call:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    apart, tokens = len(spec.pattern), q.shape[2]
+    firsts = torch.tensor([s.first for s in spec.pattern], device=q.device)
+    sight = spec.pattern[0]
+
+    def mask(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        if apart == 1:
+            seen: Tensor = visible(sight, i, j)
+            return seen
+        first = firsts[h % apart]
+        within = j % sight.period
+        near = (i // sight.block == j // sight.block) | (
+            (within >= first) & (within < first + sight.last - sight.first)
+        )
+        return near & (j <= i)
+
+    compiled: Any = torch.compile(flex_attention)
+    blocks = create_block_mask(mask, None, spec.heads if apart > 1 else None, tokens, tokens, _compile=True)
+    return lambda: compiled(q, k, v, block_mask=blocks, enable_gqa=True)
+
+
+def _beside(case: str, works: dict[str, Call], error: float, clock: Clock, runs: int) -> list[Row]:
+    """Rows of "ours" among the works beside each other one, and of its error."""
+    times = dict(zip(works, clock.times(runs, *works.values()), strict=True))
+    mine = times.pop("ours")
+    more: dict[str, Any] = {"ours_median": statistics.median(mine), "error": error}
+    rows = [
+        Row("time", case, min(mine), min(t), name, "ms", min(t) / min(mine), None, None,
+            {**more, "peer_median": statistics.median(t)})
+        for name, t in times.items()
+    ]  # fmt: skip
+    ok = error <= ERROR_LIMIT
+    return [*rows, Row("error", case, error, ERROR_LIMIT, "limit", "of the largest output", ERROR_LIMIT / error, 1.0,
+                       ok, more)]  # fmt: skip
+
+
 # ---------------------------------------------------------------------- Fourier mixing
 
 
@@ -189,7 +281,7 @@ def run_mixing(size: tuple[int, int, int], clock: Clock, runs: int) -> list[Row]
         "ours": lambda: mix(spec, x, kernels="cuda"),
         "Triton": lambda: mix(spec, x, kernels="triton"),
         "torch.fft": lambda: torch.fft.fft2(x.float()).real.to(x.dtype),
-        "half-spectrum products by torch": lambda: torch_body.by_matrices(spec, x),
+        "half-spectrum products by torch": lambda: fourier_body.by_matrices(spec, x),
     }
     right = torch.fft.fft2(x.double()).real
     error = float((works["ours"]().double() - right).norm() / right.norm())
@@ -222,9 +314,21 @@ def report(rows: Sequence[Row], bandwidth: float, rate: float) -> str:
     return text + markdown_table(["case", "what", "ours", "beside", "theirs", "unit", "ratio", "goal", "met"], lines)
 
 
+def _works(
+    parts: Sequence[str], quick: bool, clock: Clock, runs: int, bandwidth: float, rate: float
+) -> list[Callable[[], list[Row]]]:
+    found: dict[str, list[Callable[[], list[Row]]]] = {
+        "attention": [functools.partial(run_case, c, clock, runs, bandwidth, rate) for c in cases(quick=quick)],
+        "sparse": [functools.partial(run_sparse, c, clock, runs) for c in sparse_cases(quick=quick)],
+        "fourier": [functools.partial(run_mixing, size, clock, runs) for size in mixing_cases(quick=quick)],
+    }
+    return [work for part in PARTS if part in parts for work in found[part]]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="smaller problems, fewer runs")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to run; all of them by default")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
     options = parser.parse_args(arguments)
@@ -236,8 +340,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with torch.no_grad():
         clock = Clock()
         bandwidth, rate = limits(clock)
-        works = [functools.partial(run_case, c, clock, runs, bandwidth, rate) for c in cases(quick=options.quick)]
-        works += [functools.partial(run_mixing, size, clock, runs) for size in mixing_cases(quick=options.quick)]
+        works = _works(options.only, options.quick, clock, runs, bandwidth, rate)
         for row in (row for work in works for row in work()):
             rows.append(row)
             print(f"{row.case}: {row.name} {row.ours:.4g} / {row.peer:.4g} {row.unit} ({row.peer_name})", flush=True)

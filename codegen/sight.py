@@ -6,6 +6,7 @@ A sparse pattern never depends on what tokens hold, so it is data of the spec. W
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -79,6 +80,22 @@ def visible(sight: Sight, queries: Any, keys: Any) -> Any:
         found = found | (queries % sight.stride == keys % sight.stride)
     found = found | seen_by_all(sight, keys)
     return found & (keys <= queries) if sight.ordered else found | seen_by_all(sight, queries)
+
+
+def as_numbers(pattern: Pattern) -> list[int]:
+    """The pattern as one list, for operators that take numbers only; `from_numbers` is the way back."""
+    return [int(getattr(sight, f.name)) for sight in pattern for f in fields(Sight)]
+
+
+def from_numbers(numbers: Sequence[int]) -> Pattern:
+    """The pattern of what `as_numbers` made; raises ValueError for anything else."""
+    width = len(fields(Sight))
+    if len(numbers) % width:
+        raise ValueError(f"{len(numbers)} numbers are no pattern of {width} for each sight")
+    rows = [numbers[start : start + width] for start in range(0, len(numbers), width)]
+    names = [f.name for f in fields(Sight)]
+    found: list[dict[str, Any]] = [dict(zip(names, row, strict=True)) for row in rows]
+    return tuple(Sight(**{**numbered, "ordered": bool(numbered["ordered"])}) for numbered in found)
 
 
 def from_json(described: Any) -> Pattern:

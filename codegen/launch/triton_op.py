@@ -19,7 +19,7 @@ from codegen.device import DType
 from codegen.errors import NotLegal
 from codegen.launch import triton_source
 from codegen.launch.operands import DTYPES, dense, empty_output, require_fitting, wide_bias, wide_sinks
-from codegen.ops.grouped_query_attention import triton_kernel
+from codegen.ops.grouped_query_attention import triton_kernel, triton_sight
 from codegen.spec import GroupedQueryAttention
 
 _FARTHEST = 2**31 - 1
@@ -44,6 +44,18 @@ class _Cut:
     def options(self) -> dict[str, int]:
         return {"num_warps": self.tiling.warps, "num_stages": self.tiling.stages}
 
+    def wide_tiles(self, queries: int, keys: int) -> int:
+        """Tiles of queries that a sparse pattern lets see all keys."""
+        return triton_sight.wide_tiles(self.spec, self.tiling.row_tile, queries, keys)
+
+    def tiles(self, queries: int, keys: int) -> int:
+        rows = queries * triton_sight.rows_of_a_query(self.spec)
+        return self.wide_tiles(queries, keys) + math.ceil(rows / self.tiling.row_tile)
+
+    def lengths(self, queries: int, keys: int) -> tuple[int, ...]:
+        """As kernels take them."""
+        return (queries, keys, self.wide_tiles(queries, keys)) if self.spec.pattern else (queries, keys)
+
 
 def launch(
     spec: GroupedQueryAttention,
@@ -67,7 +79,8 @@ def launch(
         cut: tile sizes to use instead of `triton_kernel.tiling`'s, for measurements.
 
     Raises:
-        NotLegal: the spec or the dtype is beyond the kernel, or a tensor is too large for its offsets.
+        NotLegal: the spec or the dtype is beyond the kernel, a tensor is too large for its offsets, or a sparse pattern
+            comes with more queries than keys.
         ValueError: shapes that contradict the spec.
     """
     dtype = DTYPES.get(q.dtype)
@@ -79,6 +92,8 @@ def launch(
     _require_near(q, k, v)
     b, _, s, _ = q.shape
     t = k.shape[2]
+    if spec.pattern and s > t:
+        raise NotLegal(f"{s} queries are not the last of {t} keys", hint='use kernels="auto" or "off"')
     out = empty_output(q, v)
     if not out.numel() or not t:
         return out.zero_()  # without keys, an empty sum
@@ -88,14 +103,15 @@ def launch(
         _Cut(spec, dtype, arch, few, cut or triton_kernel.tiling(spec, dtype, arch, few_queries=few, aligned=aligned))
         for few in (True, False)
     )
-    splits, share = _splits(spec, few.tiling, b, s, t, processors)
-    rows = s * spec.group
+    splits, share = _splits(few, b, s, t, processors)
+    rows = s * triton_sight.rows_of_a_query(spec)
+    heads = triton_sight.programs(spec)
     if few.tiling.descriptors or many.tiling.descriptors:
         _allow_scratch(q.device)
     with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
         if splits == 1 and rows > few.tiling.row_tile:
-            grid = (math.ceil(rows / many.tiling.row_tile), spec.kv_heads, b)
-            many.kernel("")[grid](*operands, out, *out.stride()[:3], s, t, **many.options)
+            grid = (many.tiles(s, t), heads, b)
+            many.kernel("")[grid](*operands, out, *out.stride()[:3], *many.lengths(s, t), **many.options)
         else:
             _split(few, operands, out, s, t, splits, share)
     return out
@@ -103,24 +119,23 @@ def launch(
 
 def _split(few: _Cut, operands: tuple[Any, ...], out: Tensor, s: int, t: int, splits: int, share: int) -> None:
     b, spec = out.shape[0], few.spec
-    lines = few.tiling.row_tile
-    tiles = math.ceil(s * spec.group / lines)
-    state = torch.empty((b * tiles, spec.kv_heads, splits, lines), dtype=torch.float32, device=out.device)
+    lines, tiles, heads = few.tiling.row_tile, few.tiles(s, t), triton_sight.programs(spec)
+    lengths = few.lengths(s, t)
+    state = torch.empty((b * tiles, heads, splits, lines), dtype=torch.float32, device=out.device)
     sums = state.new_empty((*state.shape, triton_kernel.block(spec.value_dim)))
     top, total = state, torch.empty_like(state)
-    few.kernel("_split")[(splits, spec.kv_heads, b * tiles)](*operands, sums, top, total, s, t, share, **few.options)
-    grid = (tiles, spec.kv_heads, b)
-    few.kernel("_join")[grid](sums, top, total, out, *out.stride()[:3], s, splits, **few.options)
+    few.kernel("_split")[(splits, heads, b * tiles)](*operands, sums, top, total, *lengths, share, **few.options)
+    joined = lengths if spec.pattern else (s,)
+    few.kernel("_join")[(tiles, heads, b)](sums, top, total, out, *out.stride()[:3], *joined, splits, **few.options)
 
 
-def _splits(
-    spec: GroupedQueryAttention, tiling: triton_kernel.Tiling, b: int, s: int, t: int, processors: int
-) -> tuple[int, int]:
+def _splits(cut: _Cut, b: int, s: int, t: int, processors: int) -> tuple[int, int]:
     """(how many parts the keys fall into, keys of a part): as many as keep every processor busy twice."""
-    tiles = math.ceil(s * spec.group / tiling.row_tile) * spec.kv_heads * b
+    tiles = cut.tiles(s, t) * triton_sight.programs(cut.spec) * b
+    most = triton_sight.most_keys(cut.spec, cut.tiling.row_tile, s, t)
     wanted = max(1, 2 * processors // max(1, tiles))
-    share = max(1, math.ceil(t / wanted / tiling.key_tile)) * tiling.key_tile
-    return max(1, math.ceil(t / share)), share
+    share = max(1, math.ceil(most / wanted / cut.tiling.key_tile)) * cut.tiling.key_tile
+    return max(1, math.ceil(most / share)), share
 
 
 def _strided(*tensors: Tensor) -> tuple[Any, ...]:

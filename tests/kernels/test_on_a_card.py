@@ -5,6 +5,8 @@ Skipped elsewhere, CI included; test_triton_attention.py and test_triton_binarie
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,11 +17,13 @@ from codegen.launch.fourier_op import mix
 from codegen.launch.torch_op import attention, graphics_card
 from codegen.launch.triton_op import launch
 from codegen.ops.grouped_query_attention import torch_body
+from codegen.sight import Sight
 from codegen.spec import FourierMixing, GroupedQueryAttention
 from tests.kernels import fourier_problems
 from tests.kernels.problems import BIASED, CAUSAL, PLAIN, TORCH, K, Operands, operands
 from tests.kernels.test_command import Mixer
 from tests.kernels.test_triton_attention import SPECS, WEIGHTS, distance
+from tests.kernels.test_triton_sparse import SPECS as SPARSE
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no graphics card")
@@ -87,6 +91,38 @@ def test_the_operator_eager_compiled_and_trained() -> None:
         (expected,) = torch.autograd.grad(right.sum(), [k], retain_graph=True)
         assert (gradient - expected).abs().max() < 1e-4
     assert (attention(PLAIN, q, k.flip(2), v, kernels="triton") - right).abs().max() > 1e-3, "the control"
+
+
+@pytest.mark.parametrize("dtype", list(DType), ids=lambda d: d.short)
+@pytest.mark.parametrize("name", SPARSE)
+@pytest.mark.parametrize("shape", [(2, 300, 300), (2, 1, 3000), (1, 70, 777)], ids=["prefill", "decode", "chunk"])
+def test_sparse_patterns(name: str, dtype: DType, shape: tuple[int, int, int]) -> None:
+    spec = SPARSE[name]
+    x = operands(spec, TORCH[dtype], *shape)
+    found = on_card(spec, x)
+    assert distance(spec, x, found) < K
+    assert distance(replace(spec, pattern=()), x, found) > K, "the control: a result of all keys is another"
+
+
+@pytest.mark.parametrize("ordered", [False, True], ids=["both ways", "causal"])
+def test_sparse_sizes_of_real_models(ordered: bool) -> None:
+    for sight in (Sight(reach=128, sinks=4), Sight(block=64, period=64, first=56, last=64), Sight(reach=65, stride=64)):
+        spec = GroupedQueryAttention(8, 2, 128, 128, 0.088, pattern=(replace(sight, ordered=ordered),))
+        x = operands(spec, torch.bfloat16, 1, 1500, 1500)
+        assert distance(spec, x, on_card(spec, x)) < K
+
+
+def test_the_operator_with_a_pattern_eager_and_compiled() -> None:
+    spec = SPARSE["by head"]
+    x = operands(spec, torch.float32, 2, 100, 100)
+    q, k, v = (t.cuda().requires_grad_() for t in (x.q, x.k, x.v))
+    right = torch_body.grouped_query_attention(spec, q, k, v)
+    for call in (attention, torch.compile(attention)):
+        found = call(spec, q, k, v, kernels="triton")
+        assert (found - right).abs().max() < 1e-5
+        (gradient,) = torch.autograd.grad(found.sum(), [k], retain_graph=True)
+        (expected,) = torch.autograd.grad(right.sum(), [k], retain_graph=True)
+        assert (gradient - expected).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["f16", "bf16"])

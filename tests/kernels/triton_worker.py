@@ -17,6 +17,7 @@ import torch
 
 from codegen.launch import fourier_op
 from codegen.launch.triton_op import launch
+from codegen.sight import from_json
 from codegen.spec import FourierMixing, GroupedQueryAttention
 
 
@@ -50,7 +51,7 @@ def main() -> None:
             if task["op"] == "fourier":
                 out = fourier_op.launch(FourierMixing(**task["spec"]), *x, arch=task["arch"])
             else:
-                spec = GroupedQueryAttention(**{**task["spec"], "pattern": ()})  # kernels take no other
+                spec = GroupedQueryAttention(**{**task["spec"], "pattern": from_json(task["spec"]["pattern"])})
                 out = launch(spec, *x, arch=task["arch"], processors=task["processors"])
             torch.save(out, task["output"])
             print("done", flush=True)

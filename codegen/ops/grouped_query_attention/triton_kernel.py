@@ -8,6 +8,7 @@ from typing import Any
 
 from codegen import hooks
 from codegen.device import DType
+from codegen.ops.grouped_query_attention import triton_sight
 from codegen.ops.grouped_query_attention.kernel_values import name_of, values_of, why_not
 from codegen.ops.signature import Signature
 from codegen.render import render
@@ -66,6 +67,8 @@ def tiling(spec: GroupedQueryAttention, dtype: DType, arch: str, *, few_queries:
     ragged = (spec.head_dim, spec.value_dim) != (block(spec.head_dim), block(spec.value_dim))
     heavy = spec.bias or spec.softcap is not None or ragged  # more live registers per score
     amd = arch.startswith("gfx")
+    if spec.pattern:
+        return _of_patterns(spec, arch, widest, narrow, heavy, few_queries)
     if arch == "sm_90" and narrow and not heavy and widest <= 128:
         return _on_hopper(spec, widest, few_queries, aligned)
     stages = 1 if amd else 2 if not narrow or widest > 128 else 3
@@ -79,6 +82,21 @@ def tiling(spec: GroupedQueryAttention, dtype: DType, arch: str, *, few_queries:
     if widest <= 64 or arch in WARPGROUP_ARCHS:
         return Tiling(128, 64, 8, stages)
     return Tiling(64, 32 if amd else 64, 8, stages)
+
+
+def _of_patterns(
+    spec: GroupedQueryAttention, arch: str, widest: int, narrow: bool, heavy: bool, few_queries: bool
+) -> Tiling:
+    """Fewer rows than elsewhere: a tile works on all keys that one of its rows sees. No card was measured."""
+    amd = arch.startswith("gfx")
+    stages = 1 if amd else 2 if not narrow or widest > 128 else 3
+    if few_queries:
+        rows = min(64 if narrow else 32, block(triton_sight.rows_of_a_query(spec)))
+        return Tiling(rows, 64 if narrow and widest <= 128 and not amd else 32, 4 if narrow else 8, stages)
+    if not narrow:
+        return Tiling(32 if widest <= 64 else 16, 32, 4, stages)
+    small = heavy and arch not in WARPGROUP_ARCHS
+    return Tiling(64, 32 if amd or small or widest > 128 else 64, 4 if widest <= 128 else 8, stages)
 
 
 def _on_hopper(spec: GroupedQueryAttention, widest: int, few_queries: bool, aligned: bool) -> Tiling:
@@ -116,6 +134,7 @@ def source(
         TEMPLATE,
         {
             **values_of(spec, dtype, "triton"),
+            **triton_sight.values(spec),
             "score": hooks.lower(score, "triton"),
             "factor": factor,
             "name": kernel_name(spec, dtype, arch, few_queries=few_queries, descriptors=cut.descriptors),
@@ -140,7 +159,8 @@ def _precision(dtype: DType, arch: str) -> Precision:
 
 def legal(spec: Any, dtype: DType) -> str | None:
     """Why there is no such kernel, or None if there is one."""
-    return why_not(spec, "Triton", MAX_DIM[dtype], f" in {dtype.value}")
+    found = why_not(spec, "Triton", MAX_DIM[dtype], f" in {dtype.value}", sparse=True)
+    return triton_sight.why_not(spec.pattern) if found is None else found
 
 
 def signatures(spec: GroupedQueryAttention, dtype: DType) -> dict[str, Signature]:
@@ -157,7 +177,9 @@ def signatures(spec: GroupedQueryAttention, dtype: DType) -> dict[str, Signature
         names = ["sink_columns", "stride_sb", "stride_sh", "stride_ss", "stride_sn"]
         operands |= {"sinks_ptr": pointer, **dict.fromkeys(names, "i32")}
     out_strides = dict.fromkeys(["stride_ob", "stride_oh", "stride_os"], "i32")
-    sizes = {"queries": "i32", "keys": "i32"}
+    wide: dict[str, str] = {"wide_tiles": "i32"} if spec.pattern else {}
+    sizes = {"queries": "i32", "keys": "i32", **wide}
+    joined = sizes if spec.pattern else {"queries": "i32"}
     states = {"sums_ptr": "*fp32", "top_ptr": "*fp32", "total_ptr": "*fp32"}
     even = spec.head_dim % 16 == 0 and spec.value_dim % 16 == 0
     aligned = {name for name, kind in {**operands, **states}.items() if kind.startswith("*")} | {"out_ptr"}
@@ -165,7 +187,7 @@ def signatures(spec: GroupedQueryAttention, dtype: DType) -> dict[str, Signature
     found = {
         "": {**operands, "out_ptr": pointer, **out_strides, **sizes},
         "_split": {**operands, **states, **sizes, "share": "i32"},
-        "_join": {**states, "out_ptr": pointer, **out_strides, "queries": "i32", "splits": "i32"},
+        "_join": {**states, "out_ptr": pointer, **out_strides, **joined, "splits": "i32"},
     }
     return {
         suffix: Signature(
