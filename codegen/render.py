@@ -7,7 +7,7 @@ import hashlib
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -75,18 +75,26 @@ def fingerprint(spec: Any) -> str:
     return hashlib.sha256(repr((type(spec).__name__, *numbers(spec).items())).encode()).hexdigest()
 
 
-def numbers(spec: Any) -> dict[str, Value]:
-    """A spec's fields by name but for empty ones, once each is known to be a plain number, flag, enum or None.
+def numbers(spec: Any) -> dict[str, Any]:
+    """A spec's fields by name but for empty ones, once each is known to be a plain number, flag, enum or None, or to
+    hold nothing but those.
 
     Raises:
         UnsafeInput: a field holds something else, e.g. text.
     """
-    found = {f.name: value for f in fields(spec) if (value := getattr(spec, f.name)) != ()}
+    found = {f.name: _opened(value) for f in fields(spec) if (value := getattr(spec, f.name)) != ()}
     for name, value in found.items():
         if isinstance(value, Lowered):
             raise UnsafeInput(f"the spec's field {name!r} holds text")
         _require_safe(name, value)
     return found
+
+
+def _opened(value: Any) -> Any:
+    """Parts of a spec, and tuples of them, field by field; anything else as it is."""
+    if type(value) is tuple:
+        return [_opened(item) for item in value]
+    return numbers(value) if is_dataclass(value) and not isinstance(value, type | Lowered) else value
 
 
 def _require_safe(name: str, value: Any) -> None:

@@ -23,6 +23,7 @@ from codegen.launch.host import HostKernel, Launch, load, thread_pool
 from codegen.launch.operands import DTYPES, dense, empty_output, require_fitting, wide_bias, wide_sinks
 from codegen.ops.grouped_query_attention import torch_body
 from codegen.registry import Choice, select, why_not
+from codegen.sight import as_numbers, from_numbers
 from codegen.spec import GroupedQueryAttention
 from codegen.tuning.table import Problem, faster
 
@@ -49,15 +50,12 @@ def attention(
         NotLegal: a language was asked for by name and has no kernel of this.
         ValueError: operands that contradict the spec.
     """
-    if spec.pattern and kernels not in ("auto", "off"):
-        raise NotLegal(f"there is no {kernels} kernel of sparse attention", hint='use kernels="auto" or "off"')
-    # the operator's numbers hold no pattern, and no kernel follows one
-    if spec.pattern or kernels == "off" or dropout or not _considers(q, k, v, bias, kernels):
+    if kernels == "off" or dropout or not _considers(q, k, v, bias, kernels):
         return torch_body.grouped_query_attention(spec, q, k, v, bias, sinks=sinks, dropout=dropout)
     if kernels == "auto" and not torch.compiler.is_compiling() and not _worth_it(spec, q, k):
         return torch_body.grouped_query_attention(spec, q, k, v, bias, sinks=sinks)
     numbers = (spec.kv_heads, spec.scale, spec.causal, spec.softcap, spec.masked_rows_are_zero)
-    found: Tensor = _operator(q, k, v, bias, sinks, *numbers, kernels)
+    found: Tensor = _operator(q, k, v, bias, sinks, *numbers, as_numbers(spec.pattern), kernels)
     return found
 
 
@@ -113,9 +111,10 @@ def _operator(
     causal: bool,
     softcap: float | None,
     masked_rows_are_zero: bool,
+    pattern: list[int],
     kernels: str,
 ) -> Tensor:
-    spec = _spec(q, v, bias, sinks, kv_heads, scale, causal, softcap, masked_rows_are_zero)
+    spec = _spec(q, v, bias, sinks, kv_heads, scale, causal, softcap, masked_rows_are_zero, pattern)
 
     def run(choice: Choice) -> Tensor:
         return launch(load(choice), spec, q, k, v, bias, sinks)
@@ -135,9 +134,10 @@ def _on_graphics_card(
     causal: bool,
     softcap: float | None,
     masked_rows_are_zero: bool,
+    pattern: list[int],
     kernels: str,
 ) -> Tensor:
-    spec = _spec(q, v, bias, sinks, kv_heads, scale, causal, softcap, masked_rows_are_zero)
+    spec = _spec(q, v, bias, sinks, kv_heads, scale, causal, softcap, masked_rows_are_zero, pattern)
     device, processors = graphics_card(q.device)
 
     def run(choice: Choice) -> Tensor:
@@ -212,7 +212,7 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     q, k, v, bias, sinks = tensors
     assert q is not None and k is not None and v is not None
     with torch.enable_grad():
-        output = torch_body.grouped_query_attention(_spec(q, v, bias, sinks, *ctx.rest[:5]), q, k, v, bias, sinks=sinks)
+        output = torch_body.grouped_query_attention(_spec(q, v, bias, sinks, *ctx.rest[:6]), q, k, v, bias, sinks=sinks)
         found = torch.autograd.grad(output, leaves, gradient)
     by_place = dict(zip(wanted, found, strict=True))
     return (*(by_place.get(i) for i in range(5)), *(None for _ in ctx.rest))
@@ -231,6 +231,7 @@ def _spec(
     causal: bool,
     softcap: float | None,
     masked_rows_are_zero: bool,
+    pattern: list[int],
 ) -> GroupedQueryAttention:
     return GroupedQueryAttention(
         heads=q.shape[1],
@@ -243,6 +244,7 @@ def _spec(
         softcap=softcap,
         masked_rows_are_zero=masked_rows_are_zero,
         sinks=sinks is not None,
+        pattern=from_numbers(pattern),
     )
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from codegen.device import DType
+from codegen.sight import Pattern
 from codegen.spec import GroupedQueryAttention
 
 FOLDER = Path(__file__).parent
@@ -38,7 +39,8 @@ class Problem:
 class Measured:
     """One line of the table: a problem, and how many times as fast as the standard operators the kernel was.
 
-    `isa` is the instruction set of a CPU or the architecture of a card; `bias` tells whether there was a mask.
+    `isa` is the instruction set of a CPU or the architecture of a card; `bias` tells whether there was a mask, and
+    `pattern` which kind of keys were seen (see `kind`).
     """
 
     dtype: str
@@ -49,6 +51,15 @@ class Measured:
     work: float
     speedup: float
     bias: bool = False
+    pattern: str = ""
+
+
+def kind(pattern: Pattern) -> str:
+    """What keys a sparse attention sees beside those in one span; "" for attention to all keys."""
+    if not pattern:
+        return ""
+    apart = "strided" if any(s.strided for s in pattern) else "columns" if any(s.columns for s in pattern) else "near"
+    return apart if all(s.ordered for s in pattern) else f"symmetric {apart}"
 
 
 def regime(problem: Problem) -> str:
@@ -57,7 +68,7 @@ def regime(problem: Problem) -> str:
 
 
 def work(spec: GroupedQueryAttention, problem: Problem) -> float:
-    """Multiply-adds of the two products."""
+    """Multiply-adds of the two products, as if all keys were seen."""
     rows = problem.batch * spec.heads * problem.queries
     return float(rows * problem.keys * (spec.head_dim + spec.value_dim))
 
@@ -74,8 +85,8 @@ def measurements() -> tuple[Measured, ...]:
 @functools.lru_cache(maxsize=4096)
 def faster(spec: GroupedQueryAttention, dtype: DType, isa: str, problem: Problem) -> bool:
     """Whether the kernel is expected to beat the standard operators on this problem."""
-    kind, size = regime(problem), work(spec, problem)
-    alike = [m for m in measurements() if (m.dtype, m.isa, m.regime) == (dtype.value, isa, kind)]
+    size, same = work(spec, problem), (dtype.value, isa, regime(problem), kind(spec.pattern))
+    alike = [m for m in measurements() if (m.dtype, m.isa, m.regime, m.pattern) == same]
     if not alike or size < SMALLEST * min(m.work for m in alike):
         return False
 

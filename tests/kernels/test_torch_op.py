@@ -63,7 +63,7 @@ def test_the_operator_is_the_torch_body(name: str, bias: str, launches: list[str
 def test_the_operator_passes_torchs_own_checks(name: str) -> None:
     spec = SPECS[name]
     x = operands(spec, torch.float32, 1, 4, 6)
-    numbers = (spec.kv_heads, spec.scale, spec.causal, spec.softcap, spec.masked_rows_are_zero, "cpp")
+    numbers = (spec.kv_heads, spec.scale, spec.causal, spec.softcap, spec.masked_rows_are_zero, [], "cpp")
     q, k, v = (t.detach().clone().requires_grad_() for t in (x.q, x.k, x.v))
     torch.library.opcheck(torch_op._operator, (q, k, v, x.bias, x.sinks, *numbers))
 

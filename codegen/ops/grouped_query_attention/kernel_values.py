@@ -17,6 +17,7 @@ def name_of(prefix: str, spec: GroupedQueryAttention, dtype: DType, arch: str) -
     words = [f"h{spec.heads}", f"kv{spec.kv_heads}", f"d{spec.head_dim}"]
     words += [f"e{spec.value_dim}"] * (spec.value_dim != spec.head_dim)
     words += [word for word, present in flags.items() if present]
+    words += [f"sparse{len(spec.pattern)}"] * bool(spec.pattern)
     return identifier(prefix, [*words, dtype.short, arch], spec)
 
 
@@ -35,6 +36,7 @@ def values_of(spec: GroupedQueryAttention, dtype: DType, language: str) -> dict[
         "causal": spec.causal,
         "bias": spec.bias,
         "sinks": spec.sinks,
+        "pattern": [numbers(sight) for sight in spec.pattern],
         "tanh": spec.softcap is not None,
         "masked_rows_are_zero": spec.masked_rows_are_zero,
         "base_two": hooks.in_base_two(spec),
@@ -43,11 +45,14 @@ def values_of(spec: GroupedQueryAttention, dtype: DType, language: str) -> dict[
     }
 
 
-def why_not(spec: Any, language: str, most: int, where: str = "") -> str | None:
-    """Why there is no kernel for heads of up to `most` features in this language, or None if there is one."""
+def why_not(spec: Any, language: str, most: int, where: str = "", *, sparse: bool = False) -> str | None:
+    """Why there is no kernel for heads of up to `most` features in this language, or None if there is one.
+
+    `sparse`: kernels in this language follow patterns.
+    """
     if not isinstance(spec, GroupedQueryAttention):
         return f"there is no {language} kernel of {type(spec).__name__}"
-    if spec.pattern:
+    if spec.pattern and not sparse:
         return f"there is no {language} kernel of sparse attention"
     if max(spec.head_dim, spec.value_dim) > most:
         return f"heads of more than {most} features do not fit the kernel's tile{where}"
