@@ -1,8 +1,10 @@
 """Writes the tables by which ``kernels="auto"`` decides: how much faster a kernel is than torch's own operators.
 
-    python -m benchmarks.tune_kernels [--isa avx512 | --card] [--threads N | --cpu-time] [--runs N] [--output DIR]
+    python -m benchmarks.tune_kernels [--isa avx512 | --card] [--sparse] [--threads N | --cpu-time] [--runs N]
+        [--output DIR]
 
-Every instruction set that this processor has gets its file in codegen/tuning/, or, with --card, the graphics card. The
+Every instruction set that this processor has gets its file in codegen/tuning/, or, with --card, the graphics card.
+--sparse measures sparse attention instead, on CPUs, into files of its own. The
 operators it is compared with are those that run otherwise: the torch body of the op.
 """
 
@@ -20,7 +22,7 @@ import json  # noqa: E402
 import sys  # noqa: E402
 import time  # noqa: E402
 from collections.abc import Callable, Iterator, Sequence  # noqa: E402
-from dataclasses import asdict  # noqa: E402
+from dataclasses import asdict, replace  # noqa: E402
 from pathlib import Path  # noqa: E402
 from unittest import mock  # noqa: E402
 
@@ -30,8 +32,9 @@ from benchmarks.machine import machine  # noqa: E402
 from benchmarks.rows import Clock, interleaved, timed  # noqa: E402
 from codegen.device import Device, DType, Isa, host, measured_as  # noqa: E402
 from codegen.launch import torch_op  # noqa: E402
+from codegen.sight import Sight  # noqa: E402
 from codegen.spec import GroupedQueryAttention  # noqa: E402
-from codegen.tuning.table import FOLDER, MARGIN, Measured, Problem, regime, work  # noqa: E402
+from codegen.tuning.table import FOLDER, MARGIN, Measured, Problem, kind, regime, work  # noqa: E402
 
 HEADS = 32
 DTYPES = {DType.FLOAT32: torch.float32, DType.FLOAT16: torch.float16, DType.BFLOAT16: torch.bfloat16}
@@ -52,6 +55,24 @@ def grid(threads: int) -> Grid:
             prefill = GroupedQueryAttention(HEADS, kv_heads, dim, dim, dim**-0.5, causal=True)
             found += [(decode, Problem(b, 1, keys, threads)) for b, keys in ((1, 64), (1, 512), (2, 2048), (8, 2048))]
             found += [(prefill, Problem(1, keys, keys, threads)) for keys in (16, 64, 256, 1024)]
+    return found
+
+
+SIGHTS = {
+    "near": Sight(reach=128, sinks=4),
+    "columns": Sight(block=128, period=128, first=120, last=128),
+    "strided": Sight(reach=129, stride=128),
+}
+
+
+def sparse_grid(threads: int) -> Grid:
+    """Each kind of pattern, causal and symmetric, over lengths; and one query over a long past."""
+    found = []
+    for sight, kv_heads, ordered in itertools.product(SIGHTS.values(), (12, 3), (True, False)):
+        pattern = (replace(sight, ordered=ordered),)
+        spec = GroupedQueryAttention(12, kv_heads, 64, 64, 0.125, causal=ordered, pattern=pattern)
+        found += [(spec, Problem(1, keys, keys, threads)) for keys in (128, 512, 2048)]
+        found += [(spec, Problem(4, 1, 2048, threads))]
     return found
 
 
@@ -115,7 +136,8 @@ def measure_card(arch: str, runs: int) -> list[Measured]:
 
 def measured(spec: GroupedQueryAttention, problem: Problem, dtype: DType, isa: str, ratio: float) -> Measured:
     size = work(spec, problem)
-    return Measured(dtype.value, isa, regime(problem), spec.group, spec.head_dim, size, round(ratio, 2), bias=spec.bias)
+    beside = {"bias": spec.bias, "pattern": kind(spec.pattern)}
+    return Measured(dtype.value, isa, regime(problem), spec.group, spec.head_dim, size, round(ratio, 2), **beside)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -123,6 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--isa", choices=[isa.value for isa in Isa], action="append")
     parser.add_argument("--cpu-time", action="store_true", help="processor time of one thread: for busy machines")
     parser.add_argument("--card", action="store_true", help="measure the CUDA card instead of the processor")
+    parser.add_argument("--sparse", action="store_true", help="measure sparse attention instead")
     parser.add_argument("--output", type=Path, default=FOLDER)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--runs", type=int, default=7)
@@ -142,10 +165,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows = []
         with torch.no_grad(), always(isa):
             for dtype in DTYPES:
-                for spec, problem in grid(threads):
+                for spec, problem in (sparse_grid if options.sparse else grid)(threads):
                     rows.append(measure(spec, problem, dtype, name, options.runs, clock))
         about = {"processor": machine()["processor"], "threads": threads, "torch": torch.__version__}
-        write_table(options.output / f"cpu_{name}.json", about, rows)
+        write_table(options.output / f"cpu_{name}{'_sparse' * options.sparse}.json", about, rows)
     return 0
 
 

@@ -58,6 +58,9 @@ class Sight:
         return self.stride != NEVER
 
 
+NAMES = tuple(f.name for f in fields(Sight))
+"""Of a sight's numbers; read once, since captured programs cannot ask a class for its fields."""
+
 Pattern = tuple[Sight, ...]
 """Query head h has the sight number ``h % len(pattern)``; an empty pattern means that all keys are seen."""
 
@@ -84,23 +87,21 @@ def visible(sight: Sight, queries: Any, keys: Any) -> Any:
 
 def as_numbers(pattern: Pattern) -> list[int]:
     """The pattern as one list, for operators that take numbers only; `from_numbers` is the way back."""
-    return [int(getattr(sight, f.name)) for sight in pattern for f in fields(Sight)]
+    return [int(getattr(sight, name)) for sight in pattern for name in NAMES]
 
 
 def from_numbers(numbers: Sequence[int]) -> Pattern:
     """The pattern of what `as_numbers` made; raises ValueError for anything else."""
-    width = len(fields(Sight))
+    width = len(NAMES)
     if len(numbers) % width:
         raise ValueError(f"{len(numbers)} numbers are no pattern of {width} for each sight")
     rows = [numbers[start : start + width] for start in range(0, len(numbers), width)]
-    names = [f.name for f in fields(Sight)]
-    found: list[dict[str, Any]] = [dict(zip(names, row, strict=True)) for row in rows]
-    return tuple(Sight(**{**numbered, "ordered": bool(numbered["ordered"])}) for numbered in found)
+    found: list[dict[str, Any]] = [dict(zip(NAMES, row, strict=True)) for row in rows]
+    return tuple(Sight(**{**sight, "ordered": bool(sight["ordered"])}) for sight in found)
 
 
 def from_json(described: Any) -> Pattern:
     """The pattern of lists of dictionaries, as JSON gives it back; raises TypeError or ValueError for anything else."""
-    names = {f.name for f in fields(Sight)}
-    if any(set(d) - names for d in described):
+    if any(set(d) - set(NAMES) for d in described):
         raise ValueError("a sight has unknown numbers")
     return tuple(Sight(**d) for d in described)

@@ -16,7 +16,8 @@ from codegen.device import DType, Isa
 from codegen.errors import NotLegal
 from codegen.hooks import Lowered
 from codegen.ops.fourier_mixing import onnx_body as mixing_body
-from codegen.ops.grouped_query_attention import onnx_body as attention_body
+from codegen.ops.grouped_query_attention import onnx_tiles as attention_body
+from codegen.ops.grouped_query_attention.onnx_sight import sparse_numbers
 from codegen.registry import Choice
 from codegen.render import render, word
 from codegen.spec import FourierMixing, GroupedQueryAttention
@@ -34,14 +35,15 @@ class Kind:
 
     Attributes:
         name: of its values in the template.
-        function_name: of the function in a file that it takes the place of.
-        of_operator, of_kernel: template values that follow from a spec.
+        function_names: of the functions in files that it takes the place of.
+        of_operator, of_kernel: template values that follow from a spec; of_all: from all of them.
     """
 
     name: str
-    function_name: Callable[[Any], str]
+    function_names: Callable[[Any], Sequence[str]]
     of_operator: Callable[[Any], dict[str, Any]]
     of_kernel: Callable[[Any], dict[str, Any]]
+    of_all: Callable[[Sequence[Any]], dict[str, Any]] = lambda _: {}
 
 
 @dataclass(frozen=True)
@@ -102,17 +104,18 @@ def build(choices: Sequence[Choice]) -> OrtLibrary:
 
 def _part(choices: Sequence[Choice], kind: Kind) -> dict[str, Any]:
     """Operators and kernels of one kind: all kernels of the same function and number format are one operator's."""
-    names = [(kind.function_name(c.spec), c.dtype) for c in choices]
-    ops = {key: choice.spec for key, choice in zip(names, choices, strict=True)}
+    places = [((name, c.dtype), c) for c in choices for name in kind.function_names(c.spec)]
+    ops = {key: choice.spec for key, choice in places}
     numbers = {key: number for number, key in enumerate(ops)}
     return {
+        **kind.of_all([c.spec for c in choices]),
         "ops": [
             {"name": word(name), "type": _ONNX_TYPES[dtype], **kind.of_operator(spec)}
             for (name, dtype), spec in ops.items()
         ],
         "kernels": [
-            {"name": word(c.name), "op": numbers[key], **kind.of_kernel(c.spec)}
-            for key, c in zip(names, choices, strict=True)
+            {"name": word(c.name), "op": numbers[key], "number": number, **kind.of_kernel(c.spec)}
+            for number, (key, c) in enumerate(places)
         ],
     }
 
@@ -129,7 +132,16 @@ def _attention_kernel(spec: GroupedQueryAttention) -> dict[str, Any]:
         "value_dim": spec.value_dim,
         "scale": _single(spec.scale),
         "softcap": _single(spec.softcap or 0.0),
+        "pattern": [
+            {"name": word(name), "each": [getattr(sight, name) for sight in spec.pattern]}
+            for name in sparse_numbers(spec.pattern)
+        ],
     }
+
+
+def _attention_all(specs: Sequence[GroupedQueryAttention]) -> dict[str, Any]:
+    sights = [len(spec.pattern) for spec in specs]
+    return {"patterns": any(sights), "most_sights": max([1, *sights])}
 
 
 def _mixing_operator(spec: FourierMixing) -> dict[str, Any]:
@@ -146,7 +158,9 @@ def _single(value: float) -> Lowered:
 
 
 KINDS: Mapping[type, Kind] = {
-    GroupedQueryAttention: Kind("attention", attention_body.function_name, _attention_operator, _attention_kernel),
-    FourierMixing: Kind("mixing", mixing_body.function_name, _mixing_operator, _mixing_kernel),
+    GroupedQueryAttention: Kind(
+        "attention", attention_body.function_names, _attention_operator, _attention_kernel, _attention_all
+    ),
+    FourierMixing: Kind("mixing", lambda s: [mixing_body.function_name(s)], _mixing_operator, _mixing_kernel),
 }
 """What a library can hold, by spec."""

@@ -31,7 +31,7 @@ def choose_kernels(
     for mixer in found:
         mixer.kernels = kernels
     sparse = [mixer for mixer in mixers(model).values() if mixer.spec.pattern]
-    if kernels == "cpp" and sparse:
+    if kernels not in ("auto", "off", "cpp", "triton") and sparse:
         raise UsageError(
             f"{len(sparse)} attentions are sparse, and there is no {kernels} kernel of sparse attention",
             hint='use kernels="auto" or "off"',

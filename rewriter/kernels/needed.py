@@ -13,6 +13,9 @@ import onnx_ir as ir
 from codegen.device import DType
 from codegen.ops.fourier_mixing import onnx_body as mixing_body
 from codegen.ops.grouped_query_attention.onnx_body import DOMAIN, function_name
+from codegen.ops.grouped_query_attention.onnx_sight import sparse_numbers, sparse_words
+from codegen.ops.grouped_query_attention.onnx_tiles import masked_name
+from codegen.sight import Pattern, Sight
 from codegen.spec import FourierMixing, GroupedQueryAttention
 from rewriter.errors import InvalidModelFile, NothingToRewrite, UnsupportedModel, first_line
 
@@ -21,6 +24,12 @@ _ONNX_DTYPES = {
     ir.DataType.FLOAT16: DType.FLOAT16,
     ir.DataType.BFLOAT16: DType.BFLOAT16,
 }
+
+SPARSE = "Sparse"
+"""Begins the part of a function's name that says which relations of positions its body computes."""
+
+SIGHT_NUMBERS = ("reach", "block", "stride", "sinks", "period", "first", "last")
+"""Numbers of a sight, in the order in which bodies read them."""
 
 FLAGS = ("causal", "bias", "sinks", "masked_rows_are_zero")
 
@@ -46,7 +55,7 @@ def needs(path: Path) -> list[Need]:
         raise NothingToRewrite(
             "the model has no rewritten attention and no mix that calls kernels",
             hint="rewrite it first; models whose config or standard Attention operator holds the heads have none, and "
-            "there are none of sparse and of linear attention",
+            "there are none of linear attention",
         )
     return list(dict.fromkeys(found))
 
@@ -63,7 +72,7 @@ def _of_module(path: Path) -> list[Need]:
     for mixer in mixers(model).values():
         dtype = DTYPES.get(mixer.q_proj.weight.dtype)
         if dtype is not None and mixer.linear_term is None:
-            found += [Need(computed(spec), dtype) for spec in mixer.specs() if not spec.pattern]
+            found += [Need(computed(spec), dtype) for spec in mixer.specs()]
     dtype = DTYPES.get(next(model.parameters()).dtype)
     specs = [mixing.spec for mixing in token_mixers(model).values()]
     return found + [Need(s, dtype) for s in specs if dtype is not None and isinstance(s, FourierMixing)]
@@ -75,7 +84,7 @@ def _of_file(path: Path) -> list[Need]:
     model = load(path)
     own = [n for n in model.graph if n.domain == DOMAIN]
     mixing = [_mixing_need(n) for n in own if n.op_type in _MIXING]
-    nodes = [n for n in own if n.op_type in _NAMES]
+    nodes = [n for n in own if _flags(n.op_type) is not None]
     if not nodes:
         return mixing
     for node in nodes:
@@ -100,6 +109,26 @@ def _names() -> dict[str, dict[str, Any]]:
 _NAMES = _names()
 
 
+def _flags(name: str) -> dict[str, Any] | None:
+    """What the name of an attention's function says, but for its pattern; None for another's."""
+    return _NAMES.get(name.partition(SPARSE)[0])
+
+
+def _pattern(node: ir.Node) -> Pattern:
+    """The sights of an attention's node; raises ValueError for a name that does not say what its attributes are."""
+    words = masked_name(node.op_type).partition(SPARSE)[2]
+    if not words:
+        return ()
+    read = {name: node.attributes.get(f"sparse_{name}") for name in SIGHT_NUMBERS}
+    numbers = {name: list(found.as_ints()) for name, found in read.items() if found is not None}
+    rows = zip(*numbers.values(), strict=True)
+    ordered = words.endswith("Ordered")
+    pattern = tuple(Sight(**dict(zip(numbers, row, strict=True)), ordered=ordered) for row in rows)
+    if "".join(sparse_words(pattern)) != words or sparse_numbers(pattern) != list(numbers):
+        raise ValueError(f"{node.op_type} with {', '.join(numbers)}")
+    return pattern
+
+
 def _mixings() -> dict[str, FourierMixing]:
     """Every name that a mixing function can have, with a spec of that name."""
     flags = itertools.product((False, True), repeat=3)
@@ -119,7 +148,7 @@ def _mixing_need(node: ir.Node) -> Need:
 
 
 def _need(node: ir.Node, head_dim: int, value_dim: int) -> Need:
-    flags = dict(_NAMES[node.op_type])
+    flags = dict(_flags(node.op_type) or {})
     try:
         if flags["softcap"] is not None:
             flags["softcap"] = node.attributes["softcap"].as_float()
@@ -129,6 +158,7 @@ def _need(node: ir.Node, head_dim: int, value_dim: int) -> Need:
             head_dim=head_dim,
             value_dim=value_dim,
             scale=node.attributes["scale"].as_float(),
+            pattern=_pattern(node),
             **flags,
         )
         return Need(spec, _ONNX_DTYPES[ir.DataType(node.attributes["dtype"].as_int())])

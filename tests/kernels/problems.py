@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from codegen.launch.host import load
 from codegen.launch.torch_op import launch
 from codegen.ops.grouped_query_attention import reference
 from codegen.registry import Choice, select
+from codegen.sight import Sight
 from codegen.spec import GroupedQueryAttention, Spec
 
 TORCH = {DType.FLOAT32: torch.float32, DType.FLOAT16: torch.float16, DType.BFLOAT16: torch.bfloat16}
@@ -32,6 +33,33 @@ EVERYTHING = GroupedQueryAttention(
 BIASED = GroupedQueryAttention(4, 4, 24, 40, 0.2, bias=True)
 WIDE = GroupedQueryAttention(12, 1, 130, 96, 0.09, bias=True, softcap=20.0)
 SINKS = GroupedQueryAttention(3, 1, 33, 17, 0.17, sinks=True)
+
+_COLUMNS = Sight(block=16, period=16, first=13, last=16)
+SPARSE = {
+    "window": GroupedQueryAttention(4, 2, 8, 8, 0.3, causal=True, pattern=(Sight(reach=9, sinks=3, ordered=True),)),
+    "symmetric window": GroupedQueryAttention(4, 1, 8, 8, 0.3, pattern=(Sight(reach=9, sinks=3),)),
+    "fixed": GroupedQueryAttention(
+        6, 1, 16, 16, 0.3, causal=True, masked_rows_are_zero=True, pattern=(replace(_COLUMNS, ordered=True),)
+    ),
+    "symmetric fixed": GroupedQueryAttention(4, 4, 5, 7, 0.3, bias=True, pattern=(_COLUMNS,)),
+    "strided": GroupedQueryAttention(4, 2, 33, 17, 0.3, causal=True, pattern=(Sight(reach=7, stride=6, ordered=True),)),
+    "symmetric strided": GroupedQueryAttention(
+        12, 2, 8, 8, 0.3, bias=True, softcap=3.0, sinks=True, pattern=(Sight(reach=7, stride=6),)
+    ),
+    "by head": GroupedQueryAttention(
+        6, 2, 8, 8, 0.3, causal=True,
+        pattern=tuple(replace(_COLUMNS, first=13 - 3 * n, last=16 - 3 * n, ordered=True) for n in range(5)),
+    ),
+    "three kinds by head": GroupedQueryAttention(
+        10, 1, 8, 8, 0.3, causal=True,
+        pattern=(Sight(reach=5, ordered=True), Sight(stride=5, ordered=True), replace(_COLUMNS, ordered=True)),
+    ),
+    "all at once": GroupedQueryAttention(
+        4, 2, 8, 8, 0.3, masked_rows_are_zero=True,
+        pattern=(Sight(reach=4, block=6, sinks=2, period=11, first=2, last=4, stride=9),),
+    ),
+}  # fmt: skip
+"""Patterns smaller and larger than tiles, one and several sights, heads that share keys and heads that do not."""
 
 
 @dataclass(frozen=True)
@@ -137,3 +165,15 @@ def variants() -> Sequence[tuple[GroupedQueryAttention, DType, Isa]]:
             first = 3 * i + 2 * j
             found += [(specs[(first + n) % len(specs)], dtype, isa) for n in (0, 3)]
     return found
+
+
+def sparse_variants() -> Sequence[tuple[str, DType, Isa]]:
+    """Each kind of pattern once, the number formats and instruction sets among them, so that builds stay few."""
+    other = {
+        "symmetric window": (DType.FLOAT16, Isa.AVX512),
+        "fixed": (DType.BFLOAT16, Isa.AVX512_BF16),
+        "symmetric fixed": (DType.BFLOAT16, Isa.AVX512),
+        "symmetric strided": (DType.FLOAT32, Isa.AVX2),
+        "by head": (DType.FLOAT16, Isa.AVX2),
+    }
+    return [(name, *other.get(name, (DType.FLOAT32, here()[-1] if here() else Isa.AVX2))) for name in SPARSE]

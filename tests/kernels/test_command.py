@@ -19,6 +19,8 @@ from torch import Tensor, nn
 import rewriter
 from codegen.errors import NotLegal
 from codegen.launch import torch_op
+from codegen.sight import Sight
+from codegen.spec import GroupedQueryAttention
 from rewriter.cli import run
 from rewriter.errors import InvalidModelFile, NothingToRewrite, UsageError
 from rewriter.install.torch_module import mixers
@@ -109,6 +111,25 @@ def test_a_mixed_file_has_kernels_of_both_kinds(files: tuple[Path, Path], tmp_pa
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5 * np.abs(theirs).max())
     found = rewriter.profile(mixed, mixed, shapes={"x": (1, 16, 32)}, runs=1, threads=1, kernels=folder)
     assert {"FourierMixing", "GroupedQueryAttention"} <= set(found.after.ops)
+
+
+def test_a_sparse_file_has_kernels_of_its_patterns(files: tuple[Path, Path], tmp_path: Path) -> None:
+    sparse, folder = tmp_path / "sparse.onnx", tmp_path / "out"
+    names = [site.name for site in rewriter.inspect(files[0]).sites]
+    rewriter.optimize(files[0], {names[0]: "window:5,1", names[1]: "sparse-strided:4"}).save(sparse)
+    patterns = [need.spec.pattern for need in needs(sparse) if isinstance(need.spec, GroupedQueryAttention)]
+    assert patterns == [(Sight(reach=5, sinks=1),), (Sight(reach=5, stride=4),)]
+    assert run(["kernels", str(sparse), "-o", str(folder), "--arch", "cpu"]) == 0
+    options = ort.SessionOptions()
+    options.register_custom_ops_library(str(library_in(folder)))
+    plain = ort.InferenceSession(str(sparse), providers=["CPUExecutionProvider"])
+    fast = ort.InferenceSession(str(sparse), options, providers=["CPUExecutionProvider"])
+    for length in (1, 9, 50):
+        x = np.random.default_rng(0).standard_normal((3, length, 32)).astype(np.float32)
+        ours, theirs = (s.run(None, {"x": x})[0] for s in (fast, plain))
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+    full = ort.InferenceSession(str(files[0]), providers=["CPUExecutionProvider"]).run(None, {"x": x})[0]
+    assert np.abs(full - ours).max() > 1e-3  # the control
 
 
 def test_profile_counts_the_kernel(files: tuple[Path, Path], emitted: tuple[Path, dict[str, Any]]) -> None:

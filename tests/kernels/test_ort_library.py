@@ -15,9 +15,11 @@ from numpy.typing import NDArray
 from codegen.device import Device, DType, Isa, host
 from codegen.errors import NotLegal
 from codegen.launch.ort_op import build, source
-from codegen.ops.grouped_query_attention.onnx_body import DOMAIN, attributes, function, function_name
+from codegen.ops.grouped_query_attention.onnx_body import DOMAIN, attributes, function_name
+from codegen.ops.grouped_query_attention.onnx_tiles import functions
 from codegen.ops.grouped_query_attention.reference import grouped_query_attention
 from codegen.registry import Choice
+from codegen.sight import Sight
 from codegen.spec import GroupedQueryAttention
 from tests.kernels.ort_sessions import operators_run, profiled_session
 from tests.kernels.problems import choice, here
@@ -33,19 +35,32 @@ EVERYTHING = GroupedQueryAttention(
 )
 SPECS = (CAUSAL, OTHER_HEADS, EVERYTHING)
 
+WINDOW = replace(CAUSAL, pattern=(Sight(reach=9, sinks=2, ordered=True),))
+OTHER_WINDOW = replace(CAUSAL, pattern=(Sight(reach=7, sinks=2, ordered=True),))
+BY_HEAD = replace(
+    CAUSAL, bias=True, pattern=tuple(Sight(block=8, period=8, first=f, last=f + 2, ordered=True) for f in (4, 6))
+)
+SPARSE = (WINDOW, OTHER_WINDOW, BY_HEAD)
+
 
 @pytest.fixture(scope="module")
 def library(kernel_cache: Path) -> Path:
     return build([choice(s, DType.FLOAT32) for s in SPECS] + [choice(CAUSAL, DType.FLOAT16)]).path
 
 
+@pytest.fixture(scope="module")
+def sparse_library(kernel_cache: Path) -> Path:
+    return build([choice(s, DType.FLOAT32) for s in SPARSE]).path
+
+
 def _model(spec: GroupedQueryAttention, dtype: ir.DataType) -> bytes:
+    made = functions(spec, 18)
     names = ["q", "k", "v"] + ["bias"] * spec.bias + ["sinks"] * spec.sinks
     inputs = [ir.Value(name=n, type=ir.TensorType(dtype), shape=ir.Shape([None] * 4)) for n in names]
-    node = ir.Node(DOMAIN, function_name(spec), inputs, attributes(spec, dtype), num_outputs=1)
+    node = ir.Node(DOMAIN, made[0].name, inputs, attributes(spec, dtype), num_outputs=1)
     node.outputs[0].name, node.outputs[0].type = "y", ir.TensorType(dtype)
     graph = ir.Graph(inputs, node.outputs, nodes=[node], name="g", opset_imports={"": 18, DOMAIN: 1})
-    model = ir.Model(graph, ir_version=8, functions=[function(spec, 18)])
+    model = ir.Model(graph, ir_version=8, functions=made)
     return bytes(ir.serde.serialize_model(model).SerializeToString())
 
 
@@ -86,6 +101,29 @@ def test_with_the_library_the_kernel_runs_and_without_it_the_function(
             np.testing.assert_allclose(fast.run(None, wrong)[0], right, rtol=2e-5, atol=3e-6)
     assert operators_run(fast) == {function_name(spec)}
     assert "MatMul" in operators_run(plain)
+
+
+@pytest.mark.parametrize("spec", SPARSE, ids=["window", "other window", "by head"])
+def test_sparse_patterns_are_told_apart_by_their_numbers(
+    spec: GroupedQueryAttention, sparse_library: Path, tmp_path: Path
+) -> None:
+    session = _session(spec, sparse_library, tmp_path)
+    for queries, keys in ((1, 1), (5, 7), (1, 300), (150, 150)):
+        feeds = _feeds(spec, queries, keys)
+        found = session.run(None, feeds)[0]
+        np.testing.assert_allclose(found, _oracle(spec, feeds), rtol=2e-5, atol=3e-6)
+    other = OTHER_WINDOW if spec is WINDOW else replace(spec, pattern=WINDOW.pattern)
+    assert np.abs(found - _oracle(other, feeds)).max() > 1e-2  # the control
+    (name,) = operators_run(session)
+    assert name.startswith(function_name(spec)), "one operator, under the name of the function that chooses"
+
+
+def test_a_pattern_that_the_library_lacks_is_said(sparse_library: Path, tmp_path: Path) -> None:
+    (sight,) = WINDOW.pattern
+    with pytest.raises(Exception, match=r"in this pattern.*rewriter kernels"):
+        _session(replace(WINDOW, pattern=(replace(sight, reach=8),)), sparse_library, tmp_path)
+    with pytest.raises(Exception, match=r"in this pattern.*rewriter kernels"):
+        _session(replace(BY_HEAD, pattern=(*BY_HEAD.pattern, *BY_HEAD.pattern)), sparse_library, tmp_path)
 
 
 def test_half_precision(library: Path, tmp_path: Path) -> None:

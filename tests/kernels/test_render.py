@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import jinja2
@@ -17,14 +17,16 @@ from codegen import hooks, render
 from codegen.device import DType, Isa
 from codegen.errors import UnsafeInput
 from codegen.ops.grouped_query_attention.cpp_kernel import kernel_name, source
+from codegen.sight import Sight
 from codegen.spec import GroupedQueryAttention
 from tests.kernels.golden_source import CHANGES, require_golden
-from tests.kernels.problems import CAUSAL, EVERYTHING, MULTI_QUERY
+from tests.kernels.problems import CAUSAL, EVERYTHING, MULTI_QUERY, SPARSE
 
 GOLDEN = {
     "causal_f32_avx512": (CAUSAL, DType.FLOAT32, Isa.AVX512),
     "everything_f16_avx2": (EVERYTHING, DType.FLOAT16, Isa.AVX2),
     "multi_query_bf16_avx512_bf16": (MULTI_QUERY, DType.BFLOAT16, Isa.AVX512_BF16),
+    "strided_f32_avx2": (SPARSE["strided"], DType.FLOAT32, Isa.AVX2),
 }
 
 HOSTILE = ['1); system("id"); //', "64", "{{ 7 * 7 }}", "h\n#include </etc/passwd>", "", "inf", b"64", ["64"], object()]
@@ -42,6 +44,28 @@ def test_every_field_changes_the_source_and_the_name(change: dict[str, Any]) -> 
     names = [str(kernel_name(s, DType.FLOAT32, Isa.AVX512)) for s in (EVERYTHING, other)]
     assert names[0] != names[1]
     assert _code(before, names[0]) != _code(after, names[1]), "the field only changes a name or a comment"
+
+
+@pytest.mark.parametrize("field", [f.name for f in fields(Sight)])
+def test_every_number_of_a_pattern_changes_the_source_and_the_name(field: str) -> None:
+    sight = SPARSE["all at once"].pattern[0]
+    changed = not sight.ordered if field == "ordered" else getattr(sight, field) + 1
+    specs = [replace(SPARSE["all at once"], pattern=(s,)) for s in (sight, replace(sight, **{field: changed}))]
+    texts = [source(s, DType.FLOAT32, Isa.AVX512) for s in specs]
+    names = [str(kernel_name(s, DType.FLOAT32, Isa.AVX512)) for s in specs]
+    assert names[0] != names[1]
+    assert _code(texts[0], names[0]) != _code(texts[1], names[1])
+
+
+@pytest.mark.parametrize("hostile", HOSTILE, ids=range(len(HOSTILE)))
+def test_nothing_but_numbers_comes_through_a_pattern(hostile: Any) -> None:
+    sight = Sight(reach=3)
+    object.__setattr__(sight, "sinks", hostile)
+    spec = replace(CAUSAL, pattern=(sight,))
+    with pytest.raises(UnsafeInput):
+        source(spec, DType.FLOAT32, Isa.AVX512)
+    with pytest.raises(UnsafeInput):
+        render.fingerprint(spec)
 
 
 def test_every_format_and_instruction_set_changes_the_source() -> None:

@@ -361,11 +361,11 @@ def test_rewriting_again() -> None:
     assert len(found.sites) == 2 and all("mask" in [m.kind for m in s.modifiers] or s.causal for s in found.sites)
 
 
-def test_kernels_by_name_are_refused() -> None:
+def test_kernels_that_do_not_exist_are_refused() -> None:
     from rewriter.errors import UsageError
 
     with pytest.raises(UsageError, match="sparse"):
-        rewritten(ZOO["bert-sdpa"], Window(3, 1), kernels="cpp")
+        rewritten(ZOO["bert-sdpa"], Window(3, 1), kernels="triton")
     assert rewritten(ZOO["bert-sdpa"], Window(3, 1), kernels="off") is not None
 
 

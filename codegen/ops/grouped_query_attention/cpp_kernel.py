@@ -96,7 +96,7 @@ def source(spec: GroupedQueryAttention, dtype: DType, isa: Isa) -> str:
 
 def legal(spec: Any, dtype: DType) -> str | None:
     """Why there is no such kernel, or None if there is one."""
-    return why_not(spec, "C++", MAX_DIM)
+    return why_not(spec, "C++", MAX_DIM, sparse=True)
 
 
 def resources(spec: GroupedQueryAttention, dtype: DType, isa: Isa) -> dict[str, int]:

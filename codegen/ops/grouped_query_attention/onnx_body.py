@@ -30,9 +30,10 @@ def function_name(spec: GroupedQueryAttention) -> str:
         "Softcap": spec.softcap is not None,
         "Sinks": spec.sinks,
         "ZeroMaskedRows": spec.masked_rows_are_zero,
-        **{f"Sparse{word}" if n == 0 else word: True for n, word in enumerate(sparse_words(spec.pattern))},
+        "Sparse": bool(spec.pattern),
     }
-    return "GroupedQueryAttention" + "".join(name for name, present in parts.items() if present)
+    words = [name for name, present in parts.items() if present]
+    return "".join(["GroupedQueryAttention", *words, *sparse_words(spec.pattern)])
 
 
 def attributes(spec: GroupedQueryAttention, dtype: ir.DataType) -> list[ir.Attr]:

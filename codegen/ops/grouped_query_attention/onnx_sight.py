@@ -29,8 +29,8 @@ def sparse_words(pattern: Pattern) -> list[str]:
     return [word for word, present in parts.items() if present]
 
 
-def sparse_attributes(pattern: Pattern) -> list[ir.Attr]:
-    """The numbers that a body with these words reads, [P] each."""
+def sparse_numbers(pattern: Pattern) -> list[str]:
+    """Names of the numbers that a body with these words reads."""
     read = {
         "Near": ("reach",),
         "Block": ("block",),
@@ -38,8 +38,12 @@ def sparse_attributes(pattern: Pattern) -> list[ir.Attr]:
         "Sinks": ("sinks",),
         "Columns": ("period", "first", "last"),
     }
-    names = [name for word in sparse_words(pattern) for name in read.get(word, ())]
-    return [ir.AttrInt64s(f"sparse_{name}", [getattr(s, name) for s in pattern]) for name in names]
+    return [name for word in sparse_words(pattern) for name in read.get(word, ())]
+
+
+def sparse_attributes(pattern: Pattern) -> list[ir.Attr]:
+    """Those numbers, [P] each."""
+    return [ir.AttrInt64s(f"sparse_{name}", [getattr(s, name) for s in pattern]) for name in sparse_numbers(pattern)]
 
 
 def visible(body: FunctionBody, pattern: Pattern, q_shape: ir.Value, k_shape: ir.Value) -> ir.Value:

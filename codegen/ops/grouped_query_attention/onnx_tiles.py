@@ -37,13 +37,21 @@ def masked_name(name: str) -> str:
     return name.removesuffix(TILED_BY_KEY).removesuffix(TILED)
 
 
+def function_names(spec: GroupedQueryAttention) -> list[str]:
+    """Every name under which a file may call this."""
+    name = onnx_body.function_name(spec)
+    if not _choosing(spec):
+        return [name]
+    return [name, name + TILED, *[name + TILED_BY_KEY] * spec.bias]
+
+
 def functions(spec: GroupedQueryAttention, opset: int, *, bias_by_key: bool = False) -> list[ir.Function]:
     """What a model has to hold so that the first of these can be called; inputs and output as `onnx_body.function`.
 
     `bias_by_key`: the bias has one row for all queries.
     """
     masked = onnx_body.function(spec, opset)
-    if not tileable(spec.pattern) or (spec.causal and not spec.pattern[0].ordered):
+    if not _choosing(spec):
         return [masked]
     whole = [] if spec.pattern[0].ordered else [onnx_body.function(_seeing_all(spec), opset)]
     name = masked.name + (TILED_BY_KEY if spec.bias and bias_by_key else TILED)
@@ -51,6 +59,11 @@ def functions(spec: GroupedQueryAttention, opset: int, *, bias_by_key: bool = Fa
     graph = writer.graph(masked, opset)
     attributes = [ir.Attr(a.name, a.type, None) for a in masked.attributes.values()]
     return [ir.Function(onnx_body.DOMAIN, name, graph=graph, attributes=attributes), masked, *whole]
+
+
+def _choosing(spec: GroupedQueryAttention) -> bool:
+    """Whether there is a function that chooses between tiles and the mask."""
+    return tileable(spec.pattern) and (spec.pattern[0].ordered or not spec.causal)
 
 
 def tileable(pattern: Pattern) -> bool:

@@ -51,6 +51,7 @@ typedef vh vh_anywhere __attribute__((aligned(1), may_alias));
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (vi){__VA_ARGS__})
 #endif
 #define INLINE static inline __attribute__((always_inline))
+#define INLINE_MEMBER inline __attribute__((always_inline))
 
 INLINE vf load(const float *p) { return *(const vf_anywhere *)p; }
 INLINE void store(float *p, vf x) { *(vf_anywhere *)p = x; }
@@ -193,8 +194,11 @@ constexpr int PAIR = 2;    // numbers per 32-bit unit of a product's operands
 constexpr int D_UNITS = (D + PAIR * W - 1) / (PAIR * W) * W, E_PADDED = (E + W - 1) / W * W;
 constexpr int KT_UNITS = KT / PAIR;
 constexpr bool V_IN_PLACE = false;  // values need no conversion, only their rows
+constexpr bool V_LAID_OUT = true;  // some tiles of values are copied
 constexpr float NONE = -__builtin_inff();
 constexpr float LOG2_E = 1.4426950408889634f;
+
+constexpr int APART = 1;
 
 // c += a * b, where an operand's 32-bit unit is one float, here two bfloat16.
 INLINE vf multiply(vf c, vf a, vf b) {
@@ -260,18 +264,32 @@ INLINE void product_wide(int rows, const float *a, int lda, const float *b, int6
   if (REST) product<(REST ? REST : 1)>(rows, a, lda, b + (V - REST) * W, ldb, depth, c + (V - REST) * W, ldc, add);
 }
 
+// Rows first, first + apart, ... of a task.
+struct Rows {
+  int first, apart, count;
+  INLINE_MEMBER int operator[](int r) const { return first + r * apart; }
+};
+
 // What a task works on; it lives on its thread's stack.
 struct Tile {
   alignas(64) float q[ROWS][D_UNITS];
   alignas(64) float out[ROWS][E_PADDED];
   alignas(64) float keys[D_UNITS][KT];
-  alignas(64) float values[V_IN_PLACE ? 1 : KT_UNITS][E_PADDED];
+  alignas(64) float values[V_LAID_OUT ? KT_UNITS : 1][E_PADDED];
   alignas(64) float scores[MR][KT];
   alignas(64) float weights[MR][KT_UNITS];
   float largest[ROWS];
   alignas(64) float total[ROWS][W];  // lane by lane
   int64_t row[ROWS];                 // the query's number
   int rows;
+};
+
+// Rows are queries of heads, head by head.
+struct Task {
+  int64_t batch, kv_head, head, query;
+  int heads, queries;
+  INLINE_MEMBER int64_t head_of(int r) const { return head + r / queries * APART; }
+  INLINE_MEMBER int64_t query_of(int r) const { return query + r % queries; }
 };
 
 INLINE void transpose_keys(Tile &tile, const T *k, int64_t stride, int count) {
@@ -303,17 +321,18 @@ INLINE void lay_out_values(Tile &tile, const T *v, int64_t stride, int count) {
 
 
 
-// Scores of rows [first, first + rows) become weights; the running maximum, sum and output follow.
-// `start` is the tile's first key, `count` its keys.
-INLINE void weigh(const Launch &launch, Tile &tile, int first, int rows, int64_t start, int count) {
+// Scores of keys [from, to) become weights; the running maximum, sum and output follow. The tile has `count` keys,
+// the first of which is `start`.
+INLINE void weigh(const Launch &launch, Tile &tile, Rows rows, int64_t start, int from, int to, int count) {
   const int64_t queries = launch.queries, keys = launch.keys;
-  for (int r = 0; r < rows; ++r) {
+  for (int r = 0; r < rows.count; ++r) {
+    const int at = rows[r];
     float *line = tile.scores[r];
-    const int64_t row = tile.row[first + r], last = row + (keys - queries);
+    const int64_t row = tile.row[at], last = row + (keys - queries);
     const int64_t seen = last + 1 - start;
     const int visible = seen < 0 ? 0 : seen < count ? (int)seen : count;
     vf top = splat(NONE);
-    for (int j = 0; j < KT; j += W) {
+    for (int j = from; j < to; j += W) {
       const int left = visible - j;
       if (left <= 0) {
         store(line + j, splat(NONE));
@@ -325,17 +344,17 @@ INLINE void weigh(const Launch &launch, Tile &tile, int first, int rows, int64_t
       store(line + j, score);
       top = larger(score, top);
     }
-    const float before = tile.largest[first + r], here = largest_of(top), after = here > before ? here : before;
+    const float before = tile.largest[at], here = largest_of(top), after = here > before ? here : before;
     const vf base = splat(after == NONE ? 0.0f : after);
-    float *sum = tile.total[first + r], *out = tile.out[first + r];
+    float *sum = tile.total[at], *out = tile.out[at];
     if (after > before) {
       const vf left = splat(before), keep = exp2_of(left - base);
       store(sum, load(sum) * keep);
       for (int e = 0; e < E_PADDED; e += W) store(out + e, load(out + e) * keep);
-      tile.largest[first + r] = after;
+      tile.largest[at] = after;
     }
     vf total = load(sum);
-    for (int j = 0; j < KT; j += PAIR * W) {
+    for (int j = from; j < to; j += PAIR * W) {
       const vf one = exp2_of(load(line + j) - base);
       const vf two = exp2_of(load(line + j + W) - base);
       total += one + two;
@@ -345,28 +364,34 @@ INLINE void weigh(const Launch &launch, Tile &tile, int first, int rows, int64_t
   }
 }
 
-// One key tile for all rows of the task.
-INLINE void attend(const Launch &launch, Tile &tile, const T *k, const T *v, int64_t start, int count) {
+// One key tile for some rows of the task.
+INLINE void attend(const Launch &launch, Tile &tile, Rows rows, const T *k, const T *v, int64_t start, int count) {
   const int64_t k_stride = launch.k_stride[2], v_stride = launch.v_stride[2];
   const bool few = false;
-  if (!few) transpose_keys(tile, k + start * k_stride, k_stride, count);
-  if (!V_IN_PLACE) lay_out_values(tile, v + start * v_stride, v_stride, count);
-  const int blocks = (tile.rows + MR - 1) / MR;
+  const bool in_place = V_IN_PLACE;
+  if (!few) transpose_keys(tile, k, k_stride, count);
+  if (!in_place) lay_out_values(tile, v, v_stride, count);
+  const int blocks = (rows.count + MR - 1) / MR;
   for (int b = 0; b < blocks; ++b) {
-    const int first = tile.rows * b / blocks, rows = tile.rows * (b + 1) / blocks - first;
-      product_wide<SCORE_VECTORS>(rows, tile.q[first], D_UNITS, tile.keys[0], KT, D_UNITS, tile.scores[0], KT, false);
-    weigh(launch, tile, first, rows, start, count);
-    const float *values = V_IN_PLACE ? (const float *)(const void *)(v + start * v_stride) : tile.values[0];
-    product_wide<OUT_VECTORS>(rows, tile.weights[0], KT_UNITS, values, V_IN_PLACE ? v_stride : E_PADDED,
-                              (count + PAIR - 1) / PAIR, tile.out[first], E_PADDED, true);
+    const int before = rows.count * b / blocks;
+    const Rows block = {rows[before], rows.apart, rows.count * (b + 1) / blocks - before};
+    constexpr int from = 0, to = KT;
+    const int depth = count;
+    const int lda = D_UNITS * rows.apart;
+      product_wide<SCORE_VECTORS>(block.count, tile.q[block.first], lda, tile.keys[0], KT, D_UNITS, tile.scores[0], KT, false);
+    weigh(launch, tile, block, start, from, to, count);
+    const float *values = in_place ? (const float *)(const void *)(v + 0) : tile.values[0];
+    const int64_t ldv = in_place ? v_stride : E_PADDED;
+    product_wide<OUT_VECTORS>(block.count, tile.weights[0] + from / PAIR, KT_UNITS, values + from / PAIR * ldv, ldv,
+                              (depth + PAIR - 1) / PAIR, tile.out[block.first], E_PADDED * rows.apart, true);
   }
 }
 
-INLINE void begin(const Launch &launch, Tile &tile, int64_t batch, int64_t head, int64_t query, int heads, int queries,
-                  [[maybe_unused]] bool with_sinks) {
-  tile.rows = heads * queries;
+INLINE void begin(const Launch &launch, Tile &tile, const Task &task, [[maybe_unused]] bool with_sinks) {
+  const int64_t batch = task.batch;
+  tile.rows = task.heads * task.queries;
   for (int r = 0; r < tile.rows; ++r) {
-    const int64_t h = head + r / queries, i = query + r % queries;
+    const int64_t h = task.head_of(r), i = task.query_of(r);
     const T *q = (const T *)launch.q + batch * launch.q_stride[0] + h * launch.q_stride[1] + i * launch.q_stride[2];
     for (int u = 0; u < D_UNITS; u += W) store(&tile.q[r][u], units(q, u, D));
     tile.row[r] = i;
@@ -392,13 +417,13 @@ struct Partial {
   float out[ROWS][E_PADDED];
 };
 
-INLINE T *out_row(const Launch &launch, const Tile &tile, int64_t batch, int64_t head, int queries, int r) {
-  return (T *)launch.out + batch * launch.out_stride[0] + (head + r / queries) * launch.out_stride[1] +
+INLINE T *out_row(const Launch &launch, const Tile &tile, const Task &task, int r) {
+  return (T *)launch.out + task.batch * launch.out_stride[0] + task.head_of(r) * launch.out_stride[1] +
          tile.row[r] * launch.out_stride[2];
 }
 
 // Brings the splits of one group of rows together, in their order.
-INLINE void merge(const Launch &launch, const Tile &tile, const Partial *parts, int64_t batch, int64_t head, int queries) {
+INLINE void merge(const Launch &launch, const Tile &tile, const Partial *parts, const Task &task) {
   for (int r = 0; r < tile.rows; ++r) {
     float after = NONE, total = 0.0f;
     for (int64_t s = 0; s < launch.splits; ++s)
@@ -410,42 +435,49 @@ INLINE void merge(const Launch &launch, const Tile &tile, const Partial *parts, 
       total += parts[s].total[r] * keep[0];
       for (int e = 0; e < E_PADDED; e += W) store(sum + e, load(sum + e) + load(&parts[s].out[r][e]) * keep);
     }
-    write_row(out_row(launch, tile, batch, head, queries, r), sum, total, launch.keys);
+    write_row(out_row(launch, tile, task, r), sum, total, launch.keys);
   }
 }
 
-INLINE void run_task(Launch &launch, Tile &tile, int64_t task) {
-  const int64_t split = task % launch.splits, group = task / launch.splits;
+// The part of a task's number that says which of its rows; false if there are none.
+INLINE bool cut(const Launch &launch, int64_t head_block, int64_t query_block, Task &task) {
+  const int64_t shared = GROUP, queries = launch.queries, before = query_block * launch.query_rows;
+  const int64_t per_block = (GROUP + launch.head_blocks - 1) / launch.head_blocks, earlier = head_block * per_block;
+  task.query = before;
+  task.head = task.kv_head * GROUP + earlier;
+  task.queries = (int)(queries - before < launch.query_rows ? queries - before : launch.query_rows);
+  task.heads = (int)(shared - earlier < per_block ? shared - earlier : per_block);
+  return task.heads > 0 && task.queries > 0;
+}
+
+INLINE void run_task(Launch &launch, Tile &tile, int64_t number) {
+  const int64_t split = number % launch.splits, group = number / launch.splits;
   int64_t rest = group;
   // long rows first: the last queries of a causal order see the most keys
   const int64_t query_block = launch.query_blocks - 1 - rest % launch.query_blocks;
   rest /= launch.query_blocks;
   const int64_t head_block = rest % launch.head_blocks;
   rest /= launch.head_blocks;
-  const int64_t kv_head = rest % KV_HEADS, batch = rest / KV_HEADS;
-  const int64_t query = query_block * launch.query_rows, left = launch.queries - query;
-  const int queries = (int)(left < launch.query_rows ? left : launch.query_rows);
-  const int per_block = (int)((GROUP + launch.head_blocks - 1) / launch.head_blocks);
-  const int64_t head = head_block * per_block;
-  const int heads = (int)(GROUP - head < per_block ? GROUP - head : per_block);
-  if (heads <= 0) return;
-  begin(launch, tile, batch, kv_head * GROUP + head, query, heads, queries, split == 0);
-  const T *k = (const T *)launch.k + batch * launch.k_stride[0] + kv_head * launch.k_stride[1];
-  const T *v = (const T *)launch.v + batch * launch.v_stride[0] + kv_head * launch.v_stride[1];
+  Task task;
+  task.kv_head = rest % KV_HEADS, task.batch = rest / KV_HEADS;
+  if (!cut(launch, head_block, query_block, task)) return;
+  begin(launch, tile, task, split == 0);
+  const T *k = (const T *)launch.k + task.batch * launch.k_stride[0] + task.kv_head * launch.k_stride[1];
+  const T *v = (const T *)launch.v + task.batch * launch.v_stride[0] + task.kv_head * launch.v_stride[1];
   int64_t end = launch.keys;
-  const int64_t row = query + queries - 1, keys = launch.keys;
-  const int64_t last = row + (keys - launch.queries);
+  const int64_t row = task.query + task.queries - 1, keys = launch.keys, queries = launch.queries;
+  const int64_t last = row + (keys - queries);
   if (last + 1 < end) end = last + 1 < 0 ? 0 : last + 1;
   const int64_t tiles = (end + KT - 1) / KT;
   const int64_t from = tiles * split / launch.splits, to = tiles * (split + 1) / launch.splits;
   for (int64_t t = from; t < to; ++t) {
     const int64_t start = t * KT;
-    attend(launch, tile, k, v, start, (int)(end - start < KT ? end - start : KT));
+    attend(launch, tile, Rows{0, 1, tile.rows}, k + start * launch.k_stride[2], v + start * launch.v_stride[2], start,
+           (int)(end - start < KT ? end - start : KT));
   }
   if (launch.splits == 1) {
     for (int r = 0; r < tile.rows; ++r)
-      write_row(out_row(launch, tile, batch, kv_head * GROUP + head, queries, r), tile.out[r], sum_of(load(tile.total[r])),
-                launch.keys);
+      write_row(out_row(launch, tile, task, r), tile.out[r], sum_of(load(tile.total[r])), launch.keys);
     return;
   }
   int64_t *arrived = (int64_t *)launch.workspace + group;
@@ -455,7 +487,7 @@ INLINE void run_task(Launch &launch, Tile &tile, int64_t task) {
   for (int r = 0; r < tile.rows; ++r) mine.total[r] = sum_of(load(tile.total[r]));
   memcpy(mine.out, tile.out, (size_t)tile.rows * sizeof tile.out[0]);
   if (__atomic_add_fetch(arrived, 1, __ATOMIC_ACQ_REL) == launch.splits)
-    merge(launch, tile, parts, batch, kv_head * GROUP + head, queries);
+    merge(launch, tile, parts, task);
 }
 
 }  // namespace
@@ -464,14 +496,16 @@ INLINE void run_task(Launch &launch, Tile &tile, int64_t task) {
 
 // Decides how the work is cut for `launch->threads`; returns the bytes of workspace it takes, 0 if none.
 EXPORT int64_t gqa_h32_kv1_d16_causal_zero_bf16_avx512_bf16_181c9270_plan(Launch *launch) {
-  launch->query_rows = launch->queries < ROWS ? launch->queries : ROWS;
+  constexpr int SHARED = GROUP;
+  const int64_t longest_run = launch->queries, most_seen = launch->keys;
+  launch->query_rows = longest_run < ROWS ? longest_run : ROWS;
   if (launch->query_rows < 1) launch->query_rows = 1;
-  const int64_t most = ROWS / launch->query_rows, heads = most < GROUP ? most : GROUP;
-  launch->head_blocks = (GROUP + heads - 1) / heads;
+  const int64_t most = ROWS / launch->query_rows, heads = most < SHARED ? most : SHARED;
+  launch->head_blocks = (SHARED + heads - 1) / heads;
   launch->query_blocks = (launch->queries + launch->query_rows - 1) / launch->query_rows;
   launch->groups = launch->batch * KV_HEADS * launch->head_blocks * launch->query_blocks;
   const int64_t wanted = launch->threads > 1 ? 4 * launch->threads : 1;
-  const int64_t longest = launch->keys / 256;
+  const int64_t longest = most_seen / 256;
   int64_t splits = launch->groups > 0 ? (wanted + launch->groups - 1) / launch->groups : 1;
   if (splits > longest) splits = longest;
   launch->splits = splits < 1 ? 1 : splits;
