@@ -26,6 +26,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from benchmarks.kernels import Case, error_beside_double
 from benchmarks.machine import machine
 from benchmarks.rows import Row, markdown_table, put_section, write_json
+from codegen.errors import KernelError
 from codegen.ops.fourier_mixing import torch_body as fourier_body
 from codegen.ops.grouped_query_attention import torch_body
 from codegen.ops.grouped_query_attention.sparse_body import shown
@@ -144,6 +145,9 @@ def _peers(case: Case, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Call]:
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+    from codegen.launch import attention_cuda
+    from codegen.launch.torch_op import graphics_card
+
     causal, grouped = case.kind == "prefill", case.kv_heads != case.heads
 
     def with_backend(backend: SDPBackend) -> Tensor:
@@ -158,6 +162,9 @@ def _peers(case: Case, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Call]:
     if not causal:
         rows = q.reshape(case.batch, case.kv_heads, -1, case.dim)
         found["torch sdpa, group in rows"] = lambda: sdpa(rows, k, v).view_as(q)
+        device, processors = graphics_card(q.device)
+        card: dict[str, Any] = {"arch": device.arch, "processors": processors}
+        found["ours in CUDA C++"] = functools.partial(attention_cuda.launch, case.spec, q, k, v, **card)
     compiled: Any = torch.compile(flex_attention)
     mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, case.queries, case.keys) if causal else None
     found["FlexAttention"] = lambda: compiled(q, k, v, block_mask=mask, enable_gqa=grouped)
@@ -170,7 +177,7 @@ def _usable(peers: dict[str, Call]) -> dict[str, Call]:
     for name, call in peers.items():
         try:
             call()
-        except (RuntimeError, ValueError, torch._dynamo.exc.TorchDynamoException) as error:
+        except (KernelError, RuntimeError, ValueError, torch._dynamo.exc.TorchDynamoException) as error:
             print(f"  {name} does not take it: {str(error).splitlines()[0]}", file=sys.stderr)
         else:
             kept[name] = call

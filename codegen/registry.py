@@ -12,6 +12,7 @@ from codegen.ops.fourier_mixing import cpp_kernel as fourier_cpp
 from codegen.ops.fourier_mixing import cuda_kernel as fourier_cuda
 from codegen.ops.fourier_mixing import triton_kernel as fourier_triton
 from codegen.ops.grouped_query_attention import cpp_kernel as gqa_cpp
+from codegen.ops.grouped_query_attention import cuda_kernel as gqa_cuda
 from codegen.ops.grouped_query_attention import triton_kernel as gqa_triton
 from codegen.spec import FourierMixing, GroupedQueryAttention
 
@@ -82,6 +83,16 @@ KERNELS: tuple[Kernel, ...] = (
             source=gqa_triton.source,
         )
         for kind, archs in gqa_triton.ARCHS.items()
+    ),
+    Kernel(
+        op=GroupedQueryAttention,
+        language=Language.CUDA,
+        device_kind="cuda",
+        archs=gqa_cuda.ARCHS,
+        dtypes=gqa_cuda.DTYPES,
+        legal=gqa_cuda.legal,
+        name=gqa_cuda.kernel_name,
+        source=gqa_cuda.source,
     ),
     Kernel(
         op=FourierMixing,

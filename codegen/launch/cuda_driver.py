@@ -55,6 +55,9 @@ class _Configuration(ctypes.Structure):
     )
 
 
+_NO_CONTEXT = 201
+"""CUDA_ERROR_INVALID_CONTEXT."""
+
 _EARLY = _Attribute(_STREAM_SERIALIZATION, 0, 1)
 
 
@@ -75,7 +78,11 @@ class DriverKernel:
         configuration = _Configuration(
             grid, (block, 1, 1), shared, torch.cuda.current_stream().cuda_stream, ctypes.pointer(_EARLY), int(early)
         )
-        _check(_driver().cuLaunchKernelEx(ctypes.byref(configuration), self._function, places, None), "a launch")
+        code = _driver().cuLaunchKernelEx(ctypes.byref(configuration), self._function, places, None)
+        if code == _NO_CONTEXT:  # torch has not used this thread yet
+            _enter_context()
+            code = _driver().cuLaunchKernelEx(ctypes.byref(configuration), self._function, places, None)
+        _check(code, "a launch")
 
 
 def load(code: bytes, names: dict[str, int]) -> dict[str, Kernel]:
@@ -83,6 +90,7 @@ def load(code: bytes, names: dict[str, int]) -> dict[str, Kernel]:
 
     Raises NotLegal if the driver refuses the binary.
     """
+    _enter_context()
     module = ctypes.c_void_p()
     _check(_driver().cuModuleLoadData(ctypes.byref(module), code), "a binary")
     return {name: DriverKernel(module, name, shared) for name, shared in names.items()}
@@ -94,6 +102,16 @@ def _driver() -> ctypes.CDLL:
         return ctypes.CDLL("libcuda.so.1")
     except OSError as error:
         raise NotLegal("there is no CUDA driver", hint='use kernels="auto" or "off"') from error
+
+
+def _enter_context() -> None:
+    """Make torch's context, the device's primary one, current on this thread unless one is."""
+    context = ctypes.c_void_p()
+    _check(_driver().cuCtxGetCurrent(ctypes.byref(context)), "a look at the context")
+    if not context.value:
+        device = ctypes.c_int(torch.cuda.current_device())
+        _check(_driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), device), "the device's context")
+        _check(_driver().cuCtxSetCurrent(context), "the device's context")
 
 
 def _check(code: int, what: str) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
 from types import ModuleType
 
 import torch
@@ -17,15 +18,18 @@ from codegen.errors import KernelError, NotLegal
 from codegen.launch import fourier_cuda, fourier_host, triton_source
 from codegen.launch.operands import DTYPES
 from codegen.launch.torch_op import graphics_card
-from codegen.ops.fourier_mixing import triton_kernel
+from codegen.ops.fourier_mixing import cuda_kernel, triton_kernel
 from codegen.ops.fourier_mixing.torch_body import fourier_mixing
 from codegen.ops.fourier_mixing.triton_kernel import Tiling, padded
 from codegen.registry import select
 from codegen.spec import FourierMixing
 
-FASTER_ON: tuple[str, ...] = ()
-"""Where `python -m benchmarks.gpu` found the kernel faster than torch's transform at every size it tries: nowhere. On
-an H100 it takes 0.8 to 1.6 times as long."""
+FASTER_ON: Mapping[str, Language] = {}
+"""By arch, the kernel that `python -m benchmarks.gpu` found faster than torch's transform at every size it tries. On an
+H100 the Triton kernel takes 0.8 to 1.6 times as long as torch, and the one in CUDA C++ was not timed yet."""
+
+BUILT_FOR = 64
+"""The CUDA C++ kernel is built for each length; "auto" takes it at multiples of this only, so that few are built."""
 
 SMALLEST = 1 << 16
 """Numbers from which the C++ kernel was faster than torch's transform wherever `python -m benchmarks.kernels` tried."""
@@ -63,8 +67,14 @@ def _worthwhile(spec: FourierMixing, x: Tensor) -> Language | None:
     if x.device.type == "cpu":
         wide = x.numel() >= SMALLEST and select(spec, host(), dtype, Language.CPP) is not None
         return Language.CPP if wide else None
-    faster = x.is_cuda and dtype in triton_kernel.DTYPES and graphics_card(x.device)[0].arch in FASTER_ON
-    return Language.TRITON if faster else None
+    return _measured(x, graphics_card(x.device)[0].arch, dtype) if x.is_cuda else None
+
+
+def _measured(x: Tensor, arch: str, dtype: DType) -> Language | None:
+    if FASTER_ON.get(arch) is Language.CUDA:
+        regular = x.shape[1] % BUILT_FOR == 0 and cuda_kernel.legal_tokens(x.shape[1]) is None
+        return Language.CUDA if regular and dtype in cuda_kernel.DTYPES else None
+    return FASTER_ON.get(arch) if dtype in triton_kernel.DTYPES else None
 
 
 def _wants_gradient(*tensors: Tensor | None) -> bool:

@@ -9,9 +9,13 @@ import torch
 from torch import Tensor
 
 from codegen.device import DType
+from codegen.errors import NotLegal
 from codegen.spec import GroupedQueryAttention
 
 DTYPES = {torch.float32: DType.FLOAT32, torch.float16: DType.FLOAT16, torch.bfloat16: DType.BFLOAT16}
+
+FARTHEST = 2**31 - 1
+"""Kernels for graphics cards count elements within one sequence in 32 bits."""
 
 
 def dense(x: Tensor) -> Tensor:
@@ -42,3 +46,17 @@ def require_fitting(spec: GroupedQueryAttention, q: Tensor, k: Tensor, v: Tensor
         raise ValueError(
             f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit {spec.kv_heads} K/V heads"
         )
+
+
+def aligned(x: Tensor) -> bool:
+    """Whether rows of x can be read 16 bytes at a time: all of them are dense and lie at multiples of 16 bytes."""
+    places = (x.data_ptr(), *(stride * x.element_size() for stride in x.stride()[:3]))
+    return x.stride(3) == 1 and all(place % 16 == 0 for place in places)
+
+
+def require_near(*tensors: Tensor) -> None:
+    """Raises NotLegal where offsets within a sequence do not fit 32 bits."""
+    for x in tensors:
+        reach = sum((size - 1) * stride for size, stride in zip(x.shape[1:], x.stride()[1:], strict=True))
+        if reach > FARTHEST:
+            raise NotLegal("one sequence's operands reach beyond 2^31 elements", hint='use kernels="off"')

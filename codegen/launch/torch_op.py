@@ -141,9 +141,10 @@ def _on_graphics_card(
     device, processors = graphics_card(q.device)
 
     def run(choice: Choice) -> Tensor:
-        from codegen.launch import triton_op
+        from codegen.launch import attention_cuda, triton_op
 
-        return triton_op.launch(choice.spec, q, k, v, bias, sinks, arch=device.arch, processors=processors)
+        by = attention_cuda.launch if choice.kernel.language is Language.CUDA else triton_op.launch
+        return by(choice.spec, q, k, v, bias, sinks, arch=device.arch, processors=processors)
 
     return _computed(run, device, spec, q, k, v, bias, sinks, kernels)
 

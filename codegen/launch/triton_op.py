@@ -18,12 +18,18 @@ from torch import Tensor
 from codegen.device import DType
 from codegen.errors import NotLegal
 from codegen.launch import triton_source
-from codegen.launch.operands import DTYPES, dense, empty_output, require_fitting, wide_bias, wide_sinks
+from codegen.launch.operands import (
+    DTYPES,
+    aligned,
+    dense,
+    empty_output,
+    require_fitting,
+    require_near,
+    wide_bias,
+    wide_sinks,
+)
 from codegen.ops.grouped_query_attention import triton_kernel, triton_sight
 from codegen.spec import GroupedQueryAttention
-
-_FARTHEST = 2**31 - 1
-"""Kernels count elements within a head in 32 bits."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +95,7 @@ def launch(
         raise NotLegal(str(reason), hint='use kernels="auto" or "off"')
     require_fitting(spec, q, k, v)
     q, k, v = (dense(x) for x in (q, k, v))
-    _require_near(q, k, v)
+    require_near(q, k, v)
     b, _, s, _ = q.shape
     t = k.shape[2]
     if spec.pattern and s > t:
@@ -98,9 +104,9 @@ def launch(
     if not out.numel() or not t:
         return out.zero_()  # without keys, an empty sum
     operands = (*_strided(q, k, v), *_bias(bias, q, t), *_sinks(sinks, q))
-    aligned = _aligned(k) and _aligned(v)
+    even = aligned(k) and aligned(v)
     few, many = (
-        _Cut(spec, dtype, arch, few, cut or triton_kernel.tiling(spec, dtype, arch, few_queries=few, aligned=aligned))
+        _Cut(spec, dtype, arch, few, cut or triton_kernel.tiling(spec, dtype, arch, few_queries=few, aligned=even))
         for few in (True, False)
     )
     splits, share = _splits(few, b, s, t, processors)
@@ -142,12 +148,6 @@ def _strided(*tensors: Tensor) -> tuple[Any, ...]:
     return (*tensors, *(stride for x in tensors for stride in x.stride()[:3]))
 
 
-def _aligned(x: Tensor) -> bool:
-    """Whether the bulk copy engine can read rows of x: all of them lie at multiples of 16 bytes."""
-    places = (x.data_ptr(), *(stride * x.element_size() for stride in x.stride()[:3]))
-    return x.stride(3) == 1 and all(place % 16 == 0 for place in places)
-
-
 def _allow_scratch(device: torch.device) -> None:
     """Let kernels take memory on the card, where tensor descriptors lie."""
     import triton
@@ -163,7 +163,7 @@ def _bias(bias: Tensor | None, q: Tensor, t: int) -> tuple[Any, ...]:
         return ()
     wide = wide_bias(bias, q, t)
     boolean = wide.dtype == torch.bool
-    _require_near(wide)
+    require_near(wide)
     return wide.view(torch.uint8) if boolean else wide, *wide.stride(), boolean
 
 
@@ -172,13 +172,6 @@ def _sinks(sinks: Tensor | None, q: Tensor) -> tuple[Any, ...]:
         return ()
     wide = wide_sinks(sinks, q)
     return wide, wide.shape[3], *wide.stride()
-
-
-def _require_near(*tensors: Tensor) -> None:
-    for x in tensors:
-        reach = sum((size - 1) * stride for size, stride in zip(x.shape[1:], x.stride()[1:], strict=True))
-        if reach > _FARTHEST:
-            raise NotLegal("one sequence's operands reach beyond 2^31 elements", hint='use kernels="off"')
 
 
 @functools.lru_cache(maxsize=256)

@@ -54,7 +54,8 @@ def _find(named: str, path: str, home: str) -> Compiler:
     library = None if named else _nvrtc(toolkit)
     if library is not None:
         return library
-    program = shutil.which(named or "nvcc") or shutil.which(str(toolkit / "bin" / "nvcc"))
+    candidates = [named] if named else ["nvcc", str(toolkit / "bin" / "nvcc")]
+    program = next((found for name in candidates if (found := shutil.which(name)) is not None), None)
     if program is None:
         raise NoCompiler(
             f"there is no CUDA compiler: neither NVRTC nor {named or 'nvcc'} was found",

@@ -21,7 +21,7 @@ from codegen.toolchain import triton_aot
 from codegen.toolchain.cxx import find_compiler
 from rewriter import progress
 from rewriter.errors import RewriteError, UnsupportedModel, UsageError
-from rewriter.kernels import triton_files
+from rewriter.kernels import cuda_files, triton_files
 from rewriter.kernels.folder import LIBRARY, MANIFEST, copy, digest
 from rewriter.kernels.needed import Need, needs
 from rewriter.whole_file import write_whole
@@ -80,10 +80,14 @@ def _write(choices: Mapping[str, Sequence[Choice]], output: Path, *, ort: bool) 
     with progress.task("building", sum(map(len, choices.values())), "kernels") as advance:
         for arch, own in choices.items():
             if own[0].device.kind != "cpu":
+                cuda = cuda_files.compiler()
                 for choice in own:
                     kernels += triton_files.write(choice, output, arch)
+                    kernels += cuda_files.write(choice, output, arch) if cuda else []
                     advance(len(kernels))
                 tools["triton"] = triton_aot.version()
+                if cuda:
+                    tools["cuda"] = cuda.version
                 continue
             tools["compiler"] = find_compiler().version
             if ort:

@@ -107,6 +107,39 @@ static inline float widen_low(unsigned x) { return widen((unsigned short)x); }
 static inline float widen_high(unsigned x) { return widen((unsigned short)(x >> 16)); }
 static inline unsigned narrow2(float low, float high) { return narrowed(low) | (unsigned)narrowed(high) << 16; }
 
+static inline float exp2_of(float x) { return exp2f(x); }
+
+// ---------------------------------------------------------------------- copies and matrix units
+
+static inline void copy_16(uint4 *to, const void *from, bool present) {
+  if (present)
+    memcpy(to, from, 16);
+  else
+    memset(to, 0, 16);
+}
+static inline void copies_end_here() {}
+template <int later>
+static inline void wait_for_copies() {}
+
+// m16n8k16: a register holds two numbers of a pair of columns of a (rows of b).
+static unsigned given_a[1024][4], given_b[1024][2];
+static inline float half_of(unsigned pair, int which) { return which ? widen_high(pair) : widen_low(pair); }
+static inline void multiply(float (&sums)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+  memcpy(given_a[current], a, 16);
+  given_b[current][0] = b0, given_b[current][1] = b1;
+  __syncwarp();
+  const unsigned first = current / 32 * 32, lane = current % 32;
+  for (int i = 0; i < 4; ++i) {
+    const unsigned row = lane / 4, high = (unsigned)i / 2, column = 2 * (lane % 4) + (unsigned)i % 2;
+    for (unsigned k = 0; k < 16; ++k) {
+      const unsigned part = k % 8 / 2, far = k / 8;
+      sums[i] += half_of(given_a[first + 4 * row + part][2 * far + high], k % 2) *
+                 half_of(given_b[first + 4 * column + part][far], k % 2);
+    }
+  }
+  __syncwarp();
+}
+
 // ---------------------------------------------------------------------- launches
 
 template <class... A, size_t... I>

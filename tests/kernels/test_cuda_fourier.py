@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from codegen.device import DType
+from codegen.device import DType, Language
 from codegen.errors import NotLegal, UnsafeInput
+from codegen.launch import fourier_op
 from codegen.launch.fourier_cuda import launch
 from codegen.launch.fourier_op import mix
 from codegen.ops.fourier_mixing import cuda_kernel
@@ -79,6 +80,17 @@ def test_what_is_beyond_the_kernel_says_so() -> None:
     with pytest.raises(ValueError, match="contradict"):
         launch(FourierMixing(5), torch.zeros(1, 8, 4).half(), arch="sm_90")
     assert launch(FourierMixing(4), torch.zeros(0, 8, 4).half(), arch="sm_90").shape == (0, 8, 4)
+
+
+def test_auto_takes_what_was_measured_at_lengths_that_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    def taken(tokens: int, dtype: DType = DType.BFLOAT16) -> Language | None:
+        return fourier_op._measured(torch.empty(1, tokens, 8), "sm_90", dtype)
+
+    monkeypatch.setattr(fourier_op, "FASTER_ON", {"sm_90": Language.CUDA})
+    assert [taken(n) for n in (512, 513, 500, 8192)] == [Language.CUDA, None, None, None]
+    assert taken(512, DType.FLOAT32) is None
+    monkeypatch.setattr(fourier_op, "FASTER_ON", {})
+    assert taken(512) is None
 
 
 # ---------------------------------------------------------------------- binaries and sources

@@ -1,4 +1,4 @@
-"""Triton attention on a graphics card, where there is one: numbers against the oracle, and the ways into the kernel.
+"""Kernels on a graphics card, where there is one: numbers against the oracle, and the ways into the kernel.
 
 Skipped elsewhere, CI included; test_triton_attention.py and test_triton_binaries.py check what needs no card.
 """
@@ -19,7 +19,7 @@ from codegen.launch.triton_op import launch
 from codegen.ops.grouped_query_attention import torch_body
 from codegen.sight import Sight
 from codegen.spec import FourierMixing, GroupedQueryAttention
-from tests.kernels import fourier_problems
+from tests.kernels import fourier_problems, test_cuda_attention
 from tests.kernels.problems import BIASED, CAUSAL, PLAIN, TORCH, K, Operands, operands
 from tests.kernels.test_command import Mixer
 from tests.kernels.test_triton_attention import SPECS, WEIGHTS, distance
@@ -50,6 +50,39 @@ def test_it_is_within_rounding_of_the_oracle(
     nudged = found.clone()
     nudged[0, -1, -1, -1] += 30 * WEIGHTS[x.q.dtype] * max(1.0, float(x.v.abs().max()) if x.v.numel() else 1.0)
     assert distance(spec, x, nudged) > K, "the control: a small error in one number is seen"
+
+
+CUDA_SPECS = {"plain": PLAIN, "everything": test_cuda_attention.EVERYTHING,
+              "multi-query": GroupedQueryAttention(32, 1, 128, 128, 0.09, causal=True)}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [DType.BFLOAT16, DType.FLOAT16], ids=lambda d: d.short)
+@pytest.mark.parametrize("spec", CUDA_SPECS.values(), ids=CUDA_SPECS)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_cuda_is_within_rounding_of_the_oracle(
+    spec: GroupedQueryAttention, dtype: DType, shape: tuple[int, int, int]
+) -> None:
+    x = operands(spec, TORCH[dtype], *shape)
+    q, k, v, bias, sinks = (None if t is None else t.cuda() for t in (x.q, x.k, x.v, x.bias, x.sinks))
+    assert q is not None and k is not None and v is not None
+    found = attention(spec, q, k, v, bias, sinks=sinks, kernels="cuda").cpu()
+    assert distance(spec, x, found) < K
+    nudged = found.clone()
+    nudged[0, -1, -1, -1] += 30 * WEIGHTS[x.q.dtype] * max(1.0, float(x.v.abs().max()) if x.v.numel() else 1.0)
+    assert distance(spec, x, nudged) > K, "the control: a small error in one number is seen"
+
+
+def test_cuda_runs_on_the_current_stream_and_in_graphs() -> None:
+    x = operands(PLAIN, torch.bfloat16, 2, 1, 3000)
+    q, k, v = (t.cuda() for t in (x.q, x.k, x.v))
+    attention(PLAIN, q, k, v, kernels="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = attention(PLAIN, q, k, v, kernels="cuda")
+    q.neg_()
+    graph.replay()
+    assert distance(PLAIN, replace(x, q=-x.q), found.cpu()) < K
+    assert distance(PLAIN, x, found.cpu()) > K, "the control: the graph ran again"
 
 
 @pytest.mark.parametrize("dim", [64, 128])
