@@ -12,7 +12,6 @@ numbers.
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -144,20 +143,14 @@ class Tracer:
     def __init__(self, flow: Flow) -> None:
         self.flow = flow
         self.sources: list[Source] = []
-        self._bases: list[int] = []
         self._forms: dict[Value, Form] = {}
         self._next_id = 1
 
     def source_of(self, ids: Array) -> list[Source]:
         """The sources that these ids point into, in order of first registration."""
-        pointing = ids[ids > 0]
-        if not pointing.size:
-            return []
-        # in a long program a value points into few of its sources, and those were registered close together
-        first, last = (bisect_right(self._bases, int(i)) - 1 for i in (pointing.min(), pointing.max()))
-        near = self.sources[first : last + 1]
-        seen = np.bincount(np.searchsorted(self._bases[first : last + 1], pointing, side="right") - 1)
-        return [s for s, count in zip(near, seen, strict=True) if count]
+        bases = np.array([s.base for s in self.sources])
+        seen = np.bincount(np.searchsorted(bases, ids.reshape(-1), side="right"), minlength=len(bases) + 1)
+        return [s for s, count in zip(self.sources, seen[1:], strict=True) if count]
 
     def trace(self, value: Value) -> Form:
         """The form of `value`. Raises Opaque where an operator is not understood."""
@@ -185,7 +178,6 @@ class Tracer:
         source = Source(value, kind, shape, self._next_id, norm, under, bias, bias_index)
         self._next_id += source.size
         self.sources.append(source)
-        self._bases.append(source.base)
         ids = np.arange(source.base, source.base + source.size, dtype=np.int64).reshape(shape)
         form = self._forms[value] = Form((ids,), (np.ones(shape),), None)
         return form
