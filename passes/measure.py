@@ -12,7 +12,7 @@ from passes.dataflow import Array, Flow
 from passes.match.attention import Evidence
 from passes.match.operands import Traced
 from passes.match.scores import OperandView, apply_modifier
-from passes.replay import rebuild, recorded, rotated, softmax
+from passes.replay import rebuild, recorded, rotated, softmax, widened_product
 from passes.targets.replacement import Replacement
 
 
@@ -139,9 +139,9 @@ def _with_cache(flow: Flow, view: OperandView, traced: Traced, pooled: Array) ->
 
 def _projected(flow: Flow, traced: Traced, replacement: Replacement, role: str, heads: int) -> Array:
     """[B, heads, T, D]: queries, keys or values made with the new weights, rotated like the old ones."""
-    weight = np.asarray(replacement.tensors[f"{role}_weight"], dtype=np.float64)
+    weight = replacement.tensors[f"{role}_weight"]
     x = np.asarray(flow.value(traced.operand.projection.input), dtype=np.float64)
-    projected = x.reshape(-1, x.shape[-1]) @ weight.T
+    projected = widened_product(x.reshape(-1, x.shape[-1]), weight.T)
     if (bias := replacement.tensors.get(f"{role}_bias")) is not None:
         projected = projected + np.asarray(bias, dtype=np.float64)
     columns = np.arange(len(weight)).reshape(heads, -1)

@@ -25,6 +25,9 @@ activations on the way. A wrong row map is off by about 1."""
 FAR = 1e3
 """exp(-1000) is 0 in every floating dtype."""
 
+_WIDENED = 1 << 19
+"""Numbers of a weight that are held in float64 at a time."""
+
 
 @dataclass(frozen=True)
 class Replay:
@@ -102,13 +105,25 @@ def rotated(projected: Array, columns: Array, traced: Traced) -> Array:
 def project(flow: Flow, projection: Projection, roundings: Iterable[Rounding] = ()) -> Array:
     """[rows, features], float64: the projection applied to its recorded input; `roundings` come before the bias."""
     x = np.asarray(flow.value(projection.input), dtype=np.float64)
-    w = np.asarray(flow.value(projection.weight), dtype=np.float64)
-    out = executed(flow, roundings, x.reshape(-1, x.shape[-1]) @ (w.T if projection.out_first else w))
+    w = flow.value(projection.weight)
+    product = widened_product(x.reshape(-1, x.shape[-1]), w.T if projection.out_first else w)
+    out = executed(flow, roundings, product)
     if projection.bias is not None:
         bias = np.asarray(flow.value(projection.bias), dtype=np.float64).reshape(-1)
         positions = projection.bias_positions(np.arange(projection.features))
         out = out + np.where(positions < 0, 0.0, bias[positions])
     return np.asarray(out)
+
+
+def widened_product(x: Array, matrix: Array) -> Array:
+    """``x @ matrix`` in float64 for a few rows `x` [rows, in]; `matrix` [in, out] is widened block by block, since it
+    may be mapped from a file that no memory holds."""
+    total = np.zeros((len(x), matrix.shape[1]))
+    step = max(1, _WIDENED // matrix.shape[1])
+    for start in range(0, len(matrix), step):
+        part = slice(start, start + step)
+        total += x[:, part] @ matrix[part].astype(np.float64)
+    return total
 
 
 def _normed(flow: Flow, traced: Traced, projected: Array) -> Array:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from passes.match.confirm import confirm
 from passes.match.feed_forward import FeedForwards, confirm_feed_forward, find_feed_forward
 from passes.protocols import Probe
 from passes.site import Refusal
+from passes.targets.replacement import Replacement
 from rewriter.auto_choice import as_auto, settle
 from rewriter.block_decision import BlockDecision
 from rewriter.calibration.batches import Batch, batches
@@ -144,6 +146,33 @@ def rewrite_onnx(
     Raises UnsupportedModel, NothingToRewrite, UsageError, VerificationFailed.
     """
     watch = Stopwatch()
+    done = _edited(model, original, target, layers, calibration, tokenizer, watch)  # what was recorded goes here
+    fidelity = None
+    if verify:
+        with watch.stage("verify"):
+            verification = verify_onnx(model, original)
+        if not verification.ok:
+            failed = verification.failures[0]
+            raise VerificationFailed(
+                f"the rewritten model failed the check {failed.name!r}: {failed.detail}",
+                hint="nothing was written; please report this with the model's exporter and version",
+            )
+        fidelity = verification.fidelity
+    done = replace(done, fidelity=fidelity, seconds=watch.seconds)
+    model.metadata_props[stored.PROPERTY] = stored.to_text(done)
+    return done
+
+
+def _edited(
+    model: ir.Model,
+    original: ir.Model,
+    target: Any,
+    layers: str | None,
+    calibration: Any,
+    tokenizer: Any,
+    watch: Stopwatch,
+) -> RewriteReport:
+    """Rewrite `model` in place without verifying it; the report lacks what verification tells."""
 
     def given(found: Matches) -> list[Batch]:
         return batches(calibration, causal=is_causal(found), tokenizer=tokenizer)
@@ -161,7 +190,7 @@ def rewrite_onnx(
         def probe(found: Matches) -> Probe:
             return onnx_probe(captured, given(found))
 
-        chosen = decide(
+        decision = decide(
             captured.flow,
             matches,
             target,
@@ -169,7 +198,7 @@ def rewrite_onnx(
             None if calibration is None else probe,
             lambda: match_feed_forward(captured, matches),
         )
-        decision = _installable(captured, chosen)
+        decision = _installable(captured, decision)
         known = {name for name, _ in decision.refused}
         decision = replace(decision, refused=(*decision.refused, *(r for r in refused if r[0] not in known)))
         decision = replace(decision, blocks=_noting_floats(captured, decision.blocks))
@@ -186,28 +215,20 @@ def rewrite_onnx(
         scores=computed_scores,
     )
     with watch.stage("install"):
+        pending = deque(decision.replacements)
+        decision = replace(decision, replacements=())  # each goes as soon as the model holds its weights
         blocks = decision.blocks.replacements
-        done = install(
-            captured, decision.replacements, target=decision.target, version=rewriter.__version__, blocks=blocks
-        )
+        done = install(captured, drained(pending), target=decision.target, version=rewriter.__version__, blocks=blocks)
     site_rows = tuple(
         replace(row, exact=d.exact, requantised=d.requantisation_error) for row, d in zip(site_rows, done, strict=True)
     )
-    fidelity = None
-    if verify:
-        with watch.stage("verify"):
-            verification = verify_onnx(model, original)
-        if not verification.ok:
-            failed = verification.failures[0]
-            raise VerificationFailed(
-                f"the rewritten model failed the check {failed.name!r}: {failed.detail}",
-                hint="nothing was written; please report this with the model's exporter and version",
-            )
-        fidelity = verification.fidelity
-    site_rows = with_kept(matches, decision, site_rows)
-    done_report = replace(summary, sites=site_rows, fidelity=fidelity, seconds=watch.seconds)
-    model.metadata_props[stored.PROPERTY] = stored.to_text(done_report)
-    return done_report
+    return replace(summary, sites=with_kept(matches, decision, site_rows))
+
+
+def drained(pending: deque[Replacement]) -> Iterator[Replacement]:
+    """One after the other, none of them held any longer than it takes."""
+    while pending:
+        yield pending.popleft()
 
 
 def count_parameters(model: ir.Model) -> int:

@@ -47,7 +47,6 @@ class Matches:
 
 def find_attention(flow: Flow) -> Matches:
     """Match every attention of a program and verify each by replay."""
-    tracer = Tracer(flow)
     sites: list[AttentionSite] = []
     refusals: list[Refusal] = []
     unrelated: list[NotAttention] = []
@@ -56,7 +55,8 @@ def find_attention(flow: Flow) -> Matches:
     for anchor in anchors(flow):
         name, layer = names.of(anchor)
         try:
-            site, proof = _match(tracer, anchor, name, layer)
+            # a tracer of its own: what one attention is read from serves no other, and would be held until the end
+            site, proof = _match(Tracer(flow), anchor, name, layer)
         except Unrelated as reason:
             unrelated.append(NotAttention(name, str(reason), anchor.index))
         except NotUnderstood as reason:

@@ -9,9 +9,9 @@ call of a model-local function.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -62,44 +62,45 @@ class Installed:
 
 def install(
     capture: OnnxCapture,
-    replacements: Sequence[Replacement],
+    replacements: Iterable[Replacement],
     *,
     target: str,
     version: str,
     blocks: Sequence[BlockReplacement] = (),
 ) -> list[Installed]:
-    """Edit ``capture.model`` in place and note in its metadata what was done; the result is of `replacements`."""
+    """Edit ``capture.model`` in place and note in its metadata what was done; the result is of `replacements`.
+
+    None of `replacements` is held once it is installed.
+    """
     editor = _Editor(capture)
-    done = [editor.replace(r) for r in replacements]
-    mixtures = [editor.replace_block(b) for b in blocks]
+    done: list[Installed] = []
+    records: list[dict[str, Any]] = []
+    for r in replacements:
+        done.append(editor.replace(r))
+        caches = [list(port) for operand in (r.site.k, r.site.v) for port in operand.presents]
+        records.append(_record(r, done[-1], done[-1].exact, caches))
+    for b in blocks:
+        mixture = editor.replace_block(b)
+        records.append(_record(b, mixture, b.exact and mixture.exact, []))
     metadata = capture.model.metadata_props
     metadata["rewriter.version"] = version
     metadata["rewriter.target"] = target
-    metadata["rewriter.sites"] = json.dumps(
-        [
-            {
-                "name": r.site.name,
-                "from": r.before,
-                "to": r.after,
-                "exact": d.exact,
-                "changed": list(d.removed),
-                "caches": [list(port) for operand in (r.site.k, r.site.v) for port in operand.presents],
-            }
-            for r, d in zip(replacements, done, strict=True)
-        ]
-        + [
-            {
-                "name": b.site.name,
-                "from": b.before,
-                "to": b.after,
-                "exact": b.exact and d.exact,
-                "changed": list(d.removed),
-                "caches": [],
-            }
-            for b, d in zip(blocks, mixtures, strict=True)
-        ]
-    )
+    metadata["rewriter.sites"] = json.dumps(records)
     return done
+
+
+def _record(
+    replacement: Replacement | BlockReplacement, done: Installed, exact: bool, caches: list[list[Any]]
+) -> dict[str, Any]:
+    """What the file says of one site."""
+    return {
+        "name": replacement.site.name,
+        "from": replacement.before,
+        "to": replacement.after,
+        "exact": exact,
+        "changed": list(done.removed),
+        "caches": caches,
+    }
 
 
 @dataclass

@@ -1,0 +1,96 @@
+"""What large files, long graphs and many rewrites take: memory, work and open files, counted and not timed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+import rewriter
+from benchmarks.scale_models import Stack, write
+from passes import replay
+from rewriter.verify.tensors import same_bits
+
+# ------------------------------------------------------------------ memory
+
+
+def test_a_file_is_rewritten_without_torch(project_root: Path, tmp_path: Path) -> None:
+    source = write(Stack(1, hidden=16, inner=16, heads=4), tmp_path / "in.onnx")
+    program = (
+        "import sys, rewriter; rewriter.optimize(sys.argv[1], 'mqa').save(sys.argv[2]); "
+        "print(*{'torch', 'transformers', 'scipy'} & set(sys.modules))"
+    )
+    words = [sys.executable, "-c", program, str(source), str(tmp_path / "out.onnx")]
+    done = subprocess.run(words, cwd=project_root, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out.onnx").exists() and not done.stdout.split()
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["in_first", "out_first"])
+def test_weights_are_widened_block_by_block(monkeypatch: pytest.MonkeyPatch, transposed: bool) -> None:
+    rng = np.random.default_rng(0)
+    x, matrix = rng.integers(-9, 9, (3, 50)).astype(np.float64), rng.integers(-9, 9, (50, 7)).astype(np.float32)
+    matrix = np.asfortranarray(matrix) if transposed else matrix
+    monkeypatch.setattr(replay, "_WIDENED", 64)  # 9 rows at a time, and 5 at the end
+    found = replay.widened_product(x, matrix)
+    assert found.dtype == np.float64 and (found == x @ matrix).all()
+    matrix[49, 6] += 1
+    assert (found != x @ matrix).any(), "the last row counts"
+
+
+def _external(
+    folder: Path, offset: int, dtype: ir.DataType = ir.DataType.FLOAT, name: str = "data"
+) -> ir.TensorProtocol:
+    shape = ir.Shape([4])
+    return ir.ExternalTensor(name, offset, 16, dtype, shape=shape, name="w", base_dir=str(folder))
+
+
+def test_one_stretch_of_one_file_is_not_read_to_be_compared(tmp_path: Path) -> None:
+    assert same_bits(_external(tmp_path, 0), _external(tmp_path, 0)), "and there is no file"
+    (tmp_path / "data").write_bytes(np.arange(8, dtype=np.float32).tobytes())
+    assert not same_bits(_external(tmp_path, 0), _external(tmp_path, 16))
+    assert not same_bits(_external(tmp_path, 0), _external(tmp_path, 0, ir.DataType.INT32))
+    (tmp_path / "copy").write_bytes((tmp_path / "data").read_bytes())
+    assert same_bits(_external(tmp_path, 0), _external(tmp_path, 0, name="copy"))
+
+
+# ------------------------------------------------------------------ work
+
+
+def _calls(work: Callable[[], object]) -> int:
+    """Of functions, built-in ones included, while `work` runs."""
+    count = 0
+
+    def seen(frame: object, event: str, argument: object) -> None:
+        nonlocal count
+        count += event in {"call", "c_call"}
+
+    sys.setprofile(seen)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def _growth(work: Callable[[int], object]) -> float:
+    """What the last 6 of 18 layers take, beside the 6 before; 1 if work grows with their number."""
+    work(6)  # what happens once happens here
+    six, twelve, eighteen = (_calls(lambda n=n: work(n)) for n in (6, 12, 18))  # type: ignore[misc]
+    return (eighteen - twelve) / (twelve - six)
+
+
+def test_work_grows_with_the_length_of_a_graph(tmp_path: Path) -> None:
+    paths = {
+        n: write(Stack(n, hidden=16, inner=16, heads=4), tmp_path / f"{n}.onnx", external=False) for n in (6, 12, 18)
+    }
+    assert _growth(lambda n: rewriter.optimize(paths[n], "mqa")) < 1.05
+
+
+def test_control_work_that_grows_faster_is_seen() -> None:
+    assert _growth(lambda n: [len("") for _ in range(n) for _ in range(n)]) > 1.5
