@@ -7,7 +7,7 @@ like. Tolerances follow the dtype the program computes in.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -140,7 +140,14 @@ def _norm_error(flow: Flow, traced: Traced) -> float:
     if traced.operand.norm is None or traced.tokens.normed is None:
         return 0.0
     seen = np.asarray(flow.value(traced.operand.norm.input), dtype=np.float64).reshape(-1)
-    return relative(project(flow, traced.operand.projection)[traced.tokens.normed], seen)
+    projected = project(flow, traced.operand.projection)
+    if traced.tokens.turned is None:
+        return relative(projected[traced.tokens.normed], seen)
+    laid_out = np.full(projected.shape, np.nan)
+    laid_out[traced.tokens.normed] = seen
+    tokens, (own, other) = traced.tokens, traced.tokens.turned
+    mine = rotated(projected, tokens.columns, replace(traced, tokens=replace(tokens, own=own, other=other)))
+    return relative(mine, laid_out[tokens.rows[:, None, :, None], tokens.columns[None, :, None, :]])
 
 
 def _spread(array: Array, heads: int) -> Array:

@@ -6,6 +6,7 @@ Everything is read off the numbers of the operand's affine form; no layout is ma
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -31,6 +32,8 @@ class Tokens:
         new: slice of the token axis that comes from the projection (the rest from a cache).
         axes: what each axis of the anchor's operand is.
         normed: with a norm, (row, column) in the projection's output for each flat element of the norm.
+        turned: where what is normalised was rotated before, (own, other) of that rotation; `own` above is then what the
+            norm's output is multiplied with.
     """
 
     rows: Array
@@ -41,6 +44,7 @@ class Tokens:
     new: slice
     axes: Axes
     normed: tuple[Array, Array] | None = None
+    turned: tuple[Array, Array] | None = None
 
 
 class HeadsApart(NotUnderstood):
@@ -76,18 +80,18 @@ def trace_operand(tracer: Tracer, view: OperandView, *, shared_heads: bool) -> T
     lead = _lead_roles(to_rows[flat], to_columns[flat])
     bias = None if form.bias is None else view.arranged(np.broadcast_to(form.bias, form.shape))
     canonical = _Canonical(ids, coefficients, source, bias, new, lead)
-    rows, columns = canonical.positions(to_rows, to_columns)
-    own_columns, partner, own, other = canonical.rotation(columns)
+    origin, found = _positions(canonical, origin, source)
+    own_columns, own, other = found.columns, found.own, found.other
     group, distinct = _distinct_heads(own_columns, shared_heads)
     if norm is not None:
         norm = replace(norm, per_head=norm.kind == "clip" or source.shape[-1] <= own_columns.shape[1])
     if shared_heads and norm is not None and not norm.per_head:
         raise NotUnderstood("its norm spans the features of all heads, so merged heads would be normalised differently")
     canonical.require_equal_heads(distinct if shared_heads else None)
-    tokens = Tokens(rows, own_columns, own, other, canonical.offset, new, canonical.axes,
-                    (to_rows, to_columns) if norm else None)  # fmt: skip
+    tokens = Tokens(found.rows, own_columns, own, other, canonical.offset, new, canonical.axes,
+                    origin.places[source.value] if norm else None, found.turned)  # fmt: skip
     head_columns = own_columns[distinct]
-    lookup = _Lookup(source, origin, rows, head_columns)
+    lookup = _Lookup(source, origin, found.rows, head_columns)
     seam, axes, factor = _seam(tracer, view.value, lookup)
     path = path_between(flow, projection.output, seam or view.value)
     stem, stem_axes, stem_features = _stem(tracer, projection, path, lookup)
@@ -100,9 +104,9 @@ def trace_operand(tracer: Tracer, view: OperandView, *, shared_heads: bool) -> T
         stem=stem,
         stem_axes=stem_axes,
         stem_features=stem_features,
-        batch_first=_batch_first(rows),
+        batch_first=_batch_first(found.rows),
         gain=_gain(own, other, factor),
-        rotary=_rotary(partner, other),
+        rotary=_rotary(found.partner, other if found.turned is None else found.turned[1]),
         norm=norm,
         past=past,
         past_head_axis=_past_head_axis(tracer, ids[0], new, past, canonical),
@@ -110,6 +114,32 @@ def trace_operand(tracer: Tracer, view: OperandView, *, shared_heads: bool) -> T
         reshapes=_reshapes(tracer, path_between(flow, stem, seam), lookup) if seam else (),
     )
     return Traced(operand, tokens, group, factor)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Where an operand's elements lie in the projection, and how they are rotated; fields as in `Tokens`."""
+
+    rows: Array
+    columns: Array
+    partner: Array | None
+    own: Array
+    other: Array | None
+    turned: tuple[Array, Array] | None = None
+
+
+def _positions(canonical: _Canonical, origin: _Origin, source: Source) -> tuple[_Origin, _Found]:
+    """(the origin, with places behind a rotation in front of a norm; positions). Raises NotUnderstood."""
+    if origin.turn is None:
+        rows, tables = canonical.positions(*origin.places[source.value])
+        return origin, _Found(rows, *canonical.rotation(tables))
+    before = canonical.under(origin.turn)
+    rows, tables = before.positions(*origin.places[origin.turn.source.value])
+    columns, partner, own, other = before.rotation(tables)
+    before.require_equal_heads(np.arange(len(columns)))
+    assert other is not None
+    places = origin.settled(source, canonical.ids[0] - source.base, rows, columns)
+    return places, _Found(rows, columns, partner, canonical.coefficients[0][:, 0], None, (own, other))
 
 
 def _form(tracer: Tracer, value: Value) -> Form:
@@ -271,6 +301,17 @@ class _Canonical:
         self.ids = [self.arrange(i[..., new, :]) for i in ids]
         self.coefficients = [self.arrange(c[..., new, :]) for c in coefficients]
         self.offset = None if bias is None else self.arrange(bias[..., new, :])
+
+    def under(self, turn: _Turn) -> _Canonical:
+        """The rotated pairs that a norm was given, arranged as what it gives. Raises NotUnderstood."""
+        if len(self.ids) > 1:
+            raise NotUnderstood("it is rotated both before and after it is normalised")
+        flat = self.ids[0] - self.source.base
+        found = copy(self)
+        found.source, found.offset = turn.source, None
+        found.ids = [ids[flat] for ids in turn.ids]
+        found.coefficients = [c[flat] for c in turn.coefficients]
+        return found
 
     def arrange(self, array: Array) -> Array:
         flat = array.reshape(-1, *array.shape[-2:])
@@ -450,12 +491,34 @@ class _Origin:
         places: (row, column) in the projection's output for each flat element of the source and of those under it.
         ground: the source that is the projection, its bias included.
         norm: a norm between the two, if there is one.
+        turn: a rotation in front of that norm, if there is one.
     """
 
     projection: Projection
     places: Mapping[Value, tuple[Array, Array]]
     ground: Value
     norm: Norm | None = None
+    turn: _Turn | None = None
+
+    def settled(self, source: Source, flat: Array, rows: Array, columns: Array) -> _Origin:
+        """Places in the norm `source` once the rotation in front of it is known; `flat` is [B, H, T, D].
+
+        Raises NotUnderstood if other elements are normalised too.
+        """
+        to_rows, to_columns = (np.full(source.size, -1) for _ in range(2))
+        to_rows[flat], to_columns[flat] = rows[:, None, :, None], columns[None, :, None, :]
+        if (to_rows < 0).any():
+            raise NotUnderstood("what is normalised is more than its heads")
+        return replace(self, places={**self.places, source.value: (to_rows, to_columns)})
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """Rotated pairs that are normalised: for each flat element of the norm's input two ids of `source`, and factors."""
+
+    source: Source
+    ids: tuple[Array, ...]
+    coefficients: tuple[Array, ...]
 
 
 def _origin(tracer: Tracer, source: Source) -> _Origin:
@@ -466,8 +529,8 @@ def _origin(tracer: Tracer, source: Source) -> _Origin:
         return _Origin(_describe(tracer.flow, source.value), places, source.value)
     assert source.under is not None
     inner = _form(tracer, source.under)
-    if source.kind == "norm" and len(inner.ids) == 2:
-        raise NotUnderstood("what is normalised was rotated before, and only norms in front of a rotation are read")
+    if source.kind == "norm" and len(inner.ids) > 1:
+        return _turned_origin(tracer, source, inner)
     below = tracer.source_of(inner.ids[0]) if inner.plain else []
     if len(below) != 1 or below[0].kind not in {"projection", "biased"}:
         raise NotUnderstood("what is normalised is not one plain projection")
@@ -480,6 +543,27 @@ def _origin(tracer: Tracer, source: Source) -> _Origin:
         return replace(origin, projection=projection, ground=source.value)
     assert source.norm is not None
     return replace(origin, norm=Norm(source.norm, True, source.under, source.value))
+
+
+def _turned_origin(tracer: Tracer, source: Source, inner: Form) -> _Origin:
+    """Under a norm of what was rotated before. Raises NotUnderstood."""
+    active = [t for t, c in enumerate(inner.coefficients) if (c * (inner.ids[t] > 0)).any()]
+    active.sort(key=lambda t: int((inner.ids[t] == 0).sum()))
+    ids = tuple(np.broadcast_to(inner.ids[t], inner.shape).reshape(-1) for t in active)
+    below = {s.value: s for i in ids for s in tracer.source_of(i)}
+    ground = next(iter(below.values()))
+    if len(active) != 2 or inner.bias is not None or len(below) != 1 or ground.kind == "norm" or (ids[0] == 0).any():
+        raise NotUnderstood("what is normalised is neither one plain projection nor a rotated one")
+    assert source.norm is not None and source.under is not None
+    origin = _origin(tracer, ground)
+    rows, columns = origin.places[ground.value]
+    first = ids[0] - ground.base
+    return replace(
+        origin,
+        places={**origin.places, source.value: (rows[first], columns[first])},
+        norm=Norm(source.norm, True, source.under, source.value),
+        turn=_Turn(ground, ids, tuple(inner.coefficients[t].reshape(-1) for t in active)),
+    )
 
 
 def _describe(flow: Flow, output: Value) -> Projection:

@@ -85,7 +85,24 @@ def default_inputs(module: torch.nn.Module, batch: int = BATCH, length: int = LE
         raise UsageError(f"no default for the input {main!r}", hint="pass example_inputs as a dict of keyword tensors")
     if "decoder_input_ids" in names and getattr(config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = _token_ids(config, batch, max(2, length - 4), generator)
+    if main == "input_ids" and "pixel_values" in names and _has_own_vision(config) and not _runs(module, inputs):
+        inputs["pixel_values"] = _pixels(config, batch, generator).to(module.dtype)  # type: ignore[arg-type]
     return inputs
+
+
+def _has_own_vision(config: Any) -> bool:
+    """A tower for images, or images as a modality beside text."""
+    return hasattr(config, "vision_config") or hasattr(config, "image_size")
+
+
+def _runs(module: torch.nn.Module, inputs: Mapping[str, Any]) -> bool:
+    """Models of text and images either need both, or have text alone as their usual input: that only a run can tell."""
+    try:
+        with torch.no_grad():
+            module(**inputs, **_without_cache(module, inputs))
+    except Exception:  # whatever a model raises without images
+        return False
+    return True
 
 
 def _text_config(config: Any) -> Any:

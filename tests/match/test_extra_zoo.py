@@ -27,12 +27,25 @@ RECORDED, OTHER = (2, 7, 0), (3, 9, 1)
 HALF, PARTIAL, INTERLEAVED = "half", "partial", "interleaved"
 ROTARY = {
     **dict.fromkeys(
-        ("mistral", "gemma2", "phi3", "falcon", "modernbert", "gemma3", "gpt-oss", "olmo-", "smollm3", "esm"), HALF
+        (
+            "mistral",
+            "gemma2",
+            "phi3",
+            "falcon",
+            "modernbert",
+            "gemma3",
+            "gpt-oss",
+            "olmo-",
+            "smollm3",
+            "esm",
+            "hunyuan",
+        ),
+        HALF,
     ),
     **dict.fromkeys(("gpt-neox", "gptj", "codegen", "phi-", "stablelm", "x-rotary"), PARTIAL),
     **dict.fromkeys(("cohere", "complex-rotary"), INTERLEAVED),
 }
-QK_NORM = ("gemma3", "packed-permute-norm")
+QK_NORM = ("gemma3", "packed-permute-norm", "hunyuan")
 SINKS = ("gpt-oss",)
 CAPPED = ("gemma2",)
 ROUTERS = {"gpt-oss-eager": 2}

@@ -96,6 +96,7 @@ def decoders() -> list[ZooCase]:
         *_decoder("phi", "Phi", {**DECODER, "rope_parameters": PARTIAL}, separate, BOTH),
         *_decoder("stablelm", "StableLm", {**DECODER, "rope_parameters": PARTIAL}, separate, SDPA),
         *_decoder("cohere", "Cohere", DECODER, separate, SDPA),
+        *_decoder("hunyuan", "HunYuanDenseV1", {**DECODER, "head_dim": 8}, separate, SDPA),
         *_decoder("olmo", "Olmo", {**DECODER, "clip_qkv": 0.5}, separate, SDPA),
         *_decoder(
             "smollm3",
@@ -218,10 +219,8 @@ def refused() -> list[ZooCase]:
     separate, latent = heads.separate(HEADS, "k_proj", "v_proj"), heads.separate(HEADS, "kv_b_proj")
     olmo2 = _decoder("olmo2", "Olmo2", DECODER, separate, SDPA)
     stablelm = {**DECODER, "rope_parameters": PARTIAL, "qk_layernorm": True}
-    hunyuan = {**DECODER, "head_dim": 8}
     return [
         *_refused(_decoder("stablelm-norms", "StableLm", stablelm, separate, SDPA), "normalised by 4 norms", LAYERS),
-        *_refused(_decoder("hunyuan", "HunYuanDenseV1", hunyuan, separate, SDPA), "was rotated before", LAYERS),
         *_refused(olmo2, "its norm spans the features of all heads", LAYERS),
         *_refused(_decoder("deepseek-v3", "DeepseekV3", deepseek, latent, SDPA), "key: ", LAYERS),
     ]
