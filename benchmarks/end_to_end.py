@@ -1,7 +1,7 @@
 """Whole models beside the best that runs BERT-base's shape: such encoders with Fourier mixing, Sparse Mixer, FLASH.
 
     python -m benchmarks.end_to_end [--quick] [--threads N | --cpu-time] [--tokens N ...] [--runs N] [--json F]
-                                    [--markdown F] [--only encoders | flash]
+                                    [--markdown F] [--only encoders | flash | colt5]
 
 Weights are random, batch 1, all tokens shown. In onnxruntime the peer is the fastest of the file as exported (opset
 18), with the standard Attention operator (opset 24), and fused by onnxruntime's and onnxscript's optimizers; ours is
@@ -12,7 +12,8 @@ disturbs less.
 
 Sparse Mixer and its fast variant (`benchmarks/sparse_mixers.py`) stand beside a whole BERT-base at 512 tokens, always
 on one thread; --quick takes all of them at half the width and depth, without goals. FLASH's layers stand beside the
-Transformer layer that they replace (`benchmarks/flash_layers.py`).
+Transformer layer that they replace (`benchmarks/flash_layers.py`), encoders as CoLT5 beside themselves
+(`benchmarks/colt5_encoders.py`).
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
 import rewriter  # noqa: E402
-from benchmarks import flash_layers, peers  # noqa: E402
+from benchmarks import colt5_encoders, flash_layers, peers  # noqa: E402
 from benchmarks.machine import machine  # noqa: E402
 from benchmarks.rows import Clock, Row, Times, interleaved, markdown_table, put_section, write_json  # noqa: E402
 from benchmarks.sparse_mixers import sparse_mixer_rows  # noqa: E402
@@ -241,6 +242,13 @@ def flash(shape: Shape, options: argparse.Namespace, clock: Clock) -> Iterator[R
     yield from flash_layers.measure(sizes, lengths, options.runs, clock)
 
 
+def colt5(shape: Shape, options: argparse.Namespace, clock: Clock) -> Iterator[Row]:
+    """Encoders with light and heavy branches, of the same width."""
+    sizes = colt5_encoders.Sizes(shape.hidden, shape.heads, shape.layers)
+    lengths = options.tokens or (colt5_encoders.QUICK if options.quick else list(colt5_encoders.GOALS))
+    yield from colt5_encoders.measure(sizes, lengths, options.runs, clock)
+
+
 def _told(rows: Iterable[Row]) -> Iterator[Row]:
     """The same rows, each printed as it comes."""
     for row in rows:
@@ -282,7 +290,7 @@ def main(arguments: Sequence[str] | None = None, *, shape: Shape | None = None, 
     parser.add_argument("--runs", type=int)
     parser.add_argument("--tokens", type=int, nargs="*", help="lengths, instead of the usual ones")
     parser.add_argument("--cpu-time", action="store_true", help="of one thread, for machines that others keep busy")
-    parser.add_argument("--only", choices=("encoders", "flash"), help="one of the two parts")
+    parser.add_argument("--only", choices=("encoders", "flash", "colt5"), help="one of the parts")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
     options = parser.parse_args(arguments)
@@ -297,13 +305,16 @@ def main(arguments: Sequence[str] | None = None, *, shape: Shape | None = None, 
             parts["End to end"] = list(_told(encoders(shape, options, clock, part)))
         if options.only in (None, "flash"):
             parts["FLASH layers"] = list(_told(flash(shape, options, clock)))
+        if options.only in (None, "colt5"):
+            parts["CoLT5 encoders"] = list(_told(colt5(shape, options, clock)))
     finally:
         torch.set_num_threads(before)
     rows = [row for part in parts.values() for row in part]
     if options.json:
         write_json(options.json, rows, threads=options.threads, cpu_time=options.cpu_time)
     for title, found in parts.items() if options.markdown else ():
-        table = report(found) if title == "End to end" else flash_layers.report(found)
+        reports = {"End to end": report, "FLASH layers": flash_layers.report, "CoLT5 encoders": colt5_encoders.report}
+        table = reports[title](found)
         put_section(options.markdown, title, heading(options.threads, cpu_time=options.cpu_time) + table)
     return 0
 

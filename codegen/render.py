@@ -106,7 +106,12 @@ def _require_safe(name: str, value: Any) -> None:
     elif type(value) in (list, tuple):
         for item in value:
             _require_safe(name, item)
-    elif not _is_plain(value):
+    elif _is_plain(value):
+        return
+    elif is_dataclass(value) and not isinstance(value, type):  # a part of a spec
+        for part, item in numbers(value).items():
+            _require_safe(part, item)
+    else:
         raise UnsafeInput(f"{name} is {value!r}: only finite numbers, flags and enums may reach a template")
 
 

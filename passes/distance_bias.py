@@ -16,13 +16,11 @@ import numpy as np
 from codegen.conditional import ConditionalAttention
 from codegen.ops.conditional_attention.reference import bucket
 from passes.dataflow import Array, Flow
+from passes.hidden_keys import HIDES
 from passes.match.attention import Evidence
 from passes.match.scores import total_bias
 from passes.site import AttentionSite
 from passes.sublayer import NoSublayer
-
-HIDES = -1e4
-"""A score is hidden by this or less."""
 
 FARTHEST = (128, 256, 512, 1024, 64, 32, 16)
 """Distances from which on there is one bucket, in the order in which they are tried: first the paper's, which is taken

@@ -36,12 +36,17 @@ def more_than_hidden_keys(flow: Flow, site: AttentionSite) -> str | None:
     counts = shown[:, None, keys - queries :, None]
     if bool(((kept != wanted) & counts).any()):
         return "its mask is more than an order of tokens and keys that are hidden from all queries"
-    given = next(
-        (v for value in masks_of(site) for v in _inputs_above(flow, value) if _has_rows(flow, v, queries)), None
-    )
-    if given is not None:
-        return f"its mask comes from outside with a row for each query ({given}), and may say more than hidden keys"
-    return None
+    return rows_from_outside(flow, site)
+
+
+def rows_from_outside(flow: Flow, site: AttentionSite) -> str | None:
+    """Why what masks say in other calls is not known, None if they are made of what has no row for each query."""
+    queries = _axis(flow, site.q, "s")
+    read = (v for value in masks_of(site) for v in _inputs_above(flow, value))
+    given = next((v for v in read if _has_rows(flow, v, queries)), None)
+    if given is None:
+        return None
+    return f"its mask comes from outside with a row for each query ({given}), and may say more than hidden keys"
 
 
 def _axis(flow: Flow, operand: Operand, letter: str) -> int:

@@ -156,7 +156,7 @@ def _inspect_torch(model: Any, example_inputs: Any, name: str) -> Inspection:
                 raise
             return Inspection(name, "torch", None, None, (), refusals, ())
         blocks = find_feed_forward(captured.flow, matches.names)
-        return _inspection(name, "torch", None, None, captured.flow, matches, blocks, module=True)
+        return _inspection(name, "torch", None, None, captured.flow, matches, blocks)
 
 
 def _unexportable(model: Any, reason: str) -> Iterator[Refusal]:
@@ -180,15 +180,10 @@ def _inspection(
     flow: Flow,
     matches: Matches,
     blocks: FeedForwards,
-    *,
-    module: bool = False,
 ) -> Inspection:
-    """`module` says whether it is a torch module, of which alone some targets can be made."""
     choices = {s.name: _targets(flow, matches, s) for s in matches.sites}
-    if module:
-        choices |= {name: (*chosen, *_of_modules(flow, matches, name)) for name, chosen in choices.items()}
     reasons = {s.name: GroupedQuery(1).refuses(s) for s in matches.sites}
-    choices |= {f.name: _block_targets(flow, matches, f, module=module) for f in blocks.sites}
+    choices |= {f.name: _block_targets(flow, matches, f) for f in blocks.sites}
     good = tuple(s for s in matches.sites if choices[s.name] or reasons[s.name] is None)
     bad = tuple(
         Refusal(s.name, s.layer, reason, s.anchor, s.owner, s.heads, s.head_dim)
@@ -239,27 +234,26 @@ def _targets(flow: Flow, matches: Matches, site: AttentionSite) -> tuple[str, ..
         with contextlib.suppress(NoSublayer):
             sublayer(flow, site, matches.evidence[site.name])
             names += [GatedUnit(form).name for form in get_args(Form)]
+    names += _conditional(flow, matches, site)
     names += [t.name for t in (Window(), SparseFixed(), SparseStrided(), LinearHeads()) if t.refuses(site) is None]
     return tuple(names)
 
 
-def _of_modules(flow: Flow, matches: Matches, name: str) -> tuple[str, ...]:
-    """Likewise those that only modules can be rewritten to."""
-    site = next(s for s in matches.sites if s.name == name)
-    target, found = Colt5(), list[str]()
+def _conditional(flow: Flow, matches: Matches, site: AttentionSite) -> tuple[str, ...]:
+    target = Colt5()
     if site.cross:
-        found += [target.name] if target.crossing.refuses(site) is None and target.crossing.idle(site) is None else []
-    elif target.mixing.refuses(site) is None:
+        able = target.crossing.refuses(site) is None and target.crossing.idle(site) is None
+        return (target.name,) if able else ()
+    if target.mixing.refuses(site) is None:
         with contextlib.suppress(NoSublayer):
-            target.mixing.transform(flow, site, matches.evidence[name])
-            found.append(target.name)
-    return tuple(found)
+            target.mixing.transform(flow, site, matches.evidence[site.name])
+            return (target.name,)
+    return ()
 
 
-def _block_targets(flow: Flow, matches: Matches, site: FeedForwardSite, *, module: bool) -> tuple[str, ...]:
+def _block_targets(flow: Flow, matches: Matches, site: FeedForwardSite) -> tuple[str, ...]:
     around = surroundings(flow, matches, site)
-    choices = (*SPARSE, *((Colt5(),) if module else ()))
-    return tuple(t.name for t in choices if t.blocks.refuses(site, around) is None)
+    return tuple(t.name for t in (*SPARSE, Colt5()) if t.blocks.refuses(site, around) is None)
 
 
 def _layout(site: AttentionSite) -> str:

@@ -123,7 +123,9 @@ def _installable(captured: OnnxCapture, decision: Decision) -> Decision:
     reasons = {r.site.name: obstacle(captured, r) for r in decision.replacements}
     refused = [(name, reason) for name, reason in reasons.items() if reason is not None]
     kept = tuple(r for r in decision.replacements if reasons[r.site.name] is None)
-    failed = {b.site.name: reason for b in decision.blocks.replacements if (reason := block_obstacle(b)) is not None}
+    failed = {
+        b.site.name: reason for b in decision.blocks.replacements if (reason := block_obstacle(captured, b)) is not None
+    }
     blocks, refused = decision.blocks.without(failed), [*refused, *failed.items()]
     if not kept and not blocks.replacements:
         raise NothingToRewrite("; ".join(f"{n}: {r}" for n, r in (*decision.refused, *refused)[:3]), hint=LISTS)

@@ -1,16 +1,20 @@
-"""Experts in a file: a feed-forward block becomes one call of a model-local function on its input."""
+"""Experts, or a light and a heavy branch, in a file: a block becomes one call of a function on its input."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import onnx_ir as ir
 
-from codegen.ops.mixture_of_experts.onnx_body import DOMAIN, attributes, function, function_name, stored_as
-from codegen.spec import MixtureOfExperts
+from codegen.conditional import ConditionalFeedForward
+from codegen.ops.conditional_feed_forward import onnx_body as conditional
+from codegen.ops.conditional_routing import onnx_body as routing
+from codegen.ops.mixture_of_experts import onnx_body as mixture
+from codegen.ops.mixture_of_experts.onnx_body import DOMAIN
 from passes.dataflow import Value
-from passes.targets.block import BlockReplacement
+from passes.targets.block import BlockReplacement, BlockSpec
 from rewriter.capture.onnx_file import OnnxCapture
 from rewriter.onnx_nodes import NodeWriter
 
@@ -27,9 +31,30 @@ class Editing(Protocol):
     def value(self, name: Value) -> ir.Value: ...
 
 
+@dataclass(frozen=True)
+class _Declared:
+    """A function, and what calls of it need.
+
+    Attributes:
+        word: that names of calls end with.
+        attributes: of a call, by x's dtype. stored_as: a parameter's dtype, by its name and x's dtype.
+    """
+
+    function: ir.Function
+    word: str
+    attributes: Callable[[ir.DataType], list[ir.Attr]]
+    stored_as: Callable[[str, ir.DataType], ir.DataType]
+
+
+def _declared(spec: BlockSpec, opset: int) -> _Declared:
+    if isinstance(spec, ConditionalFeedForward):
+        return _Declared(conditional.function(spec, opset), "branches", routing.attributes, routing.stored_as)
+    return _Declared(mixture.function(spec, opset), "experts", mixture.attributes, mixture.stored_as)
+
+
 @dataclass
 class ExpertWriter:
-    """Writes mixtures of experts into one model.
+    """Writes what replaces feed-forward blocks into one model.
 
     Attributes:
         functions: identifiers of the functions that are declared already.
@@ -39,9 +64,9 @@ class ExpertWriter:
     functions: set[str] = field(default_factory=set)
 
     def install(self, replacement: BlockReplacement) -> ir.Node:
-        """Put the mixture in the place of the block's output; returns the node that gave it, now unread."""
-        editor, site, spec = self.editor, replacement.site, replacement.spec
-        assert isinstance(spec, MixtureOfExperts), "others were refused before anything was edited"
+        """Put the function's call in the place of the block's output; returns the node that gave it, now unread."""
+        editor, site = self.editor, replacement.site
+        declared = _declared(replacement.spec, self.editor.opset)
         name = Value(site.up.projection.input)
         x, output = editor.value(name), editor.value(site.output)
         producer = output.producer()
@@ -53,18 +78,18 @@ class ExpertWriter:
             x = editor.write.op(
                 nodes, "Reshape", [x, self._sizes([1, -1, site.width], site.name)], f"{site.name}.batch"
             )
-        self._declare(function(spec, editor.opset))
+        self._declare(declared.function)
         weights = [
-            editor.write.constant(tensor.astype(stored_as(part, kind).numpy()), f"{site.name}.{part}")
+            editor.write.constant(tensor.astype(declared.stored_as(part, kind).numpy()), f"{site.name}.{part}")
             for part, tensor in replacement.tensors.items()
         ]
         call = ir.Node(
             DOMAIN,
-            function_name(spec),
+            declared.function.name,
             [x, *weights],
-            attributes(kind),
+            declared.attributes(kind),
             num_outputs=1,
-            name=editor.write.unique(f"{site.name}/experts"),
+            name=editor.write.unique(f"{site.name}/{declared.word}"),
         )
         call.outputs[0].name = editor.write.unique(f"{site.name}.mixed")
         nodes.append(call)

@@ -11,6 +11,10 @@ from typing import Protocol
 
 import onnx_ir as ir
 
+from codegen.conditional import ConditionalAttention
+from codegen.ops.conditional_attention import onnx_body as conditional
+from codegen.ops.conditional_routing.onnx_body import attributes as conditional_attributes
+from codegen.ops.conditional_routing.onnx_body import stored_as
 from codegen.ops.fourier_mixing.onnx_body import (
     DOMAIN,
     attributes,
@@ -30,6 +34,7 @@ from passes.dataflow import Value
 from passes.sublayer import Sublayer
 from passes.targets.replacement import Replacement
 from rewriter.capture.onnx_file import OnnxCapture
+from rewriter.install.onnx_padding import hiding, shown_tokens
 from rewriter.onnx_nodes import NodeWriter
 
 ADDED_BIAS = {"SkipLayerNormalization": 4, "SkipSimplifiedLayerNormalization": 3}
@@ -89,7 +94,7 @@ class Mixing:
         mixed.type, mixed.shape = output.type, output.shape
         editor.graph.insert_after(producer, nodes)
         self._stand_in(around.output, output, mixed)
-        keeps = isinstance(spec, (GatedAttention, MixedChunkAttention)) or spec.bias
+        keeps = isinstance(spec, (GatedAttention, MixedChunkAttention, ConditionalAttention)) or spec.bias
         return producer, [] if keeps else _without_added_bias(mixed)
 
     def _stand_in(self, name: Value, output: ir.Value, mixed: ir.Value) -> None:
@@ -106,8 +111,9 @@ class Mixing:
             body, described, tables, stored = linear.function(spec, editor.opset), linear.attributes(spec), [], kind
         elif isinstance(spec, (GatedAttention, MixedChunkAttention)):
             return self._unit(nodes, replacement, spec, x, kind)
+        elif isinstance(spec, ConditionalAttention):
+            return self._conditional(nodes, replacement, spec, x, kind)
         else:
-            assert isinstance(spec, FourierMixing), "others were refused before anything was edited"
             body, described = function(spec, editor.opset), attributes(spec, kind)
             tables = [*self._features(spec, kind), *self._lengths(nodes, replacement.around, spec, x, kind)]
             stored = computed_in(kind)
@@ -138,6 +144,28 @@ class Mixing:
         unique = editor.write.unique(f"{name}/mixing")
         node = ir.Node(DOMAIN, body.name, [x, *held], described, num_outputs=1, name=unique)
         node.outputs[0].name = editor.write.unique(f"{name}.mixed")
+        nodes.append(node)
+        return node.outputs[0]
+
+    def _conditional(
+        self, nodes: list[ir.Node], replacement: Replacement, spec: ConditionalAttention, x: ir.Value, kind: ir.DataType
+    ) -> ir.Value:
+        editor, site = self.editor, replacement.site
+        flow = editor.capture.flow
+        masks = [editor.value(Value(m.value or "")) for m in hiding(flow, site)]
+        shown = shown_tokens(editor.write, nodes, flow, site, masks, editor.opset)
+        body = conditional.function(spec, editor.opset, masked=shown is not None)
+        self._declare(body)
+        held = [
+            editor.write.constant(
+                replacement.tensors[part].astype(stored_as(part, kind).numpy()), f"{site.name}.{part}"
+            )
+            for part in spec.shapes
+        ]
+        given = [x, *([] if shown is None else [shown]), *held]
+        unique = editor.write.unique(f"{site.name}/mixing")
+        node = ir.Node(DOMAIN, body.name, given, conditional_attributes(kind), num_outputs=1, name=unique)
+        node.outputs[0].name = editor.write.unique(f"{site.name}.mixed")
         nodes.append(node)
         return node.outputs[0]
 

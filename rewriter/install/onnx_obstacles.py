@@ -10,9 +10,9 @@ from passes.targets.block import BlockReplacement
 from passes.targets.replacement import Replacement
 from rewriter.capture.onnx_file import OnnxCapture, unflattened
 from rewriter.install.onnx_linear import linear_obstacle
+from rewriter.install.onnx_padding import padding_obstacle
 
 _WRITABLE = frozenset({("bh", "s", "d"), ("b", "s", "hd")})
-MODULES = "is installed in torch modules only: rewrite the module the file was exported from"
 OLDEST_OPSET = 12
 HEADS_IN_BATCH = frozenset({("bh", "s", "d"), ("bh", "d", "s")})
 
@@ -29,7 +29,7 @@ def obstacle(capture: OnnxCapture, replacement: Replacement) -> str | None:
     if replacement.linear is not None:
         return laid_otherwise(site) or linear_obstacle(capture, replacement)
     if isinstance(replacement.spec, ConditionalAttention):
-        return f"conditional attention {MODULES}"
+        return padding_obstacle(capture.flow, site)
     if replacement.pattern:
         return _sparse_obstacle(capture, replacement)
     if replacement.mixing is not None:  # it has been seen to be a map of hidden states, and nothing is laid out anew
@@ -55,10 +55,13 @@ def obstacle(capture: OnnxCapture, replacement: Replacement) -> str | None:
     return _sinks_obstacle(capture, site)
 
 
-def block_obstacle(replacement: BlockReplacement) -> str | None:
+def block_obstacle(capture: OnnxCapture, replacement: BlockReplacement) -> str | None:
     """The same of a feed-forward block."""
-    if isinstance(replacement.spec, ConditionalFeedForward):
-        return f"a conditional block {MODULES}"
+    opset = capture.model.opset_imports.get("", 1)
+    if isinstance(replacement.spec, ConditionalFeedForward) and not replacement.batch_first:
+        return "its sequences do not come one after the other"
+    if isinstance(replacement.spec, ConditionalFeedForward) and opset < OLDEST_OPSET:
+        return f"the file's opset is {opset}, and functions for what replaces it need {OLDEST_OPSET} or later"
     return None
 
 

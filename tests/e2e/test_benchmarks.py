@@ -164,7 +164,9 @@ def test_mixed_encoders_beside_the_originals(tmp_path: Path) -> None:
     assert {(r["form"], r["peer_name"]) for r in flash} == {(f, p) for f in ("flash", "flash-quad") for p in peers}
     state = next(r for r in written["rows"] if r["name"] == "decoding" and r["unit"] == "MiB")
     assert state["ok"] and state["ours"] == state["peer"]
-    assert "## End to end" in page.read_text() and "## FLASH layers" in page.read_text()
+    conditional = [r for r in written["rows"] if r["name"] == "colt5"]
+    assert len(conditional) == 2 and all(r["ratio"] > 0 and r["goal"] is None for r in conditional)
+    assert all(f"## {title}" in page.read_text() for title in ("End to end", "FLASH layers", "CoLT5 encoders"))
 
 
 def test_rows_of_flash_layers_carry_their_goals() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 import torch
 from torch import Tensor
@@ -206,6 +208,48 @@ def test_it_is_exported_and_compiled() -> None:
     program = torch.export.export(done, (), given, strict=False)
     assert torch.allclose(case.run(program.module(), given), case.run(done, given), atol=1e-6)
     assert not torch.allclose(case.run(done, given)[:2], case.run(done, other)[:2], atol=1e-3)  # the control
+
+
+# ------------------------------------------------------------------ files
+
+
+def answer(path: Path, feeds: dict[str, Any]) -> np.ndarray[Any, Any]:
+    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return np.asarray(session.run(None, {i.name: feeds[i.name] for i in session.get_inputs()})[0])
+
+
+@pytest.mark.parametrize("exporter", ["dynamo18", "torchscript17"])
+def test_files_get_the_same_branches(exporter: str, zoo_onnx: Callable[..., Path], tmp_path: Path) -> None:
+    case, inputs = ZOO["bert-sdpa"], ZOO["bert-sdpa"].inputs(3, 11, 1)
+    source, feeds = zoo_onnx(case, exporter), {n: t.numpy() for n, t in inputs.items()}
+    shown = inputs["attention_mask"].bool().numpy()
+    found = {}
+    for name, target in (("whole", everything()), ("some", "colt5:4")):
+        done = rewriter.optimize(source, target)
+        done.save(tmp_path / f"{name}.onnx")
+        assert [after.split(":")[0] for after in changed(done).values()] == ["colt5"] * 4
+        assert done.rewrite_report.refused == ()
+        found[name] = answer(tmp_path / f"{name}.onnx", feeds)[shown]
+    original = answer(source, feeds)[shown]
+    assert np.abs(found["whole"] - original).max() < EXACT * np.abs(original).max()
+    twin = encoded(case, rewritten(case, "colt5:4"), inputs).numpy()
+    assert np.abs(found["some"] - twin).max() < 1e-4 * np.abs(twin).max(), "both doors give the same weights"
+    assert np.abs(found["some"] - original).max() > 1e-2 * np.abs(original).max()  # the control
+    longer = {n: t.numpy() for n, t in case.inputs(2, 17, 2).items()}
+    assert answer(tmp_path / "some.onnx", longer).shape[:2] == (2, 17)
+
+
+def test_a_file_of_an_encoder_decoder(zoo_onnx: Callable[..., Path], tmp_path: Path) -> None:
+    case, inputs = ZOO["t5-sdpa"], ZOO["t5-sdpa"].inputs(2, 13, 1)
+    source, feeds = zoo_onnx(case, "torchscript17"), {n: t.numpy() for n, t in inputs.items()}
+    done = rewriter.optimize(source, everything(), layers="encoder")
+    assert set(changed(done).values()) == {"colt5"} and len(changed(done)) == 4
+    done.save(tmp_path / "whole.onnx")
+    original, whole = answer(source, feeds), answer(tmp_path / "whole.onnx", feeds)
+    assert np.abs(whole - original).max() < 1e-4 * np.abs(original).max()
+    some = rewriter.optimize(source, "colt5:4", layers="encoder")
+    some.save(tmp_path / "some.onnx")
+    assert np.abs(answer(tmp_path / "some.onnx", feeds) - original).max() > 1e-3 * np.abs(original).max()
 
 
 # ------------------------------------------------------------------ names and refusals

@@ -1,0 +1,71 @@
+"""Which tokens are padding, as a value of a file's graph: told by the masks of a matched attention.
+
+Matching has seen that these hide keys from all queries and heads alike; here that is written down for any input.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from passes.dataflow import Flow, Value
+from passes.hidden_keys import HIDES, rows_from_outside
+from passes.site import AttentionSite, Modifier
+from rewriter.onnx_nodes import NodeWriter
+
+AXES_ARE_INPUT = 18
+"""The opset from which ReduceMax takes its axes as an input."""
+
+
+def hiding(flow: Flow, site: AttentionSite) -> list[Modifier]:
+    """The site's masks and biases that depend on what is fed, and so may hide tokens."""
+    return [m for m in site.modifiers if m.value is not None and flow.is_fed(m.value)]
+
+
+def padding_obstacle(flow: Flow, site: AttentionSite) -> str | None:
+    """Why padding cannot be told, None if it can."""
+    for modifier in hiding(flow, site):
+        rank = len(flow.shape(modifier.value or ""))
+        if (
+            rank not in (2, 4)
+            or modifier.apart is not None
+            or (modifier.kind == "bias" and (modifier.number or 0) <= 0)
+        ):
+            return "its masks are not laid out by batch, head, query and key, so which tokens are padding is not told"
+    return rows_from_outside(flow, site)
+
+
+def shown_tokens(
+    write: NodeWriter, nodes: list[ir.Node], flow: Flow, site: AttentionSite, values: list[ir.Value], opset: int
+) -> ir.Value | None:
+    """bool [B or 1, S], False for padding; None where nothing hides any. `values` are those of `hiding`, in order."""
+    found: ir.Value | None = None
+    for modifier, value in zip(hiding(flow, site), values, strict=True):
+        keys = _by_key(write, nodes, flow, site.name, modifier, value, opset)
+        found = keys if found is None else write.op(nodes, "And", [found, keys], f"{site.name}.shown")
+    return found
+
+
+def _by_key(
+    write: NodeWriter, nodes: list[ir.Node], flow: Flow, name: str, modifier: Modifier, value: ir.Value, opset: int
+) -> ir.Value:
+    wide, boolean = int(ir.DataType.FLOAT), int(ir.DataType.BOOL)
+    if modifier.kind == "bias":
+        number = write.op(nodes, "Cast", [value], f"{name}.mask_float", to=wide)
+        limit = write.scalar(HIDES / (modifier.number or 1.0), ir.DataType.FLOAT, f"{name}.hides")
+        kept = write.op(nodes, "Greater", [number, limit], f"{name}.kept")
+    else:
+        kept = write.op(nodes, "Cast", [value], f"{name}.kept", to=boolean)
+        kept = write.op(nodes, "Not", [kept], f"{name}.kept") if modifier.kind == "unmask" else kept
+    number = write.op(nodes, "Cast", [kept], f"{name}.kept_float", to=wide)
+    of_queries = len(flow.shape(modifier.value or Value(""))) == 2
+    highest = _highest(write, nodes, number, [0] if of_queries else [1, 2], name, opset, keep=of_queries)
+    return write.op(nodes, "Cast", [highest], f"{name}.shown", to=boolean)
+
+
+def _highest(
+    write: NodeWriter, nodes: list[ir.Node], value: ir.Value, axes: list[int], name: str, opset: int, *, keep: bool
+) -> ir.Value:
+    if opset >= AXES_ARE_INPUT:
+        given = [value, write.ints(axes, f"{name}.axes")]
+        return write.op(nodes, "ReduceMax", given, f"{name}.highest", keepdims=int(keep))
+    return write.op(nodes, "ReduceMax", [value], f"{name}.highest", axes=axes, keepdims=int(keep))
