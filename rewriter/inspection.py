@@ -19,6 +19,7 @@ from passes.sublayer import NoSublayer, sublayer
 from passes.targets.block import surroundings
 from passes.targets.catalogue import CATALOGUE
 from passes.targets.colt5 import Colt5
+from passes.targets.decoupled import DecoupledHeads
 from passes.targets.fourier import HYBRID, Fourier
 from passes.targets.gated_unit import Form, GatedUnit
 from passes.targets.grouped_query import GroupedQuery
@@ -246,7 +247,8 @@ def _targets(flow: Flow, matches: Matches, site: AttentionSite) -> tuple[str, ..
 def _of_modules(flow: Flow, matches: Matches, name: str) -> tuple[str, ...]:
     """Likewise those that only modules can be rewritten to."""
     site = next(s for s in matches.sites if s.name == name)
-    target, found = Colt5(), list[str]()
+    apart, target = DecoupledHeads(), Colt5()
+    found = [apart.name] if apart.refuses(site) is None and apart.idle(site) is None else []
     if site.cross:
         found += [target.name] if target.crossing.refuses(site) is None and target.crossing.idle(site) is None else []
     elif target.mixing.refuses(site) is None:

@@ -30,6 +30,8 @@ def obstacle(capture: OnnxCapture, replacement: Replacement) -> str | None:
         return laid_otherwise(site) or linear_obstacle(capture, replacement)
     if isinstance(replacement.spec, ConditionalAttention):
         return f"conditional attention {MODULES}"
+    if replacement.decoupled is not None:
+        return f"attention with different numbers of key and value heads {MODULES}"
     if replacement.pattern:
         return _sparse_obstacle(capture, replacement)
     if replacement.mixing is not None:  # it has been seen to be a map of hidden states, and nothing is laid out anew
