@@ -55,6 +55,34 @@ class GroupedQueryAttention:
         return self.heads // self.kv_heads
 
 
+@dataclass(frozen=True)
+class DecoupledAttention:
+    """Softmax attention whose keys and values have different numbers of heads (DHA, arXiv 2406.06567).
+
+    Operands are q and v as in `GroupedQueryAttention`, but k [B, key_heads, T, head_dim] and v [B, value_heads, T,
+    value_dim]; query head h reads key head ``h // (heads // key_heads)`` and value head
+    ``h // (heads // value_heads)``. That is what a cache holds, too.
+
+    Attributes:
+        attention: as which it is computed: its `kv_heads` is the least common multiple of both numbers, to which keys
+            and values are repeated.
+    """
+
+    attention: GroupedQueryAttention
+    key_heads: int
+    value_heads: int
+
+    def __post_init__(self) -> None:
+        for name in ("key_heads", "value_heads"):
+            if getattr(self, name) < 1 or self.attention.heads % getattr(self, name):
+                raise ValueError(f"{name}={getattr(self, name)} does not divide heads={self.attention.heads}")
+        if self.attention.kv_heads != math.lcm(self.key_heads, self.value_heads):
+            raise ValueError(
+                f"kv_heads={self.attention.kv_heads} is not the least common multiple of {self.key_heads} and "
+                f"{self.value_heads}"
+            )
+
+
 class FeatureMap(Enum):
     """What queries and keys become where a product of features stands in for an exponentiated score."""
 
@@ -474,5 +502,5 @@ GatedUnit = GatedAttention | MixedChunkAttention
 TokenMixing = FourierMixing | LinearMixing | GatedUnit | ConditionalAttention
 """What takes the place of an attention with all its projections."""
 
-Spec = GroupedQueryAttention | LinearAttention | TokenMixing
+Spec = GroupedQueryAttention | DecoupledAttention | LinearAttention | TokenMixing
 """Everything that can take an attention's place."""

@@ -73,14 +73,15 @@ class Activations:
         values = self.values(weights)
         heads = self.weights.shape[1]
         index = np.arange(heads) // (heads // values.shape[1])
-        attention = self.weights if self.site.bent else self._attention(weights, index)
+        attention = self.weights if self.site.bent else self._attention(weights)
         attention = narrowed(attention, self.pattern) if self.pattern else attention
         output = attention @ values[:, index]
         return np.asarray(output.transpose(0, 2, 1, 3).reshape(output.shape[0], output.shape[2], -1))
 
-    def _attention(self, weights: SiteWeights, index: Array) -> Array:
+    def _attention(self, weights: SiteWeights) -> Array:
         query, keys = self.turned_queries(self.queries(weights)), self.turned_keys(self.keys(weights))
-        return self.softmax(query, keys[:, index])
+        heads = query.shape[1]
+        return self.softmax(query, keys[:, np.arange(heads) * keys.shape[1] // heads])
 
     def softmax(self, query: Array, keys: Array) -> Array:
         """[B, H, S, T], of rotated queries [B, H, S, D] and keys [B, H, T, D]."""

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
-from codegen.spec import GroupedQueryAttention, LinearAttention, LinearMixing, Spec
+from codegen.spec import DecoupledAttention, GroupedQueryAttention, LinearAttention, LinearMixing, Spec
 from passes.cost import Cost, Scores, all_scores
 from passes.dataflow import Flow
 from passes.match.attention import Matches
@@ -20,6 +20,8 @@ LENGTHS = tuple(2**power for power in range(7, 16))
 @dataclass(frozen=True)
 class CacheTerm:
     """Sites that add the same to a K/V cache: ``sites * kv_heads * (head_dim + value_dim)`` numbers per token.
+
+    Where keys and values differ in their number of heads each is a term of its own, with the other's size 0.
 
     Attributes:
         kv_before, kv_after: heads that are cached; 0 where a cache is no longer needed.
@@ -118,6 +120,8 @@ def mixing_flops(
     site: AttentionSite, spec: Spec | None, batch: int, queries: int, keys: int, scores: Scores = all_scores
 ) -> int:
     """Of a site as it is (`spec` None) or as it will be; products that a mask hides are counted."""
+    if isinstance(spec, DecoupledAttention):
+        spec = spec.attention
     if spec is None or isinstance(spec, GroupedQueryAttention):
         count = site.heads * queries * keys
         if spec is not None and spec.pattern:
@@ -138,11 +142,20 @@ def _at(length: int, recorded: Work, sites: Sequence[AttentionSite], specs: dict
 def _cache_terms(
     sites: Sequence[AttentionSite], specs: dict[str, Spec], whole_caches: Collection[str]
 ) -> tuple[CacheTerm, ...]:
-    kinds = Counter(
-        (site.kv_heads, _cached_heads(site, specs.get(site.name), whole_caches), site.head_dim, site.value_dim)
-        for site in sites
-    )
+    kinds = Counter(kind for site in sites for kind in _cached(site, specs.get(site.name), whole_caches))
     return tuple(CacheTerm(count, *kind) for kind, count in kinds.items())
+
+
+def _cached(
+    site: AttentionSite, spec: Spec | None, whole_caches: Collection[str]
+) -> tuple[tuple[int, int, int, int], ...]:
+    """(heads before, heads after, head_dim, value_dim) of a site; of keys and of values where they differ."""
+    if isinstance(spec, DecoupledAttention):
+        return (
+            (site.kv_heads, spec.key_heads, site.head_dim, 0),
+            (site.kv_heads, spec.value_heads, 0, site.value_dim),
+        )
+    return ((site.kv_heads, _cached_heads(site, spec, whole_caches), site.head_dim, site.value_dim),)
 
 
 def _cached_heads(site: AttentionSite, spec: Spec | None, whole_caches: Collection[str]) -> int:

@@ -50,9 +50,9 @@ def costs(
     """
     mixed = {r.site.name: r.mixing for r in replacements if r.mixing is not None}
     linear = {r.site.name: r.linear for r in replacements if r.linear is not None}
-    heads = {r.site.name: 0 if r.mixing is not None else r.grouped.kv_heads for r in replacements}
+    heads = {r.site.name: r.kv_heads for r in replacements}
     still = {name for name, spec in linear.items() if spec.attention.causal}  # their state is of one size
-    cached = {name: 0 if name in still else count for name, count in heads.items() if name not in whole_caches}
+    cached = {name: (0, 0) if name in still else count for name, count in heads.items() if name not in whole_caches}
     computed = {name: count for name, count in heads.items() if name not in whole_projections}
     sites = matches.sites
     base = _projection_flops(flow) + sum(_contraction_flops(flow, matches, s) for s in sites)
@@ -61,8 +61,8 @@ def costs(
     sparse = {r.site.name: r.pattern for r in replacements if r.pattern}
     saved += sum(_sparse_saves(matches, s, sparse[s.name], scores) for s in sites if s.name in sparse)
     saved += sum(_linear_saves(flow, matches, s, linear[s.name]) for s in sites if s.name in linear)
-    before = sum(_kv_numbers(s, s.kv_heads) for s in sites) * bytes_per_number
-    after = sum(_kv_numbers(s, cached.get(s.name, s.kv_heads)) for s in sites) * bytes_per_number
+    before = sum(_kv_numbers(s, (s.kv_heads, s.kv_heads)) for s in sites) * bytes_per_number
+    after = sum(_kv_numbers(s, cached.get(s.name, (s.kv_heads, s.kv_heads))) for s in sites) * bytes_per_number
     return Cost(before, base), Cost(after, base - saved)
 
 
@@ -140,8 +140,8 @@ def _sizes(matches: Matches, site: AttentionSite) -> tuple[int, int, int]:
     return batch, queries, int(evidence.k.tokens.new.stop)
 
 
-def _kv_numbers(site: AttentionSite, kv_heads: int) -> int:
-    return kv_heads * (site.head_dim + site.value_dim)
+def _kv_numbers(site: AttentionSite, kv_heads: tuple[int, int]) -> int:
+    return kv_heads[0] * site.head_dim + kv_heads[1] * site.value_dim
 
 
 def _contraction_flops(flow: Flow, matches: Matches, site: AttentionSite) -> int:
@@ -149,14 +149,14 @@ def _contraction_flops(flow: Flow, matches: Matches, site: AttentionSite) -> int
     return 2 * batch * site.heads * queries * keys * (site.head_dim + site.value_dim)
 
 
-def _saved_flops(flow: Flow, site: AttentionSite, kv_heads: int) -> int:
+def _saved_flops(flow: Flow, site: AttentionSite, kv_heads: tuple[int, int]) -> int:
     saved = 0
-    for operand in (site.k, site.v):
+    for operand, left in zip((site.k, site.v), kv_heads, strict=True):
         shape = flow.shape(operand.projection.input)
         rows = 1
         for size in shape[:-1]:
             rows *= size
-        saved += 2 * rows * shape[-1] * (operand.heads - kv_heads) * operand.dim
+        saved += 2 * rows * shape[-1] * (operand.heads - left) * operand.dim
     return saved
 
 

@@ -35,15 +35,18 @@ def site_error(flow: Flow, evidence: Evidence, replacement: Replacement) -> tupl
     heads = spec.heads
     query = _projected(flow, evidence.q, replacement, "q", heads) if turned else rebuild(flow, evidence.q)
     keys, values = (
-        _with_cache(flow, view, traced, _projected(flow, traced, replacement, role, spec.kv_heads))
-        for role, view, traced in (("k", evidence.path.k, evidence.k), ("v", evidence.path.v, evidence.v))
+        _with_cache(flow, view, traced, _projected(flow, traced, replacement, role, count))
+        for role, view, traced, count in (
+            ("k", evidence.path.k, evidence.k, replacement.kv_heads[0]),
+            ("v", evidence.path.v, evidence.v, replacement.kv_heads[1]),
+        )
     )
     reference = recorded(flow, evidence.path.output_view, evidence.q.tokens)
-    index = np.arange(query.shape[1]) // spec.group
-    scores = np.einsum("bhsd,bhtd->bhst", query, keys[:, index]) * evidence.path.scale
+    keys, values = (x[:, np.arange(heads) * x.shape[1] // heads] for x in (keys, values))
+    scores = np.einsum("bhsd,bhtd->bhst", query, keys) * evidence.path.scale
     for modifier in evidence.path.modifiers:
         scores = apply_modifier(flow, modifier, scores)
-    output = np.einsum("bhst,bhtd->bhsd", softmax(scores)[..., : values.shape[2]], values[:, index])
+    output = np.einsum("bhst,bhtd->bhsd", softmax(scores)[..., : values.shape[2]], values)
     alive = (scores > -1e4).any(-1)
     if "out_weight" in replacement.tensors:
         output, reference = _behind(flow, replacement, output, reference)

@@ -530,11 +530,13 @@ def _target(name: str, merge: Merge | None, grouping: Grouping | None) -> Any:
     asked: dict[str, Any] = {option: value for option, value in given.items() if value is not None}
     if not asked:
         return name
-    from passes.targets import Auto, GroupedQuery
+    from passes.targets import Auto, DecoupledHeads, GroupedQuery
     from passes.targets.catalogue import find
 
     found = find(name)
-    if found is not None and not isinstance(found, (Auto, GroupedQuery)):
+    if isinstance(found, DecoupledHeads) and grouping is not None:
+        raise UsageError("--grouping is for keys and values that are grouped alike", hint="leave it out")
+    if found is not None and not isinstance(found, (Auto, DecoupledHeads, GroupedQuery)):
         raise UsageError(f"--{next(iter(asked))} says how heads become one, and {name} has none", hint="leave it out")
     return name if found is None else replace(found, **asked)
 

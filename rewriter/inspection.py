@@ -19,6 +19,7 @@ from passes.sublayer import NoSublayer, sublayer
 from passes.targets.block import surroundings
 from passes.targets.catalogue import CATALOGUE
 from passes.targets.colt5 import Colt5
+from passes.targets.decoupled import DecoupledHeads
 from passes.targets.fourier import HYBRID, Fourier
 from passes.targets.gated_unit import Form, GatedUnit
 from passes.targets.grouped_query import GroupedQuery
@@ -156,7 +157,7 @@ def _inspect_torch(model: Any, example_inputs: Any, name: str) -> Inspection:
                 raise
             return Inspection(name, "torch", None, None, (), refusals, ())
         blocks = find_feed_forward(captured.flow, matches.names)
-        return _inspection(name, "torch", None, None, captured.flow, matches, blocks)
+        return _inspection(name, "torch", None, None, captured.flow, matches, blocks, module=True)
 
 
 def _unexportable(model: Any, reason: str) -> Iterator[Refusal]:
@@ -180,8 +181,11 @@ def _inspection(
     flow: Flow,
     matches: Matches,
     blocks: FeedForwards,
+    *,
+    module: bool = False,
 ) -> Inspection:
-    choices = {s.name: _targets(flow, matches, s) for s in matches.sites}
+    """`module` says whether it is a torch module, of which alone some targets can be made."""
+    choices = {s.name: (*_targets(flow, matches, s), *(_of_modules(s) if module else ())) for s in matches.sites}
     reasons = {s.name: GroupedQuery(1).refuses(s) for s in matches.sites}
     choices |= {f.name: _block_targets(flow, matches, f) for f in blocks.sites}
     good = tuple(s for s in matches.sites if choices[s.name] or reasons[s.name] is None)
@@ -237,6 +241,12 @@ def _targets(flow: Flow, matches: Matches, site: AttentionSite) -> tuple[str, ..
     names += _conditional(flow, matches, site)
     names += [t.name for t in (Window(), SparseFixed(), SparseStrided(), LinearHeads()) if t.refuses(site) is None]
     return tuple(names)
+
+
+def _of_modules(site: AttentionSite) -> tuple[str, ...]:
+    """Likewise those that only modules can be rewritten to."""
+    apart = DecoupledHeads()
+    return (apart.name,) if apart.refuses(site) is None and apart.idle(site) is None else ()
 
 
 def _conditional(flow: Flow, matches: Matches, site: AttentionSite) -> tuple[str, ...]:

@@ -213,7 +213,8 @@ def _install(
 
 def _keeps_its_form(replacement: Replacement) -> bool:
     """Whether an attention stays one over all keys, so that its module's own forward can compute it."""
-    return replacement.mixing is None and replacement.linear is None and not replacement.pattern
+    other = (replacement.mixing, replacement.linear, replacement.decoupled)
+    return all(spec is None for spec in other) and not replacement.pattern
 
 
 def _by_owner(flow: Flow, replacements: Sequence[Replacement]) -> list[_Owned]:
@@ -310,6 +311,7 @@ def _install_one(module: torch.nn.Module, flow: Flow, group: _Owned, records: Ma
         q_norm=_submodule(flow, site, group.path, "q"),
         k_norm=_submodule(flow, site, group.path, "k"),
         linear=None if first.linear is None else (first.linear, _tensors(first)),
+        decoupled=first.decoupled,
     )
     _write(output)
 

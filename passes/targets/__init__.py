@@ -4,6 +4,7 @@ from passes.targets.auto import Auto
 from passes.targets.colt5 import Colt5
 from passes.targets.conditional_attention import ConditionalHeads
 from passes.targets.conditional_feed_forward import ConditionalBlocks
+from passes.targets.decoupled import DecoupledHeads
 from passes.targets.experts import Experts
 from passes.targets.fourier import Fourier
 from passes.targets.gated_unit import GatedUnit
@@ -18,6 +19,7 @@ __all__ = [
     "Colt5",
     "ConditionalBlocks",
     "ConditionalHeads",
+    "DecoupledHeads",
     "Experts",
     "Fourier",
     "GatedUnit",

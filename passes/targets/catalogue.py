@@ -10,6 +10,7 @@ from codegen.spec import FeatureMap, Structure
 from passes.targets.auto import Auto
 from passes.targets.colt5 import EVERY, Colt5, colt5
 from passes.targets.conditional_attention import ConditionalHeads
+from passes.targets.decoupled import DecoupledHeads
 from passes.targets.fourier import HYBRID, Fourier
 from passes.targets.gated_unit import CHUNK, GatedUnit
 from passes.targets.grouped_query import GroupedQuery
@@ -22,7 +23,7 @@ from passes.targets.sparse_mixer import SparseMixer, sparse_mixer
 Mixer = Fourier | LinearMixer | GatedUnit | ConditionalHeads
 """Targets of which one computation takes the place of an attention with all its projections."""
 
-AttentionTarget = GroupedQuery | Mixer | Window | SparseFixed | SparseStrided | LinearHeads
+AttentionTarget = GroupedQuery | DecoupledHeads | Mixer | Window | SparseFixed | SparseStrided | LinearHeads
 """What an attention can become."""
 
 Layered = SparseMixer | Colt5
@@ -58,6 +59,16 @@ def _parse_mqa(name: str) -> Target | None:
 def _parse_gqa(name: str) -> Target | None:
     found = re.fullmatch(r"gqa(\d{1,6})", name)
     return GroupedQuery(int(found.group(1))) if found and int(found.group(1)) else None
+
+
+def _parse_dha(name: str) -> Target | None:
+    found = re.fullmatch(r"dha(?::(\d{1,6}),(\d{1,6}))?", name)
+    if found is None:
+        return None
+    if found.group(1) is None:
+        return DecoupledHeads()
+    keys, values = int(found.group(1)), int(found.group(2))
+    return DecoupledHeads(keys, values) if keys and values else None
 
 
 def _parse_fnet(name: str) -> Target | None:
@@ -149,7 +160,7 @@ def _parse_auto(name: str) -> Auto | None:
     candidates: list[AttentionTarget] = []
     for part in found.group(1).split("+") if found.group(1) else []:
         candidate = find(part)
-        if candidate is None or isinstance(candidate, (Auto, Layered, LinearHeads)):
+        if candidate is None or isinstance(candidate, (Auto, Layered, LinearHeads, DecoupledHeads)):
             return None
         candidates.append(candidate)
     return Auto(candidates=tuple(candidates))
@@ -171,6 +182,14 @@ CATALOGUE: tuple[Entry, ...] = (
         "key and value projections to N heads, contiguous groups (merge: mean, aligned, joint)",
         "N divides the query heads and the present key/value heads",
         _parse_gqa,
+    ),
+    Entry(
+        "dha[:k,v]",
+        "k heads of keys and v heads of values (a quarter and half of the present ones)",
+        "arXiv 2406.06567",
+        "key and value projections, by groups of a size of their own (merge: mean, aligned, joint)",
+        "torch modules; k and v as N of gqaN",
+        _parse_dha,
     ),
     Entry(
         "fnet",

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from codegen.sight import Pattern
-from codegen.spec import GroupedQueryAttention, LinearAttention, Spec, TokenMixing
+from codegen.spec import DecoupledAttention, GroupedQueryAttention, LinearAttention, Spec, TokenMixing
 from passes.dataflow import Array
 from passes.site import AttentionSite
 from passes.sublayer import Sublayer
@@ -20,8 +20,8 @@ class Replacement:
         spec: what it computes. Grouped and linear attention take the place of the contractions and the softmax, mixing
             that of the whole sublayer: all projections, that of the output included.
         tensors: new parameters by role. For mixing and linear attention those of the spec's `shapes`. For
-            grouped attention ``k_weight`` [kv_heads * head_dim, in], ``k_bias`` [kv_heads * head_dim], ``v_weight``,
-            ``v_bias``; rows are head-major in the order of `Operand.columns`. Where queries and output
+            grouped and decoupled attention ``k_weight`` [kv_heads * head_dim, in], ``k_bias`` [kv_heads * head_dim],
+            ``v_weight``, ``v_bias``; rows are head-major in the order of `Operand.columns`. Where queries and output
             follow the merge also ``q_weight`` [heads * head_dim, in], ``q_bias``, ``out_weight``
             [features, heads * value_dim] and ``out_bias``. Roles that are absent keep the site's own parameters.
         exact: True if the new mixer equals the old one up to rounding.
@@ -47,9 +47,9 @@ class Replacement:
 
     @property
     def grouped(self) -> GroupedQueryAttention:
-        """The spec of a replacement that is grouped attention, or the heads of linear attention; raises TypeError for
-        any other."""
-        if isinstance(self.spec, LinearAttention):
+        """The spec of a replacement that is grouped attention, or as which decoupled attention is computed, or the
+        heads of linear attention; raises TypeError for any other."""
+        if isinstance(self.spec, LinearAttention | DecoupledAttention):
             return self.spec.attention
         if not isinstance(self.spec, GroupedQueryAttention):
             raise TypeError(f"{self.site.name} becomes {self.after}, which is no grouped attention")
@@ -58,7 +58,20 @@ class Replacement:
     @property
     def mixing(self) -> TokenMixing | None:
         """The spec of a replacement that mixes tokens without attention, None for any other."""
-        return None if isinstance(self.spec, GroupedQueryAttention | LinearAttention) else self.spec
+        kept = GroupedQueryAttention | DecoupledAttention | LinearAttention
+        return None if isinstance(self.spec, kept) else self.spec
+
+    @property
+    def decoupled(self) -> DecoupledAttention | None:
+        """The spec of a replacement whose keys and values differ in their number of heads, None for any other."""
+        return self.spec if isinstance(self.spec, DecoupledAttention) else None
+
+    @property
+    def kv_heads(self) -> tuple[int, int]:
+        """Heads of keys and of values; none of either where the step leaves no attention."""
+        if self.decoupled is not None:
+            return self.decoupled.key_heads, self.decoupled.value_heads
+        return (0, 0) if self.mixing is not None else (self.grouped.kv_heads, self.grouped.kv_heads)
 
     @property
     def linear(self) -> LinearAttention | None:

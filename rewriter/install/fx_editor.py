@@ -121,6 +121,11 @@ class Editor:
                 "linear attention is installed in torch modules and files, not in graphs",
                 hint="rewrite the module before it is exported",
             )
+        if replacement.decoupled is not None:
+            raise UnsupportedModel(
+                "keys and values of different head counts are installed in torch modules only, not in graphs",
+                hint="rewrite the module before it is exported",
+            )
         site, spec, tensors = replacement.site, replacement.grouped, replacement.tensors
         plans = []
         if spec.pattern and spec.sinks:

@@ -178,7 +178,8 @@ def _plan(
     refused: dict[str, str] = {}
     for replacement in replacements:
         name = replacement.site.name
-        if name in failed and (replacement.mixing or replacement.linear or replacement.pattern):
+        other = replacement.mixing or replacement.linear or replacement.decoupled or replacement.pattern
+        if name in failed and other:
             refused[name] = failed[name]
         elif name in failed:
             try:

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from codegen.launch.torch_op import attention
+from codegen.ops.decoupled_attention.torch_body import together
 from codegen.ops.grouped_query_attention.sparse_body import shown
 from codegen.ops.grouped_query_attention.torch_body import grouped_query_attention_with_weights
 from codegen.sight import from_json
-from codegen.spec import GroupedQueryAttention
+from codegen.spec import DecoupledAttention, GroupedQueryAttention
 from rewriter.errors import UnsupportedModel
 from rewriter.install.linear_term import LinearTerm
 from rewriter.install.mimicry import mimic_attributes
@@ -83,6 +84,7 @@ class RewrittenMixer(nn.Module):
         self.out_proj = out
         self.q_norm, self.k_norm, self.position = q_norm, k_norm, position
         self.linear_term: LinearTerm | None = None  # with it, a softmax for near keys only
+        self.apart: tuple[int, int] | None = None  # heads of keys and of values, where they are not the spec's
         self.input_norm: nn.Module | None = None
         self.output_norm: nn.Module | None = None
         self.taken_from: dict[str, str | None] = {}
@@ -97,6 +99,11 @@ class RewrittenMixer(nn.Module):
             for bias in (False, True)
         }
 
+    @property
+    def kv_heads(self) -> tuple[int, int]:
+        """Heads of keys and of values, as they are projected and cached."""
+        return self.apart or (self.spec.kv_heads, self.spec.kv_heads)
+
     def specs(self) -> list[GroupedQueryAttention]:
         """The computations that calls can come to: with and without a causal order, with and without a mask."""
         causal = (False,) if self.protocol.causal == "never" else (False, True)
@@ -105,6 +112,11 @@ class RewrittenMixer(nn.Module):
     @property
     def __signature__(self) -> inspect.Signature:
         return self.protocol.signature()
+
+    def separate(self, key_heads: int, value_heads: int) -> None:
+        """Project and cache so many heads; raises ValueError if the spec's are not the least that both divide."""
+        DecoupledAttention(self.spec, key_heads, value_heads)
+        self.apart = (key_heads, value_heads)
 
     def adopt(self, protocol: Protocol, original: nn.Module) -> None:
         """Follow `protocol`, with the norms that it takes over from `original`."""
@@ -130,6 +142,8 @@ class RewrittenMixer(nn.Module):
         past = self._past_length(call)
         q = self._rotated(self._heads(self.q_proj(hidden), self.spec.heads, self.q_norm), call)
         k, v = self._keys_and_values(call, context, value)
+        if self.apart is not None:
+            k, v = together(k, v, self.spec.kv_heads)
         places = self._places(call)
         causal, mask = self._visible(call, q, places)
         if self.linear_term is not None and places is None and not _at_the_end(past, q, k):
@@ -189,8 +203,8 @@ class RewrittenMixer(nn.Module):
             if cross and cache.is_updated.get(self.layer_index):
                 layer = store.layers[self.layer_index]
                 return layer.keys, layer.values
-        k = self._rotated(self._heads(self.k_proj(context), self.spec.kv_heads, self.k_norm), call)
-        v = self._heads(self.v_proj(value), self.spec.kv_heads, None)
+        k = self._rotated(self._heads(self.k_proj(context), self.kv_heads[0], self.k_norm), call)
+        v = self._heads(self.v_proj(value), self.kv_heads[1], None)
         if store is None:
             return k, v
         if self.linear_term is not None and not cross:
@@ -386,6 +400,7 @@ class RewrittenMixer(nn.Module):
             "layer_index": self.layer_index,
             "position": self.position is not None,
             "linear": None if self.linear_term is None else self.linear_term.describe(),
+            "apart": None if self.apart is None else list(self.apart),
         }
 
     def extra_repr(self) -> str:
@@ -419,6 +434,8 @@ def rebuild(description: Call, original: nn.Module) -> RewrittenMixer:
     mixer.taken_from = dict(description["taken"])
     if description.get("linear") is not None:
         mixer.linear_term = LinearTerm.from_json(description["linear"], like)
+    if description.get("apart") is not None:
+        mixer.separate(*map(int, description["apart"]))
     mixer.adopt(mixer.protocol, original)
     return mixer
 

@@ -13,6 +13,7 @@ from rewriter.install.onnx_linear import linear_obstacle
 from rewriter.install.onnx_padding import padding_obstacle
 
 _WRITABLE = frozenset({("bh", "s", "d"), ("b", "s", "hd")})
+MODULES = "is installed in torch modules only: rewrite the module the file was exported from"
 OLDEST_OPSET = 12
 HEADS_IN_BATCH = frozenset({("bh", "s", "d"), ("bh", "d", "s")})
 
@@ -30,6 +31,8 @@ def obstacle(capture: OnnxCapture, replacement: Replacement) -> str | None:
         return laid_otherwise(site) or linear_obstacle(capture, replacement)
     if isinstance(replacement.spec, ConditionalAttention):
         return padding_obstacle(capture.flow, site)
+    if replacement.decoupled is not None:
+        return f"attention with different numbers of key and value heads {MODULES}"
     if replacement.pattern:
         return _sparse_obstacle(capture, replacement)
     if replacement.mixing is not None:  # it has been seen to be a map of hidden states, and nothing is laid out anew

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from codegen.spec import GroupedQueryAttention, LinearAttention
+from codegen.spec import DecoupledAttention, GroupedQueryAttention, LinearAttention
 from rewriter.errors import UnsupportedModel
 from rewriter.install.call_record import CallRecord, evaluating, snapshot
 from rewriter.install.conditional_block import ConditionalBlock
@@ -43,6 +43,7 @@ def install(
     q_norm: str | None = None,
     k_norm: str | None = None,
     linear: tuple[LinearAttention, Mapping[str, Tensor]] | None = None,
+    decoupled: DecoupledAttention | None = None,
 ) -> RewrittenMixer:
     """Replace `model.<owner>` in place by a `RewrittenMixer` with `spec_after` and the parameters `after`.
 
@@ -56,6 +57,7 @@ def install(
             `before.out_weight` holds it.
         q_norm, k_norm: paths, from the owner, of norms over each head's features.
         linear: what far keys weigh instead of a softmax, with its parameters.
+        decoupled: keys and values differ in their number of heads; `spec_after` is as what that is computed.
 
     Raises:
         UnsupportedModel: if the original cannot be reproduced with its own weights; the model is then unchanged.
@@ -63,7 +65,8 @@ def install(
     original = _owned(model, owner)
     after = _owned_parameters(after, before.k_weight, original)
     if isinstance(original, RewrittenMixer):
-        if linear is not None or original.linear_term is not None:
+        others = (linear, original.linear_term, decoupled, original.apart)
+        if any(other is not None for other in others):
             raise UnsupportedModel(f"{owner} is rewritten already", hint="Rewrite the original model.")
         mixer = _again(original, _seeing_no_more(original.spec, spec_after, owner), after)
         _check_grouping(copy.deepcopy(original), mixer, after, record, owner)
@@ -74,6 +77,8 @@ def install(
     proof = build.mixer(spec_before, protocol, before)
     protocol = settle(original, proof, record, owner)
     mixer = build.mixer(spec_after, protocol, after)
+    if decoupled is not None:
+        mixer.separate(decoupled.key_heads, decoupled.value_heads)
     _check_grouping(proof, mixer, after, record, owner)
     if linear is not None:
         _make_linear(mixer, *linear, record)
@@ -197,22 +202,21 @@ def _check_grouping(
     proof: RewrittenMixer, mixer: RewrittenMixer, after: MixerParameters, record: CallRecord, owner: str
 ) -> None:
     """The new mixer must equal the old form with the new queries and each new head repeated for its group."""
-    heads = mixer.spec.kv_heads
-    repeats = proof.spec.kv_heads // heads
     proof.q_proj = mixer.q_proj
     proof.follow(replace(proof.spec, pattern=mixer.spec.pattern))
 
-    def wide(tensor: Tensor | None) -> nn.Parameter | None:
+    def wide(tensor: Tensor | None, heads: int) -> nn.Parameter | None:
         if tensor is None:
             return None
-        return nn.Parameter(repeat_heads(tensor.detach(), heads, repeats), requires_grad=False)
+        repeated = repeat_heads(tensor.detach(), heads, proof.spec.kv_heads // heads)
+        return nn.Parameter(repeated, requires_grad=False)
 
-    for projection, weight, bias in (
-        (proof.k_proj, after.k_weight, after.k_bias),
-        (proof.v_proj, after.v_weight, after.v_bias),
+    for projection, weight, bias, heads in (
+        (proof.k_proj, after.k_weight, after.k_bias, mixer.kv_heads[0]),
+        (proof.v_proj, after.v_weight, after.v_bias, mixer.kv_heads[1]),
     ):
-        projection.register_parameter("weight", wide(weight))
-        projection.register_parameter("bias", wide(bias))
+        projection.register_parameter("weight", wide(weight, heads))
+        projection.register_parameter("bias", wide(bias, heads))
     with torch.no_grad(), evaluating(proof), evaluating(mixer):
         answers = [m(*map(snapshot, record.args), **_snapshots(record.kwargs)) for m in (mixer, proof)]
     if (reason := disagreement(*answers)) is not None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-import passes.calibrate
+import passes.merging_fit
 import rewriter
 from passes.attention_jacobian import Features, Linearised
 from passes.refine import Refinement, _changed, refined, refitted, tokens
@@ -33,7 +33,7 @@ def job_of(name: str) -> tuple[Refinement, Merged]:
         return refitted(job.site, merged, job.seen, job.reference)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(passes.calibrate, "refined", watched)
+        patch.setattr(passes.merging_fit, "refined", watched)
         rewriter.optimize(
             case.build().eval(), GroupedQuery(legal_pool(case)), verify=False,
             calibration=[case.inputs(4, LENGTH, 100 + seed) for seed in range(4)],
