@@ -14,7 +14,8 @@ from codegen.ops.fourier_mixing import triton_kernel as fourier_triton
 from codegen.ops.grouped_query_attention import cpp_kernel as gqa_cpp
 from codegen.ops.grouped_query_attention import cuda_kernel as gqa_cuda
 from codegen.ops.grouped_query_attention import triton_kernel as gqa_triton
-from codegen.spec import FourierMixing, GroupedQueryAttention
+from codegen.ops.linear_attention import triton_kernel as linear_triton
+from codegen.spec import FourierMixing, GroupedQueryAttention, LinearAttention
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,19 @@ KERNELS: tuple[Kernel, ...] = (
         legal=fourier_cuda.legal,
         name=fourier_cuda.kernel_name,
         source=fourier_cuda.source,
+    ),
+    *(
+        Kernel(
+            op=LinearAttention,
+            language=Language.TRITON,
+            device_kind=kind,
+            archs=archs,
+            dtypes=tuple(DType),
+            legal=linear_triton.legal,
+            name=linear_triton.kernel_name,
+            source=linear_triton.source,
+        )
+        for kind, archs in linear_triton.ARCHS.items()
     ),
 )
 

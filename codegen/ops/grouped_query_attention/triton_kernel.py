@@ -145,12 +145,12 @@ def source(
             "row_tile": cut.row_tile,
             "key_tile": cut.key_tile,
             "descriptors": cut.descriptors,
-            "precision": _precision(dtype, arch),
+            "precision": precision(dtype, arch),
         },
     )
 
 
-def _precision(dtype: DType, arch: str) -> Precision:
+def precision(dtype: DType, arch: str) -> Precision:
     """Matrix units of NVIDIA cards take no float32; three TF32 products come within a few roundings of one."""
     if dtype is not DType.FLOAT32:
         return Precision.OPERANDS
