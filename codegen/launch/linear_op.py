@@ -73,7 +73,9 @@ def _operator(
     device = graphics_card(q.device)[0] if q.is_cuda else host()
     if q.dtype not in DTYPES or select(spec, device, DTYPES[q.dtype], Language(kernels)) is None:
         dtype = DTYPES.get(q.dtype)
-        reason = f"there is no kernel in {q.dtype}" if dtype is None else why_not(spec, device, dtype, Language(kernels))
+        reason = (
+            f"there is no kernel in {q.dtype}" if dtype is None else why_not(spec, device, dtype, Language(kernels))
+        )
         raise NotLegal(reason, hint='use kernels="auto" or "off"')
     from codegen.launch import linear_triton
 
@@ -111,7 +113,9 @@ def _named(*given: Tensor | None) -> dict[str, Tensor]:
     return {name: t for name, t in zip(PARAMETERS, given, strict=True) if t is not None}
 
 
-def _spec(q: Tensor, v: Tensor, kv_heads: int, scale: float, causal: bool, chunk: int, features: int) -> LinearAttention:
+def _spec(
+    q: Tensor, v: Tensor, kv_heads: int, scale: float, causal: bool, chunk: int, features: int
+) -> LinearAttention:
     plain = GroupedQueryAttention(
         q.shape[1], kv_heads, q.shape[3], v.shape[3], scale, causal=causal, masked_rows_are_zero=True
     )

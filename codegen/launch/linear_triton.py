@@ -73,9 +73,7 @@ def launch(
         operands = (q, k, v, *q.stride()[:3], *strides, *maps["q"], parameters["log_gain"].float().contiguous())
         states = each.to(q.dtype)
         grid = ((chunks - leading) * cut.rows_of_a_chunk(spec.chunk), heads, b)
-        getattr(kernels, name)[grid](
-            *operands, *hidden, states, ones, out, *out.stride()[:3], s, t, leading, **options
-        )
+        getattr(kernels, name)[grid](*operands, *hidden, states, ones, out, *out.stride()[:3], s, t, leading, **options)
     return out
 
 

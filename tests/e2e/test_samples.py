@@ -121,6 +121,16 @@ def test_a_long_text_is_read_with_a_bounded_cache() -> None:
     assert window[1] < 0.6 * whole[1] and linear[1] < 0.75 * whole[1]
 
 
+def test_every_architecture_learns_from_scratch(tmp_path: Path) -> None:
+    printed = run("train_from_scratch.py", str(tmp_path / "curves.svg"), "2.5")
+    lines = re.findall(r"^(?:masked|next  )  .* ([\d.]+)  ([\d.]+)  ([\d.]+)  ([\d.]+)$", printed, re.M)
+    assert len(lines) == 7
+    for course in lines:
+        first, *_, last = map(float, course)
+        assert last < first - 0.1 and last < 4.7, "better than early on, and than guessing (4.86)"
+    assert (tmp_path / "curves.svg").read_text(encoding="utf-8").count("<polyline") == 7
+
+
 def test_two_processes_heal(tmp_path: Path) -> None:
     printed = run("uptrain_two_processes.py", str(tmp_path))
     assert "processes 2, steps 12" in printed

@@ -119,7 +119,9 @@ def parts(spec: LinearAttention) -> int:
 def signatures(spec: LinearAttention, dtype: DType) -> dict[str, Signature]:
     """By the suffix of the kernel's name: "_states" and ""; operands dense and aligned, no key hidden."""
     pointer = POINTERS[dtype]
-    strides = {name: [f"stride_{name}{axis}" for axis in axes] for name, axes in (("q", "bhs"), ("k", "bht"), ("v", "bht"))}
+    strides = {
+        name: [f"stride_{name}{axis}" for axis in axes] for name, axes in (("q", "bhs"), ("k", "bht"), ("v", "bht"))
+    }
     of = {name: dict.fromkeys(found, "i32") for name, found in strides.items()}
     own: dict[str, str] = {}
     if spec.features is FeatureMap.LEARNED:
@@ -145,7 +147,9 @@ def signatures(spec: LinearAttention, dtype: DType) -> dict[str, Signature]:
     return {
         suffix: Signature(
             types,
-            frozenset({n for n, kind in types.items() if kind.startswith("*")} | ((rows if even else set()) & set(types))),
+            frozenset(
+                {n for n, kind in types.items() if kind.startswith("*")} | ((rows if even else set()) & set(types))
+            ),
             {"WITH_SHOWN": False},
         )
         for suffix, types in found.items()
