@@ -2,8 +2,8 @@
 
 A report is what ``pip install --report`` writes. It is read by an interpreter outside the new environment, before
 anything in that runs. Two kinds are only named, since no list can hold them for every machine: builds with a local
-version label (torch's for CPUs, 2.13.0+cpu), which the public index does not accept, so that they come from an index that
-the machine's own configuration names; and what is not pinned (CUDA libraries that other builds of torch require).
+version label (torch's for CPUs, 2.13.0+cpu), which the public index does not accept, so that they come from an index
+that the machine's own configuration names; and what is not pinned (CUDA libraries that other builds of torch require).
 """
 
 from __future__ import annotations
