@@ -38,8 +38,9 @@ def session_options(threads: int) -> Any:
 
 
 _LARGE = 2000
-"""Nodes from which no plan is made of which buffers serve twice: where shapes are open, making it takes a time that
-grows with the square of the nodes (1.31: 20 s of 23 for 3,700)."""
+"""Nodes from which a session is opened as the graph stands. Where shapes are open, a plan of which buffers serve twice
+takes a time that grows with the square of the nodes (1.31: 20 s of 23 for 3,700), and optimising takes longer than the
+few runs save."""
 
 
 def cpu_session(model: ir.Model | Path, *, threads: int = 1) -> Any:
@@ -57,7 +58,9 @@ def cpu_session(model: ir.Model | Path, *, threads: int = 1) -> Any:
     if isinstance(model, Path):
         return ort.InferenceSession(str(model), options, providers=providers)
     options.add_session_config_entry("session.disable_prepacking", "1")  # a second copy of every matrix
-    options.enable_mem_reuse = len(model.graph) < _LARGE
+    if len(model.graph) >= _LARGE:
+        options.enable_mem_reuse = False
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     keep = [dtype for dtype in ir.DataType if dtype not in _PLAIN]
     proto, placed = skeleton(model, "weights", nested=False, keep=keep)
     idle = {item.name for item in placed if not item.value.uses() and not item.value.is_graph_output()}

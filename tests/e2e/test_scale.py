@@ -14,6 +14,8 @@ import pytest
 import rewriter
 from benchmarks.scale_models import Stack, write
 from passes import replay
+from rewriter.capture.onnx_file import capture
+from rewriter.capture.onnx_load import load
 from rewriter.verify.tensors import same_bits
 
 # ------------------------------------------------------------------ memory
@@ -90,6 +92,24 @@ def test_work_grows_with_the_length_of_a_graph(tmp_path: Path) -> None:
         n: write(Stack(n, hidden=16, inner=16, heads=4), tmp_path / f"{n}.onnx", external=False) for n in (6, 12, 18)
     }
     assert _growth(lambda n: rewriter.optimize(paths[n], "mqa")) < 1.05
+
+
+def test_an_unrecorded_value_is_not_searched_for(tmp_path: Path) -> None:
+    """However deep it lies."""
+
+    def calls(layers: int) -> int:
+        captured = capture(load(write(Stack(layers, hidden=16, inner=16, heads=4), tmp_path / f"{layers}.onnx")))
+        held = captured.session.constants
+        last = captured.model.graph.outputs[0].name or ""
+
+        def ask() -> None:
+            with pytest.raises(KeyError):
+                held.value(last)
+
+        ask()
+        return _calls(ask)
+
+    assert calls(2) == calls(8)
 
 
 def test_control_work_that_grows_faster_is_seen() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -47,11 +48,23 @@ def test_the_wheel_holds_every_file_of_the_three_floors_and_nothing_else(project
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
+# ------------------------------------------------------------------ what it requires
+
+
+def test_every_runtime_dependency_is_accounted_for(project_root: Path, project: dict[str, Any]) -> None:
+    """docs/dependencies.md has a row for each and for nothing else."""
+    text = (project_root / "docs" / "dependencies.md").read_text().partition("## Extras")[0]
+    named = {
+        name for row in re.findall(r"^\| (`.+?`) \|", text, re.MULTILINE) for name in re.findall(r"`([\w-]+)`", row)
+    }
+    assert named == {Requirement(t).name for t in project["project"]["dependencies"]}
+
+
 # ------------------------------------------------------------------ the pins
 
 
-def _pins(root: Path) -> dict[str, Version]:
-    lines = (root / "constraints.txt").read_text().splitlines()
+def _pins(root: Path, file: str = "constraints.txt") -> dict[str, Version]:
+    lines = (root / file).read_text().splitlines()
     pairs = (line.split("==") for line in lines if line and not line.startswith("#"))
     return {canonicalize_name(name): Version(pin) for name, pin in pairs}
 
@@ -94,6 +107,53 @@ def test_the_environment_has_the_pinned_versions(project_root: Path) -> None:
         except PackageNotFoundError:
             continue  # pinned for another platform
         assert installed.public == pin.public, f"{name}: {installed} installed, {pin} pinned"
+
+
+# ------------------------------------------------------------------ the hashes
+
+
+@pytest.fixture(scope="module")
+def checker(project_root: Path) -> Any:
+    path = project_root / ".ci" / "check_hashes.py"
+    spec = importlib.util.spec_from_file_location("check_hashes", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_pin_has_hashes(project_root: Path, checker: Any) -> None:
+    pins = _pins(project_root) | _pins(project_root, "requirements-weights.txt")
+    known = checker.known_hashes((project_root / "requirements-hashes.txt").read_text())
+    assert {(name, str(pin)) for name, pin in pins.items()} == set(known)
+    assert all(known.values())
+
+
+def _report(name: str, version: str, sha256: str) -> dict[str, Any]:
+    return {
+        "install": [
+            {"metadata": {"name": name, "version": version},
+             "download_info": {"archive_info": {"hashes": {"sha256": sha256}}}},
+            {"metadata": {"name": "rewriter", "version": "0"}, "download_info": {"dir_info": {"editable": True}}},
+        ]
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "sha256", "wrong", "left"),
+    [
+        ("Some.Package", "1.0", "a" * 64, 0, 0),
+        ("some-package", "1.0", "b" * 64, 1, 0),
+        ("some-package", "1.1", "a" * 64, 1, 0),
+        ("some-package", "1.0+cpu", "b" * 64, 0, 1),
+        ("another", "1.0", "a" * 64, 0, 1),
+    ],
+    ids=["known", "another_hash", "another_version", "another_index", "not_pinned"],
+)
+def test_what_pip_took_is_compared(checker: Any, name: str, version: str, sha256: str, wrong: int, left: int) -> None:
+    known = checker.known_hashes("some_package==1.0 \\\n    --hash=sha256:" + "a" * 64)
+    found = checker.complaints(_report(name, version, sha256), known)
+    assert tuple(map(len, found)) == (wrong, left)
 
 
 # ------------------------------------------------------------------ the floors
