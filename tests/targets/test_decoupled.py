@@ -183,16 +183,15 @@ def test_it_is_saved_and_loaded_and_counted(tmp_path: Path) -> None:
 
 def test_uptraining_goes_on_from_there() -> None:
     teacher = llama()
-    heads = rewriter.inspect(teacher).sites[0].kv_heads
-    student = rewriter.optimize(teacher, DecoupledHeads(1, heads), verify=False)
+    student = rewriter.optimize(teacher, DecoupledHeads(1, 2), verify=False)
     before = {n: p.detach().clone() for n, p in student.named_parameters() if "k_proj" in n or "v_proj" in n}
-    recipe = Recipe(steps=20, batch=4, window=32, learning_rate=3e-3, validation=8, train="rewritten")
+    recipe = Recipe(steps=30, batch=4, window=32, learning_rate=3e-3, validation=8, layer_phase=1.0, train="rewritten")
     rows = [{"input_ids": row.tolist()} for row in token_ids(32 * 60).reshape(-1, 32)]
     done = rewriter.uptrain(student, teacher, rows, recipe=recipe)
     after = dict(done.model.named_parameters())
     assert before and all(not torch.equal(after[n], p) for n, p in before.items())
     losses = [point.loss for point in done.curve]
-    assert np.mean(losses[-4:]) < np.mean(losses[:4])
+    assert np.mean(losses[-5:]) < 0.95 * np.mean(losses[:3])
 
 
 def test_wrong_numbers_are_wrong_usage() -> None:
