@@ -76,8 +76,9 @@ def _body(spec: LinearAttention, dtype: torch.dtype, shown: bool, behind: bool) 
     arguments = (q, k, v, held, visible)
     with torch.no_grad():
         program = torch.export.export(_Body(spec), arguments, dynamic_shapes=free, strict=False)
-    program.graph_module.graph.eliminate_dead_code()
-    return program.graph_module
+    graph: GraphModule = program.graph_module
+    graph.graph.eliminate_dead_code()
+    return graph
 
 
 def _copied(emitter: Emitter, like: FxNode, body: GraphModule, operands: list[FxNode]) -> FxNode:
