@@ -7,7 +7,8 @@ SmolLM2: perplexity relative to the original's on held-out text, and the largest
 heads are turned copies of each other. The floor is the same model with every selected attention's output zeroed.
 Calibration and held-out text are different plays, and no gradient step is taken; what healing gives back is measured in
 the parts minilm-healed and smollm2-healed (`benchmarks.healing`), what choosing for each layer gives in minilm-auto and
-smollm2-auto (`benchmarks.auto_choice`).
+smollm2-auto (`benchmarks.auto_choice`), what attention transfer gives linear attention in smollm2-linear
+(`benchmarks.linear_transfer`).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from torch import nn
 import rewriter
 from benchmarks.auto_choice import auto_table, minilm_auto, smollm2_auto
 from benchmarks.healing import healed_table, minilm_healed, smollm2_healed
+from benchmarks.linear_transfer import linear_table, smollm2_linear
 from benchmarks.machine import machine
 from benchmarks.rows import Row, markdown_table, put_section, write_json
 from benchmarks.texts import CALIBRATION, HELD_OUT, WINDOW, cosine, embedded, sentences, token_ids
@@ -187,23 +189,24 @@ PARTS: dict[str, Callable[[bool], Iterator[Row]]] = {
     "smollm2-auto": smollm2_auto,
     "minilm-healed": minilm_healed,
     "smollm2-healed": smollm2_healed,
+    "smollm2-linear": smollm2_linear,
 }
 
 
 def document(rows: Sequence[Row], quick: bool) -> str:
     where = machine()
-    healed, chosen = ([r for r in rows if word in r.name] for word in ("healed", "auto"))
-    plain = [r for r in rows if r not in healed and r not in chosen]
+    healed, chosen, linear = ([r for r in rows if word in r.name] for word in ("healed", "auto", "linear"))
+    plain = [r for r in rows if r not in (*healed, *chosen, *linear)]
     lines = [[r.name, r.case, r.ours, r.peer, r.goal, r.ok, r.more.get("seconds")] for r in plain]
     header = ["what", "case", "measured", "attention zeroed", "goal", "met", "s"]
     size = "--quick: small samples" if quick else "all cases"
     note = (
         f"{where['processor']}, {where['cores']} cores, {where['torch_threads']} torch threads, load "
         f"{where['load_before'][0]}; {size}. Calibrated on {', '.join(CALIBRATION)}, measured on {HELD_OUT}; no "
-        "gradient step but where it says healed."
+        "gradient step but where it says healed, or after transfer."
     )
     tables = [markdown_table(header, lines)] if lines else []
-    more = [t(r) for t, r in ((auto_table, chosen), (healed_table, healed)) if r]
+    more = [t(r) for t, r in ((auto_table, chosen), (healed_table, healed), (linear_table, linear)) if r]
     return "\n\n".join([note, *tables, *more])
 
 

@@ -23,7 +23,7 @@ def more_than_hidden_keys(flow: Flow, site: AttentionSite) -> str | None:
     Rows of queries that are hidden as keys do not count. Masks that come from outside with a row for each query can say
     anything in another call, whatever they said in the recording.
     """
-    batch, queries, keys = _axis(flow, site.q, "b"), _axis(flow, site.q, "s"), _axis(flow, site.k, "s")
+    batch, queries, keys = size(flow, site.q, "b"), size(flow, site.q, "s"), size(flow, site.k, "s")
     masks = tuple(m for m in site.modifiers if m.kind not in {"softcap", "sinks"})
     bias = total_bias(flow, masks, (batch, site.heads, queries, keys))
     kept = bias > HIDES
@@ -49,10 +49,10 @@ def rows_from_outside(flow: Flow, site: AttentionSite) -> str | None:
     return f"its mask comes from outside with a row for each query ({given}), and may say more than hidden keys"
 
 
-def _axis(flow: Flow, operand: Operand, letter: str) -> int:
-    """The size of an operand's tokens or batch."""
-    axis, size = next((a, n) for a, n in zip(operand.seam_axes, flow.shape(operand.seam), strict=True) if letter in a)
-    return size // operand.heads if axis == "bh" else size
+def size(flow: Flow, operand: Operand, letter: str) -> int:
+    """How many tokens ("s") or sequences ("b") an operand has in a recording."""
+    axis, count = next((a, n) for a, n in zip(operand.seam_axes, flow.shape(operand.seam), strict=True) if letter in a)
+    return count // operand.heads if axis == "bh" else count
 
 
 def _inputs_above(flow: Flow, value: Value) -> list[Value]:

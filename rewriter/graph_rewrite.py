@@ -76,7 +76,8 @@ def rewrite_graph(
         bytes_per_number=torch.finfo(getattr(torch, done.flow.dtype)).bits // 8,
         seconds=watch.seconds,
         fidelity=fidelity,
-        whole_caches={name for name, kept in done.kept.items() if kept.cache},
+        whole_caches={name for name, kept in done.kept.items() if kept.cache}
+        | {r.site.name for r in done.replacements if r.linear is not None},
         whole_projections={name for name, kept in done.kept.items() if kept.projection},
         scores=all_scores,
     )

@@ -310,7 +310,7 @@ CATALOGUE: tuple[Entry, ...] = (
         "softmax in chunks of 64 tokens and their neighbours, a product of features beyond; linear time",
         "arXiv 2410.10254, 2402.04347",
         "what far keys weigh; heads keep their projections; features are learned, elu1 or favor+",
-        "self-attention of torch modules, causal or bidirectional; uptraining, which trains the features",
+        "self-attention, causal or bidirectional; uptraining, which trains the features",
         _parse_heads,
     ),
     Entry(

@@ -18,8 +18,11 @@ from torch.fx import Graph, GraphModule, Interpreter
 from torch.fx import Node as FxNode
 
 from codegen.ops.grouped_query_attention.reference import shown
+from codegen.ops.linear_attention.reference import linear_attention
 from codegen.ops.token_mixing import token_mixing
-from passes.dataflow import Flow, Value
+from codegen.spec import LinearAttention
+from passes.dataflow import Array, Flow, Value
+from passes.hidden_keys import HIDES
 from passes.layout import canonical, laid_out
 from passes.match.scores import apply_modifier
 from passes.replay import TOLERANCES, softmax
@@ -121,8 +124,8 @@ class _Run(Interpreter):
         super().__init__(module)
         replacements = list(replacements)
         self._flow = flow
-        self._sparse = {r.site.output: r for r in replacements if r.pattern}
-        self._seams = {o.seam for r in self._sparse.values() for o in (r.site.q, r.site.k, r.site.v)}
+        self._otherwise = {r.site.output: r for r in replacements if r.pattern or r.linear is not None}
+        self._seams = {o.seam for r in self._otherwise.values() for o in (r.site.q, r.site.k, r.site.v)}
         self._mixed = {r.around.output: r for r in replacements if r.mixing is not None}
         self._hidden: dict[Value, Tensor] = {}
         self._replaced, self._names, self._kept = replaced, names, set(kept)
@@ -141,8 +144,8 @@ class _Run(Interpreter):
         result = self._replaced.get(value, result)
         if value in self._mixed:
             result = self._mix(self._mixed[value], result)
-        if value in self._sparse:
-            result = self._attended(self._sparse[value], result)
+        if value in self._otherwise:
+            result = self._attended(self._otherwise[value], result)
         if value in self._seams or any(value == r.around.input for r in self._mixed.values()):
             self._hidden[value] = result.clone() if self._mutates else result
         if self._mutates and n.op in {"placeholder", "get_attr"} and isinstance(result, Tensor):
@@ -161,20 +164,32 @@ class _Run(Interpreter):
         return torch.from_numpy(laid).to(dtype=like.dtype, device=like.device)
 
     def _attended(self, replacement: Replacement, like: Tensor) -> Tensor:
-        """What the site's operands in this run give under the pattern, laid out like its output."""
+        """What the site's operands in this run give by the oracle, laid out like its output."""
         site, spec = replacement.site, replacement.grouped
         assert self._flow is not None
         q, k, v = (
             canonical(self._hidden[o.seam].detach().double().cpu().numpy(), o.seam_axes, o.heads, o.dim)
             for o in (site.q, site.k, site.v)
         )
-        k, v = (x[:, np.arange(spec.heads) // spec.group] for x in (k, v))
-        scores = q @ k.swapaxes(-1, -2) * site.scale
-        for modifier in site.modifiers:
-            scores = apply_modifier(self._flow, modifier, scores)
-        scores = np.where(shown(spec, *scores.shape[-2:]), scores, -np.inf)
-        laid = laid_out(softmax(scores) @ v, site.output_axes)
+        if replacement.linear is not None:
+            output = self._linear(replacement, replacement.linear, q, k, v)
+        else:
+            k, v = (x[:, np.arange(spec.heads) // spec.group] for x in (k, v))
+            scores = q @ k.swapaxes(-1, -2) * site.scale
+            for modifier in site.modifiers:
+                scores = apply_modifier(self._flow, modifier, scores)
+            output = softmax(np.where(shown(spec, *scores.shape[-2:]), scores, -np.inf)) @ v
+        laid = laid_out(output, site.output_axes)
         return torch.from_numpy(laid.reshape(like.shape)).to(dtype=like.dtype, device=like.device)
+
+    def _linear(self, replacement: Replacement, spec: LinearAttention, q: Array, k: Array, v: Array) -> Array:
+        site = replacement.site
+        assert self._flow is not None
+        bias = np.zeros((len(q), site.heads, q.shape[2], k.shape[2]))
+        for modifier in site.modifiers:
+            bias = apply_modifier(self._flow, modifier, bias)
+        visible = bias[:, 0, -1] > HIDES
+        return linear_attention(spec, q / site.q.gain, k / site.k.gain, v, replacement.tensors, visible)
 
 
 def _is_mutable(node: FxNode) -> bool:

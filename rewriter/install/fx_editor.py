@@ -22,6 +22,7 @@ from rewriter.capture.torch_export import GraphView
 from rewriter.errors import UnsupportedModel
 from rewriter.install.fx_attention import attention, mask_of
 from rewriter.install.fx_emit import HINT, LETTERS, Emitter, aten, require_known
+from rewriter.install.fx_linear import linear_attention, require_linear
 from rewriter.install.fx_mixing import MixPlan, apply_mixing, plan_mixing
 from rewriter.install.fx_path import Resize, below_stem, is_nested, resizes
 from rewriter.install.fx_sight import narrowed
@@ -116,11 +117,6 @@ class Editor:
         """What will be done at a site. Raises UnsupportedModel if it cannot be."""
         if replacement.mixing is not None:
             return plan_mixing(self, replacement)
-        if replacement.linear is not None:
-            raise UnsupportedModel(
-                "linear attention is installed in torch modules and files, not in graphs",
-                hint="rewrite the module before it is exported",
-            )
         if replacement.decoupled is not None:
             raise UnsupportedModel(
                 "keys and values of different head counts are installed in torch modules only, not in graphs",
@@ -128,13 +124,16 @@ class Editor:
             )
         site, spec, tensors = replacement.site, replacement.grouped, replacement.tensors
         plans = []
+        stay = bool(spec.pattern) or replacement.linear is not None  # the projections do
+        if replacement.linear is not None:
+            require_linear(self, replacement)
         if spec.pattern and spec.sinks:
             raise UnsupportedModel("it has attention sinks among its scores", hint=HINT)
-        for role, operand in () if spec.pattern else (("k", site.k), ("v", site.v)):
+        for role, operand in () if stay else (("k", site.k), ("v", site.v)):
             weight, bias = tensors[f"{role}_weight"], tensors.get(f"{role}_bias")
             plans.append(self._plan_operand(site, role, operand, spec.kv_heads, weight, bias))
-        if spec.pattern:
-            pass  # the projections stay
+        if stay:
+            pass
         elif "q_weight" in tensors:
             plans.append(self._plan_operand(site, "q", site.q, site.heads, tensors["q_weight"], tensors.get("q_bias")))
         elif site.q.projection.node in (site.k.projection.node, site.v.projection.node):
@@ -149,7 +148,7 @@ class Editor:
         masks = [m.value for m in site.modifiers if m.value is not None]
         for value in (site.q.seam, site.k.seam, site.v.seam, site.output, *masks, *self._output_parts(replacement)):
             self.node(value)
-        if not spec.pattern:
+        if not stay:
             _require_one_mask(spec)
         return SitePlan(replacement, tuple(plans))
 
@@ -212,7 +211,7 @@ class Editor:
             laid = self._reproject(site, planned)
             if planned.operand.seam == planned.operand.stem:
                 seams[planned.role] = laid
-        self._attend(site, plan.replacement.grouped, seams)
+        self._attend(plan.replacement, seams)
         self._project_output(plan.replacement)
 
     @staticmethod
@@ -289,7 +288,8 @@ class Editor:
                 if user.target is operator.getitem:
                     self.emitter.measure(user)
 
-    def _attend(self, site: AttentionSite, spec: GroupedQueryAttention, seams: dict[str, Laid]) -> None:
+    def _attend(self, replacement: Replacement, seams: dict[str, Laid]) -> None:
+        site, spec = replacement.site, replacement.grouped
         output = self.node(site.output)
         like = self._of(site.anchor) or output
         sizes = {
@@ -299,16 +299,24 @@ class Editor:
         }
         with self.graph.inserting_before(output):
             q, k, v = (self.emitter.canonical(like, *seams[role], *sizes[role]) for role in "qkv")
-            mask = mask_of(self.emitter, like, site, self.view, self.node)
-            if spec.pattern:
-                mask = narrowed(self.emitter, like, _with_order(spec), spec.heads, q, k, mask)
-                spec = replace(spec, causal=False)
-            result = attention(self.emitter, like, spec, q, k, v, mask)
+            if replacement.linear is not None:
+                result = linear_attention(self, like, replacement, q, k, v)
+            else:
+                result = self._softmax(site, spec, like, q, k, v)
             result = self.emitter.arranged(like, result, LETTERS, site.output_axes)
             if any(u.target is aten.view.default for u in output.users):
                 result = self.emitter.call(like, aten.contiguous.default, result)
         self.attended[site.name] = result
         output.replace_all_uses_with(result)
+
+    def _softmax(
+        self, site: AttentionSite, spec: GroupedQueryAttention, like: FxNode, q: FxNode, k: FxNode, v: FxNode
+    ) -> FxNode:
+        mask = mask_of(self.emitter, like, site, self.view, self.node)
+        if spec.pattern:
+            mask = narrowed(self.emitter, like, _with_order(spec), spec.heads, q, k, mask)
+            spec = replace(spec, causal=False)
+        return attention(self.emitter, like, spec, q, k, v, mask)
 
     def _of(self, index: int) -> FxNode | None:
         """The graph's node for a node of the flow; None inside a wrapped region."""
@@ -364,6 +372,19 @@ class Editor:
             weight = self.view.tensors[out.weight] if out is not None else None
             sources = self._stored(out.weight, weight.numel()) if out is not None and weight is not None else ()
             self._parameters[key] = _NewParameter(node, tensor, "mix", part, replacement.site.name, sources, False)
+        return self._parameters[key].node
+
+    def feature(self, replacement: Replacement, part: str) -> FxNode:
+        """A node for a parameter of linear attention, in float32; sites that share their keys' weight share it."""
+        array, value = replacement.tensors[part], replacement.site.k.projection.weight
+        key = (value, part.encode(), array.tobytes())
+        if key not in self._parameters:
+            recorded = self.view.tensors[value]
+            tensor = torch.from_numpy(np.array(array)).to(dtype=torch.float32, device=recorded.device)
+            node = self.store.read(re.sub(r"\W+", "_", f"{replacement.site.name}_linear_{part}"))
+            self.emitter.stand_for(node, tensor)
+            sources = self._stored(value, recorded.numel())
+            self._parameters[key] = _NewParameter(node, tensor, "linear", part, replacement.site.name, sources, False)
         return self._parameters[key].node
 
     def constant(self, site: str, tensor: Tensor) -> FxNode:
@@ -448,7 +469,7 @@ def _key(new: _NewParameter) -> str:
     """Beside the old weight, with the operand's letter: "attn.c_attn.weight" gives "attn.c_attn.k_weight"."""
     path, _, leaf = new.sources[0].rpartition(".") if len(new.sources) == 1 else (new.site, "", new.part)
     path = ".".join(re.sub(r"\W+", "_", step) for step in path.split("."))
-    leaf = new.part if new.role == "mix" else leaf
+    leaf = new.part if new.role in ("mix", "linear") else leaf
     return f"{path}.{new.role}_{leaf}" if path else f"{new.role}_{leaf}"
 
 

@@ -10,6 +10,7 @@ C tokens of a chunk, P chunks of keys, G chunks that queries lie in, W near keys
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -32,10 +33,17 @@ def linear_attention(
     Raises ValueError if an operand contradicts the spec.
     """
     check(spec, q, k, v, parameters)
-    dtype = torch.promote_types(q.dtype, torch.float32)
     with torch.autocast(q.device.type, enabled=False):
-        wide = {name: value.to(dtype) for name, value in parameters.items()}
-        return _computed(spec, q.to(dtype), k.to(dtype), v.to(dtype), wide, shown)[0].to(q.dtype)
+        return unguarded(spec, q, k, v, parameters, shown)
+
+
+def unguarded(
+    spec: LinearAttention, q: Tensor, k: Tensor, v: Tensor, parameters: Parameters, shown: Tensor | None = None
+) -> Tensor:
+    """`linear_attention`, with shapes unchecked and autocast as it is: what is written into graphs."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    wide = {name: value.to(dtype) for name, value in parameters.items()}
+    return _computed(spec, q.to(dtype), k.to(dtype), v.to(dtype), wide, shown)[0].to(q.dtype)
 
 
 def resume(
@@ -138,7 +146,7 @@ def _by_token(x: Tensor, lead: int, tokens: int) -> Tensor:
     """[..., tokens, features] of [..., chunks, C, features], without the places of `_by_chunk`."""
     whole = x.flatten(-3, -2)
     if torch.compiler.is_exporting():  # a slice would be checked against a length that exporters cannot bound
-        return F.pad(whole, (0, 0, -lead, lead + tokens - whole.shape[-2]))
+        return whole[..., torch.arange(tokens, device=x.device) + lead, :]
     return whole[..., lead : lead + tokens, :]
 
 
@@ -187,7 +195,7 @@ def _features(spec: LinearAttention, x: Tensor, parameters: Parameters, own: str
     if spec.features is FeatureMap.FAVOR:
         directions = parameters["directions"].repeat_interleave(x.shape[1] // plain.kv_heads, dim=0)
         exponents = x @ directions.transpose(-1, -2) - x.square().sum(-1, keepdim=True) / 2
-        return exponents - 0.5 * torch.log(x.new_tensor(float(spec.directions)))
+        return exponents - 0.5 * math.log(spec.directions)
     x = x * plain.head_dim**0.25
     if spec.features is FeatureMap.ELU1:
         return F.elu(x) + 1
