@@ -28,8 +28,6 @@ def choose_kernels(
     """
     kinds = (FourierMixing,) if kernels in ("cpp", "cuda") else (FourierMixing, MixedChunkAttention)
     mixes = [m for m in token_mixers(model).values() if isinstance(m.spec, kinds)]  # others have no kernels
-        m for m in token_mixers(model).values() if isinstance(m.spec, FourierMixing | MixedChunkAttention)
-    ]  # others have no kernels
     found: list[Any] = [*mixers(model).values(), *mixes]
     for mixer in found:
         mixer.kernels = kernels
