@@ -1,4 +1,4 @@
-"""Linear and mixed chunk attention on a graphics card, where there is one: numbers against the oracles, and the operators.
+"""Linear and mixed chunk attention on a graphics card, where there is one: numbers against oracles, and the operators.
 
 Skipped elsewhere, CI included; test_triton_linear.py and test_triton_chunks.py check what needs no card.
 """
