@@ -21,7 +21,7 @@ K = 4.0
 
 @dataclass(frozen=True)
 class Operands:
-    """gate and value [B, S, F]; queries and keys, in the spec's order, [B, S, N]; numbers of distances; shown [B, S]."""
+    """gate, value [B, S, F]; queries and keys [B, S, N], in the spec's order; numbers of distances; shown [B, S]."""
 
     gate: Tensor
     value: Tensor

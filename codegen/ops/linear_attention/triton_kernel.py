@@ -46,7 +46,8 @@ def tiling(spec: LinearAttention, dtype: DType, arch: str) -> Tiling:
     whole = block(spec.chunk)
     if dtype is DType.FLOAT32:
         rows = 32 if widest <= 64 else 16
-        return Tiling(min(rows, whole), 32 if widest <= 64 else 16, min(32, whole), 8 if widest > 64 else 4, stages)
+        tile = 32 if widest <= 64 else 16
+        return Tiling(min(rows, whole), tile, min(tile, whole), 8 if widest > 64 else 4, stages)
     if spec.features is FeatureMap.FAVOR:  # its products are made of float32
         return Tiling(min(32, whole), 32, min(16, whole), 8, stages)
     tokens = 64 if arch in WARPGROUP_ARCHS else 32 if widest <= 64 else 16
