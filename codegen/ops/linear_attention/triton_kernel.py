@@ -15,7 +15,7 @@ from codegen.spec import FeatureMap, LinearAttention
 
 TEMPLATE = "triton/linear_attention.py.j2"
 
-MAX_DIM = 128
+MAX_DIM = {DType.FLOAT32: 64, DType.FLOAT16: 128, DType.BFLOAT16: 128}
 """Features of a head, and of a value: beyond it the sums outgrow a thread's registers."""
 
 FAVOR_TILE = 64
@@ -45,9 +45,7 @@ def tiling(spec: LinearAttention, dtype: DType, arch: str) -> Tiling:
     stages = 1 if arch.startswith("gfx") else 2
     whole = block(spec.chunk)
     if dtype is DType.FLOAT32:
-        rows = 32 if widest <= 64 else 16
-        tile = 32 if widest <= 64 else 16
-        return Tiling(min(rows, whole), tile, min(tile, whole), 8 if widest > 64 else 4, stages)
+        return Tiling(min(32, whole), 32, min(32, whole), 4, stages)
     if spec.features is FeatureMap.FAVOR:  # its products are made of float32
         return Tiling(min(32, whole), 32, min(16, whole), 8, stages)
     tokens = 64 if arch in WARPGROUP_ARCHS else 32 if widest <= 64 else 16
@@ -58,8 +56,8 @@ def legal(spec: Any, dtype: DType) -> str | None:
     """Why there is no such kernel, or None if there is one."""
     if not isinstance(spec, LinearAttention):
         return f"there is no Triton kernel of {type(spec).__name__}"
-    if max(spec.attention.head_dim, spec.attention.value_dim) > MAX_DIM:
-        return f"heads of more than {MAX_DIM} features do not fit the kernel's tile"
+    if max(spec.attention.head_dim, spec.attention.value_dim) > MAX_DIM[dtype]:
+        return f"heads of more than {MAX_DIM[dtype]} features do not fit the kernel's tile in {dtype.value}"
     if spec.features is FeatureMap.FAVOR and dtype is DType.FLOAT16:
         return "features of FAVOR+ are beyond float16"
     return None

@@ -91,8 +91,11 @@ def source(spec: MixedChunkAttention, dtype: DType, arch: str, *, cut: Tiling | 
 
 
 def _precision(dtype: DType, arch: str) -> Precision:
-    """Squares of small scores would vanish in float16: weights and sums of chunks stay float32 there."""
-    return precision(DType.FLOAT32 if dtype is DType.FLOAT16 else dtype, arch)
+    """Squares of small scores would vanish in float16: weights and sums of chunks have the range of float32 there, and
+    as many bits as float16."""
+    if dtype is DType.FLOAT16:
+        return Precision.IEEE if arch.startswith("gfx") else Precision.TF32
+    return precision(dtype, arch)
 
 
 def signatures(spec: MixedChunkAttention, dtype: DType) -> dict[str, Signature]:
