@@ -30,8 +30,9 @@ from codegen.errors import KernelError
 from codegen.ops.fourier_mixing import torch_body as fourier_body
 from codegen.ops.grouped_query_attention import torch_body
 from codegen.ops.grouped_query_attention.sparse_body import shown
+from codegen.ops.linear_attention import torch_body as linear_body
 from codegen.sight import Pattern, Sight, visible
-from codegen.spec import FourierMixing, GroupedQueryAttention
+from codegen.spec import FeatureMap, FourierMixing, GroupedQueryAttention, LinearAttention, MixedChunkAttention
 
 DECODE_GOAL, PREFILL_GOAL, MIXING_GOAL = 0.85, 0.6, 4.0
 CHECKED_QUERIES = 64
@@ -39,7 +40,7 @@ DTYPE = "bfloat16"
 ERROR_LIMIT = 2e-2
 """Of bfloat16 results, relative to the largest: two roundings of the result and one of the weights."""
 
-PARTS = ("attention", "sparse", "fourier")
+PARTS = ("attention", "sparse", "linear", "chunks", "fourier")
 
 Call = Callable[[], Tensor]
 
@@ -269,6 +270,64 @@ def _beside(case: str, works: dict[str, Call], error: float, clock: Clock, runs:
                        ok, more)]  # fmt: skip
 
 
+# ---------------------------------------------------------------------- linear and mixed chunk attention
+
+
+def chunked_cases(*, quick: bool) -> list[int]:
+    """Tokens."""
+    return [4096] if quick else [4096, 16384]
+
+
+def run_linear(tokens: int, clock: Clock, runs: int) -> list[Row]:
+    """Learned features and a causal window of two chunks of 64, beside the torch body and torch's causal attention."""
+    from codegen.launch import linear_triton
+    from codegen.launch.torch_op import graphics_card
+
+    plain = GroupedQueryAttention(32, 8, 128, 128, 128**-0.5, causal=True, masked_rows_are_zero=True)
+    spec = LinearAttention(plain, 64, FeatureMap.LEARNED)
+    q, k, v = draw_operands(Case("prefill", 1, 32, 8, 128, tokens, DTYPE))
+    random = torch.Generator("cuda").manual_seed(1)
+    drawn = {n: torch.randn(s, device="cuda", generator=random) / s[-1] ** 0.5 for n, s in spec.shapes.items()}
+    parameters = {name: t.to(q.dtype) for name, t in drawn.items()}
+    arch = graphics_card(q.device)[0].arch
+    works: dict[str, Call] = {
+        "ours": lambda: linear_triton.launch(spec, q, k, v, parameters, arch=arch),
+        "the torch body": lambda: linear_body.linear_attention(spec, q, k, v, parameters),
+        "torch sdpa, all keys": lambda: sdpa(q, k, v, is_causal=True, enable_gqa=True),
+    }
+    wide = {name: t.double() for name, t in parameters.items()}
+    right = linear_body.linear_attention(spec, q.double(), k.double(), v.double(), wide)
+    error = float((works["ours"]().double() - right).abs().max() / right.abs().max())
+    return _beside(f"linear attention, {tokens} tokens, 32 heads on 8, d 128, {DTYPE}", works, error, clock, runs)
+
+
+def run_chunks(tokens: int, clock: Clock, runs: int) -> list[Row]:
+    """What is between the projections of a FLASH layer, beside the torch body's, and a whole layer beside its own."""
+    from codegen.launch import chunk_operator, chunk_triton
+    from codegen.launch.torch_op import graphics_card
+
+    spec = MixedChunkAttention(768, 1536, 128, 256, causal=True)
+    random = torch.Generator("cuda").manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, device="cuda", generator=random).to(torch.bfloat16)
+
+    gate, value = draw(4, tokens, 1536), draw(4, tokens, 1536)
+    heads = [4 * draw(4, tokens, 128) for _ in range(4)]
+    arch = graphics_card(gate.device)[0].arch
+    q, k, v = (draw(4, 12, tokens, 64) for _ in range(3))
+    numbers = (spec.chunk, spec.causal, spec.averaged)
+    works: dict[str, Call] = {
+        "ours": lambda: chunk_triton.launch(spec, gate, value, heads, arch=arch),
+        "the same by torch": lambda: chunk_operator.by_torch([gate, value, *heads, None, None], *numbers),
+        "torch sdpa, causal, 12 heads of 64": lambda: sdpa(q, k, v, is_causal=True),
+    }
+    wide = [x.double() for x in (gate[:1], value[:1], *(h[:1] for h in heads))]
+    right = chunk_operator.by_torch([*wide, None, None], *numbers)
+    error = float((works["ours"]()[:1].double() - right).abs().max() / right.abs().max())
+    return _beside(f"mixed chunk attention, 4 x {tokens} tokens, 1536 values, {DTYPE}", works, error, clock, runs)
+
+
 # ---------------------------------------------------------------------- Fourier mixing
 
 
@@ -327,6 +386,8 @@ def _works(
     found: dict[str, list[Callable[[], list[Row]]]] = {
         "attention": [functools.partial(run_case, c, clock, runs, bandwidth, rate) for c in cases(quick=quick)],
         "sparse": [functools.partial(run_sparse, c, clock, runs) for c in sparse_cases(quick=quick)],
+        "linear": [functools.partial(run_linear, t, clock, runs) for t in chunked_cases(quick=quick)],
+        "chunks": [functools.partial(run_chunks, t, clock, runs) for t in chunked_cases(quick=quick)],
         "fourier": [functools.partial(run_mixing, size, clock, runs) for size in mixing_cases(quick=quick)],
     }
     return [work for part in PARTS if part in parts for work in found[part]]

@@ -15,7 +15,8 @@ from codegen.ops.grouped_query_attention import cpp_kernel as gqa_cpp
 from codegen.ops.grouped_query_attention import cuda_kernel as gqa_cuda
 from codegen.ops.grouped_query_attention import triton_kernel as gqa_triton
 from codegen.ops.linear_attention import triton_kernel as linear_triton
-from codegen.spec import FourierMixing, GroupedQueryAttention, LinearAttention
+from codegen.ops.mixed_chunk_attention import triton_kernel as chunk_triton
+from codegen.spec import FourierMixing, GroupedQueryAttention, LinearAttention, MixedChunkAttention
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,19 @@ KERNELS: tuple[Kernel, ...] = (
             source=linear_triton.source,
         )
         for kind, archs in linear_triton.ARCHS.items()
+    ),
+    *(
+        Kernel(
+            op=MixedChunkAttention,
+            language=Language.TRITON,
+            device_kind=kind,
+            archs=archs,
+            dtypes=tuple(DType),
+            legal=chunk_triton.legal,
+            name=chunk_triton.kernel_name,
+            source=chunk_triton.source,
+        )
+        for kind, archs in chunk_triton.ARCHS.items()
     ),
 )
 

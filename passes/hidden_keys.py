@@ -41,7 +41,7 @@ def more_than_hidden_keys(flow: Flow, site: AttentionSite) -> str | None:
 
 def rows_from_outside(flow: Flow, site: AttentionSite) -> str | None:
     """Why what masks say in other calls is not known, None if they are made of what has no row for each query."""
-    queries = _axis(flow, site.q, "s")
+    queries = size(flow, site.q, "s")
     read = (v for value in masks_of(site) for v in _inputs_above(flow, value))
     given = next((v for v in read if _has_rows(flow, v, queries)), None)
     if given is None:

@@ -1,7 +1,7 @@
 """Runs the generated Triton kernels of linear attention on torch tensors: sums of chunks, running sums, attention.
 
-Shape legend: B batch, H query heads, N key/value heads, S queries, T keys, D head_dim, E value_dim, F features; P chunks
-of keys, G chunks that queries lie in.
+Shape legend: B batch, H query heads, N key/value heads, S queries, T keys, D head_dim, E value_dim, F features; P
+chunks of keys, G chunks that queries lie in.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ def launch(
 
 
 def _beyond(spec: LinearAttention, each: Tensor, leading: int, keys: int) -> Tensor:
-    """[B, N, G, ...]: what the far chunks of each chunk from number `leading` on add up to, over how many keys they have;
-    `each` [B, N, P, ...] is overwritten. Running sums, not differences, as in the torch body."""
+    """[B, N, G, ...]: what the far chunks of each chunk from number `leading` on add up to, divided by how many keys
+    they have; `each` [B, N, P, ...] is overwritten. Running sums, not differences, as in the torch body."""
     chunks = each.shape[2]
     behind = None if spec.attention.causal else each.flip(2).cumsum(2).flip(2)
     numbers = torch.arange(leading, chunks, device=each.device)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from codegen.conditional import ConditionalAttention
-from codegen.launch import fourier_op
+from codegen.launch import chunk_operator, fourier_op
 from codegen.ops.conditional_attention.torch_body import conditional_attention
 from codegen.ops.gated_attention.torch_body import gated_attention
 from codegen.ops.linear_mixing.torch_body import linear_mixing
@@ -41,5 +41,7 @@ def mix(
     if isinstance(spec, GatedAttention):
         return gated_attention(spec, x, parameters)
     if isinstance(spec, MixedChunkAttention):
+        if kernels == "triton":
+            return chunk_operator.mixed_chunk_attention(spec, x, parameters)
         return mixed_chunk_attention(spec, x, parameters)
     return fourier_op.mix(spec, x, **parameters, kernels=kernels)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from codegen.spec import FourierMixing
+from codegen.spec import FourierMixing, MixedChunkAttention
 from rewriter.errors import UsageError
 from rewriter.install.attention_interface import attach, detach
 from rewriter.install.token_mixer import token_mixers
@@ -26,7 +26,8 @@ def choose_kernels(
 
     Raises UsageError if kernels are asked for by name and nothing in the model can call them.
     """
-    mixes = [m for m in token_mixers(model).values() if isinstance(m.spec, FourierMixing)]  # others have no kernels
+    kinds = (FourierMixing,) if kernels in ("cpp", "cuda") else (FourierMixing, MixedChunkAttention)
+    mixes = [m for m in token_mixers(model).values() if isinstance(m.spec, kinds)]  # others have no kernels
     found: list[Any] = [*mixers(model).values(), *mixes]
     for mixer in found:
         mixer.kernels = kernels
@@ -37,7 +38,7 @@ def choose_kernels(
             hint='use kernels="auto" or "off"',
         )
     linear = [mixer for mixer in mixers(model).values() if mixer.linear_term is not None]
-    if kernels not in ("auto", "off") and linear:
+    if kernels not in ("auto", "off", "triton") and linear:
         raise UsageError(
             f"{len(linear)} attentions are linear, and there is no {kernels} kernel of linear attention",
             hint='use kernels="auto" or "off"',

@@ -15,10 +15,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from codegen.launch import fourier_op
+from codegen.launch import chunk_triton, fourier_op, linear_operator, linear_triton
 from codegen.launch.triton_op import launch
 from codegen.sight import from_json
-from codegen.spec import FourierMixing, GroupedQueryAttention
+from codegen.spec import (
+    Activation,
+    FeatureMap,
+    FourierMixing,
+    GroupedQueryAttention,
+    LinearAttention,
+    MixedChunkAttention,
+    PositionBias,
+)
 
 
 def widen_bfloat16() -> None:
@@ -41,6 +49,18 @@ def widen_bfloat16() -> None:
     builder.create_dot = create_dot
 
 
+def linear_spec(described: dict[str, Any]) -> LinearAttention:
+    """Of what JSON keeps; the feature map by its value."""
+    plain = GroupedQueryAttention(**{**described["attention"], "pattern": ()})
+    return LinearAttention(plain, described["chunk"], FeatureMap(described["features"]))
+
+
+def chunk_spec(described: dict[str, Any]) -> MixedChunkAttention:
+    """Of what JSON keeps; enums by their values."""
+    kinds = {n: described[n] if described[n] is None else Activation(described[n]) for n in ("gate", "value", "latent")}
+    return MixedChunkAttention(**{**described, **kinds, "bias": PositionBias(described["bias"])})
+
+
 def main() -> None:
     widen_bfloat16()
     torch.set_num_threads(1)
@@ -50,9 +70,15 @@ def main() -> None:
             x = torch.load(task["operands"], weights_only=True)
             if task["op"] == "fourier":
                 out = fourier_op.launch(FourierMixing(**task["spec"]), *x, arch=task["arch"])
+            elif task["op"] == "chunks":
+                spec = chunk_spec(task["spec"])
+                out = chunk_triton.launch(spec, *x[:2], x[2:6], *x[6:], arch=task["arch"])
+            elif task["op"] == "linear":
+                named = {n: t for n, t in zip(linear_operator.PARAMETERS, x[4:], strict=True) if t is not None}
+                out = linear_triton.launch(linear_spec(task["spec"]), *x[:3], named, x[3], arch=task["arch"])
             else:
-                spec = GroupedQueryAttention(**{**task["spec"], "pattern": from_json(task["spec"]["pattern"])})
-                out = launch(spec, *x, arch=task["arch"], processors=task["processors"])
+                plain = GroupedQueryAttention(**{**task["spec"], "pattern": from_json(task["spec"]["pattern"])})
+                out = launch(plain, *x, arch=task["arch"], processors=task["processors"])
             torch.save(out, task["output"])
             print("done", flush=True)
         except Exception as error:

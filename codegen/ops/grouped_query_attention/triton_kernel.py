@@ -33,6 +33,7 @@ class Precision(Enum):
 
     OPERANDS = "operands"
     IEEE = "ieee"
+    TF32 = "tf32"
     TF32X3 = "tf32x3"
 
 

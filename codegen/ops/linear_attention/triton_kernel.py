@@ -8,14 +8,14 @@ from typing import Any
 
 from codegen import hooks
 from codegen.device import DType
-from codegen.ops.grouped_query_attention.triton_kernel import ARCHS, POINTERS, Precision, block, precision
+from codegen.ops.grouped_query_attention.triton_kernel import ARCHS, POINTERS, WARPGROUP_ARCHS, block, precision
 from codegen.ops.signature import Signature
 from codegen.render import identifier, numbers, render
 from codegen.spec import FeatureMap, LinearAttention
 
 TEMPLATE = "triton/linear_attention.py.j2"
 
-MAX_DIM = 128
+MAX_DIM = {DType.FLOAT32: 64, DType.FLOAT16: 128, DType.BFLOAT16: 128}
 """Features of a head, and of a value: beyond it the sums outgrow a thread's registers."""
 
 FAVOR_TILE = 64
@@ -45,17 +45,19 @@ def tiling(spec: LinearAttention, dtype: DType, arch: str) -> Tiling:
     stages = 1 if arch.startswith("gfx") else 2
     whole = block(spec.chunk)
     if dtype is DType.FLOAT32:
-        rows = 32 if widest <= 64 else 16
-        return Tiling(min(rows, whole), 32 if widest <= 64 else 16, min(32, whole), 8 if widest > 64 else 4, stages)
-    return Tiling(min(64, whole), 32, min(64, whole), 8 if widest > 64 else 4, stages)
+        return Tiling(min(32, whole), 32, min(32, whole), 4, stages)
+    if spec.features is FeatureMap.FAVOR:  # its products are made of float32
+        return Tiling(min(32, whole), 32, min(16, whole), 8, stages)
+    tokens = 64 if arch in WARPGROUP_ARCHS else 32 if widest <= 64 else 16
+    return Tiling(min(64, whole), 32, min(tokens, whole), 8 if widest > 64 else 4, stages)
 
 
 def legal(spec: Any, dtype: DType) -> str | None:
     """Why there is no such kernel, or None if there is one."""
     if not isinstance(spec, LinearAttention):
         return f"there is no Triton kernel of {type(spec).__name__}"
-    if max(spec.attention.head_dim, spec.attention.value_dim) > MAX_DIM:
-        return f"heads of more than {MAX_DIM} features do not fit the kernel's tile"
+    if max(spec.attention.head_dim, spec.attention.value_dim) > MAX_DIM[dtype]:
+        return f"heads of more than {MAX_DIM[dtype]} features do not fit the kernel's tile in {dtype.value}"
     if spec.features is FeatureMap.FAVOR and dtype is DType.FLOAT16:
         return "features of FAVOR+ are beyond float16"
     return None
@@ -119,9 +121,8 @@ def parts(spec: LinearAttention) -> int:
 def signatures(spec: LinearAttention, dtype: DType) -> dict[str, Signature]:
     """By the suffix of the kernel's name: "_states" and ""; operands dense and aligned, no key hidden."""
     pointer = POINTERS[dtype]
-    strides = {
-        name: [f"stride_{name}{axis}" for axis in axes] for name, axes in (("q", "bhs"), ("k", "bht"), ("v", "bht"))
-    }
+    axes = {"q": "bhs", "k": "bht", "v": "bht"}
+    strides = {name: [f"stride_{name}{axis}" for axis in axes[name]] for name in axes}
     of = {name: dict.fromkeys(found, "i32") for name, found in strides.items()}
     own: dict[str, str] = {}
     if spec.features is FeatureMap.LEARNED:
@@ -147,9 +148,7 @@ def signatures(spec: LinearAttention, dtype: DType) -> dict[str, Signature]:
     return {
         suffix: Signature(
             types,
-            frozenset(
-                {n for n, kind in types.items() if kind.startswith("*")} | ((rows if even else set()) & set(types))
-            ),
+            frozenset({n for n, kind in types.items() if kind.startswith("*") or (even and n in rows)}),
             {"WITH_SHOWN": False},
         )
         for suffix, types in found.items()

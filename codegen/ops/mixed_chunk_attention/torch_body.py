@@ -9,7 +9,7 @@ Shape legend: B batch, S tokens = G chunks of C, E hidden, F expanded, N base.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -97,6 +97,11 @@ def _within_chunks(
     bias = score_bias(spec, weights, like=query, rows=spec.chunk, columns=spec.chunk)
     scores = kernel(by_chunk(spec, query), by_chunk(spec, key), spec.chunk, bias)
     return scores @ by_chunk(spec, hide(value, shown))
+
+
+def learned_bias(spec: MixedChunkAttention, weights: Weights, *, like: Tensor) -> Tensor | None:
+    """[C, C]: what is added to the scores of a chunk, whatever the order; None for nothing."""
+    return score_bias(replace(spec, causal=False), weights, like=like, rows=spec.chunk, columns=spec.chunk)
 
 
 def plus_product(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
