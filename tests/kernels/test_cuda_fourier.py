@@ -25,12 +25,12 @@ K = 2.0
 
 SIZES = {
     "published": (1, 512, 768, None),
-    "a warp to a transform": (2, 128, 192, Cut(feature_threads=32, pairs=2, token_threads=16, columns=4)),
+    "a warp to a transform": (2, 128, 192, Cut(bundle=2, feature_threads=32, token_threads=16, columns=4)),
     "odd": (3, 45, 75, None),
-    "idle threads": (2, 96, 60, Cut(feature_threads=7, pairs=3, token_threads=11, columns=2)),
-    "one pass": (2, 16, 12, None),
+    "idle threads": (2, 96, 60, Cut(bundle=3, feature_threads=7, token_threads=11, columns=2)),
     "two tokens": (1, 2, 2, None),
-    "one row without a partner": (1, 27, 10, Cut(columns=16)),
+    "tokens are not cut": (1, 40, 10, Cut(bundle=1, columns=16)),
+    "long": (1, 2048, 24, None),
 }
 
 
