@@ -43,6 +43,9 @@ SAMPLE_TOKENS = 512
 MOST_POINTS = 16
 """Points that a thread holds at once, unless a cut says otherwise."""
 
+MOST_SHARED = 96 << 10
+"""Bytes of shared memory of a block: what every card has."""
+
 MOST_THREADS = 512
 """Of a block, unless a cut says otherwise: two of them fit a multiprocessor's registers."""
 
@@ -102,9 +105,10 @@ def radices(length: int) -> tuple[int, ...] | None:
     return best
 
 
-def bundle_for(tokens: int) -> int:
-    """Tokens of a block: 8 of short sequences, so that there are many blocks, else 16, or the nearest that divides."""
-    most = 8 if tokens <= 256 else 16
+def bundle_for(tokens: int, hidden: int) -> int:
+    """Tokens of a block: 8 of short sequences, so that there are many blocks, else 16, or the nearest that divides and
+    whose transforms fit the shared memory."""
+    most = min(8 if tokens <= 256 else 16, 2 * (MOST_SHARED // (_span(hidden) * 8)))
     fitting = [b for b in sorted(IN_REGISTERS) if b <= most and tokens % b == 0]
     short = [b for b in fitting if tokens // b in IN_REGISTERS]
     return max(short or fitting)
@@ -124,12 +128,17 @@ def threads_for(length: int) -> int:
 def cut_for(spec: FourierMixing, tokens: int, arch: str, cut: Cut | None = None) -> Cut:
     """`cut` with defaults for what it leaves open."""
     cut = cut or Cut()
-    bundle = cut.bundle or bundle_for(tokens)
+    bundle = cut.bundle or bundle_for(tokens, spec.hidden)
     rest, pairs = tokens // bundle, -(-bundle // 2)
     features = cut.feature_threads or min(threads_for(spec.hidden), MOST_THREADS // pairs)
     own = 1 if rest in IN_REGISTERS else cut.token_threads or rest // (radices(rest) or (1,))[0]
-    columns = cut.columns or (128 if rest in IN_REGISTERS else 16 if own <= 64 else 8)
+    columns = cut.columns or (128 if rest in IN_REGISTERS else _columns(rest, own))
     return Cut(bundle, features, own, columns, cut.early and arch not in ("sm_80", "sm_86", "sm_89"))
+
+
+def _columns(rest: int, threads: int) -> int:
+    """As many as a block may have, up to 16: neighbours' columns make reads and writes wide."""
+    return max(c for c in (1, 2, 4, 8, 16) if c == 1 or (c * threads <= 1024 and c * _span(rest) * 8 <= MOST_SHARED))
 
 
 def legal(spec: Any, dtype: DType) -> str | None:
