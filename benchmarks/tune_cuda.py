@@ -31,7 +31,7 @@ from benchmarks.kernels import Case
 from codegen.errors import KernelError
 from codegen.launch import attention_cuda, fourier_cuda, fourier_op, triton_op
 from codegen.launch.torch_op import graphics_card
-from codegen.ops.fourier_mixing.cuda_kernel import Cut, cut_for, radices
+from codegen.ops.fourier_mixing.cuda_kernel import IN_REGISTERS, Cut, cut_for, radices
 from codegen.ops.grouped_query_attention import cuda_kernel as attention_cut
 from codegen.spec import FourierMixing
 
@@ -40,16 +40,20 @@ CALLS = 50
 
 
 def cuts(tokens: int, hidden: int) -> Iterator[Cut]:
-    """Over features every number of threads with every number of pairs; over tokens likewise; not all combinations."""
+    """Bundles with threads of the first kernel, then ways of the second; not all combinations."""
     yield Cut()
     yield Cut(early=False)
-    for threads, pairs in itertools.product((32, 48, 64, 96), (1, 2, 4)):
-        if hidden // max(radices(hidden) or (1,)) >= threads // 2 and threads * pairs <= 256:
-            yield Cut(feature_threads=threads, pairs=pairs)
-    own = {tokens // radix for radix in radices(tokens) or ()} | {tokens // 32}
-    for threads, columns in itertools.product(sorted(own), (2, 4, 8, 16)):
-        if threads and 32 <= threads * columns <= 1024 and tokens * columns * 9 <= 220 << 10:
-            yield Cut(token_threads=threads, columns=columns)
+    for bundle, threads in itertools.product((4, 8, 16), (32, 48, 64, 96, 128)):
+        if tokens % bundle == 0 and bundle // 2 * threads <= 1024:
+            yield Cut(bundle=bundle, feature_threads=threads)
+    for bundle in (8, 16):
+        rest = tokens // bundle
+        if tokens % bundle == 0 and rest in IN_REGISTERS:
+            yield from (Cut(bundle=bundle, columns=columns) for columns in (64, 256))
+        elif tokens % bundle == 0:
+            own = sorted({rest // radix for radix in radices(rest) or ()})
+            sizes = [(n, c) for n in own for c in (8, 16, 32) if n * c <= 1024]
+            yield from (Cut(bundle=bundle, token_threads=n, columns=c) for n, c in sizes)
 
 
 def graph_of(work: Call) -> Call:

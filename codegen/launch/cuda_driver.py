@@ -22,6 +22,9 @@ _SMALL_SHARED = 48 << 10
 _MAX_DYNAMIC_SHARED = 8
 """CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES."""
 
+_SHARED_CARVEOUT = 9
+"""CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, in percent."""
+
 _STREAM_SERIALIZATION = 6
 """CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION."""
 
@@ -68,6 +71,8 @@ class DriverKernel:
         self._module = module  # never unloaded: kernels may be in flight when Python ends
         self._function = ctypes.c_void_p()
         _check(_driver().cuModuleGetFunction(ctypes.byref(self._function), module, name.encode()), name)
+        # the same for all: a multiprocessor that has to divide its memory anew must first run empty
+        _check(_driver().cuFuncSetAttribute(self._function, _SHARED_CARVEOUT, 100), name)
         if shared > _SMALL_SHARED:
             _check(_driver().cuFuncSetAttribute(self._function, _MAX_DYNAMIC_SHARED, shared), name)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from codegen.device import DType
 from codegen.errors import NotLegal
 from codegen.launch.cuda_binary import Load, on_card
-from codegen.launch.cuda_driver import Kernel
+from codegen.launch.cuda_driver import Argument, Kernel
 from codegen.launch.operands import DTYPES
 from codegen.ops.fourier_mixing import cuda_kernel
 from codegen.ops.fourier_mixing.cuda_kernel import Cut, Plan
@@ -61,13 +61,19 @@ def launch(
         middle = torch.empty((b * s, plan.width), dtype=torch.int32, device=x.device)
         vectors = [v.to(x.dtype).contiguous() for v in (gain, bias) if v is not None]
         given = (c_void_p(x.data_ptr()), c_longlong(x.stride(0)), c_longlong(x.stride(1)))
-        pairs = -(-b * s // (2 * plan.cut.pairs))
         between = c_void_p(middle.data_ptr())
-        kernels["_features"]((pairs, 1, 1), plan.feature_block, plan.feature_shared,
-                             (*given, between, c_int(b * s), c_int(s)))  # fmt: skip
-        made = (between, *(c_void_p(v.data_ptr()) for v in vectors), c_void_p(out.data_ptr()))
-        columns = -(-spec.half // plan.cut.columns)
-        kernels["_tokens"]((b, columns, 1), plan.token_block, plan.token_shared, made, early=plan.cut.early)
+        kernels["_features"]((b * plan.rest, 1, 1), plan.feature_block, plan.feature_shared, (*given, between))
+        groups = b * plan.cut.bundle
+        grid = (-(-groups * spec.half // plan.cut.columns), 1, 1)
+        if not plan.in_registers:
+            grid = (groups, -(-spec.half // plan.cut.columns), 1)
+        made: tuple[Argument, ...] = (
+            between,
+            *(c_void_p(v.data_ptr()) for v in vectors),
+            c_void_p(out.data_ptr()),
+            c_int(groups),
+        )
+        kernels["_tokens"](grid, plan.token_block, plan.token_shared, made, early=plan.cut.early)
     return out
 
 

@@ -92,5 +92,5 @@ def _mixing(choice: Choice, arch: str, lengths: Sequence[int]) -> Iterator[_File
                 "_features": (plan.feature_block, plan.feature_shared),
                 "_tokens": (plan.token_block, plan.token_shared),
             },
-            {"tokens": tokens, "rows": 2 * plan.cut.pairs, "columns": plan.cut.columns},
+            {"tokens": tokens, "bundle": plan.cut.bundle, "columns": plan.cut.columns},
         )

@@ -13,7 +13,17 @@ from codegen.launch import fourier_op
 from codegen.launch.fourier_cuda import launch
 from codegen.launch.fourier_op import mix
 from codegen.ops.fourier_mixing import cuda_kernel
-from codegen.ops.fourier_mixing.cuda_kernel import COMPOSITES, RADICES, Cut, kernel_name, legal, plan, radices, source
+from codegen.ops.fourier_mixing.cuda_kernel import (
+    COMPOSITES,
+    MOST_TOKENS,
+    RADICES,
+    Cut,
+    kernel_name,
+    legal,
+    plan,
+    radices,
+    source,
+)
 from codegen.spec import FourierMixing
 from tests.kernels import cuda_on_host
 from tests.kernels.fourier_problems import distance, draw
@@ -25,12 +35,12 @@ K = 2.0
 
 SIZES = {
     "published": (1, 512, 768, None),
-    "a warp to a transform": (2, 128, 192, Cut(feature_threads=32, pairs=2, token_threads=16, columns=4)),
+    "a warp to a transform": (2, 128, 192, Cut(bundle=2, feature_threads=32, token_threads=16, columns=4)),
     "odd": (3, 45, 75, None),
-    "idle threads": (2, 96, 60, Cut(feature_threads=7, pairs=3, token_threads=11, columns=2)),
-    "one pass": (2, 16, 12, None),
+    "idle threads": (2, 96, 60, Cut(bundle=3, feature_threads=7, token_threads=11, columns=2)),
     "two tokens": (1, 2, 2, None),
-    "one row without a partner": (1, 27, 10, Cut(columns=16)),
+    "tokens are not cut": (1, 40, 10, Cut(bundle=1, columns=16)),
+    "long": (1, 2048, 24, None),
 }
 
 
@@ -65,6 +75,15 @@ def test_radices_are_few_and_make_the_length() -> None:
         if found is not None:
             assert set(found) <= set(RADICES) and torch.tensor(found).prod() == length
     assert all(left * right == points for points, (left, right) in COMPOSITES.items())
+
+
+@pytest.mark.parametrize("hidden", [2, 15, 768, 1080, 4050, 4096])
+def test_every_length_fits_a_block(hidden: int) -> None:
+    for tokens in (n for n in range(2, MOST_TOKENS + 1) if radices(n) is not None):
+        it = plan(FourierMixing(hidden), tokens, "sm_86")
+        assert max(it.feature_shared, it.token_shared) <= 99 << 10
+        assert 1 <= it.feature_block <= 1024 and 1 <= it.token_block <= 1024
+        assert it.cut.bundle * it.rest == tokens and (it.in_registers or it.width % it.cut.columns == 0)
 
 
 def test_what_is_beyond_the_kernel_says_so() -> None:

@@ -22,12 +22,19 @@ DTYPES = (DType.BFLOAT16, DType.FLOAT16)
 RADICES = (16, 12, 10, 9, 8, 6, 5, 4, 3, 2)
 """What one pass can do in registers. Each is written out or a product of two of those that are."""
 
-COMPOSITES = {6: (3, 2), 8: (4, 2), 9: (3, 3), 10: (5, 2), 12: (4, 3), 16: (4, 4)}
+COMPOSITES = {
+    6: (3, 2), 8: (4, 2), 9: (3, 3), 10: (5, 2), 12: (4, 3), 15: (5, 3), 16: (4, 4), 18: (9, 2), 20: (5, 4), 24: (8, 3),
+    25: (5, 5), 27: (9, 3), 30: (10, 3), 32: (8, 4),
+}  # fmt: skip
+"""Numbers of points whose transform is a product of two."""
+
+IN_REGISTERS = frozenset({1, 2, 3, 4, 5, *COMPOSITES})
+"""Numbers of points that one thread transforms."""
 
 MOST_FEATURES, MOST_TOKENS = 4096, 4096
 """What fits a multiprocessor's shared memory."""
 
-WIDTH = 16
+WIDTH = 32
 """Rows between the two kernels are padded to this many pairs, a whole number of blocks' columns and of sectors."""
 
 SAMPLE_TOKENS = 512
@@ -36,20 +43,27 @@ SAMPLE_TOKENS = 512
 MOST_POINTS = 16
 """Points that a thread holds at once, unless a cut says otherwise."""
 
+MOST_SHARED = 96 << 10
+"""Bytes of shared memory of a block: what every card has."""
+
+MOST_THREADS = 512
+"""Of a block, unless a cut says otherwise: two of them fit a multiprocessor's registers."""
+
 
 @dataclass(frozen=True)
 class Cut:
     """How work is cut; 0 means the default of `cut_for`.
 
     Attributes:
-        feature_threads, token_threads: threads of one transform.
-        pairs: pairs of tokens to a block, over features.
-        columns: features to a block, over tokens: 2, 4, 8 or 16.
+        bundle: tokens of a block of the first kernel.
+        feature_threads: threads of a transform over features, of two tokens.
+        token_threads: threads of a transform over what is left of the tokens, in shared memory.
+        columns: features to a block of the second kernel; in shared memory a divisor of 32.
         early: the second kernel is started before the first has ended, and waits on the card (from sm_90 on).
     """
 
+    bundle: int = 0
     feature_threads: int = 0
-    pairs: int = 0
     token_threads: int = 0
     columns: int = 0
     early: bool = True
@@ -57,14 +71,24 @@ class Cut:
 
 @dataclass(frozen=True)
 class Plan:
-    """A cut with its numbers, and what launches of both kernels take: threads of a block, bytes of shared memory."""
+    """A cut with its numbers, and what launches of both kernels take: threads of a block, bytes of shared memory.
+
+    Attributes:
+        rest: tokens over the bundle.
+        width: pairs of numbers in a row between the kernels.
+    """
 
     cut: Cut
+    rest: int
     width: int
     feature_block: int
     feature_shared: int
     token_block: int
     token_shared: int
+
+    @property
+    def in_registers(self) -> bool:
+        return self.token_shared == 0
 
 
 @functools.cache
@@ -81,10 +105,18 @@ def radices(length: int) -> tuple[int, ...] | None:
     return best
 
 
+def bundle_for(tokens: int, hidden: int) -> int:
+    """Tokens of a block: 8 of short sequences, so that there are many blocks, else 16, or the nearest that divides and
+    whose transforms fit the shared memory."""
+    most = min(8 if tokens <= 256 else 16, 2 * (MOST_SHARED // (_span(hidden) * 8)))
+    fitting = [b for b in sorted(IN_REGISTERS) if b <= most and tokens % b == 0]
+    short = [b for b in fitting if tokens // b in IN_REGISTERS]
+    return max(short or fitting)
+
+
 def threads_for(length: int) -> int:
     """Threads of a transform: the number that leaves the fewest idle, of those that need few registers."""
-    own = radices(length)
-    assert own is not None
+    own = radices(length) or (1,)
 
     def cost(threads: int) -> tuple[int, int]:
         return sum(radix * math.ceil(length // radix / threads) * threads for radix in own), -threads
@@ -96,10 +128,17 @@ def threads_for(length: int) -> int:
 def cut_for(spec: FourierMixing, tokens: int, arch: str, cut: Cut | None = None) -> Cut:
     """`cut` with defaults for what it leaves open."""
     cut = cut or Cut()
-    features, own = cut.feature_threads or threads_for(spec.hidden), cut.token_threads or threads_for(tokens)
-    columns = cut.columns or (8 if tokens <= 1024 else 4)
-    pairs = cut.pairs or max(1, 128 // features)
-    return Cut(features, pairs, own, columns, cut.early and arch not in ("sm_80", "sm_86", "sm_89"))
+    bundle = cut.bundle or bundle_for(tokens, spec.hidden)
+    rest, pairs = tokens // bundle, -(-bundle // 2)
+    features = cut.feature_threads or min(threads_for(spec.hidden), MOST_THREADS // pairs)
+    own = 1 if rest in IN_REGISTERS else cut.token_threads or rest // (radices(rest) or (1,))[0]
+    columns = cut.columns or (128 if rest in IN_REGISTERS else _columns(rest, own))
+    return Cut(bundle, features, own, columns, cut.early and arch not in ("sm_80", "sm_86", "sm_89"))
+
+
+def _columns(rest: int, threads: int) -> int:
+    """As many as a block may have, up to 16: neighbours' columns make reads and writes wide."""
+    return max(c for c in (1, 2, 4, 8, 16) if c == 1 or (c * threads <= 1024 and c * _span(rest) * 8 <= MOST_SHARED))
 
 
 def legal(spec: Any, dtype: DType) -> str | None:
@@ -135,13 +174,15 @@ def kernel_name(spec: FourierMixing, dtype: DType, arch: str, *, tokens: int = S
 def plan(spec: FourierMixing, tokens: int, arch: str, cut: Cut | None = None) -> Plan:
     """What the launcher has to know of a source that was rendered with the same arguments."""
     cut = cut_for(spec, tokens, arch, cut)
+    rest, pairs = tokens // cut.bundle, -(-cut.bundle // 2)
     return Plan(
         cut,
+        rest,
         -(-spec.half // WIDTH) * WIDTH,
-        cut.pairs * cut.feature_threads,
-        cut.pairs * _span(spec.hidden) * 8,
+        pairs * cut.feature_threads,
+        (pairs * _span(spec.hidden) + cut.bundle) * 8,
         cut.columns * cut.token_threads,
-        cut.columns * _span(tokens) * 8,
+        0 if rest in IN_REGISTERS else cut.columns * _span(rest) * 8,
     )
 
 
@@ -154,8 +195,9 @@ def source(spec: FourierMixing, dtype: DType, arch: str, *, tokens: int = SAMPLE
     name = kernel_name(spec, dtype, arch, tokens=tokens)
     made = plan(spec, tokens, arch, cut)
     feature_passes = _passes(spec.hidden, made.cut.feature_threads)
-    token_passes = _passes(tokens, made.cut.token_threads)
-    used = {it["radix"] for it in (*feature_passes, *token_passes)}
+    token_passes = [] if made.in_registers else _passes(made.rest, made.cut.token_threads)
+    used = {it["radix"] for it in (*feature_passes, *token_passes)} | {made.cut.bundle}
+    used |= {made.rest} if made.in_registers else set()
     return render(
         TEMPLATE,
         {
@@ -173,12 +215,15 @@ def source(spec: FourierMixing, dtype: DType, arch: str, *, tokens: int = SAMPLE
             "feature_threads": made.cut.feature_threads,
             "feature_padding": feature_passes[0]["radix"],
             "feature_span": _span(spec.hidden),
-            "pairs": made.cut.pairs,
+            "bundle": made.cut.bundle,
+            "pairs": -(-made.cut.bundle // 2),
+            "rest": made.rest,
+            "token_angle": -2 * math.pi / tokens,
             "token_passes": token_passes,
             "token_threads": made.cut.token_threads,
-            "token_padding": token_passes[0]["radix"],
+            "token_padding": token_passes[0]["radix"] if token_passes else 1,
             "columns": made.cut.columns,
-            "composites": [_composite(points) for points in sorted(COMPOSITES) if points in used],
+            "composites": [_composite(points) for points in _with_parts(used)],
         },
     )
 
@@ -200,6 +245,18 @@ def _passes(length: int, threads: int) -> list[dict[str, Any]]:
                       "whole": step == count * threads})  # fmt: skip
         before *= radix
     return found
+
+
+def _with_parts(used: set[int]) -> list[int]:
+    """The products among them and what these are made of, each after its parts."""
+    needed: set[int] = set()
+    waiting = list(used)
+    while waiting:
+        points = waiting.pop()
+        if points in COMPOSITES and points not in needed:
+            needed.add(points)
+            waiting += COMPOSITES[points]
+    return sorted(needed)
 
 
 def _composite(points: int) -> dict[str, Any]:

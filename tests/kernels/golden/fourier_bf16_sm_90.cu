@@ -33,6 +33,8 @@ __device__ __forceinline__ Complex times(Complex a, Complex b) {
   return {a.re * b.re - a.im * b.im, a.re * b.im + a.im * b.re};
 }
 
+__device__ __forceinline__ void dft_1(Complex *) {}
+
 __device__ __forceinline__ void dft_2(Complex *x) {
   const Complex a = x[0], b = x[1];
   x[0] = a + b, x[1] = a - b;
@@ -58,31 +60,36 @@ __device__ __forceinline__ void dft_5(Complex *x) {
   x[0] = x[0] + a + b, x[1] = one + p, x[2] = two + q, x[3] = two - q, x[4] = one - p;
 }
 
-__device__ __forceinline__ void dft_6(Complex *x) {
-  Complex y[6];
+__device__ __forceinline__ void dft_8(Complex *x) {
+  Complex y[8];
   {
-    Complex part[3] = {x[0], x[2], x[4]};
-    dft_3(part);
+    Complex part[4] = {x[0], x[2], x[4], x[6]};
+    dft_4(part);
     y[0] = part[0];
     y[2] = part[1];
     y[4] = part[2];
+    y[6] = part[3];
   }
   {
-    Complex part[3] = {x[1], x[3], x[5]};
-    dft_3(part);
+    Complex part[4] = {x[1], x[3], x[5], x[7]};
+    dft_4(part);
     y[1] = part[0];
-    y[3] = times(part[1], {0.5000000000000001f, -0.8660254037844386f});
-    y[5] = times(part[2], {-0.4999999999999998f, -0.8660254037844387f});
+    y[3] = times(part[1], {0.7071067811865476f, -0.7071067811865475f});
+    y[5] = minus_i(part[2]);
+    y[7] = times(part[3], {-0.7071067811865475f, -0.7071067811865476f});
   }
   dft_2(y + 0);
   dft_2(y + 2);
   dft_2(y + 4);
+  dft_2(y + 6);
   x[0] = y[0];
-  x[3] = y[1];
+  x[4] = y[1];
   x[1] = y[2];
-  x[4] = y[3];
+  x[5] = y[3];
   x[2] = y[4];
-  x[5] = y[5];
+  x[6] = y[5];
+  x[3] = y[6];
+  x[7] = y[7];
 }
 
 // Inputs 1, 2, ... of a pass are turned by an angle and its multiples, which are made from one sine and cosine.
@@ -99,19 +106,23 @@ __device__ __forceinline__ void turn(Complex *x, float angle) {
 
 // Where a point lies: a gap after every few keeps threads out of each other's banks.
 __device__ __forceinline__ unsigned place_features(unsigned at) { return at + at / 4u; }
-__device__ __forceinline__ unsigned place_tokens(unsigned at) { return (at + at / 4u) * 8u; }
 
-// Grid: ceil(rows / 50); block: 25 pairs of 5 threads.
-extern "C" __global__ void __launch_bounds__(125) fourier_cuda_s24_d20_bias_bf16_sm_90_2f696500_features(
-    const Half *x, long long stride_b, long long stride_s, unsigned *middle, int rows, int tokens) {
+// Grid: batch * 3; block: 4 pairs of tokens, 5 threads each.
+extern "C" __global__ void __launch_bounds__(20) fourier_cuda_s24_d20_bias_bf16_sm_90_2f696500_features(
+    const Half *x, long long stride_b, long long stride_s, unsigned *middle) {
   let_next_start();
   const unsigned thread = threadIdx.x % 5u, pair = threadIdx.x / 5u;
-  Complex *points = (Complex *)dynamic_shared() + pair * 25u;
-  const int left = 2 * (int)(blockIdx.x * 25u + pair), right = left + 1;
-  const int near = left < rows ? left : rows - 1, far = right < rows ? right : rows - 1;
-  const Half *a = x + near / tokens * stride_b + near % tokens * stride_s;
-  const Half *b = x + far / tokens * stride_b + far % tokens * stride_s;
-  a += thread, b += thread;
+  const unsigned batch = blockIdx.x / 3u, first = blockIdx.x % 3u;
+  Complex *bundle = (Complex *)dynamic_shared(), *roots = bundle + 100;
+  Complex *points = bundle + pair * 25u;
+  for (unsigned k = threadIdx.x; k < 8u; k += 20u) {
+    const int turn = (int)(first * k), near = turn > 12 ? turn - 24 : turn;
+    const float angle = (float)near * -0.2617993877991494f;
+    roots[k] = {__cosf(angle), __sinf(angle)};
+  }
+  const unsigned left = 2 * pair, right = left + 1;
+  const Half *a = x + batch * stride_b + (first + left * 3u) * stride_s + thread;
+  const Half *b = x + batch * stride_b + (first + right * 3u) * stride_s + thread;
   const auto load = [&](int at) { return Complex{widen(a[at]), widen(b[at])}; };
   {  // radix 4
     Complex x[1][4];
@@ -157,89 +168,58 @@ extern "C" __global__ void __launch_bounds__(125) fourier_cuda_s24_d20_bias_bf16
     }
   }
   __syncthreads();
-  if (left >= rows) return;
-  const bool both = right < rows;
-  unsigned *upper = middle + (long long)left * 16 + thread;
+  unsigned *to = middle + (long long)(batch * 24u + first) * 32;
+  for (unsigned d = threadIdx.x; d < 11u; d += 20u) {
+    const Complex *one = bundle + place_features(d), *other = bundle + (d ? place_features(20u - d) : 0u);
+    Complex y[8];
 #pragma unroll
-  for (int n = 0; n < 3; ++n) {
-    const unsigned d = thread + n * 5u;
-    if (n == 2 && d >= 11u) break;
-    const Complex here = points[place_features(d)], there = points[d ? place_features(20u - d) : 0u];
-    upper[n * 5] = narrow2(0.5f * (here.re + there.re), 0.5f * (here.im - there.im));
-    if (both)
-      upper[n * 5 + 16] = narrow2(0.5f * (here.im + there.im), 0.5f * (there.re - here.re));
+    for (int n = 0; n < 4; ++n) {
+      const Complex here = one[n * 25], there = other[n * 25];
+      y[2 * n] = {0.5f * (here.re + there.re), 0.5f * (here.im - there.im)};
+      y[2 * n + 1] = {0.5f * (here.im + there.im), 0.5f * (there.re - here.re)};
+    }
+    dft_8(y);
+    to[d] = narrow2(y[0].re, y[0].im);
+#pragma unroll
+    for (int k = 1; k < 8; ++k) {
+      const Complex turned = times(y[k], roots[k]);
+      to[k * 96 + d] = narrow2(turned.re, turned.im);
+    }
   }
 }
 
-// Grid: (batch, ceil(11 / 8)); block: 8 columns of 4 threads.
-extern "C" __global__ void __launch_bounds__(32) fourier_cuda_s24_d20_bias_bf16_sm_90_2f696500_tokens(
-    const unsigned *middle, const Half *bias, Half *out) {
-  const unsigned column = threadIdx.x % 8u, thread = threadIdx.x / 8u;
-  Complex *points = (Complex *)dynamic_shared() + column;
-  const unsigned d = blockIdx.y * 8u + column, opposite = 20u - d;
+// Grid: ceil(groups * 11 / 128), groups = batch * 8; block: 128 columns, one to a thread.
+extern "C" __global__ void __launch_bounds__(128) fourier_cuda_s24_d20_bias_bf16_sm_90_2f696500_tokens(
+    const unsigned *middle, const Half *bias, Half *out, int groups) {
+  const unsigned index = blockIdx.x * 128u + threadIdx.x, group = index / 11u, d = index % 11u;
+  if (group >= (unsigned)groups) return;
+  const unsigned batch = group / 8u, first = group % 8u, opposite = 20u - d;
   const bool inside = d < 11u, mirrored = d > 0 && 2 * d < 20u;
   const float bias_here = inside ? widen(bias[d]) : 0.0f;
   const float bias_there = mirrored ? widen(bias[opposite]) : 0.0f;
-  const unsigned *from = middle + (long long)blockIdx.x * 384 + (thread * 16u + d);
-  Half *to = out + (long long)blockIdx.x * 480;
-  const auto load = [&](int at) {
-    const unsigned both = from[at * 16];
-    return Complex{widen_low(both), widen_high(both)};
-  };
+  Half *to = out + (long long)batch * 480;
+
+  const unsigned *from = middle + (long long)group * 96 + d;
+  constexpr unsigned j = 0, n = 0;
+  Complex x[1][3];
   wait_for_inputs();
-  {  // radix 4
-    Complex x[2][4];
 #pragma unroll
-    for (int n = 0; n < 2; ++n) {
-      const unsigned j = thread + n * 4u;
-      if (j < 6u) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) x[n][i] = load(n * 4 + i * 6);
-      }
-    }
-#pragma unroll
-    for (int n = 0; n < 2; ++n) {
-      const unsigned j = thread + n * 4u;
-      if (j < 6u) {
-      dft_4(x[n]);
-      Complex *to = points + place_tokens(j * 4u);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) to[i * 8] = x[n][i];
-      }
-    }
-    __syncthreads();
+  for (int i = 0; i < 3; ++i) {
+    const unsigned both = from[i * 32];
+    x[0][i] = {widen_low(both), widen_high(both)};
   }
-  {  // radix 6
-    Complex x[1][6];
-#pragma unroll
-    for (int n = 0; n < 1; ++n) {
-      const unsigned j = thread + n * 4u;
-      const Complex *from = points + place_tokens(j);
-#pragma unroll
-      for (int i = 0; i < 6; ++i) x[n][i] = from[i * 40];
-    }
-    __syncthreads();
-#pragma unroll
-    for (int n = 0; n < 1; ++n) {
-      const unsigned j = thread + n * 4u;
-      const unsigned k = j % 4u;
-      turn<6>(x[n], (float)k * -0.2617993877991494f);
-      dft_6(x[n]);
+  dft_3(x[0]);
+      // results of the frequencies j + i * 1 of the rest, i < 3
       if (inside) {
-        Half *at = to + (j * 20u + d);
+        Half *at = to + ((first + j * 8u) * 20u + d);
 #pragma unroll
-        for (int i = 0; i < 6; ++i)
-          at[i * 80] = narrow(x[n][i].re + bias_here);
+        for (int i = 0; i < 3; ++i) at[i * 160] = narrow(x[n][i].re + bias_here);
       }
       if (mirrored) {
-        Half *at = to + ((24u - j) * 20u + opposite);
-        if (j == 0u) *(at - 480) = narrow(x[n][0].re + bias_there);
-        else *at = narrow(x[n][0].re + bias_there);
+        Half *at = to + ((24u - first - j * 8u) * 20u + opposite);
+        at[first + j ? 0 : -480] = narrow(x[n][0].re + bias_there);
 #pragma unroll
-        for (int i = 1; i < 6; ++i)
-          at[-i * 80] = narrow(x[n][i].re + bias_there);
+        for (int i = 1; i < 3; ++i) at[-i * 160] = narrow(x[n][i].re + bias_there);
       }
 
-    }
-  }
 }
