@@ -1,118 +1,65 @@
-"""Linear attention as one torch operator that runs a generated kernel where one was asked for, else by torch.
+"""Linear attention by a generated C++ kernel where one is legal and was measured to be faster, else by torch.
 
-The operator is opaque to torch.compile and torch.export; its gradient is that of the torch body, recomputed. Importing
-this module defines it as ``rewriter::linear_attention``.
-
-Shape legend: B batch, H query heads, N key/value heads, S queries, T keys, D head_dim, E value_dim, F features.
+Shape legend: B batch, H query heads, N key/value heads, S queries, T keys, D head_dim, V value_dim.
 """
 
 from __future__ import annotations
-
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from codegen.device import Language, host
-from codegen.errors import NotLegal
-from codegen.launch.operands import DTYPES, empty_output
-from codegen.launch.torch_op import graphics_card
-from codegen.ops.linear_attention.torch_body import linear_attention as body
-from codegen.registry import select, why_not
-from codegen.spec import FeatureMap, GroupedQueryAttention, LinearAttention
+from codegen.errors import KernelError, NotLegal
+from codegen.launch import linear_host, linear_operator
+from codegen.launch.operands import DTYPES
+from codegen.ops.linear_attention.torch_body import Parameters, linear_attention
+from codegen.registry import select
+from codegen.spec import LinearAttention
 
-PARAMETERS = ("log_gain", "query_map", "key_map", "directions")
-"""Of all feature maps, in the order in which the operator takes them; each map has some."""
+SMALLEST = 1 << 24
+"""Floating-point operations of a call, in whole chunks, below which it is not worth a build. From twice as many on the
+kernel was several times as fast as the torch body wherever `python -m benchmarks.kernels` tried."""
+
+THREADS_PER_HEAD = 3
+"""A thread computes whole key/value heads; with more threads for each head, torch may catch up."""
 
 
-def linear_attention(
+def attention(
     spec: LinearAttention,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    parameters: Mapping[str, Tensor],
+    parameters: Parameters,
     shown: Tensor | None = None,
     *,
     kernels: str = "auto",
 ) -> Tensor:
-    """[B, H, S, E] in q's dtype; arguments as `torch_body.linear_attention`, which stands in for a kernel with "off", and
-    with "auto", since no kernel of this was measured yet.
+    """[B, H, S, V] in q's dtype; arguments as `torch_body.linear_attention`, which stands in for a kernel with "off",
+    where a gradient is wanted, in captured graphs, under autocast, and with "auto" where none was measured.
 
     Raises:
-        NotLegal: a language was asked for by name and has no kernel of this here.
+        NotLegal: a language was asked for by name and has no kernel of this.
         ValueError: operands that contradict the spec.
     """
-    if kernels in ("auto", "off"):
-        return body(spec, q, k, v, parameters, shown)
-    plain = spec.attention
-    given = [parameters.get(name) for name in PARAMETERS]
-    numbers = (plain.kv_heads, plain.scale, plain.causal, spec.chunk, list(FeatureMap).index(spec.features))
-    found: Tensor = _operator(q, k, v, shown, *given, *numbers, kernels)
-    return found
+    if kernels == "triton":
+        return linear_operator.attention(spec, q, k, v, parameters, shown)
+    if kernels not in ("auto", "off", "cpp"):
+        raise NotLegal(f"there is no {kernels} kernel of linear attention", hint='use kernels="auto" or "off"')
+    tensors = (q, k, v, *parameters.values())
+    plain = torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+    if kernels == "off" or plain or (kernels == "auto" and not _worthwhile(spec, q, k, v)):
+        return linear_attention(spec, q, k, v, parameters, shown)
+    try:
+        return linear_host.launch(spec, q, k, v, parameters, shown)
+    except KernelError:
+        if kernels != "auto":
+            raise
+        return linear_attention(spec, q, k, v, parameters, shown)
 
 
-@torch.library.custom_op("rewriter::linear_attention", mutates_args=())
-def _operator(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    shown: Tensor | None,
-    log_gain: Tensor | None,
-    query_map: Tensor | None,
-    key_map: Tensor | None,
-    directions: Tensor | None,
-    kv_heads: int,
-    scale: float,
-    causal: bool,
-    chunk: int,
-    features: int,
-    kernels: str,
-) -> Tensor:
-    spec = _spec(q, v, kv_heads, scale, causal, chunk, features)
-    device = graphics_card(q.device)[0] if q.is_cuda else host()
-    if q.dtype not in DTYPES or select(spec, device, DTYPES[q.dtype], Language(kernels)) is None:
-        dtype = DTYPES.get(q.dtype)
-        reason = f"there is no kernel in {q.dtype}" if dtype is None else why_not(spec, device, dtype, Language(kernels))
-        raise NotLegal(reason, hint='use kernels="auto" or "off"')
-    from codegen.launch import linear_triton
-
-    parameters = _named(log_gain, query_map, key_map, directions)
-    return linear_triton.launch(spec, q, k, v, parameters, shown, arch=device.arch)
-
-
-@_operator.register_fake
-def _fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
-    return empty_output(q, v)
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:8])
-    ctx.rest = inputs[8:]
-
-
-def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    tensors = [None if t is None else t.detach() for t in ctx.saved_tensors]
-    wanted = [i for i in range(8) if ctx.needs_input_grad[i]]
-    leaves = [t.requires_grad_() for i in wanted if (t := tensors[i]) is not None]
-    q, k, v, shown = tensors[:4]
-    assert q is not None and k is not None and v is not None
-    with torch.enable_grad():
-        output = body(_spec(q, v, *ctx.rest[:5]), q, k, v, _named(*tensors[4:]), shown)
-        found = torch.autograd.grad(output, leaves, gradient)
-    by_place = dict(zip(wanted, found, strict=True))
-    return (*(by_place.get(i) for i in range(8)), *(None for _ in ctx.rest))
-
-
-_operator.register_autograd(_backward, setup_context=_setup)
-
-
-def _named(*given: Tensor | None) -> dict[str, Tensor]:
-    return {name: t for name, t in zip(PARAMETERS, given, strict=True) if t is not None}
-
-
-def _spec(q: Tensor, v: Tensor, kv_heads: int, scale: float, causal: bool, chunk: int, features: int) -> LinearAttention:
-    plain = GroupedQueryAttention(
-        q.shape[1], kv_heads, q.shape[3], v.shape[3], scale, causal=causal, masked_rows_are_zero=True
-    )
-    return LinearAttention(plain, chunk, list(FeatureMap)[features])
+def _worthwhile(spec: LinearAttention, q: Tensor, k: Tensor, v: Tensor) -> bool:
+    if q.device.type != "cpu" or torch.is_autocast_enabled("cpu") or not q.dtype == k.dtype == v.dtype:
+        return False
+    enough = q.dtype in DTYPES and spec.flops(q.shape[0], q.shape[2]) >= SMALLEST
+    enough &= torch.get_num_threads() <= THREADS_PER_HEAD * q.shape[0] * spec.attention.kv_heads
+    return enough and select(spec, host(), DTYPES[q.dtype], Language.CPP) is not None

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from codegen.ops.linear_attention.torch_body import linear_attention, resume
+from codegen.launch.linear_op import attention
+from codegen.ops.linear_attention.torch_body import resume
 from codegen.spec import FeatureMap, GroupedQueryAttention, LinearAttention
 from passes.hidden_keys import HIDES
 
@@ -36,18 +37,27 @@ class LinearTerm(nn.Module):
 
             claim(cache, index, self.spec)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, layer: Any = None) -> Tensor:
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        causal: bool,
+        layer: Any = None,
+        kernels: str = "auto",
+    ) -> Tensor:
         """[B, H, S, V] of q [B, H, S, D], k [B, N, T, D], v [B, N, T, V].
 
         `mask` is boolean (True keeps) or additive, broadcasts to [B, H, S, T], and comes in addition to `causal`.
-        `layer` is the cache's, which k and v come from; if it is a `LinearLayer`, it is brought up to date.
+        `layer` is the cache's, which k and v come from; if it is a `LinearLayer`, it is brought up to date, by torch.
 
         Raises TypeError for a mask that is more than the spec's order and hidden keys.
         """
         parameters = {name: getattr(self, name) for name in self.spec.shapes}
         shown = self._shown(q, k, mask, causal)
         if not hasattr(layer, "settle"):
-            return linear_attention(self.spec, q, k, v, parameters, shown)
+            return attention(self.spec, q, k, v, parameters, shown, kernels=kernels)
         output, after = resume(self.spec, q, k, v, parameters, layer.sums, shown)
         layer.settle(after)
         return output

@@ -341,7 +341,7 @@ class RewrittenMixer(nn.Module):
         """Without attention weights, and so without their dropout."""
         if "weights" in self.protocol.returns or (call.get("wants_weights") and "none" not in self.protocol.returns):
             raise TypeError("linear attention has no attention weights to return; ask for none (use sdpa)")
-        return term(q, k, v, mask, causal, self._cache_layer(call)), None
+        return term(q, k, v, mask, causal, self._cache_layer(call), self.kernels), None
 
     def _finish(self, call: Call, output: Tensor) -> Tensor:
         """[B, H, S, Dv] -> [B, S, E], with what the original does to its result."""
