@@ -14,6 +14,7 @@ from codegen.ops.fourier_mixing import triton_kernel as fourier_triton
 from codegen.ops.grouped_query_attention import cpp_kernel as gqa_cpp
 from codegen.ops.grouped_query_attention import cuda_kernel as gqa_cuda
 from codegen.ops.grouped_query_attention import triton_kernel as gqa_triton
+from codegen.ops.linear_attention import cpp_kernel as linear_cpp
 from codegen.ops.linear_attention import triton_kernel as linear_triton
 from codegen.ops.mixed_chunk_attention import triton_kernel as chunk_triton
 from codegen.spec import FourierMixing, GroupedQueryAttention, LinearAttention, MixedChunkAttention
@@ -95,6 +96,16 @@ KERNELS: tuple[Kernel, ...] = (
         legal=gqa_cuda.legal,
         name=gqa_cuda.kernel_name,
         source=gqa_cuda.source,
+    ),
+    Kernel(
+        op=LinearAttention,
+        language=Language.CPP,
+        device_kind="cpu",
+        archs=tuple(isa.value for isa in Isa),
+        dtypes=tuple(DType),
+        legal=linear_cpp.legal,
+        name=linear_cpp.kernel_name,
+        source=linear_cpp.source,
     ),
     Kernel(
         op=FourierMixing,

@@ -48,6 +48,19 @@ class MixingLaunch(ctypes.Structure):
     )
 
 
+class LinearLaunch(ctypes.Structure):
+    """The argument block of templates/cpp/linear_launch.h.j2, field by field."""
+
+    _fields_ = (
+        *[(name, ctypes.c_void_p) for name in ("q", "k", "v", "shown", "query_map", "key_map", "gain", "out")],
+        *[(name, ctypes.c_int64) for name in ("batch", "queries", "keys")],
+        *[(f"{name}_stride", ctypes.c_int64 * 3) for name in ("q", "k", "v", "out")],
+        *[(name, ctypes.c_int64) for name in ("shown_stride", "threads")],
+        ("workspace", ctypes.c_void_p),
+        *[(name, ctypes.c_int64) for name in ("next", "workers")],
+    )
+
+
 @dataclass(frozen=True)
 class HostKernel:
     """A loaded kernel.

@@ -38,7 +38,7 @@ def choose_kernels(
             hint='use kernels="auto" or "off"',
         )
     linear = [mixer for mixer in mixers(model).values() if mixer.linear_term is not None]
-    if kernels not in ("auto", "off", "triton") and linear:
+    if kernels not in ("auto", "off", "cpp", "triton") and linear:
         raise UsageError(
             f"{len(linear)} attentions are linear, and there is no {kernels} kernel of linear attention",
             hint='use kernels="auto" or "off"',

@@ -17,8 +17,9 @@ from codegen import hooks, render
 from codegen.device import DType, Isa
 from codegen.errors import UnsafeInput
 from codegen.ops.grouped_query_attention.cpp_kernel import kernel_name, source
+from codegen.ops.linear_attention import cpp_kernel as linear_cpp
 from codegen.sight import Sight
-from codegen.spec import GroupedQueryAttention
+from codegen.spec import FeatureMap, GroupedQueryAttention, LinearAttention
 from tests.kernels.golden_source import CHANGES, require_golden
 from tests.kernels.problems import CAUSAL, EVERYTHING, MULTI_QUERY, SPARSE
 
@@ -29,12 +30,34 @@ GOLDEN = {
     "strided_f32_avx2": (SPARSE["strided"], DType.FLOAT32, Isa.AVX2),
 }
 
+LINEAR = LinearAttention(GroupedQueryAttention(4, 2, 6, 5, 0.4, causal=True), 20)
+
 HOSTILE = ['1); system("id"); //', "64", "{{ 7 * 7 }}", "h\n#include </etc/passwd>", "", "inf", b"64", ["64"], object()]
 
 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_golden_source(name: str) -> None:
     require_golden(f"{name}.cpp", source(*GOLDEN[name]))
+
+
+def test_golden_source_of_linear_attention() -> None:
+    require_golden("linear_f32_avx512.cpp", linear_cpp.source(LINEAR, DType.FLOAT32, Isa.AVX512))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"heads": 6}, {"kv_heads": 1}, {"head_dim": 7}, {"value_dim": 9}, {"scale": 0.5}, {"causal": False},
+     {"chunk": 24}, {"features": FeatureMap.ELU1}],
+    ids=str,
+)  # fmt: skip
+def test_every_field_of_linear_attention_changes_the_source_and_the_name(change: dict[str, Any]) -> None:
+    outer = {name: change[name] for name in change.keys() & {"chunk", "features"}}
+    inner = {name: change[name] for name in change.keys() - outer.keys()}
+    specs = (LINEAR, replace(LINEAR, attention=replace(LINEAR.attention, **inner), **outer))
+    texts = [linear_cpp.source(s, DType.FLOAT32, Isa.AVX512) for s in specs]
+    names = [str(linear_cpp.kernel_name(s, DType.FLOAT32, Isa.AVX512)) for s in specs]
+    assert names[0] != names[1]
+    assert _code(texts[0], names[0]) != _code(texts[1], names[1])
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=str)

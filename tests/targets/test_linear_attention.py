@@ -157,8 +157,8 @@ def test_a_preallocated_cache_and_wished_weights_are_refused() -> None:
     x = torch.randn(1, 20, 16)
     with pytest.raises(TypeError, match="weights"):
         fast.self_attn(x, x, x, need_weights=True)
-    with pytest.raises(UsageError, match="no cpp kernel of linear"):
-        rewritten(LLAMA, "linear:4", kernels="cpp")
+    with pytest.raises(UsageError, match="no cuda kernel of linear"):
+        rewritten(LLAMA, "linear:4", kernels="cuda")
 
 
 @pytest.mark.parametrize("target", ["linear:4", "linear:4,favor+"])

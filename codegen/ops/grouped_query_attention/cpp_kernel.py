@@ -20,7 +20,7 @@ MAX_DIM = 512
 _STACK = 448 * 1024
 """Bytes that a task's tile may take."""
 
-_EXP2 = (1.000000072, 0.6931469671, 0.2402211972, 0.05550713275, 0.009675541331, 0.001327647152)
+EXP2 = (1.000000072, 0.6931469671, 0.2402211972, 0.05550713275, 0.009675541331, 0.001327647152)
 _EXP2_FOR_BFLOAT16_WEIGHTS = (0.9999280736, 0.6932609862, 0.2426111219, 0.05517166493)
 """Minimax polynomials of 2^x on [-1/2, 1/2]: relative error 7e-8, and 7e-5 where weights are rounded to bfloat16."""
 
@@ -89,7 +89,7 @@ def source(spec: GroupedQueryAttention, dtype: DType, isa: Isa) -> str:
             "split_keys": cut.split_keys,
             "pairs": pairs,
             "v_in_place": in_place,
-            "exponential": _EXP2_FOR_BFLOAT16_WEIGHTS if pairs else _EXP2,
+            "exponential": _EXP2_FOR_BFLOAT16_WEIGHTS if pairs else EXP2,
         },
     )
 

@@ -51,7 +51,7 @@ def attention_weights(
     greatest = nearby.max(-1, keepdims=True, initial=-np.inf)
     greatest = np.where(np.isneginf(greatest), 0.0, greatest)
     gain = np.exp(wide["log_gain"])[:, None, None]
-    far = gain * (_features(spec, q, wide, "query_map") @ np.swapaxes(_features(spec, k, wide, "key_map"), -1, -2))
+    far = gain * (features(spec, q, wide, "query_map") @ np.swapaxes(features(spec, k, wide, "key_map"), -1, -2))
     if spec.features is FeatureMap.FAVOR:
         far = far * np.exp(-greatest)
     return np.asarray(np.exp(nearby - greatest) + np.where(~near & seen, far, 0.0))
@@ -83,7 +83,7 @@ def _repeated(spec: LinearAttention, x: NDArray[Any]) -> Float64:
     return np.repeat(x.astype(np.float64), spec.attention.group, axis=1)
 
 
-def _features(spec: LinearAttention, x: Float64, parameters: Mapping[str, Float64], own: str) -> Float64:
+def features(spec: LinearAttention, x: Float64, parameters: Mapping[str, Float64], own: str) -> Float64:
     """[B, heads, tokens, features] of x [B, heads, tokens, D]."""
     plain = spec.attention
     x = x * plain.scale**0.5

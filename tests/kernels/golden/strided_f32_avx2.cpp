@@ -229,14 +229,9 @@ INLINE vf multiply(vf c, vf a, vf b) {
   return a * b + c;
 }
 
-// One vector of units of a row of `size` numbers, from unit `unit` on; zeros behind its end.
-INLINE vf units(const T *row, int unit, int size) {
-  const int left = size - unit;
-  return left >= W ? widen(row + unit) : widen_part(row + unit, left > 0 ? left : 0);
-}
-
-// c[R x 16N] = or += a[R x depth] * b[depth x 16N], in units; accumulators never leave registers.
-template <int R, int N>
+// c[R x 16N] = or += a[R x depth] * b[depth x 16N], in units; accumulators never leave registers. From one depth of a to
+// the next are STEP units: more than one where a is transposed.
+template <int R, int N, int STEP>
 INLINE void product_block(const float *a, int lda, const float *b, int64_t ldb, int depth, float *c, int ldc, bool add) {
   vf sum[R][N];
 #pragma GCC unroll 8
@@ -249,7 +244,7 @@ INLINE void product_block(const float *a, int lda, const float *b, int64_t ldb, 
     for (int n = 0; n < N; ++n) right[n] = load(b + d * ldb + n * W);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const vf left = splat(a[r * lda + d]);
+      const vf left = splat(a[r * lda + d * STEP]);
 #pragma GCC unroll 8
       for (int n = 0; n < N; ++n) sum[r][n] = multiply(sum[r][n], left, right[n]);
     }
@@ -263,26 +258,32 @@ INLINE void product_block(const float *a, int lda, const float *b, int64_t ldb, 
     }
 }
 
-template <int N>
+template <int N, int STEP>
 static __attribute__((noinline)) void product(int rows, const float *a, int lda, const float *b, int64_t ldb,
                                               int depth, float *c, int ldc, bool add) {
   switch (rows) {
-    case 1: product_block<1, N>(a, lda, b, ldb, depth, c, ldc, add); break;
-    case 2: product_block<2, N>(a, lda, b, ldb, depth, c, ldc, add); break;
-    case 3: product_block<3, N>(a, lda, b, ldb, depth, c, ldc, add); break;
-    case 4: product_block<4, N>(a, lda, b, ldb, depth, c, ldc, add); break;
-    case 5: product_block<5, N>(a, lda, b, ldb, depth, c, ldc, add); break;
-    case 6: product_block<6, N>(a, lda, b, ldb, depth, c, ldc, add); break;
+    case 1: product_block<1, N, STEP>(a, lda, b, ldb, depth, c, ldc, add); break;
+    case 2: product_block<2, N, STEP>(a, lda, b, ldb, depth, c, ldc, add); break;
+    case 3: product_block<3, N, STEP>(a, lda, b, ldb, depth, c, ldc, add); break;
+    case 4: product_block<4, N, STEP>(a, lda, b, ldb, depth, c, ldc, add); break;
+    case 5: product_block<5, N, STEP>(a, lda, b, ldb, depth, c, ldc, add); break;
+    case 6: product_block<6, N, STEP>(a, lda, b, ldb, depth, c, ldc, add); break;
   }
 }
 
 // c[rows x 16V] = or += a * b, rows <= MR, V vectors wide.
-template <int V>
+template <int V, int STEP = 1>
 INLINE void product_wide(int rows, const float *a, int lda, const float *b, int64_t ldb, int depth, float *c, int ldc,
                          bool add) {
   constexpr int N = V < 2 ? V : 2, REST = V % N;
-  for (int n = 0; n + N <= V; n += N) product<N>(rows, a, lda, b + n * W, ldb, depth, c + n * W, ldc, add);
-  if (REST) product<(REST ? REST : 1)>(rows, a, lda, b + (V - REST) * W, ldb, depth, c + (V - REST) * W, ldc, add);
+  for (int n = 0; n + N <= V; n += N) product<N, STEP>(rows, a, lda, b + n * W, ldb, depth, c + n * W, ldc, add);
+  if (REST) product<(REST ? REST : 1), STEP>(rows, a, lda, b + (V - REST) * W, ldb, depth, c + (V - REST) * W, ldc, add);
+}
+
+// One vector of units of a row of `size` numbers, from unit `unit` on; zeros behind its end.
+INLINE vf units(const T *row, int unit, int size) {
+  const int left = size - unit;
+  return left >= W ? widen(row + unit) : widen_part(row + unit, left > 0 ? left : 0);
 }
 
 // Rows first, first + apart, ... of a task.
