@@ -251,8 +251,10 @@ def _flex(spec: GroupedQueryAttention, q: Tensor, k: Tensor, v: Tensor) -> Call:
         return near & (j <= i)
 
     compiled: Any = torch.compile(flex_attention)
-    blocks = create_block_mask(mask, None, spec.heads if apart > 1 else None, tokens, tokens, _compile=True)
-    return lambda: compiled(q, k, v, block_mask=blocks, enable_gqa=True)
+    blocks = functools.cache(
+        lambda: create_block_mask(mask, None, spec.heads if apart > 1 else None, tokens, tokens, _compile=True)
+    )
+    return lambda: compiled(q, k, v, block_mask=blocks(), enable_gqa=True)
 
 
 def _beside(case: str, works: dict[str, Call], error: float, clock: Clock, runs: int) -> list[Row]:
