@@ -25,7 +25,7 @@ MIXTURES = frozenset(
 _ENOUGH = 64
 """Nodes that are looked at on one walk; blocks in use have a few dozen at most, a norm written out included."""
 
-_STATISTICS = NORMS | {"BatchNormalization", "InstanceNormalization"}
+_STATISTICS = NORMS | {"BatchNormalization", "InstanceNormalization", "aten.mean", "aten.var", "aten.var_mean"}
 _MIXING = frozenset({"Softmax", "Attention", "MultiHeadAttention", "GroupedQueryAttention", "Scan", "Loop", "If"})
 
 

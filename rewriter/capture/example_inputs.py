@@ -13,7 +13,7 @@ from rewriter.placement import device_of, moved
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
-BATCH, LENGTH = 2, 11
+BATCH, LENGTH, FRAMES = 2, 11, 96
 """Sizes of default inputs; small, different from each other and from common head counts."""
 
 
@@ -73,14 +73,12 @@ def default_inputs(module: torch.nn.Module, batch: int = BATCH, length: int = LE
         inputs["input_ids"] = _token_ids(config, batch, length, generator)
         if "attention_mask" in names:
             inputs["attention_mask"] = _padded_mask(batch, length)
-    elif main == "pixel_values":
-        inputs["pixel_values"] = _pixels(config, batch, generator).to(module.dtype)  # type: ignore[arg-type]
+    elif main in {"pixel_values", "pixel_values_videos"}:
+        inputs[main] = _pixels(config, batch, generator).to(module.dtype)  # type: ignore[arg-type]
     elif main == "input_values":
         inputs["input_values"] = torch.randn(batch, 4000, generator=generator).to(module.dtype)  # type: ignore[arg-type]
     elif main == "input_features":
-        bins = int(getattr(config, "num_mel_bins", 80))
-        frames = 2 * int(getattr(config, "max_source_positions", 1500))
-        inputs["input_features"] = torch.randn(batch, bins, frames, generator=generator).to(module.dtype)  # type: ignore[arg-type]
+        inputs["input_features"] = _spectrogram(config, batch, generator).to(module.dtype)  # type: ignore[arg-type]
     else:
         raise UsageError(f"no default for the input {main!r}", hint="pass example_inputs as a dict of keyword tensors")
     if "decoder_input_ids" in names and getattr(config, "is_encoder_decoder", False):
@@ -126,7 +124,24 @@ def _padded_mask(batch: int, length: int) -> torch.Tensor:
 
 
 def _pixels(config: Any, batch: int, generator: torch.Generator) -> torch.Tensor:
+    """[batch, channels, height, width]; [batch, frames, channels, height, width] where the config counts frames."""
     vision = getattr(config, "vision_config", config)
-    size = getattr(vision, "image_size", 224)
+    size = _first(vision, ("image_size", "crop_size"), 224)
     height, width = size if isinstance(size, (tuple, list)) else (size, size)
-    return torch.randn(batch, int(getattr(vision, "num_channels", 3)), height, width, generator=generator)
+    frames = _first(vision, ("num_frames", "frames_per_clip"), None)
+    lead = (batch,) if frames is None else (batch, int(frames))
+    return torch.randn(*lead, int(_first(vision, ("num_channels", "in_chans"), 3)), height, width, generator=generator)
+
+
+def _spectrogram(config: Any, batch: int, generator: torch.Generator) -> torch.Tensor:
+    """[batch, bins, frames] where the config counts bins and positions, of two frames each; else frames come first."""
+    bins, positions = getattr(config, "num_mel_bins", None), getattr(config, "max_source_positions", None)
+    if bins is not None and positions is not None:
+        return torch.randn(batch, int(bins), 2 * int(positions), generator=generator)
+    bins = _first(config, ("num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim"), 80)
+    return torch.randn(batch, FRAMES, int(bins), generator=generator)
+
+
+def _first(config: Any, names: Sequence[str], default: Any) -> Any:
+    """The first of these attributes that there is."""
+    return next((v for n in names if (v := getattr(config, n, None)) is not None), default)

@@ -56,11 +56,22 @@ def writes_through_views(graph: Graph) -> bool:
     for fx in graph.nodes:
         schema = getattr(fx.target, "_schema", None)
         written = fx.args[0] if schema is not None and schema.is_mutable and fx.args else None
-        if isinstance(written, Node) and (above := getattr(written.target, "_schema", None)) is not None:
-            returned = above.returns[0].alias_info if above.returns else None
-            if returned is not None and not returned.is_write:
-                return True
+        if isinstance(written, Node) and _is_view(written) and not _is_all_that_is_read(written):
+            return True
     return False
+
+
+def _is_view(node: Node) -> bool:
+    """Whether an operator's result may share memory with its argument."""
+    schema = getattr(node.target, "_schema", None)
+    returned = schema.returns[0].alias_info if schema is not None and schema.returns else None
+    return returned is not None and not returned.is_write
+
+
+def _is_all_that_is_read(view: Node) -> bool:
+    """Whether a view is of a fresh tensor that nothing else reads: what is written into it is seen nowhere else."""
+    base = view.args[0] if view.args else None
+    return isinstance(base, Node) and base.op == "call_function" and len(base.users) == 1 and not _is_view(base)
 
 
 @contextmanager

@@ -42,3 +42,31 @@ def test_a_model_that_needs_images_gets_them() -> None:
 @pytest.mark.parametrize("needs", [pytest.param(False, id="text-is-enough"), pytest.param(True, id="no-tower")])
 def test_one_that_does_not_or_says_nothing_of_images_gets_none(needs: bool) -> None:
     assert "pixel_values" not in default_inputs(_TextAndImages(needs=needs, tower=not needs))
+
+
+class _Features(nn.Module):
+    """Only its main input, config and forward are looked at."""
+
+    dtype = torch.float32
+
+    def __init__(self, main: str, **config: object) -> None:
+        super().__init__()
+        self.main_input_name, self.config = main, SimpleNamespace(**config)
+
+
+@pytest.mark.parametrize(
+    ("main", "config", "shape"),
+    [
+        pytest.param("pixel_values", {"image_size": 8, "num_channels": 1}, (2, 1, 8, 8), id="image"),
+        pytest.param("pixel_values", {"image_size": 8, "num_frames": 4}, (2, 4, 3, 8, 8), id="frames"),
+        pytest.param("pixel_values_videos", {"crop_size": 8, "frames_per_clip": 2}, (2, 2, 3, 8, 8), id="clip"),
+        pytest.param("input_features", {"num_mel_bins": 16, "max_source_positions": 10}, (2, 16, 20), id="positions"),
+        pytest.param("input_features", {"num_mel_bins": 16}, (2, 96, 16), id="frames-first"),
+        pytest.param(
+            "input_features", {"input_feat_per_channel": 12, "max_source_positions": 600}, (2, 96, 12), id="s2t"
+        ),
+        pytest.param("input_features", {"feature_projection_input_dim": 20}, (2, 96, 20), id="projected"),
+    ],
+)
+def test_shapes_follow_what_the_config_says(main: str, config: dict[str, object], shape: tuple[int, ...]) -> None:
+    assert default_inputs(_Features(main, **config))[main].shape == shape
