@@ -54,4 +54,4 @@ def mix(
 
 def _captured_or_trained(x: Tensor, parameters: Mapping[str, Tensor]) -> bool:
     gradients = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters.values()))
-    return torch.compiler.is_compiling() or gradients
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or gradients
