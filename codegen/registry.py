@@ -16,6 +16,7 @@ from codegen.ops.grouped_query_attention import cuda_kernel as gqa_cuda
 from codegen.ops.grouped_query_attention import triton_kernel as gqa_triton
 from codegen.ops.linear_attention import cpp_kernel as linear_cpp
 from codegen.ops.linear_attention import triton_kernel as linear_triton
+from codegen.ops.mixed_chunk_attention import cpp_kernel as chunk_cpp
 from codegen.ops.mixed_chunk_attention import triton_kernel as chunk_triton
 from codegen.spec import FourierMixing, GroupedQueryAttention, LinearAttention, MixedChunkAttention
 
@@ -96,6 +97,16 @@ KERNELS: tuple[Kernel, ...] = (
         legal=gqa_cuda.legal,
         name=gqa_cuda.kernel_name,
         source=gqa_cuda.source,
+    ),
+    Kernel(
+        op=MixedChunkAttention,
+        language=Language.CPP,
+        device_kind="cpu",
+        archs=tuple(isa.value for isa in Isa),
+        dtypes=tuple(DType),
+        legal=chunk_cpp.legal,
+        name=chunk_cpp.kernel_name,
+        source=chunk_cpp.source,
     ),
     Kernel(
         op=LinearAttention,

@@ -46,7 +46,12 @@ def mix(
         ValueError: operands that contradict the spec.
     """
     language = _worthwhile(spec, x) if kernels == "auto" else None if kernels == "off" else Language(kernels)
-    if language is None or torch.compiler.is_compiling() or _wants_gradient(x, gain, bias):
+    if (
+        language is None
+        or torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or _wants_gradient(x, gain, bias)
+    ):
         return fourier_mixing(spec, x, gain, bias)
     try:
         if language is Language.CPP:

@@ -61,6 +61,20 @@ class LinearLaunch(ctypes.Structure):
     )
 
 
+class ChunkLaunch(ctypes.Structure):
+    """The argument block of templates/cpp/chunk_launch.h.j2, field by field."""
+
+    _heads = ("quadratic_query", "linear_query", "quadratic_key", "linear_key")
+    _fields_ = (
+        *[(name, ctypes.c_void_p) for name in ("gate", "value", *_heads, "bias", "shown", "out")],
+        *[(name, ctypes.c_int64) for name in ("batch", "tokens")],
+        *[(f"{name}_stride", ctypes.c_int64 * 2) for name in ("gate", "value", *_heads, "out")],
+        ("threads", ctypes.c_int64),
+        ("workspace", ctypes.c_void_p),
+        *[(name, ctypes.c_int64) for name in ("next", "workers")],
+    )
+
+
 @dataclass(frozen=True)
 class HostKernel:
     """A loaded kernel.

@@ -46,7 +46,11 @@ def attention(
     if kernels not in ("auto", "off", "cpp"):
         raise NotLegal(f"there is no {kernels} kernel of linear attention", hint='use kernels="auto" or "off"')
     tensors = (q, k, v, *parameters.values())
-    plain = torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+    plain = (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+    )
     if kernels == "off" or plain or (kernels == "auto" and not _worthwhile(spec, q, k, v)):
         return linear_attention(spec, q, k, v, parameters, shown)
     try:

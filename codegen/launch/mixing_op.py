@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from codegen.conditional import ConditionalAttention
-from codegen.launch import chunk_operator, fourier_op
+from codegen.launch import chunk_host, chunk_operator, fourier_op
 from codegen.ops.conditional_attention.torch_body import conditional_attention
 from codegen.ops.gated_attention.torch_body import gated_attention
 from codegen.ops.linear_mixing.torch_body import linear_mixing
@@ -26,12 +27,14 @@ def mix(
 ) -> Tensor:
     """[B, S, hidden] of x [B, S, hidden] and the spec's parameters, in x's dtype; for `kernels` see `fourier_op.mix`.
 
-    Linear mixing is two matrix products, which no kernel of ours does better than torch; gated units have none either,
-    nor has conditional attention, which alone heeds `shown` (bool [B, S], False for padding) and `soft` (routing as in
-    training).
+    Linear mixing is two matrix products, which no kernel of ours does better than torch; gated attention has none
+    either. That of mixed chunk attention is called where it is asked for by name, outside captured graphs and without
+    gradients: it was not measured to be faster everywhere. Conditional attention has none, and alone heeds `shown`
+    (bool [B, S], False for padding) and `soft` (routing as in training).
 
     Raises:
-        NotLegal: kernels is "cpp", "triton" or "cuda", and the spec is one of Fourier mixing that has no such kernel.
+        NotLegal: kernels is "cpp", "triton" or "cuda", and the spec is one of Fourier mixing that has no such kernel,
+            or "cpp", and it is one of mixed chunk attention beyond it.
         ValueError: operands that contradict the spec.
     """
     if isinstance(spec, ConditionalAttention):
@@ -41,7 +44,14 @@ def mix(
     if isinstance(spec, GatedAttention):
         return gated_attention(spec, x, parameters)
     if isinstance(spec, MixedChunkAttention):
+        if kernels == "cpp" and not _captured_or_trained(x, parameters):
+            return chunk_host.mixed_chunk_attention(spec, x, parameters)
         if kernels == "triton":
             return chunk_operator.mixed_chunk_attention(spec, x, parameters)
         return mixed_chunk_attention(spec, x, parameters)
     return fourier_op.mix(spec, x, **parameters, kernels=kernels)
+
+
+def _captured_or_trained(x: Tensor, parameters: Mapping[str, Tensor]) -> bool:
+    gradients = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters.values()))
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or gradients

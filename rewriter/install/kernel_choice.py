@@ -26,7 +26,7 @@ def choose_kernels(
 
     Raises UsageError if kernels are asked for by name and nothing in the model can call them.
     """
-    kinds = (FourierMixing,) if kernels in ("cpp", "cuda") else (FourierMixing, MixedChunkAttention)
+    kinds = (FourierMixing,) if kernels == "cuda" else (FourierMixing, MixedChunkAttention)
     mixes = [m for m in token_mixers(model).values() if isinstance(m.spec, kinds)]  # others have no kernels
     found: list[Any] = [*mixers(model).values(), *mixes]
     for mixer in found:

@@ -149,9 +149,13 @@ def test_which_calls_the_kernel_computes(monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(seen) == 2
     attention(CAUSAL, *operands, kernels="off")
     attention(CAUSAL, problem.q.requires_grad_(), *operands[1:]).sum().backward()
+    assert problem.q.grad is not None
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         attention(CAUSAL, *operands)
-    assert len(seen) == 2 and problem.q.grad is not None
+    problem.q = problem.q.detach()
+    traced = torch.jit.trace(lambda q: attention(CAUSAL, q, *operands[1:]), problem.q, check_trace=False)
+    torch.testing.assert_close(traced(2 * problem.q), torch_body.linear_attention(CAUSAL, 2 * problem.q, *operands[1:]))
+    assert len(seen) == 2
 
 
 def test_what_is_not_legal_is_an_error() -> None:

@@ -18,8 +18,9 @@ from codegen.device import DType, Isa
 from codegen.errors import UnsafeInput
 from codegen.ops.grouped_query_attention.cpp_kernel import kernel_name, source
 from codegen.ops.linear_attention import cpp_kernel as linear_cpp
+from codegen.ops.mixed_chunk_attention import cpp_kernel as chunk_cpp
 from codegen.sight import Sight
-from codegen.spec import FeatureMap, GroupedQueryAttention, LinearAttention
+from codegen.spec import FeatureMap, GroupedQueryAttention, LinearAttention, MixedChunkAttention
 from tests.kernels.golden_source import CHANGES, require_golden
 from tests.kernels.problems import CAUSAL, EVERYTHING, MULTI_QUERY, SPARSE
 
@@ -30,6 +31,7 @@ GOLDEN = {
     "strided_f32_avx2": (SPARSE["strided"], DType.FLOAT32, Isa.AVX2),
 }
 
+CHUNKS = MixedChunkAttention(12, 20, 6, chunk=7, causal=True)
 LINEAR = LinearAttention(GroupedQueryAttention(4, 2, 6, 5, 0.4, causal=True), 20)
 
 HOSTILE = ['1); system("id"); //', "64", "{{ 7 * 7 }}", "h\n#include </etc/passwd>", "", "inf", b"64", ["64"], object()]
@@ -56,6 +58,21 @@ def test_every_field_of_linear_attention_changes_the_source_and_the_name(change:
     specs = (LINEAR, replace(LINEAR, attention=replace(LINEAR.attention, **inner), **outer))
     texts = [linear_cpp.source(s, DType.FLOAT32, Isa.AVX512) for s in specs]
     names = [str(linear_cpp.kernel_name(s, DType.FLOAT32, Isa.AVX512)) for s in specs]
+    assert names[0] != names[1]
+    assert _code(texts[0], names[0]) != _code(texts[1], names[1])
+
+
+def test_golden_source_of_mixed_chunk_attention() -> None:
+    require_golden("chunks_bf16_avx2.cpp", chunk_cpp.source(CHUNKS, DType.BFLOAT16, Isa.AVX2))
+
+
+@pytest.mark.parametrize(
+    "change", [{"expanded": 24}, {"base": 8}, {"chunk": 9}, {"causal": False}, {"averaged": False}], ids=str
+)
+def test_every_size_of_mixed_chunk_attention_changes_the_source_and_the_name(change: dict[str, Any]) -> None:
+    specs = (CHUNKS, replace(CHUNKS, **change))
+    texts = [chunk_cpp.source(s, DType.FLOAT32, Isa.AVX512) for s in specs]
+    names = [str(chunk_cpp.kernel_name(s, DType.FLOAT32, Isa.AVX512)) for s in specs]
     assert names[0] != names[1]
     assert _code(texts[0], names[0]) != _code(texts[1], names[1])
 

@@ -1,0 +1,97 @@
+"""Mixed chunk attention on CPUs: projections by torch, what is between them by a C++ kernel.
+
+Shape legend: B batch, S tokens, E hidden, F expanded, N base, C tokens of a chunk.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor
+
+from codegen.device import Language, host
+from codegen.errors import NotLegal
+from codegen.launch.host import ChunkLaunch, HostKernel, load, thread_pool
+from codegen.launch.operands import DTYPES
+from codegen.ops.gated_attention.reference import check
+from codegen.ops.gated_attention.torch_body import Weights, expanded, heads
+from codegen.ops.mixed_chunk_attention.torch_body import learned_bias
+from codegen.registry import select, why_not
+from codegen.spec import MixedChunkAttention
+
+HEADS = ("quadratic_query", "linear_query", "quadratic_key", "linear_key")
+
+
+def mixed_chunk_attention(
+    spec: MixedChunkAttention, x: Tensor, weights: Weights, shown: Tensor | None = None
+) -> Tensor:
+    """[B, S, E] of x [B, S, E], in x's dtype, without gradients; operands as in `torch_body.mixed_chunk_attention`.
+
+    Raises:
+        NotLegal: the dtype, the device or the spec is beyond the kernel.
+        ValueError: operands that contradict the spec.
+    """
+    check(spec, x, weights)
+    gate, value, latent = expanded(spec, x, weights)
+    bias = learned_bias(spec, weights, like=latent)
+    product = launch(spec, gate, value, heads(spec, latent, weights), bias, shown)
+    return functional.linear(product, weights["out_weight"], weights["out_bias"])
+
+
+def launch(
+    spec: MixedChunkAttention,
+    gate: Tensor,
+    value: Tensor,
+    heads: Sequence[Tensor],
+    bias: Tensor | None,
+    shown: Tensor | None,
+) -> Tensor:
+    """[B, S, F]: the gate times what was mixed, of gate and value [B, S, F] and four heads [B, S, N] of one dtype.
+
+    `bias` [C, C] is added to a chunk's scores; tokens are hidden where `shown` [B, S] is False.
+
+    Raises NotLegal: the dtype, the device or the spec is beyond the kernel.
+    """
+    given = dict(zip(("gate", "value", *HEADS), (gate, value, *heads), strict=True))
+    kernel = _kernel(spec, given)
+    held = {name: x if x.stride(2) == 1 else x.contiguous() for name, x in given.items()}
+    out = torch.empty(gate.shape, dtype=gate.dtype)
+    if not out.numel():
+        return out
+    block = ChunkLaunch()
+    for name, tensor in (*held.items(), ("out", out)):
+        setattr(block, name, tensor.data_ptr())
+        getattr(block, f"{name}_stride")[:] = tensor.stride()[:2]
+    if bias is not None:
+        held["bias"] = bias.float().contiguous()
+        block.bias = held["bias"].data_ptr()
+    if shown is not None:
+        held["shown"] = shown.to(torch.uint8).expand(out.shape[:2]).contiguous()
+        block.shown = held["shown"].data_ptr()
+    block.batch, block.tokens = out.shape[:2]
+    block.threads = torch.get_num_threads()
+    workspace = torch.empty(kernel.plan(ctypes.byref(block)) + 64, dtype=torch.uint8)
+    block.workspace = (workspace.data_ptr() + 63) // 64 * 64
+    kernel.run(ctypes.byref(block), thread_pool())
+    return out
+
+
+def _kernel(spec: MixedChunkAttention, given: dict[str, Tensor]) -> HostKernel:
+    hint = 'use kernels="auto" or "off"'
+    gate = given["gate"]
+    if gate.device.type != "cpu" or gate.dtype not in DTYPES or any(x.dtype != gate.dtype for x in given.values()):
+        raise NotLegal(f"there is no C++ kernel for {gate.dtype} on {gate.device.type}", hint=hint)
+    kernel = _loaded(spec, gate.dtype)
+    if kernel is None:
+        raise NotLegal(why_not(spec, host(), DTYPES[gate.dtype], Language.CPP), hint=hint)
+    return kernel
+
+
+@functools.lru_cache(maxsize=256)
+def _loaded(spec: MixedChunkAttention, dtype: torch.dtype) -> HostKernel | None:
+    choice = select(spec, host(), DTYPES[dtype], Language.CPP)
+    return None if choice is None else load(choice)

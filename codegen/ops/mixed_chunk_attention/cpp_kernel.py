@@ -1,0 +1,61 @@
+"""Mixed chunk attention between its projections as C++ for one processor: the source from its template."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from codegen.device import DType, Isa
+from codegen.hooks import Lowered
+from codegen.render import identifier, numbers, render
+from codegen.spec import MixedChunkAttention
+
+TEMPLATE = "cpp/mixed_chunk_attention.cpp.j2"
+
+MAX_BASE, MAX_CHUNK = 512, 1024
+"""Features of queries and keys, and tokens of a chunk, for which a worker's scratch is a few megabytes."""
+
+SLICE = 512
+"""Value features of a task: as many as keep the sum over chunks in the cache; each task works out all scores."""
+
+
+def kernel_name(spec: MixedChunkAttention, dtype: DType, isa: Isa) -> Lowered:
+    """Readable, unique to the spec, and nothing but letters, digits and underscores."""
+    words = [f"f{spec.expanded}", f"n{spec.base}", f"c{spec.chunk}", *["causal"] * spec.causal]
+    return identifier("chunks", [*words, dtype.short, isa.value], spec)
+
+
+def source(spec: MixedChunkAttention, dtype: DType, isa: Isa) -> str:
+    """The whole file; see the template for what it exports.
+
+    Raises UnsafeInput if the spec holds anything but numbers, flags and enums.
+    """
+    lanes = 8 if isa is Isa.AVX2 else 16
+    return render(
+        TEMPLATE,
+        {
+            "name": kernel_name(spec, dtype, isa),
+            "fields": numbers(spec),
+            "dtype": dtype,
+            "isa": isa,
+            "lanes": lanes,
+            "base": spec.base,
+            "expanded": spec.expanded,
+            "chunk": spec.chunk,
+            "causal": spec.causal,
+            "averaged": spec.averaged,
+            "slice": min(spec.expanded, SLICE),
+            "block_rows": 6,
+            "block_vectors": 2 if isa is Isa.AVX2 else 4,
+            "v_in_place": dtype is DType.FLOAT32 and spec.expanded % lanes == 0,
+            "pairs": False,
+        },
+    )
+
+
+def legal(spec: Any, dtype: DType) -> str | None:
+    """Why there is no such kernel, or None if there is one."""
+    if not isinstance(spec, MixedChunkAttention):
+        return f"there is no C++ kernel of {type(spec).__name__}"
+    if spec.base > MAX_BASE or spec.chunk > MAX_CHUNK:
+        return f"more than {MAX_BASE} base features or {MAX_CHUNK} tokens of a chunk do not fit the kernel's scratch"
+    return None
