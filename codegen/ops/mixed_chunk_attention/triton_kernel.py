@@ -42,7 +42,8 @@ def tiling(spec: MixedChunkAttention, dtype: DType, arch: str) -> Tiling:
     whole, columns = block(spec.chunk), min(128, block(spec.expanded))
     if dtype is DType.BFLOAT16:
         return Tiling(min(64, whole), min(64, whole) if stages > 1 else 32, columns, min(32, whole), 4, stages)
-    return Tiling(min(32, whole), min(32, whole), min(64, columns), min(16, whole), 4, stages)
+    rows = 16 if dtype is DType.FLOAT32 else min(32, whole)  # three products for one take registers
+    return Tiling(rows, min(32, whole), min(64, columns), min(16, whole), 4, stages)
 
 
 def legal(spec: Any, dtype: DType) -> str | None:
