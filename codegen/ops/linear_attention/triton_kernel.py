@@ -45,7 +45,7 @@ def tiling(spec: LinearAttention, dtype: DType, arch: str) -> Tiling:
     stages = 1 if arch.startswith("gfx") else 2
     whole = block(spec.chunk)
     if dtype is DType.FLOAT32:
-        return Tiling(min(32, whole), 32, min(32, whole), 4, stages)
+        return Tiling(16, 32, min(32, whole), 4, stages)
     if spec.features is FeatureMap.FAVOR:  # its products are made of float32
         return Tiling(min(32, whole), 32, min(16, whole), 8, stages)
     tokens = 64 if arch in WARPGROUP_ARCHS else 32 if widest <= 64 else 16

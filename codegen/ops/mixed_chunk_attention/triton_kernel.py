@@ -7,7 +7,14 @@ from typing import Any
 
 from codegen import hooks
 from codegen.device import DType
-from codegen.ops.grouped_query_attention.triton_kernel import ARCHS, POINTERS, Precision, block, precision
+from codegen.ops.grouped_query_attention.triton_kernel import (
+    ARCHS,
+    POINTERS,
+    WARPGROUP_ARCHS,
+    Precision,
+    block,
+    precision,
+)
 from codegen.ops.signature import Signature
 from codegen.render import identifier, numbers, render
 from codegen.spec import MixedChunkAttention, PositionBias
@@ -41,8 +48,11 @@ def tiling(spec: MixedChunkAttention, dtype: DType, arch: str) -> Tiling:
     stages = 1 if arch.startswith("gfx") else 2
     whole, columns = block(spec.chunk), min(128, block(spec.expanded))
     if dtype is DType.BFLOAT16:
-        return Tiling(min(64, whole), min(64, whole) if stages > 1 else 32, columns, min(32, whole), 4, stages)
-    return Tiling(min(32, whole), min(32, whole), min(64, columns), min(16, whole), 4, stages)
+        if arch not in WARPGROUP_ARCHS:
+            return Tiling(min(64, whole), min(32, whole), min(64, columns), min(32, whole), 4, stages)
+        return Tiling(min(64, whole), min(64, whole), columns, min(32, whole), 4, stages)
+    rows = 16 if dtype is DType.FLOAT32 else min(32, whole)  # three products for one take registers
+    return Tiling(rows, min(32, whole), min(64, columns), min(16, whole), 4, stages)
 
 
 def legal(spec: Any, dtype: DType) -> str | None:
