@@ -12,6 +12,7 @@ import onnx_ir as ir
 import pytest
 
 import rewriter
+from benchmarks.scale import rewrite_often
 from benchmarks.scale_models import Stack, write
 from passes import replay
 from rewriter.capture.onnx_file import capture
@@ -114,3 +115,14 @@ def test_an_unrecorded_value_is_not_searched_for(tmp_path: Path) -> None:
 
 def test_control_work_that_grows_faster_is_seen() -> None:
     assert _growth(lambda n: [len("") for _ in range(n) for _ in range(n)]) > 1.5
+
+
+# ------------------------------------------------------------------ many rewrites
+
+
+def test_rewrites_leave_no_file_open_and_no_memory_taken(tmp_path: Path) -> None:
+    source = write(Stack(1, hidden=32, inner=32, heads=4), tmp_path / "in.onnx", external=False)
+    found = rewrite_often(str(source), str(tmp_path / "out.onnx"), "30")
+    files, memory = found["files"], found["memory"]
+    assert min(files[20:]) <= min(files[10:20])
+    assert np.median(memory[20:]) - np.median(memory[10:20]) < 2_000_000
