@@ -139,8 +139,8 @@ def _sum(a: Array | None, b: Array | None) -> Array | None:
     return np.asarray(a + b)
 
 
-class Tracer:
-    """Computes forms, each once. One tracer serves all sites of a flow.
+class Memory:
+    """What tracers of one flow hand on to each other, which is small.
 
     Attributes:
         known: what was read of structures that repeat, by structure (`match.repeats`).
@@ -148,9 +148,16 @@ class Tracer:
     """
 
     def __init__(self, flow: Flow) -> None:
-        self.flow = flow
         self.known: dict[Hashable, Any] = {}
         self.contents = Contents(flow)
+
+
+class Tracer:
+    """Computes forms, each once, and holds them."""
+
+    def __init__(self, flow: Flow, memory: Memory | None = None) -> None:
+        self.flow = flow
+        self.memory = Memory(flow) if memory is None else memory
         self.sources: list[Source] = []
         self._bases: list[int] = []
         self._forms: dict[Value, Form] = {}

@@ -15,7 +15,7 @@ from passes.match.names import common_scope, exporter_scope, layer_of
 from passes.match.operands import HeadsApart, Traced
 from passes.match.repeats import trace_repeated
 from passes.match.scores import FreeQuery, NotUnderstood, ScorePath, Unrelated, anchors, score_path, total_bias
-from passes.provenance import PASS_THROUGH, Tracer
+from passes.provenance import PASS_THROUGH, Memory, Tracer
 from passes.replay import TOLERANCES, replay
 from passes.site import AttentionSite, NotAttention, Projection, Refusal
 
@@ -51,12 +51,12 @@ def find_attention(flow: Flow) -> Matches:
     refusals: list[Refusal] = []
     unrelated: list[NotAttention] = []
     evidence: dict[str, Evidence] = {}
-    names = _Names(flow)
+    names, memory = _Names(flow), Memory(flow)
     for anchor in anchors(flow):
         name, layer = names.of(anchor)
         try:
             # a tracer of its own: what one attention is read from serves no other, and would be held until the end
-            site, proof = _match(Tracer(flow), anchor, name, layer)
+            site, proof = _match(Tracer(flow, memory), anchor, name, layer)
         except Unrelated as reason:
             unrelated.append(NotAttention(name, str(reason), anchor.index))
         except NotUnderstood as reason:

@@ -29,14 +29,14 @@ def trace_repeated(tracer: Tracer, view: OperandView, *, shared_heads: bool) -> 
     if cone is None:
         return trace_operand(tracer, view, shared_heads=shared_heads)
     key = ("operand", replace(view, value=""), shared_heads, cone.structure)
-    known = tracer.known.get(key)
+    known = tracer.memory.known.get(key)
     if known is not None:
         before, traced = known
         renamed = _renamed(tracer.flow, before, cone, traced, view.value)
         if renamed is not None:
             return renamed
     traced = trace_operand(tracer, view, shared_heads=shared_heads)
-    tracer.known.setdefault(key, (cone, traced))
+    tracer.memory.known.setdefault(key, (cone, traced))
     return traced
 
 
@@ -91,7 +91,7 @@ class _Walk:
                 return ("cache", flow.shape(value))
             self.cached.add(node.inputs[0])
         elif not flow.data_dependent(value):
-            return self.tracer.contents.of(value)
+            return self.tracer.memory.contents.of(value)
         if node is None or (likeness := node.likeness()) is None:
             return None
         self.nodes.append(node.index)
