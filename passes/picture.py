@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Container, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from passes.dataflow import SHAPE_READERS, Flow, Node, Value
+from passes.feed_forward_site import FeedForwardSite
 from passes.site import AttentionSite, Operand, Projection, Refusal
 
-Role = Literal["input", "query", "key", "value", "score", "mask", "output", "unread"]
+Role = Literal["input", "query", "key", "value", "score", "gate", "up", "activation", "mask", "output", "unread"]
+Kind = Literal["attention", "feed_forward"]
 
 MOST_NODES = 60
 """A refused site has no known extent; of its surroundings this many nodes are drawn, the nearest first."""
@@ -34,13 +36,14 @@ class Box:
 
 @dataclass(frozen=True)
 class Picture:
-    """The subgraph of one site; `edges` are (from, to) keys of boxes."""
+    """The subgraph of one site or block; `edges` are (from, to) keys of boxes."""
 
     name: str
     caption: str
     rewritable: bool
     boxes: tuple[Box, ...]
     edges: tuple[tuple[str, str], ...]
+    kind: Kind = "attention"
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,18 @@ def site_picture(flow: Flow, site: AttentionSite) -> Picture:
     heads = f"{site.heads} query heads, {site.kv_heads} key/value heads of {site.head_dim}"
     caption = ", ".join([heads, *traits, *kinds])
     return _picture(flow, site.name, caption, True, roles, masks)
+
+
+def feed_forward_picture(flow: Flow, site: FeedForwardSite) -> Picture:
+    """The nodes of one feed-forward block, from the projections of the hidden layer to the output projection."""
+    roles: dict[int, Role] = dict.fromkeys(site.nodes, "activation")
+    roles.update(dict.fromkeys(_projection_nodes(flow, site.up.projection), "up"))
+    if site.gate is not None and site.gate.projection.node != site.up.projection.node:
+        roles.update(dict.fromkeys(_projection_nodes(flow, site.gate.projection), "gate"))
+    roles.update(dict.fromkeys(_projection_nodes(flow, site.down), "output"))
+    name = site.activation.name or "an activation of its own"
+    caption = f"{site.style}, {name}, {site.width} → {site.hidden} → {site.width}"
+    return replace(_picture(flow, site.name, caption, True, roles, {}), kind="feed_forward")
 
 
 def refusal_picture(flow: Flow, refusal: Refusal) -> Picture:

@@ -19,7 +19,7 @@ from passes.dataflow import Flow
 from passes.match.attention import Matches
 from passes.match.feed_forward import FeedForwards
 from passes.measure import site_error
-from passes.picture import Drawing, distinct, refusal_picture, site_picture
+from passes.picture import Drawing, distinct, feed_forward_picture, refusal_picture, site_picture
 from passes.plan import Plan, PlanError, Step, make_plan, named_by, sharing
 from passes.protocols import Probe
 from passes.site import AttentionSite
@@ -338,9 +338,10 @@ def report(
 
 
 def _drawings(flow: Flow, matches: Matches, decision: Decision) -> tuple[Drawing, ...]:
-    """Of what the report speaks of: sites that are rewritten, and attentions that are not understood."""
+    """Of what the report speaks of: sites and blocks that are rewritten, and attentions that are not understood."""
     refused = {name for name, _ in decision.refused}
     shown = [(r.site.anchor, site_picture(flow, r.site)) for r in decision.replacements]
+    shown += [(r.site.anchor, feed_forward_picture(flow, r.site)) for r in decision.blocks.replacements]
     shown += [
         (r.anchor, refusal_picture(flow, r))
         for r in matches.refusals

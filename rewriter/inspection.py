@@ -13,7 +13,7 @@ from passes.dataflow import Flow
 from passes.feed_forward_site import FeedForwardSite
 from passes.match.attention import Matches
 from passes.match.feed_forward import FeedForwards, find_feed_forward
-from passes.picture import Picture, refusal_picture, site_picture
+from passes.picture import Picture, feed_forward_picture, refusal_picture, site_picture
 from passes.site import AttentionSite, NotAttention, Refusal
 from passes.sublayer import NoSublayer, sublayer
 from passes.targets.block import surroundings
@@ -45,7 +45,8 @@ class Inspection:
         refusals: attentions that cannot be rewritten, each with its reason.
         feed_forward: feed-forward blocks that are understood, and those that are not, with reasons.
         not_attention: softmaxes that are something else.
-        pictures: the subgraph of every site and refusal, in execution order; see `save_graph`.
+        pictures: the subgraph of every site, every refused attention and every block that is understood, in
+            execution order; see `save_graph`.
         targets: by site name, the targets that would change the site.
     """
 
@@ -197,6 +198,7 @@ def _inspection(
     refusals = (*matches.refusals, *bad)
     drawn = [(s.anchor, site_picture(flow, s)) for s in good]
     drawn += [(r.anchor, refusal_picture(flow, r)) for r in refusals if r.anchor >= 0]  # others lie in control flow
+    drawn += [(f.anchor, feed_forward_picture(flow, f)) for f in blocks.sites]
     pictures = tuple(picture for _, picture in sorted(drawn, key=lambda pair: pair[0]))
     return Inspection(name, kind, opset, producer, good, refusals, matches.not_attention, pictures, choices, blocks)
 

@@ -63,7 +63,7 @@ def prove_blocks(
         elif _is_pair(flow, records, first, last, replacement):
             proved.append(Proved(replacement, first or "", last))
         else:
-            failed[replacement.site.name] = f"{NO_MODULE}; an .onnx file of the model can be rewritten"
+            failed[replacement.site.name] = f"{NO_MODULE}; in an .onnx file of the model it may be possible"
     return proved, failed
 
 

@@ -20,7 +20,8 @@ _CHARACTER = 6.7
 _BOX_HEIGHT = 38.0
 _TOP = 56.0
 _LEGEND = {
-    "query": "query", "key": "key", "value": "value", "score": "score and softmax", "mask": "mask or bias",
+    "query": "query", "key": "key", "value": "value", "score": "score and softmax", "gate": "gate", "up": "up",
+    "activation": "activation", "mask": "mask or bias",
     "output": "output", "input": "comes in", "unread": "not understood",
 }  # fmt: skip
 STYLE = """
@@ -29,11 +30,13 @@ svg { font: 11px ui-monospace, Menlo, Consolas, monospace; }
 .edge { fill: none; stroke: #8a91a0; stroke-width: 1.2 } .tip { fill: #8a91a0 }
 rect { rx: 6px; stroke: #0002 }
 .query { fill: #cfe3ff } .key { fill: #d3f2d6 } .value { fill: #fde9bf } .score { fill: #f6cfd9 }
+.gate { fill: #cfe3ff } .up { fill: #d3f2d6 } .activation { fill: #f6cfd9 }
 .mask { fill: #e3d7f7 } .output { fill: #cdeef0 } .input { fill: #eceef2 } .unread { fill: #f2ddd0 }
 @media (prefers-color-scheme: dark) {
   .paper { fill: #14171d } .ink { fill: #e8eaf0 } .faint { fill: #a3a9b8 }
   .edge { stroke: #6b7385 } .tip { fill: #6b7385 } rect { stroke: #fff2 }
   .query { fill: #1f4272 } .key { fill: #1f5a2b } .value { fill: #6a4f12 } .score { fill: #752a42 }
+  .gate { fill: #1f4272 } .up { fill: #1f5a2b } .activation { fill: #752a42 }
   .mask { fill: #4a3479 } .output { fill: #15575c } .input { fill: #2a2f3a } .unread { fill: #63402a }
 }
 """
@@ -56,7 +59,7 @@ def write(path: Path, title: str, pictures: Sequence[Picture], site: str | None)
     chosen = [p for p in pictures if site is None or p.name == site]
     if not chosen:
         names = ", ".join(p.name for p in pictures[:8])
-        missing = "there is no attention to draw" if site is None else f"there is no site {site!r}"
+        missing = "there is nothing to draw" if site is None else f"there is no site {site!r}"
         raise UsageError(missing, hint=f"sites are: {names}" if names else "inspect lists what was found")
     content = svg(chosen[0]) if path.suffix == ".svg" else html(title, chosen)
     write_whole(content, path)
@@ -83,12 +86,15 @@ def html(title: str, pictures: Sequence[Picture]) -> str:
     head = Tree.SubElement(page, "head")
     Tree.SubElement(head, "meta", charset="utf-8")
     Tree.SubElement(head, "meta", name="viewport", content="width=device-width, initial-scale=1")
-    head.append(_text_element("title", f"{printable(title)}: attention sites"))
+    head.append(_text_element("title", f"{printable(title)}: sites"))
     head.append(_text_element("style", _PAGE + STYLE))
     body = Tree.SubElement(page, "body")
     body.append(_text_element("h1", printable(title)))
-    good = sum(p.rewritable for p in pictures)
-    body.append(_text_element("p", f"{good} of {len(pictures)} attention sites can be rewritten"))
+    sites = [p for p in pictures if p.kind == "attention"]
+    good = sum(p.rewritable for p in sites)
+    body.append(_text_element("p", f"{good} of {len(sites)} attention sites can be rewritten"))
+    if blocks := len(pictures) - len(sites):
+        body.append(_text_element("p", f"{blocks} feed-forward blocks are understood"))
     for picture in pictures:
         section = Tree.SubElement(body, "section")
         section.append(_text_element("h2", printable(picture.name)))

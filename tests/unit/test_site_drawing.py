@@ -42,6 +42,20 @@ class Refused(Attention):
         return (weights @ v).transpose(1, 2).reshape(b, s, 32)
 
 
+class Block(torch.nn.Module):
+    """A gated feed-forward block behind an attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = Attention()
+        self.gate, self.up, self.down = torch.nn.Linear(32, 48), torch.nn.Linear(32, 48), torch.nn.Linear(48, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h: torch.Tensor = x + self.attention(x)
+        result: torch.Tensor = h + self.down(torch.nn.functional.silu(self.gate(h)) * self.up(h))
+        return result
+
+
 @pytest.fixture(scope="module")
 def inspection() -> rewriter.Inspection:
     return rewriter.inspect(Attention().eval(), example_inputs=(torch.randn(2, 7, 32),))
@@ -62,6 +76,22 @@ def test_a_site_is_drawn_whole(inspection: rewriter.Inspection, tmp_path: Path) 
     (picture,) = inspection.pictures
     ends = {key for edge in picture.edges for key in edge}
     assert ends == {box.key for box in picture.boxes}, "a box hangs in the air"
+
+
+def test_a_feed_forward_block_is_drawn_whole(tmp_path: Path) -> None:
+    found = rewriter.inspect(Block().eval(), example_inputs=(torch.randn(2, 7, 32),))
+    attention, block = found.pictures
+    assert (attention.kind, block.kind) == ("attention", "feed_forward")
+    assert [(box.title, box.role) for box in block.boxes if box.role != "input"] == [
+        ("Linear", "gate"), ("aten.silu", "activation"), ("Linear", "up"), ("Mul", "activation"), ("Linear", "output"),
+    ]  # fmt: skip
+    assert block.caption == "gated, silu, 32 → 48 → 32" and len(block.edges) == 6
+    assert {key for edge in block.edges for key in edge} == {box.key for box in block.boxes}
+    found.save_graph(tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert "1 of 1 attention sites can be rewritten" in page and "1 feed-forward blocks are understood" in page
+    found.save_graph(tmp_path / "block.svg", site=block.name)
+    assert "silu" in (tmp_path / "block.svg").read_text()
 
 
 def test_a_refusal_is_drawn_with_its_reason(tmp_path: Path) -> None:
@@ -133,7 +163,7 @@ def test_an_old_drawing_survives_a_failure(
 
 def test_a_model_without_attention_has_nothing_to_draw(tmp_path: Path) -> None:
     found = rewriter.inspect(torch.nn.Linear(4, 4), example_inputs=(torch.randn(2, 4),))
-    with pytest.raises(UsageError, match="no attention to draw"):
+    with pytest.raises(UsageError, match="nothing to draw"):
         found.save_graph(tmp_path / "a.svg")
 
 
