@@ -129,9 +129,9 @@ class Sensitivity:
         return found, refused
 
     def of_plan(self, steps: Sequence[Step]) -> float:
-        """Drift with all of a plan's steps taken, each fitted to what those before it give."""
+        """Drift with all of a plan's steps taken as they will be, each fitted to what those before it give."""
         runs = PairedRuns.start(self.flow, self.matches, self.probe, self.fitted)
-        rewritten(runs, steps, refine=False)
+        rewritten(runs, steps)
         return self.answer.drift(self._measured(runs.students), self.places)
 
     def _effect(
