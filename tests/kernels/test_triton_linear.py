@@ -128,6 +128,10 @@ BUILT = {
 }
 
 
+KNOWN_SPILLS = {("favor", "sm_80", "_states"), ("learned, float32", "sm_80", "_states")}
+"""What docs/kernels.md says of such cards; each is looked at, and must still spill."""
+
+
 @pytest.mark.parametrize("suffix", ["_states", ""], ids=["states", "attention"])
 @pytest.mark.parametrize("arch", SHARED)
 @pytest.mark.parametrize("name", BUILT)
@@ -142,7 +146,7 @@ def test_binaries_fit_and_spill_nothing(tmp_path: Path, name: str, arch: str, su
         path, kernel + suffix, signatures(spec, dtype)[suffix], arch, warps=cut.warps, stages=cut.stages
     )
     found = made.resources
-    assert (found.stack, found.spills) == (0, 0), found
+    assert ((found.stack, found.spills) != (0, 0)) is ((name, arch, suffix) in KNOWN_SPILLS), found
     assert found.shared <= SHARED[arch] and found.matrix > 0 and found.vector_copies > 0, found
 
 
