@@ -40,7 +40,7 @@ class Tiling:
 
 
 def tiling(spec: LinearAttention, dtype: DType, arch: str) -> Tiling:
-    """Sizes that compile without spills (checked in the tests, which name what spills on sm_80). No card was tuned for."""
+    """Sizes that compile without spills, but for what the tests name on sm_80. No card was tuned for."""
     widest = max(block(spec.attention.head_dim), block(spec.attention.value_dim))
     stages = 1 if arch.startswith("gfx") else 2
     whole = block(spec.chunk)
