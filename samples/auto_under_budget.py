@@ -18,7 +18,7 @@ import torch
 from rewriter import optimize
 from rewriter.demo.weights import minilm, play
 
-CALIBRATION, UNSEEN = 64, 64
+CALIBRATION, UNSEEN = 32, 64
 
 
 def lines(name: str, count: int) -> list[str]:
