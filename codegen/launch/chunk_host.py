@@ -5,7 +5,6 @@ Shape legend: B batch, S tokens, E hidden, F expanded, N base, C tokens of a chu
 
 from __future__ import annotations
 
-import ctypes
 import functools
 from collections.abc import Sequence
 
@@ -15,8 +14,8 @@ from torch import Tensor
 
 from codegen.device import Language, host
 from codegen.errors import NotLegal
-from codegen.launch.host import ChunkLaunch, HostKernel, load, thread_pool
-from codegen.launch.operands import DTYPES
+from codegen.launch.host import ChunkLaunch, HostKernel, load
+from codegen.launch.operands import DTYPES, run_on_processor
 from codegen.ops.gated_attention.reference import check
 from codegen.ops.gated_attention.torch_body import Weights, expanded, heads
 from codegen.ops.mixed_chunk_attention.torch_body import learned_bias
@@ -74,9 +73,7 @@ def launch(
         block.shown = held["shown"].data_ptr()
     block.batch, block.tokens = out.shape[:2]
     block.threads = torch.get_num_threads()
-    workspace = torch.empty(kernel.plan(ctypes.byref(block)) + 64, dtype=torch.uint8)
-    block.workspace = (workspace.data_ptr() + 63) // 64 * 64
-    kernel.run(ctypes.byref(block), thread_pool())
+    run_on_processor(kernel, block)
     return out
 
 

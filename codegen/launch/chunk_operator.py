@@ -17,6 +17,7 @@ from torch import Tensor
 from codegen.device import Language, host
 from codegen.errors import NotLegal
 from codegen.launch.operands import DTYPES
+from codegen.launch.recomputed import gradients
 from codegen.launch.torch_op import graphics_card
 from codegen.ops.gated_attention.reference import check
 from codegen.ops.gated_attention.torch_body import Weights, expanded, kernel, wide
@@ -89,14 +90,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    tensors = [None if t is None else t.detach() for t in ctx.saved_tensors]
-    wanted = [i for i in range(8) if ctx.needs_input_grad[i]]
-    leaves = [t.requires_grad_() for i in wanted if (t := tensors[i]) is not None]
-    with torch.enable_grad():
-        output = by_torch(tensors, *ctx.rest)
-        found = torch.autograd.grad(output, leaves, gradient)
-    by_place = dict(zip(wanted, found, strict=True))
-    return (*(by_place.get(i) for i in range(8)), *(None for _ in ctx.rest))
+    return gradients(ctx, gradient, lambda operands: by_torch(operands, *ctx.rest))
 
 
 _operator.register_autograd(_backward, setup_context=_setup)

@@ -16,7 +16,7 @@ from codegen.device import DType
 from codegen.errors import NotLegal
 from codegen.launch.cuda_binary import Load, on_card
 from codegen.launch.cuda_driver import Argument, Kernel
-from codegen.launch.operands import DTYPES
+from codegen.launch.operands import DTYPES, require_mixing
 from codegen.ops.fourier_mixing import cuda_kernel
 from codegen.ops.fourier_mixing.cuda_kernel import Cut, Plan
 from codegen.spec import FourierMixing
@@ -44,8 +44,7 @@ def launch(
         NoCompiler, CompilationFailed: it cannot be built.
         ValueError: operands that contradict the spec.
     """
-    if x.dim() != 3 or x.shape[2] != spec.hidden or (gain is not None, bias is not None) != (spec.gain, spec.bias):
-        raise ValueError(f"operands of shape {tuple(x.shape)} contradict {spec}")
+    require_mixing(spec, x, gain, bias)
     dtype = DTYPES.get(x.dtype)
     reason = f"there is no kernel in {x.dtype}" if dtype is None else cuda_kernel.legal(spec, dtype)
     reason = reason or (cuda_kernel.legal_tokens(x.shape[1]) if x.numel() else None)

@@ -5,15 +5,13 @@ Shape legend: B batch, S tokens, D features.
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 from torch import Tensor
 
 from codegen.device import host
 from codegen.errors import NotLegal
-from codegen.launch.host import HostKernel, MixingLaunch, load, thread_pool
-from codegen.launch.operands import DTYPES
+from codegen.launch.host import HostKernel, MixingLaunch, load
+from codegen.launch.operands import DTYPES, require_mixing, run_on_processor
 from codegen.ops.fourier_mixing.cpp_kernel import MOST_TOKENS
 from codegen.registry import select, why_not
 from codegen.spec import FourierMixing
@@ -30,8 +28,7 @@ def launch(spec: FourierMixing, x: Tensor, gain: Tensor | None = None, bias: Ten
         NotLegal: the dtype, the length or the processor is beyond the kernel.
         ValueError: operands that contradict the spec.
     """
-    if x.dim() != 3 or x.shape[2] != spec.hidden or (gain is not None, bias is not None) != (spec.gain, spec.bias):
-        raise ValueError(f"operands of shape {tuple(x.shape)} contradict {spec}")
+    require_mixing(spec, x, gain, bias)
     kernel = _kernel(spec, x)
     x = x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
     out = torch.empty(x.shape, dtype=x.dtype)
@@ -45,9 +42,7 @@ def launch(spec: FourierMixing, x: Tensor, gain: Tensor | None = None, bias: Ten
     block.batch, block.tokens = x.shape[:2]
     block.x_stride[:], block.out_stride[:] = x.stride()[:2], out.stride()[:2]
     block.threads = torch.get_num_threads()
-    workspace = torch.empty(kernel.plan(ctypes.byref(block)) + 64, dtype=torch.uint8)
-    block.workspace = (workspace.data_ptr() + 63) // 64 * 64
-    kernel.run(ctypes.byref(block), thread_pool())
+    run_on_processor(kernel, block)
     return out
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from codegen.device import DType, Language, host
 from codegen.errors import KernelError, NotLegal
 from codegen.launch import fourier_cuda, fourier_host, triton_source
-from codegen.launch.operands import DTYPES
+from codegen.launch.operands import DTYPES, require_mixing
 from codegen.launch.torch_op import graphics_card
 from codegen.ops.fourier_mixing import cuda_kernel, triton_kernel
 from codegen.ops.fourier_mixing.torch_body import fourier_mixing
@@ -106,8 +106,7 @@ def launch(
         NotLegal: the spec, the dtype, the length or the device is beyond the kernel.
         ValueError: operands that contradict the spec.
     """
-    if x.dim() != 3 or x.shape[2] != spec.hidden or (gain is not None, bias is not None) != (spec.gain, spec.bias):
-        raise ValueError(f"operands of shape {tuple(x.shape)} contradict {spec}")
+    require_mixing(spec, x, gain, bias)
     dtype = DTYPES.get(x.dtype)
     reason = f"there is no kernel in {x.dtype}" if dtype is None else triton_kernel.legal(spec, dtype)
     if x.shape[1] > triton_kernel.MOST_TOKENS:

@@ -5,7 +5,6 @@ Shape legend: B batch, H query heads, N key/value heads, S queries, T keys, D he
 
 from __future__ import annotations
 
-import ctypes
 import functools
 
 import torch
@@ -14,8 +13,8 @@ from torch import Tensor
 
 from codegen.device import Language, host
 from codegen.errors import NotLegal
-from codegen.launch.host import HostKernel, LinearLaunch, load, thread_pool
-from codegen.launch.operands import DTYPES, dense, empty_output
+from codegen.launch.host import HostKernel, LinearLaunch, load
+from codegen.launch.operands import DTYPES, dense, empty_output, run_on_processor
 from codegen.ops.linear_attention.cpp_kernel import MAP_LANES
 from codegen.ops.linear_attention.reference import check
 from codegen.ops.linear_attention.torch_body import Parameters
@@ -55,9 +54,7 @@ def launch(
     for name in held.keys() - {"q", "k", "v"}:
         setattr(block, name, held[name].data_ptr())
     block.threads = torch.get_num_threads()
-    workspace = torch.empty(kernel.plan(ctypes.byref(block)) + 64, dtype=torch.uint8)
-    block.workspace = (workspace.data_ptr() + 63) // 64 * 64
-    kernel.run(ctypes.byref(block), thread_pool())
+    run_on_processor(kernel, block)
     return out
 
 

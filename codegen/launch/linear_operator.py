@@ -17,6 +17,7 @@ from torch import Tensor
 from codegen.device import Language, host
 from codegen.errors import NotLegal
 from codegen.launch.operands import DTYPES, empty_output
+from codegen.launch.recomputed import Operands, gradients
 from codegen.launch.torch_op import graphics_card
 from codegen.ops.linear_attention.torch_body import linear_attention as body
 from codegen.registry import select, why_not
@@ -87,16 +88,12 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    tensors = [None if t is None else t.detach() for t in ctx.saved_tensors]
-    wanted = [i for i in range(8) if ctx.needs_input_grad[i]]
-    leaves = [t.requires_grad_() for i in wanted if (t := tensors[i]) is not None]
-    q, k, v, shown = tensors[:4]
-    assert q is not None and k is not None and v is not None
-    with torch.enable_grad():
-        output = body(_spec(q, v, *ctx.rest[:5]), q, k, v, _named(*tensors[4:]), shown)
-        found = torch.autograd.grad(output, leaves, gradient)
-    by_place = dict(zip(wanted, found, strict=True))
-    return (*(by_place.get(i) for i in range(8)), *(None for _ in ctx.rest))
+    def by_torch(operands: Operands) -> Tensor:
+        q, k, v, shown = operands[:4]
+        assert q is not None and k is not None and v is not None
+        return body(_spec(q, v, *ctx.rest[:5]), q, k, v, _named(*operands[4:]), shown)
+
+    return gradients(ctx, gradient, by_torch)
 
 
 _operator.register_autograd(_backward, setup_context=_setup)

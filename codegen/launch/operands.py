@@ -1,16 +1,20 @@
-"""What launchers of grouped-query attention have in common: dtypes, layouts, and biases and sinks at full size.
+"""What launchers have in common: dtypes, layouts, checks of operands, and biases and sinks at full size.
 
 Shape legend: B batch, H query heads, KV key/value heads, S queries, T keys, D head_dim, E value_dim.
 """
 
 from __future__ import annotations
 
+import ctypes
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from codegen.device import DType
 from codegen.errors import NotLegal
-from codegen.spec import GroupedQueryAttention
+from codegen.launch.host import HostKernel, thread_pool
+from codegen.spec import FourierMixing, GroupedQueryAttention
 
 DTYPES = {torch.float32: DType.FLOAT32, torch.float16: DType.FLOAT16, torch.bfloat16: DType.BFLOAT16}
 
@@ -46,6 +50,21 @@ def require_fitting(spec: GroupedQueryAttention, q: Tensor, k: Tensor, v: Tensor
         raise ValueError(
             f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit {spec.kv_heads} K/V heads"
         )
+
+
+def require_mixing(spec: FourierMixing, x: Tensor, gain: Tensor | None, bias: Tensor | None) -> None:
+    """Raises ValueError for operands of Fourier mixing that contradict the spec."""
+    if x.dim() != 3 or x.shape[2] != spec.hidden or (gain is not None, bias is not None) != (spec.gain, spec.bias):
+        raise ValueError(f"operands of shape {tuple(x.shape)} contradict {spec}")
+
+
+def run_on_processor(kernel: HostKernel, block: Any) -> None:
+    """A C++ kernel on torch's own threads, with scratch of the size that it asks for."""
+    size = kernel.plan(ctypes.byref(block))
+    if size:
+        workspace = torch.empty(size + 64, dtype=torch.uint8)
+        block.workspace = (workspace.data_ptr() + 63) // 64 * 64
+    kernel.run(ctypes.byref(block), thread_pool())
 
 
 def aligned(x: Tensor) -> bool:

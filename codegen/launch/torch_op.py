@@ -8,7 +8,6 @@ Shape legend: B batch, H query heads, KV key/value heads, S queries, T keys, D h
 
 from __future__ import annotations
 
-import ctypes
 import functools
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,8 +18,17 @@ from torch import Tensor
 
 from codegen.device import Device, Language, host, measured_as
 from codegen.errors import KernelError, NotLegal
-from codegen.launch.host import HostKernel, Launch, load, thread_pool
-from codegen.launch.operands import DTYPES, dense, empty_output, require_fitting, wide_bias, wide_sinks
+from codegen.launch.host import HostKernel, Launch, load
+from codegen.launch.operands import (
+    DTYPES,
+    dense,
+    empty_output,
+    require_fitting,
+    run_on_processor,
+    wide_bias,
+    wide_sinks,
+)
+from codegen.launch.recomputed import Operands, gradients
 from codegen.ops.grouped_query_attention import torch_body
 from codegen.registry import Choice, select, why_not
 from codegen.sight import as_numbers, from_numbers
@@ -207,16 +215,13 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    tensors = [None if t is None else t.detach() for t in ctx.saved_tensors]
-    wanted = [i for i in range(5) if ctx.needs_input_grad[i]]
-    leaves = [t.requires_grad_() for i in wanted if (t := tensors[i]) is not None]
-    q, k, v, bias, sinks = tensors
-    assert q is not None and k is not None and v is not None
-    with torch.enable_grad():
-        output = torch_body.grouped_query_attention(_spec(q, v, bias, sinks, *ctx.rest[:6]), q, k, v, bias, sinks=sinks)
-        found = torch.autograd.grad(output, leaves, gradient)
-    by_place = dict(zip(wanted, found, strict=True))
-    return (*(by_place.get(i) for i in range(5)), *(None for _ in ctx.rest))
+    def by_torch(operands: Operands) -> Tensor:
+        q, k, v, bias, sinks = operands
+        assert q is not None and k is not None and v is not None
+        spec = _spec(q, v, bias, sinks, *ctx.rest[:6])
+        return torch_body.grouped_query_attention(spec, q, k, v, bias, sinks=sinks)
+
+    return gradients(ctx, gradient, by_torch)
 
 
 _operator.register_autograd(_backward, setup_context=_setup)
@@ -308,10 +313,5 @@ def launch(
         held.append(wide)
     if out.numel() == 0:
         return out
-    size = kernel.plan(ctypes.byref(block))
-    if size:
-        workspace = torch.empty(size + 64, dtype=torch.uint8)
-        block.workspace = (workspace.data_ptr() + 63) // 64 * 64
-        held.append(workspace)
-    kernel.run(ctypes.byref(block), thread_pool())
+    run_on_processor(kernel, block)
     return out

@@ -18,13 +18,12 @@ from passes.dataflow import Array, Flow
 from passes.distance_bias import ByDistance, by_distance
 from passes.match.attention import Evidence
 from passes.site import AttentionSite
-from passes.sublayer import NoSublayer, Sublayer, sublayer
+from passes.sublayer import Sublayer, sublayer
 from passes.targets.grouped_query import describe
-from passes.targets.mixing import Fit, Fitting, refusal, told
+from passes.targets.mixing import Fit, Fitting, refusal, stored_weights, told
 from passes.targets.replacement import Replacement
 from passes.targets.whole import Whole
 from passes.weights.light_heads import Heads, HeadsFit, HeadsFitting, branches, strongest
-from passes.weights.projection import site_weights
 
 RADIUS = 127
 """The paper's, a window of 255."""
@@ -111,14 +110,7 @@ class ConditionalHeads(Whole):
     def _read(self, flow: Flow, site: AttentionSite, evidence: Evidence) -> tuple[Sublayer, Heads, ByDistance]:
         around = sublayer(flow, site, evidence)
         seen = by_distance(flow, site, evidence)
-        try:
-            weights = site_weights(flow, site)
-        except KeyError as missing:
-            raise NoSublayer(f"its weights are computed, not stored ({missing})") from missing
-        if weights.out is None:
-            raise NoSublayer("its output projection does not read the heads one after the other")
-        if len({w.shape[-1] for w in (weights.q, weights.k, weights.v)} | {around.hidden + 1}) > 1:
-            raise NoSublayer("its projections read different numbers of features")
+        weights = stored_weights(flow, site, around)
         return around, Heads.of(weights, site.group, site.v.gain, seen.table), seen
 
     def _replacement(

@@ -24,12 +24,11 @@ from codegen.spec import GatedAttention, MixedChunkAttention, PositionBias
 from passes.dataflow import Array, Flow
 from passes.match.attention import Evidence
 from passes.site import AttentionSite
-from passes.sublayer import NoSublayer, Sublayer, sublayer
-from passes.targets.mixing import Fit, Fitting, mixed, refusal, told
+from passes.sublayer import Sublayer, sublayer
+from passes.targets.mixing import Fit, Fitting, mixed, refusal, stored_weights, told
 from passes.targets.replacement import Replacement
 from passes.targets.whole import Whole
 from passes.weights.gated import attention_unit, chunked, harmonic_profile, mean_score_map, score_subspace
-from passes.weights.projection import site_weights
 from passes.weights.unit_refit import OutputSums
 
 REACH = 512
@@ -107,14 +106,7 @@ class GatedUnit(Whole):
     def _initial(self, flow: Flow, site: AttentionSite, around: Sublayer) -> tuple[dict[str, Array], float]:
         """(operands by role, float64; how much of the heads' mean score the base has)."""
         spec = self.spec(site, around)
-        try:
-            weights = site_weights(flow, site)
-        except KeyError as missing:
-            raise NoSublayer(f"its weights are computed, not stored ({missing})") from missing
-        if weights.out is None:
-            raise NoSublayer("its output projection does not read the heads one after the other")
-        if len({w.shape[-1] for w in (weights.q, weights.k, weights.v)} | {around.hidden + 1}) > 1:
-            raise NoSublayer("its projections read different numbers of features")
+        weights = stored_weights(flow, site, around)
         gain = site.scale * site.q.gain * site.k.gain
         subspace = score_subspace(mean_score_map(weights, site.group, gain), spec.base - 1)
         profile = harmonic_profile(REACH, causal=site.causal)

@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from codegen.spec import TokenMixing
-from passes.dataflow import Array
+from passes.dataflow import Array, Flow
 from passes.site import AttentionSite
 from passes.stacks import stacks
-from passes.sublayer import Sublayer
+from passes.sublayer import NoSublayer, Sublayer
 from passes.targets.grouped_query import describe
 from passes.targets.replacement import Replacement
+from passes.weights.projection import SiteWeights, site_weights
 
 
 class Fit(Protocol):
@@ -63,6 +64,19 @@ def refusal(site: AttentionSite, *, causal: bool = False) -> str | None:
 def on_top(sites: Sequence[AttentionSite], count: int) -> list[AttentionSite]:
     """The top `count` attentions of each stack: sites whose names differ in nothing but numbers."""
     return [s for stack in stacks(sites) for s in stack[max(len(stack) - count, 0) :]]
+
+
+def stored_weights(flow: Flow, site: AttentionSite, around: Sublayer) -> SiteWeights:
+    """The site's weights, all of them, on the same hidden states. Raises NoSublayer where there are none such."""
+    try:
+        weights = site_weights(flow, site)
+    except KeyError as missing:
+        raise NoSublayer(f"its weights are computed, not stored ({missing})") from missing
+    if weights.out is None:
+        raise NoSublayer("its output projection does not read the heads one after the other")
+    if len({w.shape[-1] for w in (weights.q, weights.k, weights.v)} | {around.hidden + 1}) > 1:
+        raise NoSublayer("its projections read different numbers of features")
+    return weights
 
 
 def told(fit: Fit) -> str:
