@@ -59,6 +59,13 @@ def divergence(before: Tensor, after: Tensor) -> float:
     return float((p.exp() * (p - q)).sum(-1).mean())
 
 
+@pytest.fixture
+def unrefined(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads are refined in no trial; where a prediction must be exact, not in what is installed either."""
+    monkeypatch.setattr(merging_fit, "refined", lambda job, m: refitted(job.site, m, job.seen, job.reference))
+
+
+@pytest.mark.usefixtures("unrefined")
 @pytest.mark.parametrize("easy", [0, 1])
 def test_the_budget_goes_where_it_costs_least(easy: int) -> None:
     case, model = ZOO["llama-sdpa"], llama(easy)
@@ -76,9 +83,9 @@ def test_the_budget_goes_where_it_costs_least(easy: int) -> None:
     )
 
 
-def test_a_sensitivity_is_the_drift_of_rewriting_that_site(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By hand: fitted on the same batches, installed, run on those held out; heads are not refined in a trial."""
-    monkeypatch.setattr(merging_fit, "refined", lambda job, m: refitted(job.site, m, job.seen, job.reference))
+@pytest.mark.usefixtures("unrefined")
+def test_a_sensitivity_is_the_drift_of_rewriting_that_site() -> None:
+    """By hand: fitted on the same batches, installed, run on those held out."""
     case, model = ZOO["llama-sdpa"], llama()
     data, example = batches(case), case.inputs(2, LENGTH, 0)
     measured = {
