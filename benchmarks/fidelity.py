@@ -1,10 +1,11 @@
 """How near a rewritten model stays to its original: merge x ratio x calibration size, beside the zero floor.
 
-``python -m benchmarks.fidelity [--quick] [--json F] [--markdown F] [--only minilm,smollm2,twin]``
+``python -m benchmarks.fidelity [--quick] [--json F] [--markdown F] [--only minilm,smollm2,twin,whisper]``
 
 MiniLM: mean cosine of sentence embeddings with the original's, on lines of a play that calibration has not seen.
 SmolLM2: perplexity relative to the original's on held-out text, and the largest change of a logit for its twin whose
-heads are turned copies of each other. The floor is the same model with every selected attention's output zeroed.
+heads are turned copies of each other. Whisper tiny.en: KL divergence from the original and word error rate
+(`benchmarks.speech`). The floor is the same model with every selected attention's output zeroed.
 Calibration and held-out text are different plays, and no gradient step is taken; what healing gives back is measured in
 the parts minilm-healed and smollm2-healed (`benchmarks.healing`), what choosing for each layer gives in minilm-auto and
 smollm2-auto (`benchmarks.auto_choice`), what attention transfer gives linear attention in smollm2-linear
@@ -31,6 +32,7 @@ from benchmarks.healing import healed_table, minilm_healed, smollm2_healed
 from benchmarks.linear_transfer import linear_table, smollm2_linear
 from benchmarks.machine import machine
 from benchmarks.rows import Row, markdown_table, put_section, write_json
+from benchmarks.speech import speech_table, whisper_rows
 from benchmarks.texts import CALIBRATION, HELD_OUT, WINDOW, cosine, embedded, sentences, token_ids
 from passes.targets import GroupedQuery
 from rewriter.demo.perplexity import perplexity
@@ -185,6 +187,7 @@ PARTS: dict[str, Callable[[bool], Iterator[Row]]] = {
     "minilm": minilm_rows,
     "twin": twin_rows,
     "smollm2": smollm2_rows,
+    "whisper": whisper_rows,
     "minilm-auto": minilm_auto,
     "smollm2-auto": smollm2_auto,
     "minilm-healed": minilm_healed,
@@ -195,8 +198,9 @@ PARTS: dict[str, Callable[[bool], Iterator[Row]]] = {
 
 def document(rows: Sequence[Row], quick: bool) -> str:
     where = machine()
-    healed, chosen, linear = ([r for r in rows if word in r.name] for word in ("healed", "auto", "linear"))
-    plain = [r for r in rows if r not in (*healed, *chosen, *linear)]
+    kinds = ("healed", "auto", "linear", "whisper")
+    healed, chosen, linear, speech = ([r for r in rows if word in r.name] for word in kinds)
+    plain = [r for r in rows if r not in (*healed, *chosen, *linear, *speech)]
     lines = [[r.name, r.case, r.ours, r.peer, r.goal, r.ok, r.more.get("seconds")] for r in plain]
     header = ["what", "case", "measured", "attention zeroed", "goal", "met", "s"]
     size = "--quick: small samples" if quick else "all cases"
@@ -206,7 +210,8 @@ def document(rows: Sequence[Row], quick: bool) -> str:
         "gradient step but where it says healed, or after transfer."
     )
     tables = [markdown_table(header, lines)] if lines else []
-    more = [t(r) for t, r in ((auto_table, chosen), (healed_table, healed), (linear_table, linear)) if r]
+    others = ((speech_table, speech), (auto_table, chosen), (healed_table, healed), (linear_table, linear))
+    more = [table(found) for table, found in others if found]
     return "\n\n".join([note, *tables, *more])
 
 

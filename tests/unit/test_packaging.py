@@ -64,7 +64,7 @@ def test_every_runtime_dependency_is_accounted_for(project_root: Path, project: 
 
 
 def _pins(root: Path, file: str = "constraints.txt") -> dict[str, Version]:
-    lines = (root / file).read_text().splitlines()
+    lines = (line.partition(";")[0].strip() for line in (root / file).read_text().splitlines())
     pairs = (line.split("==") for line in lines if line and not line.startswith("#"))
     return {canonicalize_name(name): Version(pin) for name, pin in pairs}
 
