@@ -7,6 +7,7 @@ are left out, and ties are tested where they are exact.
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -333,6 +334,29 @@ def test_half_precision_files_route_in_float32(routing: Routing, opset: int) -> 
     found = run(model(spec, opset, dtype), feeds)
     assert found.dtype == np.float16
     assert distance(found.astype(np.float64), oracle(spec, **feeds).output) < 1e-2
+
+
+FUSED = {Activation.GELU: "Gelu", Activation.GELU_TANH: "FastGelu", Activation.SILU: "QuickGelu"}
+
+
+@pytest.mark.parametrize("opset", [12, 21])
+@pytest.mark.parametrize("activation", FUSED, ids=[a.value for a in FUSED])
+def test_the_runtime_finds_one_operator_in_what_an_activation_is_spelled_as(
+    activation: Activation, opset: int, tmp_path: Path
+) -> None:
+    """Each of the passes it is spelled as goes over all features inside. The control: not optimised they are there."""
+
+    def operators(level: ort.GraphOptimizationLevel) -> set[str]:
+        spec = MixtureOfExperts(6, 9, 2, Routing.EXPERTS_CHOOSE, activation=activation)
+        options = ort.SessionOptions()
+        options.graph_optimization_level, options.log_severity_level = level, 3
+        options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+        ort.InferenceSession(model(spec, opset), options, providers=["CPUExecutionProvider"])
+        return {node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node}
+
+    spelled, found = {"Erf", "Tanh", "Sigmoid"}, operators(ort.GraphOptimizationLevel.ORT_ENABLE_ALL)
+    assert FUSED[activation] in found and not found & spelled
+    assert operators(ort.GraphOptimizationLevel.ORT_DISABLE_ALL) & spelled
 
 
 def test_the_portable_evaluator_agrees() -> None:

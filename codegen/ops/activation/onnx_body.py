@@ -28,7 +28,9 @@ def activate(body: FunctionBody, kind: Activation, x: ir.Value, name: str) -> ir
             )
             return _half_of_one_more(body, inner, x, name)
         case Activation.GELU_TANH:
-            return _half_of_one_more(body, body.op("Tanh", [_cubic(body, x, name)], f"{name}_tanh"), x, name)
+            half = body.op("Mul", [x, _number(body, 0.5, x)], f"{name}_half")
+            more = _one_more(body, body.op("Tanh", [_cubic(body, x, name)], f"{name}_tanh"), x, name)
+            return body.op("Mul", [half, more], name)
         case Activation.QUICK_GELU:
             scaled = body.op("Mul", [x, _number(body, 1.702, x)], f"{name}_scaled")
             return body.op("Mul", [x, body.op("Sigmoid", [scaled], f"{name}_sigmoid")], name)
@@ -48,8 +50,12 @@ def _cubic(body: FunctionBody, x: ir.Value, name: str) -> ir.Value:
 
 def _half_of_one_more(body: FunctionBody, inner: ir.Value, x: ir.Value, name: str) -> ir.Value:
     """x (1 + inner) / 2"""
-    more = body.op("Add", [inner, _number(body, 1.0, x)], f"{name}_more")
-    return body.op("Mul", [body.op("Mul", [x, more], f"{name}_twice"), _number(body, 0.5, x)], name)
+    twice = body.op("Mul", [x, _one_more(body, inner, x, name)], f"{name}_twice")
+    return body.op("Mul", [twice, _number(body, 0.5, x)], name)
+
+
+def _one_more(body: FunctionBody, inner: ir.Value, x: ir.Value, name: str) -> ir.Value:
+    return body.op("Add", [inner, _number(body, 1.0, x)], f"{name}_more")
 
 
 def _number(body: FunctionBody, number: float, like: ir.Value) -> ir.Value:
