@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import itertools
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from passes.protocols import Probe
 from passes.site import AttentionSite
 from passes.targets.auto import Auto
 from passes.targets.catalogue import find
+from rewriter import progress
 from rewriter.errors import NothingToRewrite, RewriteError, UsageError
 
 
@@ -56,7 +58,7 @@ def settle(flow: Flow, matches: Matches, target: Auto, layers: str | None, probe
         )
     try:
         sites = select(layers if layers is not None else "all", matches.sites)
-        chosen = choose(flow, matches, sites, target, probe)
+        chosen = _chosen(flow, matches, sites, target, probe)
     except (PlanError, BudgetError) as error:
         raise UsageError(str(error), hint=error.hint) from error
     except NoSolver as error:
@@ -68,6 +70,13 @@ def settle(flow: Flow, matches: Matches, target: Auto, layers: str | None, probe
             hint="allow more drift, or ask for fewer K/V bytes",
         )
     return Settled(target.name, chosen)
+
+
+def _chosen(flow: Flow, matches: Matches, sites: Sequence[AttentionSite], target: Auto, probe: Probe) -> Chosen:
+    """Site after site is tried; how many are done is shown when the next one begins."""
+    begun = itertools.count()
+    with progress.task("measuring", len(sites), "sites") as advance:
+        return choose(flow, matches, sites, target, probe, lambda _: advance(next(begun)))
 
 
 def with_choice(

@@ -315,6 +315,9 @@ def profile(
         int | None, typer.Option("--new-tokens", help="Tokens generated in mode decode; 32 by default.")
     ] = None,
     batch: Annotated[int | None, typer.Option("--batch", help="Prompts at once; 1 by default.")] = None,
+    cuda_graph: Annotated[
+        bool, typer.Option("--cuda-graph", help="On a card: capture the call as a CUDA graph, and time its replays.")
+    ] = False,
     html: Html = None,
     as_json: Json = False,
     progress: Progress = False,
@@ -340,6 +343,7 @@ def profile(
             prompt=prompt,
             new_tokens=new_tokens,
             batch=batch,
+            cuda_graph=cuda_graph,
         )
         if html is not None:
             found.save_html(html, _pictures(before))

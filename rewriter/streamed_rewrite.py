@@ -20,6 +20,7 @@ from torch import Tensor
 
 from passes.targets.grouped_query import GroupedQuery
 from passes.weights.pooling import mean_pool, ties
+from rewriter import progress
 from rewriter.capture.narrowed import HINT, narrowed
 from rewriter.decision import Stopwatch, assignment
 from rewriter.errors import InvalidModelFile, UnsupportedModel
@@ -54,11 +55,7 @@ class StreamedCheckpoint:
         Raises UsageError or CannotWrite as `rewriter.save` does, InvalidModelFile if a file is broken.
         """
         with whole_folder(path, drop=OURS) as draft:
-            total, places = 0, {}
-            for file in self.files:
-                before = safetensors_stream.stored(file)
-                total += safetensors_stream.rewrite(file, draft / file.name, self._changes(before))
-                places.update(dict.fromkeys(before, file.name))
+            total, places = self._write_tensors(draft)
             if len(self.files) > 1:
                 _write_json(
                     draft / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
@@ -69,6 +66,18 @@ class StreamedCheckpoint:
                 _write_json(draft / GENERATION, json.loads(generation.read_text(encoding="utf-8")))
             copy_side_files(self.source, draft, there=path)
 
+    def _write_tensors(self, draft: Path) -> tuple[int, dict[str, str]]:
+        """(bytes of all tensors, the file that each is in)"""
+        total, places, done = 0, dict[str, str](), 0
+        with progress.task("writing", sum(file.stat().st_size for file in self.files), "B") as advance:
+            for file in self.files:
+                before = safetensors_stream.stored(file)
+                changes, told = self._changes(before), partial(_advance, advance, done)
+                total += safetensors_stream.rewrite(file, draft / file.name, changes, told)
+                places.update(dict.fromkeys(before, file.name))
+                done += file.stat().st_size
+        return total, places
+
     def _changes(self, before: Mapping[str, Stored]) -> dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]]:
         found: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {}
         for name in before.keys() & self.pooled.keys():
@@ -76,6 +85,10 @@ class StreamedCheckpoint:
             rows, *columns = before[name].shape
             found[name] = ((rows // heads * groups, *columns), partial(_pool, heads=heads, groups=groups))
         return found
+
+
+def _advance(advance: progress.Advance, done: int, read: float) -> None:
+    advance(done + read)
 
 
 def _pool(tensor: Tensor, *, heads: int, groups: int) -> Tensor:

@@ -77,10 +77,16 @@ def read(tensor: Stored, name: str) -> Tensor:
         return found.clone()  # not a view of the mapped file
 
 
-def rewrite(source: Path, target: Path, changes: Mapping[str, tuple[tuple[int, ...], Change]]) -> int:
+def rewrite(
+    source: Path,
+    target: Path,
+    changes: Mapping[str, tuple[tuple[int, ...], Change]],
+    advance: Callable[[float], None] = lambda done: None,
+) -> int:
     """Write `source` to `target` with some tensors changed, each given by its new shape and how it comes about.
 
-    Returns the bytes of all tensors. Raises InvalidModelFile if `source` is broken.
+    `advance` is told after each tensor how many bytes of `source` are done. Returns the bytes of all tensors written.
+    Raises InvalidModelFile if `source` is broken.
     """
     before = stored(source)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -99,11 +105,12 @@ def rewrite(source: Path, target: Path, changes: Mapping[str, tuple[tuple[int, .
         for name, tensor in before.items():
             if name not in changes:
                 copy_range(old, tensor.begin, tensor.end - tensor.begin, new)
-                continue
-            made = changes[name][1](read(tensor, name))
-            if tuple(made.shape) != tuple(changes[name][0]):
-                raise RuntimeError(f"{name} became {tuple(made.shape)} instead of {changes[name][0]}")
-            new.write(_bytes(made))
+            else:
+                made = changes[name][1](read(tensor, name))
+                if tuple(made.shape) != tuple(changes[name][0]):
+                    raise RuntimeError(f"{name} became {tuple(made.shape)} instead of {changes[name][0]}")
+                new.write(_bytes(made))
+            advance(tensor.end)
     return place
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from time import perf_counter_ns, process_time_ns
 from typing import Any
 
+from rewriter import progress
+from rewriter.errors import RewriteError, UnsupportedModel, first_line
 from rewriter.profile.result import Milliseconds
 
 WARM_UP = 3
@@ -35,6 +37,16 @@ class Job:
     def run(self) -> None:
         self.call(self.prepare())
 
+    def tried(self, name: str, hint: str) -> Job:
+        """The same job, once it has run; raises UnsupportedModel, with this hint, if it does not run."""
+        try:
+            self.run()
+        except (RewriteError, MemoryError):
+            raise
+        except Exception as error:  # whatever a runtime or a person's own module raises
+            raise UnsupportedModel(f"{name} does not run: {first_line(error)}", hint=hint) from error
+        return self
+
 
 @dataclass(frozen=True)
 class Timed:
@@ -57,19 +69,22 @@ def time_in_turn(
 
     Both clocks give nanoseconds.
     """
-    for _ in range(warm_up):
-        before.run()
-        after.run()
+    with progress.task("warming up"):
+        for _ in range(warm_up):
+            before.run()
+            after.run()
     wall: tuple[list[float], list[float]] = ([], [])
     cpu: tuple[list[float], list[float]] = ([], [])
-    for run in range(runs):
-        for which in (0, 1) if run % 2 == 0 else (1, 0):
-            job = (before, after)[which]
-            ready = job.prepare()
-            start, cpu_start = clock(), cpu_clock()
-            job.call(ready)
-            cpu_end, end = cpu_clock(), clock()
-            wall[which].append((end - start) / 1e6 / job.pieces)
-            cpu[which].append((cpu_end - cpu_start) / 1e6 / job.pieces)
+    with progress.task("timing", runs, "runs") as advance:
+        for run in range(runs):
+            for which in (0, 1) if run % 2 == 0 else (1, 0):
+                job = (before, after)[which]
+                ready = job.prepare()
+                start, cpu_start = clock(), cpu_clock()
+                job.call(ready)
+                cpu_end, end = cpu_clock(), clock()
+                wall[which].append((end - start) / 1e6 / job.pieces)
+                cpu[which].append((cpu_end - cpu_start) / 1e6 / job.pieces)
+            advance(run + 1)
     first, second = (Timed(Milliseconds.of(w), Milliseconds.of(c)) for w, c in zip(wall, cpu, strict=True))
     return first, second

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,15 @@ from typing import Any
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from rewriter import progress
 from rewriter.capture.feeds import candidate_sizes, make_feeds
 from rewriter.capture.input_roles import input_roles
 from rewriter.capture.onnx_load import load
 from rewriter.errors import UnsupportedModel, first_line
 from rewriter.profile.interleaved import Job, Timed, time_in_turn
+from rewriter.profile.onnx_call import captured_call, own, session_call
 from rewriter.profile.onnx_decode import Generation
-from rewriter.profile.providers import device_name, open_session
+from rewriter.profile.providers import PROVIDERS, device_name, open_session
 from rewriter.profile.result import Measured, Profile
 from rewriter.profile.versions import versions
 from rewriter.profile.workload import FORWARD, Workload
@@ -44,9 +46,16 @@ class Conditions:
     threads: int
     library: Path | None = None
 
-    def open(self, path: Path, *, profile_prefix: Path | None = None) -> Any:
+    def open(self, path: Path, *, profile_prefix: Path | None = None, cuda_graph: bool = False) -> Any:
         """A session; raises UnsupportedModel as `open_session` does."""
-        return open_session(path, self.provider, self.threads, profile_prefix=profile_prefix, library=self.library)
+        return open_session(
+            path,
+            self.provider,
+            self.threads,
+            profile_prefix=profile_prefix,
+            library=self.library,
+            cuda_graph=cuda_graph,
+        )
 
 
 @dataclass(frozen=True)
@@ -58,11 +67,18 @@ class _Subject:
     kv_bytes: int | None
     generation: Generation | None = None
 
-    def job(self, session: Any, provider: str) -> Job:
+    def job(self, conditions: Conditions, cuda_graph: bool) -> Job:
+        """What is timed, in a session of its own."""
+        session = conditions.open(self.path, cuda_graph=cuda_graph)
         if self.generation is not None:
-            return self.generation.job(session)
-        call = _call(session, self.feeds, provider)
-        return Job(lambda _: call())
+            hint = "try a shorter --prompt, or fewer --new-tokens"
+            return self.generation.job(session).tried(self.path.name, hint)
+        if cuda_graph:
+            outputs = conditions.open(self.path).run(None, own(session, self.feeds))
+            call = captured_call(session, self.feeds, outputs, self.path)
+        else:
+            call = session_call(session, self.feeds, conditions.provider)
+        return Job(lambda _: call()).tried(self.path.name, "give sizes that both files take: --shape input_ids=1x128")
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -79,6 +95,7 @@ def profile_onnx(
     threads: int,
     library: Path | None = None,
     workload: Workload = FORWARD,
+    cuda_graph: bool = False,
 ) -> Profile:
     """Time `before` and `after` on the same inputs; see `rewriter.profile.compare.profile`.
 
@@ -91,15 +108,18 @@ def profile_onnx(
         subjects = _subjects(before, after, conditions, shapes)
     else:
         subjects = _generating(before, workload, provider), _generating(after, workload, provider)
-    old, new = subjects
-    old_session, new_session = (conditions.open(subject.path) for subject in subjects)
-    times = time_in_turn(old.job(old_session, provider), new.job(new_session, provider), runs)
-    del old_session, new_session
-    measured = [_measure(s, timed, conditions, workload) for s, timed in zip(subjects, times, strict=True)]
+    jobs = [subject.job(conditions, cuda_graph) for subject in subjects]
+    times = time_in_turn(jobs[0], jobs[1], runs)
+    del jobs  # and the sessions that they hold
+    measured = []
+    with progress.task("operators and memory", len(subjects), "models") as advance:
+        for subject, timed in zip(subjects, times, strict=True):
+            measured.append(_measure(subject, timed, conditions, workload))
+            advance(len(measured))
     made = stored.from_text(load(after).metadata_props.get(stored.PROPERTY))
     return Profile(
-        provider, device_name(provider), threads, runs, ort.__version__, measured[0], measured[1], old.shapes, made,
-        workload, versions("onnx"),
+        provider, device_name(provider), threads, runs, ort.__version__, measured[0], measured[1], subjects[0].shapes,
+        made, workload, versions("onnx"), cuda_graph,
     )  # fmt: skip
 
 
@@ -157,27 +177,6 @@ def _kept(model: ir.Model, feeds: Feeds) -> int | None:
     return ports.bytes_at(feeds, past + new) if ports.roles else None
 
 
-def _call(session: Any, feeds: Feeds, provider: str) -> Callable[[], object]:
-    """One run; on a graphics card inputs and outputs stay in its memory, and the call waits for the result."""
-    wanted = {value.name for value in session.get_inputs()}
-    own = {name: array for name, array in feeds.items() if name in wanted}
-    if provider == "cpu":
-        return lambda: session.run(None, own)
-    import onnxruntime as ort
-
-    binding = session.io_binding()
-    for name, array in own.items():
-        binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array, "cuda", 0))
-    for value in session.get_outputs():
-        binding.bind_output(value.name, "cuda", 0)
-
-    def run() -> None:
-        session.run_with_iobinding(binding)
-        binding.synchronize_outputs()
-
-    return run
-
-
 # --- operators -----------------------------------------------------------------------------------
 
 
@@ -189,7 +188,7 @@ def operator_times(path: Path, feeds: Feeds, conditions: Conditions) -> dict[str
     """
     with tempfile.TemporaryDirectory() as folder:
         session = conditions.open(path, profile_prefix=Path(folder) / "ort")
-        call = _call(session, feeds, conditions.provider)
+        call = session_call(session, feeds, conditions.provider)
         for _ in range(_PROFILED_RUNS + 1):
             call()
         events = json.loads(Path(session.end_profiling()).read_text())
@@ -223,14 +222,20 @@ def _by_operator(kernels: list[dict[str, Any]], provider: str, runs: int) -> dic
     for event in kernels:
         arguments = event.get("args", {})
         name, ran_on = str(arguments.get("op_name", "?")), str(arguments.get("provider", ""))
-        elsewhere = provider != "cpu" and ran_on == "CPUExecutionProvider"
-        totals[f"{name} (on the CPU)" if elsewhere else name] += event["dur"] / 1000 / runs
+        totals[f"{name}{_place(provider, ran_on)}"] += event["dur"] / 1000 / runs
         used.add(ran_on)
-    if provider != "cpu" and used <= {"CPUExecutionProvider"}:
+    if PROVIDERS[provider] not in used and provider != "cpu":
         raise UnsupportedModel(
             f"not one operator of the model ran on {provider}", hint="the provider supports none of them; use cpu"
         )
     return dict(sorted(totals.items(), key=lambda item: -item[1]))
+
+
+def _place(provider: str, ran_on: str) -> str:
+    """Where an operator ran, if it is not where it was asked for."""
+    if provider != "cpu" and ran_on == PROVIDERS["cpu"]:
+        return " (on the CPU)"
+    return " (by CUDA)" if provider == "tensorrt" and ran_on == PROVIDERS["cuda"] else ""
 
 
 # --- memory --------------------------------------------------------------------------------------

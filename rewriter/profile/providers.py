@@ -18,6 +18,8 @@ PROVIDERS = {
     "cuda": "CUDAExecutionProvider",
     "tensorrt": "TensorrtExecutionProvider",
 }
+GRAPH_OPTIONS = {"cuda": {"enable_cuda_graph": "1"}, "tensorrt": {"trt_cuda_graph_enable": "1"}}
+"""What makes a provider capture a run as a CUDA graph, and replay it from then on."""
 
 
 def provider_name(provider: str) -> str:
@@ -28,9 +30,17 @@ def provider_name(provider: str) -> str:
 
 
 def open_session(
-    path: Path, provider: str, threads: int, *, profile_prefix: Path | None = None, library: Path | None = None
+    path: Path,
+    provider: str,
+    threads: int,
+    *,
+    profile_prefix: Path | None = None,
+    library: Path | None = None,
+    cuda_graph: bool = False,
 ) -> Any:
     """A session whose first provider is the one asked for, with the operators of `library` if there is one.
+
+    `cuda_graph`: of a card's provider; runs are captured and replayed, so inputs and outputs must keep their places.
 
     Raises:
         UnsupportedModel: the model does not load, or onnxruntime fell back to another provider.
@@ -47,17 +57,39 @@ def open_session(
         options.profile_file_prefix = str(profile_prefix)
     if library is not None:
         options.register_custom_ops_library(str(library))
-    wanted = [name] if provider == "cpu" else [name, "CPUExecutionProvider"]
     try:
         with _quiet_start(provider):
-            session = ort.InferenceSession(str(path), options, providers=wanted, enable_fallback=0)
+            session = ort.InferenceSession(
+                str(path), options, providers=_wanted(provider, cuda_graph), enable_fallback=0
+            )
     except Exception as error:  # onnxruntime's errors share no public base class
         raise UnsupportedModel(
             f"onnxruntime cannot open {path.name} on {provider}: {first_line(error)}",
-            hint="see what is wrong with the file: rewriter verify" if provider == "cpu" else _install_hint(),
+            hint=_open_hint(provider, cuda_graph),
         ) from error
     refuse_fallback(session.get_providers(), provider)
     return session
+
+
+def _wanted(provider: str, cuda_graph: bool) -> list[Any]:
+    """Providers, first choice first: what TensorRT leaves over goes to CUDA before it goes to the processor."""
+    import onnxruntime as ort
+
+    name = PROVIDERS[provider]
+    first = (name, GRAPH_OPTIONS[provider]) if cuda_graph else name
+    if provider == "cpu":
+        return [first]
+    between = [PROVIDERS["cuda"]] if provider == "tensorrt" else []
+    there = ort.get_available_providers()
+    return [first, *(other for other in between if other in there), PROVIDERS["cpu"]]
+
+
+def _open_hint(provider: str, cuda_graph: bool) -> str:
+    if provider == "cpu":
+        return "see what is wrong with the file: rewriter verify"
+    if cuda_graph:
+        return "a graph takes models that run on the card as a whole; try it without the CUDA graph"
+    return _install_hint()
 
 
 @contextlib.contextmanager

@@ -69,6 +69,7 @@ class Profile:
         rewrite: how the second model was made, where it says so itself.
         workload: what one call is.
         versions: of everything that took part, by name.
+        cuda_graph: whether times are of replays of a CUDA graph.
     """
 
     provider: str
@@ -82,6 +83,7 @@ class Profile:
     rewrite: RewriteReport | None = field(default=None, repr=False)
     workload: Workload = field(default_factory=Workload)
     versions: Mapping[str, str] = field(default_factory=dict)
+    cuda_graph: bool = False
 
     @property
     def speedup(self) -> dict[str, float]:
@@ -114,6 +116,7 @@ class Profile:
             "onnxruntime": self.onnxruntime,
             "versions": dict(self.versions),
             "workload": self.workload.to_dict(),
+            "cuda_graph": self.cuda_graph,
             "before": self.before.to_dict(),
             "after": self.after.to_dict(),
             "speedup": self.speedup,

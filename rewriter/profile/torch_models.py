@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from rewriter import progress
 from rewriter.capture.example_inputs import default_inputs, prepare
 from rewriter.errors import UnsupportedModel, UsageError
 from rewriter.profile.interleaved import Job, Timed, time_in_turn
 from rewriter.profile.providers import device_name
 from rewriter.profile.result import Measured, Profile
 from rewriter.profile.torch_decode import cache_bytes, generation
+from rewriter.profile.torch_graph import captured
 from rewriter.profile.versions import versions
 from rewriter.profile.workload import FORWARD, Workload
 
 Shapes = Mapping[str, Sequence[int]]
 
 _PROFILED_RUNS = 5
+_HINT = "give inputs that both models take: example_inputs in Python, --shape or a shorter --prompt on the command line"
 
 
 def profile_torch(
@@ -31,26 +35,26 @@ def profile_torch(
     threads: int,
     example_inputs: Any = None,
     workload: Workload = FORWARD,
+    cuda_graph: bool = False,
 ) -> Profile:
     """Time ``before(...)`` and ``after(...)`` without gradients; see `rewriter.profile.compare.profile`."""
     device = _device(provider)
     forward = workload.mode == "forward"
     args, kwargs = _moved(prepare(before, _given(before, shapes, example_inputs)), device) if forward else ((), {})
-    threads_before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        modules = [module.to(device).eval() for module in (before, after)]
+    with _threads(threads), _evaluating(before, after, device=device):
+        modules = (before, after)
         if forward:
             jobs = [Job(_call(module, args, kwargs, device)) for module in modules]
         else:
             jobs = [generation(module, workload, device) for module in modules]
-        times = time_in_turn(jobs[0], jobs[1], runs)
-        measured = [
-            _measure(module, job, timed, device, None if forward else cache_bytes(job))
-            for module, job, timed in zip(modules, jobs, times, strict=True)
-        ]
-    finally:
-        torch.set_num_threads(threads_before)
+        jobs = [job.tried(f"the {name} model", _HINT) for job, name in zip(jobs, ("first", "second"), strict=True)]
+        replayed = [Job(_call(module, args, kwargs, device, True)) for module in modules] if cuda_graph else jobs
+        times = time_in_turn(replayed[0], replayed[1], runs)
+        with progress.task("operators and memory"):
+            measured = [
+                _measure(module, job, timed, device, None if forward else cache_bytes(job))
+                for module, job, timed in zip(modules, jobs, times, strict=True)
+            ]
     fed = {**{f"args[{i}]": a for i, a in enumerate(args)}, **kwargs}
     used = {name: tuple(value.shape) for name, value in fed.items() if isinstance(value, torch.Tensor)}
     if not forward:
@@ -58,8 +62,37 @@ def profile_torch(
     made = getattr(after, "rewrite_report", None)
     return Profile(
         provider, device_name(provider), threads, runs, None, measured[0], measured[1], used, made, workload,
-        versions("torch"),
+        versions("torch"), cuda_graph,
     )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def _evaluating(*modules: torch.nn.Module, device: torch.device) -> Iterator[None]:
+    """On the device and in evaluation mode; what was elsewhere, or in training, is so again afterwards."""
+    training = [(part, part.training) for module in modules for part in module.modules()]
+    places = [(module, next((t.device for t in module.parameters()), device)) for module in modules]
+    try:
+        for module in modules:
+            module.to(device)
+            with contextlib.suppress(NotImplementedError):  # of exported programs: in the mode that they were made in
+                module.eval()
+        yield
+    finally:
+        for part, before in training:
+            part.training = before
+        for module, place in places:
+            if place != device:
+                module.to(place)
 
 
 def _device(provider: str) -> torch.device:
@@ -108,11 +141,22 @@ def _moved(call: Any, device: torch.device) -> Any:
 
 
 def _call(
-    module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device
+    module: torch.nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    device: torch.device,
+    cuda_graph: bool = False,
 ) -> Callable[[Any], object]:
-    def run(_: Any) -> None:
+    """One call, which waits for the card to finish; or one replay of what it launches there."""
+
+    def forward() -> None:
         with torch.inference_mode():
             module(*args, **kwargs)
+
+    work = captured(forward, device) if cuda_graph else forward
+
+    def run(_: Any) -> None:
+        work()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 

@@ -77,7 +77,7 @@ def _facts(profile: Profile) -> tuple[tuple[str, str], ...]:
         ("provider", profile.provider),
         ("threads", str(profile.threads)),
         ("runs", str(profile.runs)),
-        ("measured", str(profile.workload)),
+        ("measured", f"{profile.workload}{', a CUDA graph replayed' if profile.cuda_graph else ''}"),
         ("inputs", inputs),
         *((name, version) for name, version in profile.versions.items()),
     )

@@ -140,7 +140,7 @@ def profile(found: Row, *, operators: int = 12) -> RenderableType:
     before, after = found["before"], found["after"]
     runtime = f"onnxruntime {found['onnxruntime']}" if found["onnxruntime"] else f"PyTorch {_version(found, 'torch')}"
     title = f"{found['device']} · {found['provider']} · {found['threads']} threads · {found['runs']} runs · {runtime}"
-    mode = _mode(found.get("workload") or {})
+    mode = "a CUDA graph, replayed" if found.get("cuda_graph") else _mode(found.get("workload") or {})
     rows: list[tuple[object, ...]] = [
         (f"{which} ms", *_ratio_cells(before["ms"][which], after["ms"][which], "{:.3f}"))
         for which in ("min", "median", "max")

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import rewriter
-from rewriter import model_kinds
+from rewriter import model_kinds, progress
 from rewriter.errors import InvalidModelFile, UnsupportedModel, UsageError
 from rewriter.install import safetensors_stream
 from rewriter.streamed_rewrite import StreamedCheckpoint
@@ -72,6 +72,36 @@ def test_the_same_as_when_it_is_loaded(name: str, tmp_path: Path) -> None:
     assert ours.parameters == theirs.parameters and ours.kv_bytes_per_token == theirs.kv_bytes_per_token
     rows = [[(r.name, r.before, r.after, r.exact) for r in report.sites] for report in (ours, theirs)]
     assert rows[0] == rows[1] and ours.fidelity is None and ours.flops is None and "streamed" in str(ours)
+
+
+class Watcher:
+    """Keeps what work says about itself."""
+
+    def __init__(self) -> None:
+        self.begun: list[tuple[str, float | None, str]] = []
+        self.done: list[float] = []
+
+    def begin(self, what: str, total: float | None, unit: str) -> progress.Advance:
+        self.begun.append((what, total, unit))
+        return self.done.append
+
+    def end(self) -> None:
+        pass
+
+
+def test_writing_says_how_far_it_has_come(tmp_path: Path) -> None:
+    source = checkpoint(tmp_path / "in", "llama", max_shard_size="60kB")
+    done = rewriter.optimize(source, "gqa2", streamed=True)
+    watcher = Watcher()
+    token = progress._watcher.set(watcher)
+    try:
+        done.save(tmp_path / "out")
+    finally:
+        progress._watcher.reset(token)
+    size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
+    assert watcher.begun == [("writing", size, "B")]
+    assert watcher.done == sorted(watcher.done) and watcher.done[-1] == size
+    assert len(watcher.done) == len(tensors(source)), "it is told tensor by tensor"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])

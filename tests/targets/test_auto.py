@@ -226,9 +226,10 @@ def test_the_command_line_prints_plan_and_frontier(
     shown = json.loads(capsys.readouterr().out)
     assert shown["auto"]["budget"] == {"kv": 0.75} and (tmp_path / "out.onnx").exists()
     assert shown["kv_bytes_per_token"]["after"] <= 0.75 * shown["kv_bytes_per_token"]["before"]
-    assert run([*command, "--dry-run"]) == 0
-    printed = capsys.readouterr().out
+    assert run([*command, "--dry-run", "--progress"]) == 0
+    printed, told = capsys.readouterr()
     assert "predicted drift" in printed and "measured on 6 of 24 batches" in printed
+    assert "measuring: 1 of 2 sites" in told, "trials take longest, and say how far they are"
 
 
 def test_a_fork_goes_on_by_itself() -> None:

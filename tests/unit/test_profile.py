@@ -15,12 +15,14 @@ import pytest
 import torch
 
 from rewriter.errors import UnsupportedModel, UsageError
+from rewriter.optimize import Rewritten
 from rewriter.profile.compare import profile
 from rewriter.profile.interleaved import WARM_UP, Job, Timed, time_in_turn
 from rewriter.profile.memory import PeakSampler, private_bytes
 from rewriter.profile.onnx_models import Conditions, _after_first_run, _by_operator, operator_times, peak_bytes
 from rewriter.profile.providers import refuse_fallback
 from rewriter.profile.result import Measured, Milliseconds, Profile
+from rewriter.report.rewrite_report import Change, RewriteReport
 
 
 def stack(path: Path, layers: int, width: int = 64) -> Path:
@@ -201,6 +203,42 @@ def test_modules_cannot_be_profiled_on_what_is_not_there() -> None:
         profile(Stack(1), Stack(1), provider="tensorrt", example_inputs=torch.randn(1, 1, 256))
 
 
+def test_modules_are_left_as_they_were() -> None:
+    before, after = Stack(1).train(), Stack(1).eval()
+    before.layers[0].eval()
+    seen: list[bool] = []
+    before.register_forward_hook(lambda module, *_: seen.append(module.training))
+    profile(before, after, runs=1, threads=1, example_inputs=torch.randn(1, 4, 256))
+    assert seen and not any(seen), "it is measured in evaluation mode"
+    assert before.training and not before.layers[0].training and not after.training
+
+
+def test_a_module_that_does_not_run_is_named() -> None:
+    with pytest.raises(UnsupportedModel, match="the second model does not run: ") as caught:
+        profile(Stack(1), torch.nn.Linear(3, 3), runs=1, example_inputs=torch.randn(1, 4, 256))
+    assert caught.value.hint
+
+
+def test_exported_programs_are_profiled() -> None:
+    x = torch.randn(1, 4, 256)
+    programs = [torch.export.export(Stack(n).eval(), (x,)) for n in (2, 1)]
+    found = profile(programs[0], programs[1], runs=1, threads=1, example_inputs=x)
+    assert found.before.ms.min > 0 and found.shapes == {"args[0]": (1, 4, 256)}
+
+
+def test_models_in_memory_are_profiled_as_files_are(tmp_path: Path) -> None:
+    import onnx_ir
+
+    path = stack(tmp_path / "m.onnx", 2)
+    proto, model = onnx.load(path), onnx_ir.load(path)
+    report = RewriteReport("gqa2", (), (), Change(0, 0), Change(0, 0), None)
+    for before, after in ((proto, model), (Rewritten(model, report), path)):
+        found = profile(before, after, runs=1, threads=1)
+        assert found.onnxruntime and found.shapes == {"h0": (1, 128, 64)}
+        assert set(found.before.ops) == set(found.after.ops) == {"MatMul", "Tanh"}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx"]
+
+
 # --- usage ---------------------------------------------------------------------------------------
 
 
@@ -212,6 +250,8 @@ def test_wrong_usage(tmp_path: Path) -> None:
         profile(path, tmp_path / "none.onnx")
     with pytest.raises(UsageError, match="different kinds"):
         profile(path, Stack(1))
+    with pytest.raises(UsageError, match="a dict cannot be profiled"):
+        profile({}, {})
     with pytest.raises(UsageError, match="at least 1"):
         profile(path, path, runs=0)
     with pytest.raises(UsageError, match="no input 'ids'"):

@@ -136,6 +136,15 @@ def test_wrong_usage(tmp_path: Path, options: dict[str, Any], message: str) -> N
     assert caught.value.hint
 
 
+def test_a_prompt_that_is_too_long_for_a_model_is_said(tmp_path: Path) -> None:
+    """The rotary table of the file ends before."""
+    path = in_place(tmp_path)
+    with pytest.raises(UnsupportedModel, match=r"in_place_\d\.onnx does not run: .*cos_cache") as caught:
+        profile(path, path, mode="decode", prompt=5000, new_tokens=1, runs=1)
+    assert "--prompt" in caught.value.hint
+    profile(path, path, mode="decode", prompt=5, new_tokens=1, runs=1)
+
+
 def test_what_has_no_cache_does_not_generate(tmp_path: Path) -> None:
     path = stack(tmp_path / "m.onnx", 1)
     with pytest.raises(UnsupportedModel, match="key/value cache"):
