@@ -89,7 +89,7 @@ def build(choices: Sequence[Choice]) -> OrtLibrary:
 
     Raises NotLegal, NoCompiler, CompilationFailed, UnsafeCache, CorruptBinary.
     """
-    choices = sorted(dict.fromkeys(choices), key=lambda c: c.name)
+    choices = sorted({c.name: c for c in choices}.values(), key=lambda c: c.name)
     sources = {LIBRARY_SOURCE: source(choices), **{f"{c.name}.cpp": c.source() for c in choices}}
     if len({c.device for c in choices}) != 1:
         raise NotLegal("the kernels of one library are for one instruction set")

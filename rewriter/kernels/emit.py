@@ -40,7 +40,7 @@ def emit(model: Path, output: Path, archs: Sequence[str]) -> dict[str, Any]:
     devices = {arch: _device(arch) for arch in archs or ["cpu"]}
     wanted = needs(model)
     try:
-        choices = {arch: [_choice(need, device) for need in wanted] for arch, device in devices.items()}
+        choices = {arch: _choices(wanted, device) for arch, device in devices.items()}
         with whole_folder(output) as draft:
             found = _write(choices, draft, ort=model.is_file())
     except KernelError as error:
@@ -59,6 +59,12 @@ def _device(arch: str) -> Device:
         names = ", ".join(["cpu", *(f"cpu:{i.value}" for i in Isa), *(a for archs in CARDS.values() for a in archs)])
         raise UsageError(f"unknown arch {arch!r}", hint=f"one or several of {names}")
     return Device("cpu", isa)
+
+
+def _choices(wanted: Sequence[Need], device: Device) -> list[Choice]:
+    """Each kernel once: some serve several specs."""
+    found = [_choice(need, device) for need in wanted]
+    return list({choice.name: choice for choice in found}.values())
 
 
 def _choice(need: Need, device: Device) -> Choice:

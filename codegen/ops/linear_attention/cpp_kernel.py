@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 from codegen.device import DType, Isa
@@ -23,10 +24,15 @@ MAP_LANES = 16
 
 
 def kernel_name(spec: LinearAttention, dtype: DType, isa: Isa) -> Lowered:
-    """Readable, unique to the spec, and nothing but letters, digits and underscores."""
+    """Readable, unique to the spec but for its scale, and nothing but letters, digits and underscores."""
     plain = spec.attention
     words = [f"h{plain.heads}", f"kv{plain.kv_heads}", f"d{plain.head_dim}", f"c{spec.chunk}", spec.features.value]
-    return identifier("linear", [*words, *["causal"] * plain.causal, dtype.short, isa.value], spec)
+    return identifier("linear", [*words, *["causal"] * plain.causal, dtype.short, isa.value], _unscaled(spec))
+
+
+def _unscaled(spec: LinearAttention) -> LinearAttention:
+    """What the source is made of: `scales` are told when it is called."""
+    return replace(spec, attention=replace(spec.attention, scale=1.0))
 
 
 def source(spec: LinearAttention, dtype: DType, isa: Isa) -> str:
@@ -38,7 +44,7 @@ def source(spec: LinearAttention, dtype: DType, isa: Isa) -> str:
     return render(
         TEMPLATE,
         {
-            **file_values(kernel_name(spec, dtype, isa), spec, dtype, isa),
+            **file_values(kernel_name(spec, dtype, isa), _unscaled(spec), dtype, isa),
             **product_values(dtype, isa, plain.value_dim),
             "kv_heads": plain.kv_heads,
             "group": plain.group,

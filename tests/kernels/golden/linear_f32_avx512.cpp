@@ -1,5 +1,5 @@
-// linear_h4_kv2_d6_c20_learned_causal_f32_avx512_041ff6bd: written by rewriter from a specification; edit the template, not this file.
-//   attention = {'heads': 4, 'kv_heads': 2, 'head_dim': 6, 'value_dim': 5, 'scale': 0.4, 'causal': True, 'bias': False, 'softcap': None, 'masked_rows_are_zero': False, 'sinks': False}
+// linear_h4_kv2_d6_c20_learned_causal_f32_avx512_7743d3c9: written by rewriter from a specification; edit the template, not this file.
+//   attention = {'heads': 4, 'kv_heads': 2, 'head_dim': 6, 'value_dim': 5, 'scale': 1.0, 'causal': True, 'bias': False, 'softcap': None, 'masked_rows_are_zero': False, 'sinks': False}
 //   chunk = 20
 //   features = FeatureMap.LEARNED
 //   dtype = float32, instructions = avx512
@@ -455,7 +455,7 @@ INLINE int64_t kept_bytes(const LinearLaunch &launch) {
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 // The bytes of workspace that `launch->threads` threads take.
-EXPORT int64_t linear_h4_kv2_d6_c20_learned_causal_f32_avx512_041ff6bd_plan(LinearLaunch *launch) {
+EXPORT int64_t linear_h4_kv2_d6_c20_learned_causal_f32_avx512_7743d3c9_plan(LinearLaunch *launch) {
   const int64_t tasks = launch->batch * KV_HEADS;
   if (launch->threads > tasks) launch->threads = tasks;
   if (launch->threads < 1) launch->threads = 1;
@@ -464,10 +464,10 @@ EXPORT int64_t linear_h4_kv2_d6_c20_learned_causal_f32_avx512_041ff6bd_plan(Line
 }
 
 // Before the first call of the work function, once the workspace is there.
-EXPORT void linear_h4_kv2_d6_c20_learned_causal_f32_avx512_041ff6bd_start(LinearLaunch *launch) { launch->next = launch->workers = 0; }
+EXPORT void linear_h4_kv2_d6_c20_learned_causal_f32_avx512_7743d3c9_start(LinearLaunch *launch) { launch->next = launch->workers = 0; }
 
 // Takes tasks until none is left; `launch->threads` threads may do so at once.
-EXPORT void linear_h4_kv2_d6_c20_learned_causal_f32_avx512_041ff6bd_work(void *pointer) {
+EXPORT void linear_h4_kv2_d6_c20_learned_causal_f32_avx512_7743d3c9_work(void *pointer) {
   LinearLaunch &launch = *(LinearLaunch *)pointer;
   const int64_t worker = __atomic_fetch_add(&launch.workers, 1, __ATOMIC_RELAXED);
   if (worker >= launch.threads) return;
@@ -487,8 +487,8 @@ EXPORT void linear_h4_kv2_d6_c20_learned_causal_f32_avx512_041ff6bd_work(void *p
 
 // start() and work() on `threads` threads of the caller's pool, which is entered as OpenMP's runtime is; on this
 // thread alone if `pool` is null.
-EXPORT void linear_h4_kv2_d6_c20_learned_causal_f32_avx512_041ff6bd_run(LinearLaunch *launch, void (*pool)(void (*)(void *), void *, unsigned, unsigned)) {
-  linear_h4_kv2_d6_c20_learned_causal_f32_avx512_041ff6bd_start(launch);
-  if (pool && launch->threads > 1) pool(linear_h4_kv2_d6_c20_learned_causal_f32_avx512_041ff6bd_work, launch, (unsigned)launch->threads, 0);
-  else linear_h4_kv2_d6_c20_learned_causal_f32_avx512_041ff6bd_work(launch);
+EXPORT void linear_h4_kv2_d6_c20_learned_causal_f32_avx512_7743d3c9_run(LinearLaunch *launch, void (*pool)(void (*)(void *), void *, unsigned, unsigned)) {
+  linear_h4_kv2_d6_c20_learned_causal_f32_avx512_7743d3c9_start(launch);
+  if (pool && launch->threads > 1) pool(linear_h4_kv2_d6_c20_learned_causal_f32_avx512_7743d3c9_work, launch, (unsigned)launch->threads, 0);
+  else linear_h4_kv2_d6_c20_learned_causal_f32_avx512_7743d3c9_work(launch);
 }
