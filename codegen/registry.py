@@ -31,6 +31,7 @@ class Kernel:
         dtypes: operands it takes.
         legal: why a spec is beyond it, or None.
         name, source: of a spec in a dtype for an arch.
+        resources: what it takes of a thread, where that is known before it is built.
     """
 
     op: type
@@ -41,6 +42,7 @@ class Kernel:
     legal: Callable[[Any, DType], str | None]
     name: Callable[[Any, DType, Any], Lowered]
     source: Callable[[Any, DType, Any], str]
+    resources: Callable[[Any, DType, Any], dict[str, int]] | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,11 @@ class Choice:
     def source(self) -> str:
         return self.kernel.source(self.spec, self.dtype, self._variant)
 
+    def resources(self) -> dict[str, int]:
+        """What a thread takes; empty where only the binary knows."""
+        told = self.kernel.resources
+        return {} if told is None else told(self.spec, self.dtype, self._variant)
+
     @property
     def _variant(self) -> Any:
         return Isa(self.device.arch) if self.device.kind == "cpu" else self.device.arch
@@ -74,6 +81,7 @@ KERNELS: tuple[Kernel, ...] = (
         legal=gqa_cpp.legal,
         name=gqa_cpp.kernel_name,
         source=gqa_cpp.source,
+        resources=gqa_cpp.resources,
     ),
     *(
         Kernel(
@@ -107,6 +115,7 @@ KERNELS: tuple[Kernel, ...] = (
         legal=chunk_cpp.legal,
         name=chunk_cpp.kernel_name,
         source=chunk_cpp.source,
+        resources=chunk_cpp.resources,
     ),
     Kernel(
         op=LinearAttention,
@@ -117,6 +126,7 @@ KERNELS: tuple[Kernel, ...] = (
         legal=linear_cpp.legal,
         name=linear_cpp.kernel_name,
         source=linear_cpp.source,
+        resources=linear_cpp.resources,
     ),
     Kernel(
         op=FourierMixing,
@@ -127,6 +137,7 @@ KERNELS: tuple[Kernel, ...] = (
         legal=fourier_cpp.legal,
         name=fourier_cpp.kernel_name,
         source=fourier_cpp.source,
+        resources=fourier_cpp.resources,
     ),
     *(
         Kernel(

@@ -5,21 +5,17 @@ Shape legend: B batch, S tokens, E hidden, F expanded, N base, C tokens of a chu
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from codegen.device import Language, host
-from codegen.errors import NotLegal
-from codegen.launch.host import ChunkLaunch, HostKernel, load
-from codegen.launch.operands import DTYPES, run_on_processor
+from codegen.launch.host import ChunkLaunch
+from codegen.launch.operands import processor_kernel, run_on_processor
 from codegen.ops.gated_attention.reference import check
 from codegen.ops.gated_attention.torch_body import Weights, expanded, heads
 from codegen.ops.mixed_chunk_attention.torch_body import learned_bias
-from codegen.registry import select, why_not
 from codegen.spec import MixedChunkAttention
 
 HEADS = ("quadratic_query", "linear_query", "quadratic_key", "linear_key")
@@ -56,7 +52,7 @@ def launch(
     Raises NotLegal: the dtype, the device or the spec is beyond the kernel.
     """
     given = dict(zip(("gate", "value", *HEADS), (gate, value, *heads), strict=True))
-    kernel = _kernel(spec, given)
+    kernel = processor_kernel(spec, *given.values())
     held = {name: x if x.stride(2) == 1 else x.contiguous() for name, x in given.items()}
     out = torch.empty(gate.shape, dtype=gate.dtype)
     if not out.numel():
@@ -75,20 +71,3 @@ def launch(
     block.threads = torch.get_num_threads()
     run_on_processor(kernel, block)
     return out
-
-
-def _kernel(spec: MixedChunkAttention, given: dict[str, Tensor]) -> HostKernel:
-    hint = 'use kernels="auto" or "off"'
-    gate = given["gate"]
-    if gate.device.type != "cpu" or gate.dtype not in DTYPES or any(x.dtype != gate.dtype for x in given.values()):
-        raise NotLegal(f"there is no C++ kernel for {gate.dtype} on {gate.device.type}", hint=hint)
-    kernel = _loaded(spec, gate.dtype)
-    if kernel is None:
-        raise NotLegal(why_not(spec, host(), DTYPES[gate.dtype], Language.CPP), hint=hint)
-    return kernel
-
-
-@functools.lru_cache(maxsize=256)
-def _loaded(spec: MixedChunkAttention, dtype: torch.dtype) -> HostKernel | None:
-    choice = select(spec, host(), DTYPES[dtype], Language.CPP)
-    return None if choice is None else load(choice)

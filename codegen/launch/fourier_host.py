@@ -8,12 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from codegen.device import host
 from codegen.errors import NotLegal
-from codegen.launch.host import HostKernel, MixingLaunch, load
-from codegen.launch.operands import DTYPES, require_mixing, run_on_processor
+from codegen.launch.host import MixingLaunch
+from codegen.launch.operands import processor_kernel, require_mixing, run_on_processor
 from codegen.ops.fourier_mixing.cpp_kernel import MOST_TOKENS
-from codegen.registry import select, why_not
 from codegen.spec import FourierMixing
 
 
@@ -29,7 +27,11 @@ def launch(spec: FourierMixing, x: Tensor, gain: Tensor | None = None, bias: Ten
         ValueError: operands that contradict the spec.
     """
     require_mixing(spec, x, gain, bias)
-    kernel = _kernel(spec, x)
+    if x.shape[1] > MOST_TOKENS:
+        raise NotLegal(
+            f"more than {MOST_TOKENS} tokens do not fit the kernel's scratch", hint='use kernels="auto" or "off"'
+        )
+    kernel = processor_kernel(spec, x)
     x = x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
     out = torch.empty(x.shape, dtype=x.dtype)
     if not out.numel():
@@ -44,15 +46,3 @@ def launch(spec: FourierMixing, x: Tensor, gain: Tensor | None = None, bias: Ten
     block.threads = torch.get_num_threads()
     run_on_processor(kernel, block)
     return out
-
-
-def _kernel(spec: FourierMixing, x: Tensor) -> HostKernel:
-    hint = 'use kernels="auto" or "off"'
-    if x.device.type != "cpu" or x.dtype not in DTYPES:
-        raise NotLegal(f"there is no C++ kernel for {x.dtype} on {x.device.type}", hint=hint)
-    if x.shape[1] > MOST_TOKENS:
-        raise NotLegal(f"more than {MOST_TOKENS} tokens do not fit the kernel's scratch", hint=hint)
-    choice = select(spec, host(), DTYPES[x.dtype])
-    if choice is None:
-        raise NotLegal(why_not(spec, host(), DTYPES[x.dtype]), hint=hint)
-    return load(choice)

@@ -55,7 +55,9 @@ class LinearLaunch(ctypes.Structure):
         *[(name, ctypes.c_void_p) for name in ("q", "k", "v", "shown", "query_map", "key_map", "gain", "out")],
         *[(name, ctypes.c_int64) for name in ("batch", "queries", "keys")],
         *[(f"{name}_stride", ctypes.c_int64 * 3) for name in ("q", "k", "v", "out")],
-        *[(name, ctypes.c_int64) for name in ("shown_stride", "threads")],
+        ("shown_stride", ctypes.c_int64),
+        *[(name, ctypes.c_float) for name in ("scale", "query_scale", "key_scale")],
+        ("threads", ctypes.c_int64),
         ("workspace", ctypes.c_void_p),
         *[(name, ctypes.c_int64) for name in ("next", "workers")],
     )

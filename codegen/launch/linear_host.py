@@ -5,20 +5,15 @@ Shape legend: B batch, H query heads, N key/value heads, S queries, T keys, D he
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from codegen.device import Language, host
-from codegen.errors import NotLegal
-from codegen.launch.host import HostKernel, LinearLaunch, load
-from codegen.launch.operands import DTYPES, dense, empty_output, run_on_processor
-from codegen.ops.linear_attention.cpp_kernel import MAP_LANES
+from codegen.launch.host import LinearLaunch
+from codegen.launch.operands import dense, empty_output, processor_kernel, run_on_processor
+from codegen.ops.linear_attention.cpp_kernel import MAP_LANES, scales
 from codegen.ops.linear_attention.reference import check
 from codegen.ops.linear_attention.torch_body import Parameters
-from codegen.registry import select, why_not
 from codegen.spec import FeatureMap, LinearAttention
 
 
@@ -37,7 +32,7 @@ def launch(
         ValueError: operands that contradict the spec.
     """
     check(spec, q, k, v, parameters)
-    kernel = _kernel(spec, q, k, v)
+    kernel = processor_kernel(spec, q, k, v)
     out = empty_output(q, v)
     if not out.numel():
         return out
@@ -53,6 +48,8 @@ def launch(
         block.shown_stride = held["shown"].stride(0)
     for name in held.keys() - {"q", "k", "v"}:
         setattr(block, name, held[name].data_ptr())
+    for name, number in scales(spec).items():
+        setattr(block, name, number)
     block.threads = torch.get_num_threads()
     run_on_processor(kernel, block)
     return out
@@ -66,19 +63,3 @@ def _wide(spec: LinearAttention, parameters: Parameters) -> dict[str, Tensor]:
         for name in ("query_map", "key_map"):
             found[name] = F.pad(parameters[name].float().transpose(-1, -2), (0, pad)).contiguous()
     return found
-
-
-def _kernel(spec: LinearAttention, q: Tensor, k: Tensor, v: Tensor) -> HostKernel:
-    hint = 'use kernels="auto" or "off"'
-    if q.device.type != "cpu" or q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
-        raise NotLegal(f"there is no kernel for {q.dtype}, {k.dtype} and {v.dtype} on {q.device.type}", hint=hint)
-    kernel = _loaded(spec, q.dtype)
-    if kernel is None:
-        raise NotLegal(why_not(spec, host(), DTYPES[q.dtype], Language.CPP), hint=hint)
-    return kernel
-
-
-@functools.lru_cache(maxsize=256)
-def _loaded(spec: LinearAttention, dtype: torch.dtype) -> HostKernel | None:
-    choice = select(spec, host(), DTYPES[dtype], Language.CPP)
-    return None if choice is None else load(choice)

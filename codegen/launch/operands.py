@@ -6,14 +6,16 @@ Shape legend: B batch, H query heads, KV key/value heads, S queries, T keys, D h
 from __future__ import annotations
 
 import ctypes
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from codegen.device import DType
+from codegen.device import Device, DType, Language, host
 from codegen.errors import NotLegal
-from codegen.launch.host import HostKernel, thread_pool
+from codegen.launch.host import HostKernel, load, thread_pool
+from codegen.registry import select, why_not
 from codegen.spec import FourierMixing, GroupedQueryAttention
 
 DTYPES = {torch.float32: DType.FLOAT32, torch.float16: DType.FLOAT16, torch.bfloat16: DType.BFLOAT16}
@@ -56,6 +58,30 @@ def require_mixing(spec: FourierMixing, x: Tensor, gain: Tensor | None, bias: Te
     """Raises ValueError for operands of Fourier mixing that contradict the spec."""
     if x.dim() != 3 or x.shape[2] != spec.hidden or (gain is not None, bias is not None) != (spec.gain, spec.bias):
         raise ValueError(f"operands of shape {tuple(x.shape)} contradict {spec}")
+
+
+def processor_kernel(spec: Any, *operands: Tensor) -> HostKernel:
+    """The C++ kernel of a spec for operands of one dtype on this machine's processor.
+
+    Raises NotLegal: the dtypes, the device or the spec are beyond it.
+    """
+    dtype, device, hint = operands[0].dtype, operands[0].device.type, 'use kernels="auto" or "off"'
+    if any(x.dtype != dtype for x in operands):
+        named = ", ".join(dict.fromkeys(str(x.dtype) for x in operands))
+        raise NotLegal(f"operands differ in dtype: {named}", hint=hint)
+    if device != "cpu" or dtype not in DTYPES:
+        raise NotLegal(f"there is no C++ kernel for {dtype} on {device}", hint=hint)
+    kernel = _loaded(spec, DTYPES[dtype], host())
+    if kernel is None:
+        raise NotLegal(why_not(spec, host(), DTYPES[dtype], Language.CPP), hint=hint)
+    return kernel
+
+
+@functools.lru_cache(maxsize=256)
+def _loaded(spec: Any, dtype: DType, device: Device) -> HostKernel | None:
+    """None where there is no kernel. Kept, since asking for one takes longer than small calls."""
+    choice = select(spec, device, dtype, Language.CPP)
+    return None if choice is None else load(choice)
 
 
 def run_on_processor(kernel: HostKernel, block: Any) -> None:

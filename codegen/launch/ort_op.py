@@ -18,9 +18,19 @@ from codegen.hooks import Lowered
 from codegen.ops.fourier_mixing import onnx_body as mixing_body
 from codegen.ops.grouped_query_attention import onnx_tiles as attention_body
 from codegen.ops.grouped_query_attention.onnx_sight import sparse_numbers
+from codegen.ops.linear_attention import onnx_body as linear_body
+from codegen.ops.linear_attention.cpp_kernel import MAP_LANES
+from codegen.ops.mixed_chunk_attention import onnx_body as chunks_body
 from codegen.registry import Choice
 from codegen.render import render, word
-from codegen.spec import FourierMixing, GroupedQueryAttention
+from codegen.spec import (
+    FeatureMap,
+    FourierMixing,
+    GroupedQueryAttention,
+    LinearAttention,
+    MixedChunkAttention,
+    PositionBias,
+)
 from codegen.toolchain import cxx
 
 TEMPLATE = "ort/library.cpp.j2"
@@ -34,14 +44,15 @@ class Kind:
     """One kind of operator.
 
     Attributes:
-        name: of its values in the template.
+        name: of its values in the template, and of its namespace there.
         function_names: of the functions in files that it takes the place of.
-        of_operator, of_kernel: template values that follow from a spec; of_all: from all of them.
+        of_operator: template values that follow from a function's name and a spec; of_kernel: from a spec alone;
+            of_all: from all of them.
     """
 
     name: str
     function_names: Callable[[Any], Sequence[str]]
-    of_operator: Callable[[Any], dict[str, Any]]
+    of_operator: Callable[[str, Any], dict[str, Any]]
     of_kernel: Callable[[Any], dict[str, Any]]
     of_all: Callable[[Sequence[Any]], dict[str, Any]] = lambda _: {}
 
@@ -78,7 +89,7 @@ def build(choices: Sequence[Choice]) -> OrtLibrary:
 
     Raises NotLegal, NoCompiler, CompilationFailed, UnsafeCache, CorruptBinary.
     """
-    choices = sorted(dict.fromkeys(choices), key=lambda c: c.name)
+    choices = sorted({c.name: c for c in choices}.values(), key=lambda c: c.name)
     sources = {LIBRARY_SOURCE: source(choices), **{f"{c.name}.cpp": c.source() for c in choices}}
     if len({c.device for c in choices}) != 1:
         raise NotLegal("the kernels of one library are for one instruction set")
@@ -108,9 +119,10 @@ def _part(choices: Sequence[Choice], kind: Kind) -> dict[str, Any]:
     ops = {key: choice.spec for key, choice in places}
     numbers = {key: number for number, key in enumerate(ops)}
     return {
+        "name": word(kind.name),
         **kind.of_all([c.spec for c in choices]),
         "ops": [
-            {"name": word(name), "type": _ONNX_TYPES[dtype], **kind.of_operator(spec)}
+            {"name": word(name), "type": _ONNX_TYPES[dtype], **kind.of_operator(name, spec)}
             for (name, dtype), spec in ops.items()
         ],
         "kernels": [
@@ -120,7 +132,7 @@ def _part(choices: Sequence[Choice], kind: Kind) -> dict[str, Any]:
     }
 
 
-def _attention_operator(spec: GroupedQueryAttention) -> dict[str, Any]:
+def _attention_operator(_: str, spec: GroupedQueryAttention) -> dict[str, Any]:
     return {"bias": spec.bias, "sinks": spec.sinks, "softcap": spec.softcap is not None}
 
 
@@ -144,12 +156,34 @@ def _attention_all(specs: Sequence[GroupedQueryAttention]) -> dict[str, Any]:
     return {"patterns": any(sights), "most_sights": max([1, *sights])}
 
 
-def _mixing_operator(spec: FourierMixing) -> dict[str, Any]:
+def _mixing_operator(_: str, spec: FourierMixing) -> dict[str, Any]:
     return {"hartley": spec.hartley, "gain": spec.gain, "bias": spec.bias}
 
 
 def _mixing_kernel(spec: FourierMixing) -> dict[str, Any]:
     return {"hidden": spec.hidden}
+
+
+def _linear_names(spec: LinearAttention) -> list[str]:
+    return [linear_body.function_name(spec, shown) for shown in (False, True)]
+
+
+def _linear_operator(name: str, spec: LinearAttention) -> dict[str, Any]:
+    return {"learned": spec.features is FeatureMap.LEARNED, "shown": name == linear_body.function_name(spec, True)}
+
+
+def _linear_kernel(spec: LinearAttention) -> dict[str, Any]:
+    plain = spec.attention
+    sizes = {"heads": plain.heads, "kv_heads": plain.kv_heads, "head_dim": plain.head_dim, "value_dim": plain.value_dim}
+    return {"chunk": spec.chunk, **sizes}
+
+
+def _chunks_operator(_: str, spec: MixedChunkAttention) -> dict[str, Any]:
+    return {"bias": spec.bias is not PositionBias.NONE}
+
+
+def _chunks_kernel(spec: MixedChunkAttention) -> dict[str, Any]:
+    return {"chunk": spec.chunk, "base": spec.base, "expanded": spec.expanded}
 
 
 def _single(value: float) -> Lowered:
@@ -162,5 +196,9 @@ KINDS: Mapping[type, Kind] = {
         "attention", attention_body.function_names, _attention_operator, _attention_kernel, _attention_all
     ),
     FourierMixing: Kind("mixing", lambda s: [mixing_body.function_name(s)], _mixing_operator, _mixing_kernel),
+    LinearAttention: Kind(
+        "linear", _linear_names, _linear_operator, _linear_kernel, lambda _: {"map_lanes": MAP_LANES}
+    ),
+    MixedChunkAttention: Kind("chunks", lambda s: [chunks_body.chunks_name(s)], _chunks_operator, _chunks_kernel),
 }
 """What a library can hold, by spec."""

@@ -133,16 +133,17 @@ class Mixing:
     ) -> ir.Value:
         editor, name = self.editor, replacement.site.name
         if isinstance(spec, GatedAttention):
-            body, described = unit.function(spec, editor.opset), unit.attributes(spec, kind)
+            bodies, described = [unit.function(spec, editor.opset)], unit.attributes(spec, kind)
         else:
-            body, described = chunked.function(spec, editor.opset), chunked.attributes(spec, kind)
-        self._declare(body)
+            bodies, described = chunked.functions(spec, editor.opset), chunked.attributes(spec, kind)
+        for body in bodies:
+            self._declare(body)
         held = [
             editor.write.constant(array, f"{name}.{role}")
             for role, array in unit.stored(spec, replacement.tensors, kind).items()
         ]
         unique = editor.write.unique(f"{name}/mixing")
-        node = ir.Node(DOMAIN, body.name, [x, *held], described, num_outputs=1, name=unique)
+        node = ir.Node(DOMAIN, bodies[0].name, [x, *held], described, num_outputs=1, name=unique)
         node.outputs[0].name = editor.write.unique(f"{name}.mixed")
         nodes.append(node)
         return node.outputs[0]

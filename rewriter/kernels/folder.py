@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import stat
+from dataclasses import asdict
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from codegen.registry import Choice
 from rewriter.errors import InvalidModelFile, UsageError
 from rewriter.whole_file import write_whole
 
@@ -48,6 +51,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise InvalidModelFile(f"{path} is broken")
     return found
+
+
+def described(choice: Choice) -> dict[str, Any]:
+    """What the manifest says of a kernel's spec: its operator, its fields, its number format."""
+
+    def plain(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        return {name: value.value if isinstance(value, Enum) else value for name, value in pairs}
+
+    return {"op": type(choice.spec).__name__, **asdict(choice.spec, dict_factory=plain), "dtype": choice.dtype.value}
 
 
 def digest(path: Path) -> str:

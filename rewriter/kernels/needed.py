@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,17 @@ from codegen.ops.fourier_mixing import onnx_body as mixing_body
 from codegen.ops.grouped_query_attention.onnx_body import DOMAIN, function_name
 from codegen.ops.grouped_query_attention.onnx_sight import sparse_numbers, sparse_words
 from codegen.ops.grouped_query_attention.onnx_tiles import masked_name
+from codegen.ops.linear_attention import onnx_body as linear_body
+from codegen.ops.mixed_chunk_attention import onnx_body as chunks_body
 from codegen.sight import Pattern, Sight
-from codegen.spec import FourierMixing, GroupedQueryAttention
+from codegen.spec import (
+    FeatureMap,
+    FourierMixing,
+    GroupedQueryAttention,
+    LinearAttention,
+    MixedChunkAttention,
+    PositionBias,
+)
 from rewriter.errors import InvalidModelFile, NothingToRewrite, UnsupportedModel, first_line
 
 _ONNX_DTYPES = {
@@ -34,11 +44,14 @@ SIGHT_NUMBERS = ("reach", "block", "stride", "sinks", "period", "first", "last")
 FLAGS = ("causal", "bias", "sinks", "masked_rows_are_zero")
 
 
+Shape = tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class Need:
     """One kernel that a model could use."""
 
-    spec: GroupedQueryAttention | FourierMixing
+    spec: GroupedQueryAttention | FourierMixing | LinearAttention | MixedChunkAttention
     dtype: DType
 
 
@@ -55,7 +68,7 @@ def needs(path: Path) -> list[Need]:
         raise NothingToRewrite(
             "the model has no rewritten attention and no mix that calls kernels",
             hint="rewrite it first; models whose config or standard Attention operator holds the heads have none, and "
-            "there are none of linear attention",
+            "there are none of linear attention with features of FAVOR+",
         )
     return list(dict.fromkeys(found))
 
@@ -71,11 +84,16 @@ def _of_module(path: Path) -> list[Need]:
     model = load(path)
     for mixer in mixers(model).values():
         dtype = DTYPES.get(mixer.q_proj.weight.dtype)
-        if dtype is not None and mixer.linear_term is None:
+        if dtype is None:
+            continue
+        if mixer.linear_term is None:
             found += [Need(computed(spec), dtype) for spec in mixer.specs()]
+        elif mixer.linear_term.spec.features is not FeatureMap.FAVOR:
+            found.append(Need(mixer.linear_term.spec, dtype))
     dtype = DTYPES.get(next(model.parameters()).dtype)
     specs = [mixing.spec for mixing in token_mixers(model).values()]
-    return found + [Need(s, dtype) for s in specs if dtype is not None and isinstance(s, FourierMixing)]
+    mixes = (FourierMixing, MixedChunkAttention)
+    return found + [Need(s, dtype) for s in specs if dtype is not None and isinstance(s, mixes)]
 
 
 def _of_file(path: Path) -> list[Need]:
@@ -84,13 +102,19 @@ def _of_file(path: Path) -> list[Need]:
     model = load(path)
     own = [n for n in model.graph if n.domain == DOMAIN]
     mixing = [_mixing_need(n) for n in own if n.op_type in _MIXING]
-    nodes = [n for n in own if _flags(n.op_type) is not None]
+    mixing += [_chunks_need(n, called) for n in own if (called := _called(model, n)) is not None]
+    nodes = [n for n in own if _flags(n.op_type) is not None or n.op_type in _LINEAR]
     if not nodes:
         return mixing
     for node in nodes:
-        _need(node, 1, 1)  # broken attributes are said before anything is run
-    sizes = _head_sizes(path, model, nodes)
-    return [_need(node, *sizes[i]) for i, node in enumerate(nodes)] + mixing
+        _attention_need(node, [(1, 1, 1, 1)] * 3)  # broken attributes are said before anything is run
+    shapes = _operand_shapes(path, model, nodes)
+    return [_attention_need(node, shapes[i]) for i, node in enumerate(nodes)] + mixing
+
+
+def _attention_need(node: ir.Node, shapes: Sequence[Shape]) -> Need:
+    """Of a node whose q, k and v have these shapes."""
+    return _linear_need(node, *shapes) if node.op_type in _LINEAR else _need(node, shapes[0][3], shapes[2][3])
 
 
 def _names() -> dict[str, dict[str, Any]]:
@@ -144,7 +168,68 @@ def _mixing_need(node: ir.Node) -> Need:
         spec = replace(_MIXING[node.op_type], hidden=node.attributes["hidden_size"].as_int())
         return Need(spec, _ONNX_DTYPES[ir.DataType(node.attributes["dtype"].as_int())])
     except (KeyError, ValueError, TypeError) as error:
-        raise InvalidModelFile(f"the node {node.name!r} of {DOMAIN} has wrong attributes: {error!r}") from error
+        raise _broken(node, error) from error
+
+
+def _chunked() -> dict[str, MixedChunkAttention]:
+    """Every name that what is between the projections of such a unit can have, with a spec of that name."""
+    found = {}
+    biases = (PositionBias.NONE, PositionBias.TOEPLITZ)  # of every kind by one name
+    for causal, averaged, bias in itertools.product((False, True), (False, True), biases):
+        spec = MixedChunkAttention(1, 1, 1, causal=causal, averaged=averaged, bias=bias, rotary=False)
+        found[chunks_body.chunks_name(spec)] = spec
+    return found
+
+
+_CHUNKS = _chunked()
+
+
+def _called(model: ir.Model, node: ir.Node) -> str | None:
+    """The function of mixed chunk attention that a node's own function calls, if it is such a unit."""
+    function = model.functions.get((DOMAIN, node.op_type, ""))
+    return None if function is None else next((n.op_type for n in function if n.op_type in _CHUNKS), None)
+
+
+def _chunks_need(node: ir.Node, called: str) -> Need:
+    """In the number format that is between the projections, whatever the file's own."""
+    try:
+        hidden, expanded, base, chunk = (
+            node.attributes[name].as_int() for name in ("hidden_size", "expanded_size", "base_size", "chunk")
+        )
+        spec = replace(_CHUNKS[called], hidden=hidden, expanded=expanded, base=base, chunk=chunk)
+        return Need(spec, _ONNX_DTYPES[ir.DataType(node.attributes["compute"].as_int())])
+    except (KeyError, ValueError, TypeError) as error:
+        raise _broken(node, error) from error
+
+
+def _linears() -> dict[str, LinearAttention]:
+    """Every name that a function of linear attention with a kernel can have, with a spec of that name."""
+    found = {}
+    for causal, features, shown in itertools.product(
+        (False, True), (FeatureMap.LEARNED, FeatureMap.ELU1), (False, True)
+    ):
+        spec = LinearAttention(GroupedQueryAttention(1, 1, 1, 1, 1.0, causal=causal), features=features)
+        found[linear_body.function_name(spec, shown)] = spec
+    return found
+
+
+_LINEAR = _linears()
+
+
+def _linear_need(node: ir.Node, q: Shape, k: Shape, v: Shape) -> Need:
+    """The scale that the operands' own gains leave; kernels are told both when they are called."""
+    try:
+        found = _LINEAR[node.op_type]
+        scale = node.attributes["scale"].as_float()
+        plain = replace(found.attention, heads=q[1], kv_heads=k[1], head_dim=q[3], value_dim=v[3], scale=scale)
+        spec = replace(found, attention=plain, chunk=node.attributes["chunk"].as_int())
+        return Need(spec, _ONNX_DTYPES[ir.DataType(node.attributes["dtype"].as_int())])
+    except (KeyError, ValueError, TypeError, ZeroDivisionError) as error:
+        raise _broken(node, error) from error
+
+
+def _broken(node: ir.Node, error: Exception) -> InvalidModelFile:
+    return InvalidModelFile(f"the node {node.name!r} of {DOMAIN} has wrong attributes: {error!r}")
 
 
 def _need(node: ir.Node, head_dim: int, value_dim: int) -> Need:
@@ -163,30 +248,31 @@ def _need(node: ir.Node, head_dim: int, value_dim: int) -> Need:
         )
         return Need(spec, _ONNX_DTYPES[ir.DataType(node.attributes["dtype"].as_int())])
     except (KeyError, ValueError, TypeError, ZeroDivisionError) as error:
-        raise InvalidModelFile(f"the node {node.name!r} of {DOMAIN} has wrong attributes: {error!r}") from error
+        raise _broken(node, error) from error
 
 
-def _head_sizes(path: Path, model: ir.Model, nodes: list[ir.Node]) -> list[tuple[int, int]]:
-    """head_dim and value_dim of each node: as declared in the file, else seen in one run of the model."""
-    pairs = [(node.inputs[0], node.inputs[2]) for node in nodes]
-    declared = [tuple(_last(value) for value in pair) for pair in pairs]
-    if all(size is not None for pair in declared for size in pair):
-        return [(int(d), int(e)) for d, e in declared if d is not None and e is not None]
-    seen = _run(model, [value for pair in pairs for value in pair if value is not None and value.name])
+def _operand_shapes(path: Path, model: ir.Model, nodes: list[ir.Node]) -> list[list[Shape]]:
+    """Shapes of q, k and v of each node, of which batch and tokens mean nothing: as declared in the file where heads
+    and features are, else seen in one run of the model."""
+    operands = [list(node.inputs[:3]) for node in nodes]
+    declared = [[_declared(value) for value in values] for values in operands]
+    if all(shape is not None for shapes in declared for shape in shapes):
+        return [[shape for shape in shapes if shape is not None] for shapes in declared]
+    seen = _run(model, [value for values in operands for value in values if value is not None and value.name])
     try:
-        return [(seen[str(q.name)], seen[str(v.name)]) for q, v in pairs if q is not None and v is not None]
+        return [[seen[str(value.name)] for value in values if value is not None] for values in operands]
     except KeyError as error:
         raise InvalidModelFile(f"{path.name}: a rewritten node reads {error}, which nothing computes") from error
 
 
-def _last(value: ir.Value | None) -> int | None:
+def _declared(value: ir.Value | None) -> Shape | None:
     if value is None or value.shape is None or len(value.shape) != 4:
         return None
-    size = value.shape[3]
-    return size if isinstance(size, int) else None
+    sizes = [size if isinstance(size, int) else None for size in value.shape]
+    return None if sizes[1] is None or sizes[3] is None else tuple(size or 0 for size in sizes)
 
 
-def _run(model: ir.Model, values: list[ir.Value]) -> dict[str, int]:
+def _run(model: ir.Model, values: list[ir.Value]) -> dict[str, Shape]:
     from rewriter.capture.feeds import candidate_sizes, make_feeds
     from rewriter.verify.session import cpu_session
 
@@ -203,5 +289,5 @@ def _run(model: ir.Model, values: list[ir.Value]) -> dict[str, int]:
         except Exception as error:  # onnxruntime's errors share no public base class
             trouble = trouble or error
             continue
-        return {name: int(np.shape(array)[-1]) for name, array in zip(names, outputs, strict=True)}
+        return {name: np.shape(array) for name, array in zip(names, outputs, strict=True)}
     raise UnsupportedModel(f"the model does not run: {first_line(trouble) if trouble else 'no size fits'}")

@@ -1,20 +1,24 @@
 """Sources and binaries of one spec for a graphics card: for attention prefill, split-key decode and the sum over
-splits; for Fourier mixing a pass over features and one over tokens."""
+splits; for Fourier mixing a pass over features and one over tokens; for linear and mixed chunk attention sums of chunks
+and the rest."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from codegen.ops.fourier_mixing import triton_kernel as fourier
 from codegen.ops.grouped_query_attention import triton_kernel as attention
+from codegen.ops.linear_attention import triton_kernel as linear
+from codegen.ops.mixed_chunk_attention import triton_kernel as chunks
 from codegen.ops.signature import Signature
 from codegen.registry import Choice
-from codegen.spec import FourierMixing
+from codegen.spec import FourierMixing, GroupedQueryAttention, LinearAttention, MixedChunkAttention
 from codegen.toolchain.triton_aot import compile_kernel
-from rewriter.kernels.folder import digest
+from rewriter.kernels.folder import described, digest
 from rewriter.whole_file import write_whole
 
 
@@ -35,9 +39,8 @@ def write(choice: Choice, output: Path, arch: str) -> list[dict[str, Any]]:
 
     Raises NoCompiler without Triton, CompilationFailed if it refuses the source.
     """
-    spec, dtype = choice.spec, choice.dtype
     rows = []
-    for file in _mixing(choice, arch) if isinstance(spec, FourierMixing) else _attention(choice, arch):
+    for file in _FILES[type(choice.spec)](choice, arch):
         source = write_whole(file.text, output / f"{file.name}.py")
         for suffix, signature in file.signatures.items():
             made = compile_kernel(source, file.name + suffix, signature, arch, warps=file.warps, stages=file.stages)
@@ -45,7 +48,7 @@ def write(choice: Choice, output: Path, arch: str) -> list[dict[str, Any]]:
             rows.append(
                 {
                     "name": made.name,
-                    "spec": {"op": type(spec).__name__, **asdict(spec), "dtype": dtype.value},
+                    "spec": described(choice),
                     "arch": arch,
                     "isa": arch,
                     "source": source.name,
@@ -80,3 +83,19 @@ def _mixing(choice: Choice, arch: str) -> Iterator[_File]:
     name, text = str(fourier.kernel_name(spec, dtype, arch)), fourier.source(spec, dtype, arch)
     tiles = {"rows": cut.rows, "columns": cut.columns}
     yield _File(name, text, fourier.signatures(spec, dtype), cut.warps, cut.stages, tiles)
+
+
+def _by_chunks(kernels: Any, choice: Choice, arch: str) -> Iterator[_File]:
+    spec, dtype = choice.spec, choice.dtype
+    cut = kernels.tiling(spec, dtype, arch)
+    name, text = str(kernels.kernel_name(spec, dtype, arch)), kernels.source(spec, dtype, arch)
+    tiles = {f"{part.removesuffix('_tile')}s": size for part, size in asdict(cut).items() if part.endswith("_tile")}
+    yield _File(name, text, kernels.signatures(spec, dtype), cut.warps, cut.stages, tiles)
+
+
+_FILES: Mapping[type, Callable[[Choice, str], Iterator[_File]]] = {
+    GroupedQueryAttention: _attention,
+    FourierMixing: _mixing,
+    LinearAttention: functools.partial(_by_chunks, linear),
+    MixedChunkAttention: functools.partial(_by_chunks, chunks),
+}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,8 @@ def test_kernels_beside_their_peers(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(kernels.mixing_kernels, "cases", lambda quick: [kernels.mixing_kernels.Case(2, 64, 32)])
     linear = [kernels.linear_kernels.Case(256, kernels.linear_kernels.FeatureMap.ELU1)]
     monkeypatch.setattr(kernels.linear_kernels, "cases", lambda quick: linear)
+    files = [replace(kernels.file_kernels.cases(quick=True)[0], tokens=256)]
+    monkeypatch.setattr(kernels.file_kernels, "cases", lambda quick: files)
     sparse = [kernels.sparse_kernels.Case("window 128, 4 sinks", 256)]
     monkeypatch.setattr(kernels.sparse_kernels, "cases", lambda quick: sparse)
     monkeypatch.setattr(kernels.peaks, "ROUNDS", 10_000)
@@ -120,11 +123,10 @@ def test_kernels_beside_their_peers(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert {"torch sdpa", "onnxruntime Attention", "onnxruntime com.microsoft.GroupQueryAttention"} <= peers
     assert {"torch.fft.fft2", "onnxruntime DFT"} <= peers
     timings = [row for row in written["rows"] if row["name"] == "time"]
-    alike = [
-        row for row in timings if row.get("kind") not in ("linear", "sparse")
-    ]  # those have peers that do more or less
+    others = {"linear", "file", "sparse"}  # those have peers that do more or less
+    alike = [row for row in timings if row.get("kind") not in others]
     assert len(alike) > 6 and all(row["peer_differs_by"] < 1e-4 for row in alike)
-    assert {row["kind"] for row in timings if row not in alike} == {"linear", "sparse"}
+    assert {row["kind"] for row in timings if row not in alike} == others
     assert {row["name"] for row in written["rows"]} >= {"time", "error", "share of the machine's read bandwidth"}
     assert "## Kernels" in page.read_text()
 

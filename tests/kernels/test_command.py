@@ -132,6 +132,30 @@ def test_a_sparse_file_has_kernels_of_its_patterns(files: tuple[Path, Path], tmp
     assert np.abs(full - ours).max() > 1e-3  # the control
 
 
+def test_a_file_with_linear_and_with_mixed_chunk_attention_has_kernels_of_both(
+    files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    linear, folder = tmp_path / "linear.onnx", tmp_path / "out"
+    names = [site.name for site in rewriter.inspect(files[0]).sites]
+    rewriter.optimize(files[0], {names[0]: "linear:8", names[1]: "flash:8"}).save(linear)
+    specs = [need.spec for need in needs(linear)]
+    assert [type(spec).__name__ for spec in specs] == ["LinearAttention", "MixedChunkAttention"]
+    assert specs[0].attention.heads == 4 and specs[0].attention.head_dim == 8 and specs[1].chunk == 8
+    assert run(["kernels", str(linear), "-o", str(folder), "--arch", "cpu"]) == 0
+    kernels = json.loads((folder / "manifest.json").read_text())["kernels"]
+    assert all(kernel["resources"]["scratch_bytes"] > 0 for kernel in kernels)
+    options = ort.SessionOptions()
+    options.register_custom_ops_library(str(library_in(folder)))
+    plain = ort.InferenceSession(str(linear), providers=["CPUExecutionProvider"])
+    fast = ort.InferenceSession(str(linear), options, providers=["CPUExecutionProvider"])
+    for length in (1, 9, 50):
+        x = np.random.default_rng(0).standard_normal((3, length, 32)).astype(np.float32)
+        ours, theirs = (s.run(None, {"x": x})[0] for s in (fast, plain))
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5 * np.abs(theirs).max())
+    found = rewriter.profile(linear, linear, shapes={"x": (1, 50, 32)}, runs=1, threads=1, kernels=folder)
+    assert {"LinearAttentionLearned", "MixedChunksBiased"} <= set(found.after.ops)
+
+
 def test_profile_counts_the_kernel(files: tuple[Path, Path], emitted: tuple[Path, dict[str, Any]]) -> None:
     shapes = {"x": (1, 16, 32)}
     found = rewriter.profile(*files, shapes=shapes, runs=1, threads=1, kernels=emitted[0])

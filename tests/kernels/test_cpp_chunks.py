@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import replace
 from typing import Any
 
@@ -13,10 +14,11 @@ from torch import Tensor
 from codegen.device import DType, Isa, host
 from codegen.errors import NotLegal
 from codegen.launch import chunk_host
+from codegen.launch.host import ChunkLaunch, load
 from codegen.launch.mixing_op import mix
 from codegen.ops.mixed_chunk_attention import reference, torch_body
 from codegen.spec import MixedChunkAttention, PositionBias
-from tests.kernels.problems import ROUNDOFF, TORCH, here
+from tests.kernels.problems import ROUNDOFF, TORCH, choice, here
 from tests.unit.gated_problems import distance, hidden_of, tensors, weights_of
 
 pytestmark = pytest.mark.skipif(not here(), reason="no instruction set that there are kernels for")
@@ -46,11 +48,19 @@ def test_the_kernel_is_the_oracle(name: str) -> None:
         for shown in (None, np.random.default_rng(1).random((2, tokens)) < 0.7):
             right = reference.mixed_chunk_attention(spec, x, weights, shown)
             assert distance(found(spec, x, weights, shown).numpy(), right) < CLOSE, (tokens, shown is None)
+    _require_scratch(spec, DType.FLOAT32, Isa(host().arch))
     for change in ({"chunk": spec.chunk + 1}, {"bias": PositionBias.NONE} if spec is CAUSAL else {"causal": False}):
         other = replace(spec, **change)
         if other != spec:  # the control
             kept = {role: weights[role] for role in other.shapes}
             assert distance(found(spec, x, weights).numpy(), reference.mixed_chunk_attention(other, x, kept)) > 1e-3
+
+
+def _require_scratch(spec: MixedChunkAttention, dtype: DType, isa: Isa) -> None:
+    """What is said of a thread's scratch is what it takes."""
+    made = choice(spec, dtype, isa)
+    block = ChunkLaunch(batch=1, tokens=0, threads=1)
+    assert load(made).plan(ctypes.byref(block)) == made.resources()["scratch_bytes"]
 
 
 @pytest.mark.parametrize(
@@ -62,8 +72,7 @@ def test_other_formats_round_operands_and_results_alone(
     """Between the projections; these are torch's."""
     if isa not in here():
         pytest.skip(f"this processor has no {isa.value}")
-    monkeypatch.setattr(chunk_host, "host", lambda: replace(host(), arch=isa.value))
-    chunk_host._loaded.cache_clear()
+    monkeypatch.setattr("codegen.launch.operands.host", lambda: replace(host(), arch=isa.value))
     random = torch.Generator().manual_seed(0)
     gate, value, *heads = (torch.randn(2, 30, size, generator=random).to(TORCH[dtype]) for size in (20, 20, 6, 6, 6, 6))
     spec = replace(CAUSAL, bias=PositionBias.NONE)
@@ -71,9 +80,9 @@ def test_other_formats_round_operands_and_results_alone(
     wide = [x.double().numpy() for x in (gate, value, *heads)]
     within = reference.within_chunks(spec, wide[2], wide[4], wide[1], {})
     right = wide[0] * (within + reference.between_chunks(spec, wide[3], wide[5], wide[1]))
+    _require_scratch(spec, dtype, isa)
     limit = ROUNDOFF[TORCH[dtype]] * np.abs(right) + 1e-5
     assert (np.abs(output.double().numpy() - right) <= limit).all()
-    chunk_host._loaded.cache_clear()
 
 
 def test_later_tokens_leave_no_trace_in_earlier_results() -> None:

@@ -121,7 +121,7 @@ def test_every_instruction_set(isa: Isa, monkeypatch: pytest.MonkeyPatch) -> Non
 
     if isa not in here():
         pytest.skip(f"this processor has no {isa.value}")
-    monkeypatch.setattr(fourier_host, "host", lambda: Device("cpu", isa.value))
+    monkeypatch.setattr("codegen.launch.operands.host", lambda: Device("cpu", isa.value))
     for tokens in (3, 33, 64, PRIME, 100):
         operands = draw(FULL, torch.float32, 2, tokens)
         assert distance(FULL, *operands, fourier_host.launch(FULL, *operands)) < SINGLE

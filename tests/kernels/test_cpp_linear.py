@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import replace
 
 import numpy as np
@@ -13,11 +14,12 @@ from torch import Tensor
 from codegen.device import DType, Isa, host
 from codegen.errors import NotLegal
 from codegen.launch import linear_host, linear_op
+from codegen.launch.host import LinearLaunch, load
 from codegen.launch.linear_op import attention
 from codegen.ops.linear_attention import reference, torch_body
 from codegen.spec import FeatureMap, GroupedQueryAttention, LinearAttention
 from passes.targets.linear_attention import initial
-from tests.kernels.problems import ROUNDOFF, TORCH, here
+from tests.kernels.problems import ROUNDOFF, TORCH, choice, here
 
 pytestmark = pytest.mark.skipif(not here(), reason="no instruction set that there are kernels for")
 
@@ -80,14 +82,15 @@ def test_the_kernel_is_the_oracle(name: str, monkeypatch: pytest.MonkeyPatch) ->
     if isa is not None:
         if isa not in here():
             pytest.skip(f"this processor has no {isa.value}")
-        monkeypatch.setattr(linear_host, "host", lambda: replace(host(), arch=isa.value))
-        linear_host._loaded.cache_clear()
+        monkeypatch.setattr("codegen.launch.operands.host", lambda: replace(host(), arch=isa.value))
     for keys in (0, 1, 3, 4, 9, 40, 41, 130):
         for queries in sorted({keys, keys // 3, min(keys, 1)}):
             for hidden in (False, True):
                 problem = Problem(spec, TORCH[dtype], queries, keys, hidden=hidden)
                 assert problem.distance(problem.run()) <= 4, (keys, queries, hidden)
-    linear_host._loaded.cache_clear()
+    made = choice(spec, dtype, isa)
+    block = LinearLaunch(batch=1, queries=0, keys=0, threads=1)
+    assert load(made).plan(ctypes.byref(block)) == made.resources()["scratch_bytes"]
 
 
 @pytest.mark.parametrize("change", ["chunk", "a map", "gain", "a hidden key", "a far value"])

@@ -48,7 +48,7 @@ def test_golden_source_of_linear_attention() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"heads": 6}, {"kv_heads": 1}, {"head_dim": 7}, {"value_dim": 9}, {"scale": 0.5}, {"causal": False},
+    [{"heads": 6}, {"kv_heads": 1}, {"head_dim": 7}, {"value_dim": 9}, {"causal": False},
      {"chunk": 24}, {"features": FeatureMap.ELU1}],
     ids=str,
 )  # fmt: skip
@@ -60,6 +60,12 @@ def test_every_field_of_linear_attention_changes_the_source_and_the_name(change:
     names = [str(linear_cpp.kernel_name(s, DType.FLOAT32, Isa.AVX512)) for s in specs]
     assert names[0] != names[1]
     assert _code(texts[0], names[0]) != _code(texts[1], names[1])
+
+
+def test_kernels_of_linear_attention_are_told_the_scale_when_they_are_called() -> None:
+    other = replace(LINEAR, attention=replace(LINEAR.attention, scale=0.5))
+    assert linear_cpp.source(LINEAR, DType.FLOAT32, Isa.AVX2) == linear_cpp.source(other, DType.FLOAT32, Isa.AVX2)
+    assert linear_cpp.scales(LINEAR) != linear_cpp.scales(other)
 
 
 def test_golden_source_of_mixed_chunk_attention() -> None:

@@ -60,20 +60,22 @@ def distance(found: Array, expected: Array) -> float:
     return float(np.abs(found - expected).max() / max(float(np.abs(expected).max()), 1e-6))
 
 
-def model(spec: Gated, weights: dict[str, Array], opset: int) -> bytes:
+def model(spec: Gated, weights: dict[str, Array], opset: int, dtype: ir.DataType = ir.DataType.FLOAT) -> bytes:
     """One call of the function on x of any size; weights are initializers."""
-    body: Any = chunk_onnx if isinstance(spec, MixedChunkAttention) else unit_onnx
-    dtype = ir.DataType.FLOAT
+    mixed = isinstance(spec, MixedChunkAttention)
+    body: Any = chunk_onnx if mixed else unit_onnx
+    made = body.functions(spec, opset) if mixed else [body.function(spec, opset)]
     x = ir.Value(name="x", type=ir.TensorType(dtype), shape=ir.Shape([None, None, spec.hidden]))
+    stored = {role: ir.tensor(array) for role, array in unit_onnx.stored(spec, weights, dtype).items()}
     held = [
-        ir.Value(name=role, type=ir.TensorType(dtype), shape=ir.Shape(array.shape), const_value=ir.tensor(array))
-        for role, array in unit_onnx.stored(spec, weights, dtype).items()
+        ir.Value(name=role, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+        for role, tensor in stored.items()
     ]
     node = ir.Node(unit_onnx.DOMAIN, body.function_name(spec), [x, *held], body.attributes(spec, dtype), num_outputs=1)
     output = node.outputs[0]
     output.name, output.type, output.shape = "y", ir.TensorType(dtype), ir.Shape([None, None, spec.hidden])
     opsets = {"": opset, unit_onnx.DOMAIN: 1}
     graph = ir.Graph([x], [output], nodes=[node], name="g", opset_imports=opsets, initializers=held)
-    proto = ir.serde.serialize_model(ir.Model(graph, ir_version=8, functions=[body.function(spec, opset)]))
+    proto = ir.serde.serialize_model(ir.Model(graph, ir_version=8, functions=made))
     onnx.checker.check_model(proto)
     return bytes(proto.SerializeToString())

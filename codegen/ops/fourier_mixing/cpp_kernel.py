@@ -6,7 +6,8 @@ from typing import Any
 
 from codegen.device import DType, Isa
 from codegen.hooks import Lowered
-from codegen.render import identifier, numbers, render
+from codegen.ops.cpp_values import file_values, lanes_of
+from codegen.render import identifier, render
 from codegen.spec import FourierMixing
 
 TEMPLATE = "cpp/fourier_mixing.cpp.j2"
@@ -30,15 +31,10 @@ def source(spec: FourierMixing, dtype: DType, isa: Isa) -> str:
 
     Raises UnsafeInput if the spec holds anything but numbers and flags.
     """
-    lanes = lanes_of(isa)
     return render(
         TEMPLATE,
         {
-            "name": kernel_name(spec, dtype, isa),
-            "fields": numbers(spec),
-            "dtype": dtype,
-            "isa": isa,
-            "lanes": lanes,
+            **file_values(kernel_name(spec, dtype, isa), spec, dtype, isa),
             "hidden": spec.hidden,
             "hartley": spec.hartley,
             "gain": spec.gain,
@@ -46,11 +42,6 @@ def source(spec: FourierMixing, dtype: DType, isa: Isa) -> str:
             "largest_radix": LARGEST_RADIX,
         },
     )
-
-
-def lanes_of(isa: Isa) -> int:
-    """Floats of a vector."""
-    return 8 if isa is Isa.AVX2 else 16
 
 
 def legal(spec: Any, dtype: DType) -> str | None:

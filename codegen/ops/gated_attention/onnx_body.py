@@ -84,7 +84,8 @@ def function(spec: GatedAttention, opset: int) -> ir.Function:
     positions = body.count(tokens)
     query, key = body.heads(spec, latent, operands, positions)
     divisor = tokens if spec.length is None else body.attribute("length")
-    mixed = body.quadratic(spec, query, key, value, operands, positions, divisor, [0, 2, 1])
+    bias = body.score_bias(spec, operands, positions)
+    mixed = body.quadratic(spec, query, key, value, bias, positions, divisor, [0, 2, 1])
     output = body.gated(gate, mixed, operands)
     graph = ir.Graph([x, *operands.values()], [output], nodes=body.nodes, opset_imports={"": opset})
     return ir.Function(DOMAIN, function_name(spec), graph=graph, attributes=declared(attributes(spec, COMPUTE)))
@@ -183,7 +184,7 @@ class UnitBody(FunctionBody):
         query: ir.Value,
         key: ir.Value,
         value: ir.Value,
-        operands: dict[str, ir.Value],
+        bias: ir.Value | None,
         positions: ir.Value,
         divisor: ir.Value,
         perm: Sequence[int],
@@ -191,7 +192,6 @@ class UnitBody(FunctionBody):
         """relu(q kᵀ / divisor + bias)² v; queries and keys have the same `positions` in the last but one axis."""
         divided = self.op("Div", [query, self.as_number(divisor)], "divided")
         scores = self.op("MatMul", [divided, self.turned(key, perm)], "scores")
-        bias = self.score_bias(spec, operands, positions)
         scores = scores if bias is None else self.op("Add", [scores, bias], "biased")
         positive = self.op("Relu", [scores], "positive")
         squared = self.op("Mul", [positive, positive], "squared")
@@ -218,6 +218,9 @@ class UnitBody(FunctionBody):
 
     def gated(self, gate: ir.Value, mixed: ir.Value, operands: dict[str, ir.Value]) -> ir.Value:
         """[B, S, E] in x's dtype."""
-        product = self.op("Mul", [gate, self.cast(mixed, "dtype", "mixed_BSF")], "gated_BSF")
+        return self.projected(self.op("Mul", [gate, self.cast(mixed, "dtype", "mixed_BSF")], "gated_BSF"), operands)
+
+    def projected(self, product: ir.Value, operands: dict[str, ir.Value]) -> ir.Value:
+        """[B, S, E] of [B, S, F]."""
         out = self.op("MatMul", [product, operands["out_weight"]], "product")
         return self.op("Add", [out, operands["out_bias"]], "output_BSE")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 from codegen.device import DType, Isa
-from codegen.hooks import LOG2_E, Lowered
+from codegen.hooks import Lowered
+from codegen.ops.cpp_values import file_values, lanes_of, padded, product_values, scratch_bytes
 from codegen.ops.grouped_query_attention.cpp_kernel import EXP2
-from codegen.render import identifier, numbers, render
+from codegen.render import identifier, render
 from codegen.spec import FeatureMap, LinearAttention
 
 TEMPLATE = "cpp/linear_attention.cpp.j2"
@@ -22,10 +24,15 @@ MAP_LANES = 16
 
 
 def kernel_name(spec: LinearAttention, dtype: DType, isa: Isa) -> Lowered:
-    """Readable, unique to the spec, and nothing but letters, digits and underscores."""
+    """Readable, unique to the spec but for its scale, and nothing but letters, digits and underscores."""
     plain = spec.attention
     words = [f"h{plain.heads}", f"kv{plain.kv_heads}", f"d{plain.head_dim}", f"c{spec.chunk}", spec.features.value]
-    return identifier("linear", [*words, *["causal"] * plain.causal, dtype.short, isa.value], spec)
+    return identifier("linear", [*words, *["causal"] * plain.causal, dtype.short, isa.value], _unscaled(spec))
+
+
+def _unscaled(spec: LinearAttention) -> LinearAttention:
+    """What the source is made of: `scales` are told when it is called."""
+    return replace(spec, attention=replace(spec.attention, scale=1.0))
 
 
 def source(spec: LinearAttention, dtype: DType, isa: Isa) -> str:
@@ -33,17 +40,12 @@ def source(spec: LinearAttention, dtype: DType, isa: Isa) -> str:
 
     Raises UnsafeInput if the spec holds anything but numbers, flags and enums.
     """
-    plain, lanes = spec.attention, 8 if isa is Isa.AVX2 else 16
-    learned = spec.features is FeatureMap.LEARNED
-    scale = math.sqrt(plain.scale) * plain.head_dim**0.25
+    plain = spec.attention
     return render(
         TEMPLATE,
         {
-            "name": kernel_name(spec, dtype, isa),
-            "fields": numbers(spec),
-            "dtype": dtype,
-            "isa": isa,
-            "lanes": lanes,
+            **file_values(kernel_name(spec, dtype, isa), _unscaled(spec), dtype, isa),
+            **product_values(dtype, isa, plain.value_dim),
             "kv_heads": plain.kv_heads,
             "group": plain.group,
             "head_dim": plain.head_dim,
@@ -51,17 +53,18 @@ def source(spec: LinearAttention, dtype: DType, isa: Isa) -> str:
             "causal": plain.causal,
             "chunk": spec.chunk,
             "width": spec.width,
-            "learned": learned,
-            "block_rows": 6,
-            "block_vectors": 2 if isa is Isa.AVX2 else 4,
-            "v_in_place": dtype is DType.FLOAT32 and plain.value_dim % lanes == 0,
-            "pairs": False,
+            "learned": spec.features is FeatureMap.LEARNED,
             "tanh": False,
-            "score_scale": plain.scale * LOG2_E,
-            "feature_scale": scale * LOG2_E if learned else scale,
             "exponential": EXP2,
         },
     )
+
+
+def scales(spec: LinearAttention) -> dict[str, float]:
+    """What the kernel is told when it is called: what scores and features' arguments are multiplied by."""
+    plain = spec.attention
+    reach = math.sqrt(plain.scale) * plain.head_dim**0.25
+    return {"scale": plain.scale, "query_scale": reach, "key_scale": reach}
 
 
 def legal(spec: Any, dtype: DType) -> str | None:
@@ -73,3 +76,25 @@ def legal(spec: Any, dtype: DType) -> str | None:
     if max(spec.attention.head_dim, spec.attention.value_dim) > MAX_DIM or spec.chunk > MAX_CHUNK:
         return f"heads of more than {MAX_DIM} features or chunks of more than {MAX_CHUNK} tokens do not fit"
     return None
+
+
+def resources(spec: LinearAttention, dtype: DType, isa: Isa) -> dict[str, int]:
+    """What a kernel takes: bytes of scratch per thread, besides what is kept of queries where there is no order."""
+    plain, lanes, rows = spec.attention, lanes_of(isa), spec.chunk
+    products = product_values(dtype, isa, plain.value_dim)
+    d, e, c, f = (padded(n, lanes) for n in (plain.head_dim, plain.value_dim, rows, spec.width))
+    return {
+        "scratch_bytes": scratch_bytes(
+            3 * d * c,  # keys
+            3 * c,
+            rows * e * (1 if products["v_in_place"] else 3) + 6,  # values, and which chunks there are
+            rows * d,
+            rows * d,
+            rows * (f + lanes),  # features
+            products["block_rows"] * (2 if plain.causal else 3) * c,  # scores
+            rows * e + rows,
+            spec.width * e,  # the sum over far chunks
+            f + lanes,
+        ),
+        "vector_bytes": 4 * lanes,
+    }

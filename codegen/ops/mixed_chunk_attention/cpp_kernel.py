@@ -6,7 +6,8 @@ from typing import Any
 
 from codegen.device import DType, Isa
 from codegen.hooks import Lowered
-from codegen.render import identifier, numbers, render
+from codegen.ops.cpp_values import file_values, lanes_of, padded, product_values, scratch_bytes
+from codegen.render import identifier, render
 from codegen.spec import MixedChunkAttention
 
 TEMPLATE = "cpp/mixed_chunk_attention.cpp.j2"
@@ -29,25 +30,17 @@ def source(spec: MixedChunkAttention, dtype: DType, isa: Isa) -> str:
 
     Raises UnsafeInput if the spec holds anything but numbers, flags and enums.
     """
-    lanes = 8 if isa is Isa.AVX2 else 16
     return render(
         TEMPLATE,
         {
-            "name": kernel_name(spec, dtype, isa),
-            "fields": numbers(spec),
-            "dtype": dtype,
-            "isa": isa,
-            "lanes": lanes,
+            **file_values(kernel_name(spec, dtype, isa), spec, dtype, isa),
+            **product_values(dtype, isa, spec.expanded),
             "base": spec.base,
             "expanded": spec.expanded,
             "chunk": spec.chunk,
             "causal": spec.causal,
             "averaged": spec.averaged,
             "slice": min(spec.expanded, SLICE),
-            "block_rows": 6,
-            "block_vectors": 2 if isa is Isa.AVX2 else 4,
-            "v_in_place": dtype is DType.FLOAT32 and spec.expanded % lanes == 0,
-            "pairs": False,
         },
     )
 
@@ -59,3 +52,23 @@ def legal(spec: Any, dtype: DType) -> str | None:
     if spec.base > MAX_BASE or spec.chunk > MAX_CHUNK:
         return f"more than {MAX_BASE} base features or {MAX_CHUNK} tokens of a chunk do not fit the kernel's scratch"
     return None
+
+
+def resources(spec: MixedChunkAttention, dtype: DType, isa: Isa) -> dict[str, int]:
+    """What a kernel takes: bytes of scratch per thread."""
+    lanes, products = lanes_of(isa), product_values(dtype, isa, spec.expanded)
+    n, c, s = (padded(size, lanes) for size in (spec.base, spec.chunk, min(spec.expanded, SLICE)))
+    held = products["block_rows"]
+    return {
+        "scratch_bytes": scratch_bytes(
+            n * c,  # keys
+            spec.chunk * n,
+            s * (1 if products["v_in_place"] else spec.chunk),  # values
+            held * n,
+            held * n,
+            held * c,  # scores
+            held * s,
+            spec.base * s,  # the sum over chunks
+        ),
+        "vector_bytes": 4 * lanes,
+    }

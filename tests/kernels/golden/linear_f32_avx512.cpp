@@ -1,5 +1,5 @@
-// linear_h4_kv2_d6_c20_learned_causal_f32_avx512_041ff6bd: written by rewriter from a specification; edit the template, not this file.
-//   attention = {'heads': 4, 'kv_heads': 2, 'head_dim': 6, 'value_dim': 5, 'scale': 0.4, 'causal': True, 'bias': False, 'softcap': None, 'masked_rows_are_zero': False, 'sinks': False}
+// linear_h4_kv2_d6_c20_learned_causal_f32_avx512_7743d3c9: written by rewriter from a specification; edit the template, not this file.
+//   attention = {'heads': 4, 'kv_heads': 2, 'head_dim': 6, 'value_dim': 5, 'scale': 1.0, 'causal': True, 'bias': False, 'softcap': None, 'masked_rows_are_zero': False, 'sinks': False}
 //   chunk = 20
 //   features = FeatureMap.LEARNED
 //   dtype = float32, instructions = avx512
@@ -23,6 +23,7 @@ struct LinearLaunch {
   int64_t batch, queries, keys;
   int64_t q_stride[3], k_stride[3], v_stride[3], out_stride[3];  // batch, head, token
   int64_t shown_stride;                                           // batch
+  float scale, query_scale, key_scale;  // of scores, and of what features read of queries and of keys
   int64_t threads;  // how many will call the work function
   char *workspace;  // plan() bytes, by the caller, 64-byte aligned
   int64_t next;     // the task that nobody has taken yet
@@ -234,8 +235,6 @@ constexpr int DP = padded(D), EP = padded(E), CP = padded(C), FP = padded(F) + W
 constexpr int MAP_WIDTH = (D + 15) / 16 * 16;
 constexpr bool V_IN_PLACE = false;
 constexpr float NONE = -__builtin_inff();
-constexpr float SCORE_SCALE = 0.5770780163555854f;  // with log2(e)
-constexpr float FEATURE_SCALE = 1.4280464936297155f;  // with log2(e)
 constexpr float LOG2_E = 1.4426950408889634f;
 
 // What a worker works on.
@@ -266,8 +265,9 @@ INLINE void widen_row(float *to, const T *row, int size) {
   for (int u = 0; u < size; u += W) store(to + u, size - u >= W ? widen(row + u) : widen_part(row + u, size - u));
 }
 
-// Features of `count` rows of scratch.rows; `map` is the head's own, transposed.
-static __attribute__((noinline)) void make_features(Scratch &s, int count, [[maybe_unused]] const float *map) {
+// Features of `count` rows of scratch.rows times `scale`; `map` is the head's own, transposed.
+static __attribute__((noinline)) void make_features(Scratch &s, int count, [[maybe_unused]] const float *map, float scale) {
+  const vf steep = splat(scale * LOG2_E);
   for (int r = 0; r < count; r += MR)
     product_wide<DP / W>((int)least(MR, count - r), s.rows[r], DP, map, MAP_WIDTH, D, s.turned[r], DP, false);
   for (int r = 0; r < count; ++r) {
@@ -281,7 +281,7 @@ static __attribute__((noinline)) void make_features(Scratch &s, int count, [[may
     vf sum = {}, other = {};
     for (int j = 0; j < DP; j += W) {
       const vf x = load(&s.turned[r][j]);
-      const vf one = exp2_of((x - highest) * splat(FEATURE_SCALE)), two = exp2_of((-x - lowest) * splat(FEATURE_SCALE));
+      const vf one = exp2_of((x - highest) * steep), two = exp2_of((-x - lowest) * steep);
       sum += LANES + j < D ? one : vf{};
       other += LANES + j < D ? two : vf{};
       store(&s.features[r][j], one);
@@ -332,7 +332,7 @@ static __attribute__((noinline)) void join(const LinearLaunch &launch, const Tas
   const int64_t begin = chunk * C;
   const int count = (int)least(C, launch.keys - begin);
   for (int j = 0; j < count; ++j) widen_row(s.rows[j], task.k + (begin + j) * launch.k_stride[2], D);
-  make_features(s, count, launch.key_map + task.kv_head * D * MAP_WIDTH);
+  make_features(s, count, launch.key_map + task.kv_head * D * MAP_WIDTH, launch.key_scale);
   for (int j = 0; j < count; ++j) {
     if (!is_shown(task, begin + j)) memset(s.features[j], 0, sizeof s.features[j]);
     for (int f = 0; f < padded(F); f += W) store(s.sums + f, load(s.sums + f) + load(&s.features[j][f]));
@@ -356,7 +356,7 @@ INLINE void attend_near(const LinearLaunch &launch, const Task &task, int64_t ch
     vf top = splat(NONE);
     for (int j = 0; j < width; j += W) {
       const int64_t m = begin + j / CP;
-      vf score = load(line + j) * splat(SCORE_SCALE);
+      vf score = load(line + j) * splat(launch.scale * LOG2_E);
       const vf hides = load(&s.hides[m % 3][j % CP]);
       score = hides == 0 ? score : splat(NONE);
       const int64_t last = position + first + r - m * C - j % CP;  // of these lanes, the last that the order shows
@@ -407,7 +407,7 @@ static __attribute__((noinline)) void attend(const LinearLaunch &launch, const T
   T *out = (T *)launch.out + task.batch * launch.out_stride[0] + head * launch.out_stride[1] + query * launch.out_stride[2];
   float *kept = task.kept + (g * launch.queries + query) * (EP + 1);
   for (int r = 0; r < count; ++r) widen_row(s.rows[r], q + r * launch.q_stride[2], D);
-  make_features(s, count, launch.query_map + head * D * MAP_WIDTH);
+  make_features(s, count, launch.query_map + head * D * MAP_WIDTH, launch.query_scale);
   for (int r = 0; r < count && !near; ++r) {
     memcpy(s.out[r], kept + r * (EP + 1), sizeof s.out[r]);
     s.total[r] = kept[r * (EP + 1) + EP];
@@ -455,7 +455,7 @@ INLINE int64_t kept_bytes(const LinearLaunch &launch) {
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 // The bytes of workspace that `launch->threads` threads take.
-EXPORT int64_t linear_h4_kv2_d6_c20_learned_causal_f32_avx512_041ff6bd_plan(LinearLaunch *launch) {
+EXPORT int64_t linear_h4_kv2_d6_c20_learned_causal_f32_avx512_7743d3c9_plan(LinearLaunch *launch) {
   const int64_t tasks = launch->batch * KV_HEADS;
   if (launch->threads > tasks) launch->threads = tasks;
   if (launch->threads < 1) launch->threads = 1;
@@ -464,10 +464,10 @@ EXPORT int64_t linear_h4_kv2_d6_c20_learned_causal_f32_avx512_041ff6bd_plan(Line
 }
 
 // Before the first call of the work function, once the workspace is there.
-EXPORT void linear_h4_kv2_d6_c20_learned_causal_f32_avx512_041ff6bd_start(LinearLaunch *launch) { launch->next = launch->workers = 0; }
+EXPORT void linear_h4_kv2_d6_c20_learned_causal_f32_avx512_7743d3c9_start(LinearLaunch *launch) { launch->next = launch->workers = 0; }
 
 // Takes tasks until none is left; `launch->threads` threads may do so at once.
-EXPORT void linear_h4_kv2_d6_c20_learned_causal_f32_avx512_041ff6bd_work(void *pointer) {
+EXPORT void linear_h4_kv2_d6_c20_learned_causal_f32_avx512_7743d3c9_work(void *pointer) {
   LinearLaunch &launch = *(LinearLaunch *)pointer;
   const int64_t worker = __atomic_fetch_add(&launch.workers, 1, __ATOMIC_RELAXED);
   if (worker >= launch.threads) return;
@@ -487,8 +487,8 @@ EXPORT void linear_h4_kv2_d6_c20_learned_causal_f32_avx512_041ff6bd_work(void *p
 
 // start() and work() on `threads` threads of the caller's pool, which is entered as OpenMP's runtime is; on this
 // thread alone if `pool` is null.
-EXPORT void linear_h4_kv2_d6_c20_learned_causal_f32_avx512_041ff6bd_run(LinearLaunch *launch, void (*pool)(void (*)(void *), void *, unsigned, unsigned)) {
-  linear_h4_kv2_d6_c20_learned_causal_f32_avx512_041ff6bd_start(launch);
-  if (pool && launch->threads > 1) pool(linear_h4_kv2_d6_c20_learned_causal_f32_avx512_041ff6bd_work, launch, (unsigned)launch->threads, 0);
-  else linear_h4_kv2_d6_c20_learned_causal_f32_avx512_041ff6bd_work(launch);
+EXPORT void linear_h4_kv2_d6_c20_learned_causal_f32_avx512_7743d3c9_run(LinearLaunch *launch, void (*pool)(void (*)(void *), void *, unsigned, unsigned)) {
+  linear_h4_kv2_d6_c20_learned_causal_f32_avx512_7743d3c9_start(launch);
+  if (pool && launch->threads > 1) pool(linear_h4_kv2_d6_c20_learned_causal_f32_avx512_7743d3c9_work, launch, (unsigned)launch->threads, 0);
+  else linear_h4_kv2_d6_c20_learned_causal_f32_avx512_7743d3c9_work(launch);
 }
