@@ -43,10 +43,10 @@ def site_error(flow: Flow, evidence: Evidence, replacement: Replacement) -> tupl
     )
     reference = recorded(flow, evidence.path.output_view, evidence.q.tokens)
     keys, values = (x[:, np.arange(heads) * x.shape[1] // heads] for x in (keys, values))
-    scores = np.einsum("bhsd,bhtd->bhst", query, keys) * evidence.path.scale
+    scores = query @ keys.swapaxes(-1, -2) * evidence.path.scale
     for modifier in evidence.path.modifiers:
         scores = apply_modifier(flow, modifier, scores)
-    output = np.einsum("bhst,bhtd->bhsd", softmax(scores)[..., : values.shape[2]], values)
+    output = softmax(scores)[..., : values.shape[2]] @ values
     alive = (scores > -1e4).any(-1)
     if "out_weight" in replacement.tensors:
         output, reference = _behind(flow, replacement, output, reference)
@@ -64,7 +64,7 @@ def _sparse_error(flow: Flow, evidence: Evidence, spec: GroupedQueryAttention) -
     )
     reference = recorded(flow, path.output_view, evidence.q.tokens)
     keys, values = (x[:, np.arange(spec.heads) * x.shape[1] // spec.heads] for x in (keys, values))
-    scores = np.einsum("bhsd,bhtd->bhst", query, keys) * path.scale
+    scores = query @ keys.swapaxes(-1, -2) * path.scale
     further = [m for m in path.modifiers if m.kind == "sinks"]
     for modifier in (m for m in path.modifiers if m.kind != "sinks"):
         scores = apply_modifier(flow, modifier, scores)
@@ -72,7 +72,7 @@ def _sparse_error(flow: Flow, evidence: Evidence, spec: GroupedQueryAttention) -
     scores = np.where(shown(spec, *scores.shape[-2:]), scores, -np.inf)
     for modifier in further:
         scores = apply_modifier(flow, modifier, scores)
-    output = np.einsum("bhst,bhtd->bhsd", softmax(scores)[..., : values.shape[2]], values)
+    output = softmax(scores)[..., : values.shape[2]] @ values
     size = float(np.linalg.norm(reference[alive]))
     return float(np.linalg.norm((output - reference)[alive])) / max(size, 1e-30), 1.0
 
@@ -87,7 +87,7 @@ def _linear_error(flow: Flow, evidence: Evidence, replacement: Replacement) -> t
     )
     reference = recorded(flow, path.output_view, evidence.q.tokens)
     keys, values = (x[:, np.arange(site.kv_heads) * x.shape[1] // site.kv_heads] for x in (keys, values))
-    scores = np.einsum("bhsd,bhtd->bhst", query, np.repeat(keys, spec.attention.group, axis=1)) * path.scale
+    scores = query @ np.repeat(keys, spec.attention.group, axis=1).swapaxes(-1, -2) * path.scale
     for modifier in path.modifiers:
         scores = apply_modifier(flow, modifier, scores)
     alive = scores > -1e4

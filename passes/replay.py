@@ -59,7 +59,7 @@ def replay(flow: Flow, path: ScorePath, q: Traced, k: Traced, v: Traced) -> Repl
         _spread(s if rounds else np.concatenate([s[:, :, : t.tokens.new.start], m], axis=2), heads)
         for m, s, t in zip(mine[1:], seen[1:], (k, v), strict=True)
     )
-    scores = np.einsum("bhsd,bhtd->bhst", query, keys) * path.scale
+    scores = query @ keys.swapaxes(-1, -2) * path.scale
     for count, modifier in enumerate(path.modifiers):
         scores = executed(flow, (r for r in path.roundings if r.after == count), scores)
         scores = apply_modifier(flow, modifier, scores)
@@ -71,7 +71,7 @@ def replay(flow: Flow, path: ScorePath, q: Traced, k: Traced, v: Traced) -> Repl
         pair = (_from_top(scores), _from_top(seen_scores)) if path.shifted else (scores, seen_scores)
         score_error = relative(*_shown(*pair))
         scores = seen_scores if rounds else scores
-    output = np.einsum("bhst,bhtd->bhsd", softmax(scores)[..., : values.shape[2]], values)
+    output = softmax(scores)[..., : values.shape[2]] @ values
     seen_output = recorded(flow, path.output_view, q.tokens)
     return Replay(errors[0], errors[1], errors[2], score_error, _output_error(output, seen_output, scores))
 
