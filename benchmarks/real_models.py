@@ -8,6 +8,8 @@ of one thread, which other work on the machine disturbs less. Drift is measured 
 have not seen: cosine of sentence embeddings with the original's (MiniLM), perplexity over the original's (SmolLM2).
 Healing is `rewriter.uptrain` for three minutes of processor time. On a graphics card the model is eight layers of Llama
 2 7B's shape with random weights, where drift means nothing.
+
+What there is so far is written after every row. `--only` leaves the other lines of the README's table as they are.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from benchmarks import options as shared_options
 from benchmarks.healing import Healing, healed, precision, training_plays
 from benchmarks.machine import machine
 from benchmarks.peers import quiet
-from benchmarks.rows import Row, markdown_table, put_between, put_section, write_json
+from benchmarks.rows import Row, between, markdown_table, merged_table, put_between, put_section, write_json
 from benchmarks.texts import CALIBRATION, HELD_OUT, cosine, embedded, sentences, token_ids
 from passes.targets import GroupedQuery
 from rewriter.demo.perplexity import perplexity
@@ -248,6 +250,8 @@ PARTS: Mapping[str, Callable[[bool], Iterator[Row]]] = {
     "smollm2": smollm2_rows,
     "card": card_rows,
 }
+KEYS = 3
+"""Columns that say which line of the README's table it is: model, target, where."""
 COLUMNS = {
     "K/V": "kv", "parameters": "parameters", "peak memory": "peak", "drift in": "measure", "rewritten": "drift",
     "healed": "healed",
@@ -279,19 +283,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not chosen:
         print(f"no such part; there are {', '.join(PARTS)}", file=sys.stderr)
         return 2
+    if options.readme:
+        between(options.readme, MARK)  # before hours of work, not after
     rows: list[Row] = []
     for name in chosen:
         for found in PARTS[name](options.quick):
             rows.append(found)
             print(f"{found.name} | {found.case} | {found.ratio:.3g} | {found.more['drift']}", file=sys.stderr)
+            publish(options, rows, "Real models" if len(chosen) == len(PARTS) else f"Real models: {', '.join(chosen)}")
     print(document(rows, options.quick))
+    return 0
+
+
+def publish(options: argparse.Namespace, rows: Sequence[Row], title: str) -> None:
+    """Write what there is so far, so that a run that is cut off has not been for nothing.
+
+    The README's lines of other models, targets and devices stay: a card's come from another machine.
+    """
     if options.markdown:
-        put_section(options.markdown, "Real models", document(rows, options.quick))
+        put_section(options.markdown, title, document(rows, options.quick))
     if options.readme:
-        put_between(options.readme, MARK, table(rows))
+        put_between(options.readme, MARK, merged_table(between(options.readme, MARK), table(rows), KEYS))
     if options.json:
         write_json(options.json, rows)
-    return 0
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

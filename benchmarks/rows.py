@@ -106,9 +106,34 @@ def put_section(path: Path, title: str, text: str) -> None:
 
 def put_between(path: Path, mark: str, text: str) -> None:
     """Replace what stands between ``<!-- mark -->`` and ``<!-- end of mark -->``; raises ValueError without these."""
+    head, _, tail = _parts(path, mark)
+    path.write_text(f"{head}{text}\n{tail}")
+
+
+def between(path: Path, mark: str) -> str:
+    """What `put_between` would replace; raises ValueError as it does."""
+    return _parts(path, mark)[1]
+
+
+def _parts(path: Path, mark: str) -> tuple[str, str, str]:
+    """(up to the place, what stands there, all behind), with the marks in the first and the last."""
     before = path.read_text()
     start, end = f"<!-- {mark} -->\n", f"<!-- end of {mark} -->"
     if before.count(start) != 1 or before.count(end) != 1 or before.index(end) < before.index(start):
         raise ValueError(f"{path} has no place for {mark!r}")
-    head, rest = before.split(start)
-    path.write_text(f"{head}{start}{text}\n{end}{rest.split(end)[1]}")
+    first, last = before.index(start) + len(start), before.index(end)
+    return before[:first], before[first:last], before[last:]
+
+
+def merged_table(old: str, new: str, keys: int) -> str:
+    """A Markdown table with the lines of both, `new` taking the place of `old` where the first `keys` cells agree.
+
+    Lines of a table with other columns are dropped.
+    """
+    was, now = old.strip().splitlines(), new.strip().splitlines()
+    kept = {_key(line, keys): line for line in was[2:]} if was[:1] == now[:1] else {}
+    return "\n".join([*now[:2], *{**kept, **{_key(line, keys): line for line in now[2:]}}.values()])
+
+
+def _key(line: str, keys: int) -> tuple[str, ...]:
+    return tuple(cell.strip() for cell in line.strip().strip("|").split("|")[:keys])

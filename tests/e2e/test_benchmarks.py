@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -206,10 +207,55 @@ def test_a_real_model_before_and_after(tmp_path: Path) -> None:
     assert real_models.main(["--only", "nothing"]) == 2
 
 
+def _made(model: str, target: str, ratio: float) -> rows.Row:
+    more = {"model": model, "target": target, "measure": "cosine", "drift": 0.9, "kv": 0.5}
+    return rows.Row(f"{model}, {target}", "here", 1.0, ratio, "the original", "ms", ratio, None, None, more)
+
+
+def test_parts_fill_their_own_lines_of_the_readme_row_by_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    readme, page = tmp_path / "README.md", tmp_path / "page.md"
+    readme.write_text(
+        "<!-- real models -->\n| other | columns |\n| --- | --- |\n| old |  |\n<!-- end of real models -->\n"
+    )
+
+    def parts(*ratios: float, cut: bool = False) -> None:
+        def first(quick: bool) -> Iterator[rows.Row]:
+            yield _made("A", "gqa2", ratios[0])
+            if cut:
+                raise KeyboardInterrupt
+            yield _made("A", "fnet", ratios[0])
+
+        def second(quick: bool) -> Iterator[rows.Row]:
+            yield _made("B", "gqa2", ratios[1])
+
+        monkeypatch.setattr(real_models, "PARTS", {"first": first, "second": second})
+
+    def lines() -> list[str]:
+        return [
+            line.replace(" here ", " ") for line in readme.read_text().splitlines() if line.startswith(("| A", "| B"))
+        ]
+
+    places = ["--readme", str(readme), "--markdown", str(page)]
+    parts(2.0, 3.0)
+    assert real_models.main(places) == 0
+    whole = lines()
+    assert [line[:20] for line in whole] == ["| A | gqa2 | | 2 | 0", "| A | fnet | | 2 | 0", "| B | gqa2 | | 3 | 0"]
+    assert "old" not in readme.read_text() and "## Real models\n" in page.read_text()
+    parts(4.0, 5.0)
+    assert real_models.main(["--only", "second", *places]) == 0
+    assert lines()[:2] == whole[:2] and "| 5 |" in lines()[2] and "## Real models: second\n" in page.read_text()
+    parts(6.0, 7.0, cut=True)
+    with pytest.raises(KeyboardInterrupt):
+        real_models.main(places)
+    assert "| 6 |" in lines()[0] and lines()[1] == whole[1], "what was measured before the end is kept"
+
+
 def test_a_place_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     page = tmp_path / "README.md"
     for text in ("no marks", "<!-- a -->\n", "<!-- end of a -->\n<!-- a -->\n"):
         page.write_text(text)
         with pytest.raises(ValueError, match="no place for 'a'"):
             rows.put_between(page, "a", "new")
+        with pytest.raises(ValueError, match="no place for 'real models'"):
+            real_models.main(["--quick", "--only", "minilm", "--readme", str(page)])
         assert page.read_text() == text

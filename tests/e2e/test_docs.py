@@ -75,6 +75,22 @@ def test_the_pages_with_snippets_are_found() -> None:
                for block in blocks(page.read_text(encoding="utf-8")))  # fmt: skip
 
 
+def targets_in(text: str) -> set[str]:
+    """Targets named in a text, without what follows the name."""
+    return {re.split(r"[:\[]", name)[0] for name in re.findall(r"`([^`]+)`", text)}
+
+
+def test_every_target_has_a_how_to_and_says_whether_it_needs_healing() -> None:
+    from rewriter import targets
+
+    known = {re.split(r"[:\[]", target["name"])[0] for target in targets()}
+    lines = (DOCS / "targets.md").read_text(encoding="utf-8").splitlines()
+    assert targets_in("\n".join(line for line in lines if line.startswith("## "))) == known
+    healing = (DOCS / "when-not.md").read_text(encoding="utf-8").partition("| target |")[2]
+    assert targets_in(healing) == known
+    assert targets_in(healing.replace("`window`", "window")) == known - {"window"}, "one that is missing is seen"
+
+
 def test_commands_and_options_in_the_documentation_exist() -> None:
     from typer.main import get_command
 
