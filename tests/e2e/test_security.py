@@ -17,12 +17,15 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.helper as oh
+import onnx.numpy_helper as nh
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import rewriter
 from benchmarks import fuzz
+from benchmarks.scale_models import Stack, write
 from rewriter import cli
 from rewriter.errors import InvalidModelFile, UsageError
 from rewriter.install.persistence import copy_side_files
@@ -368,3 +371,34 @@ def test_a_library_that_everybody_may_change_is_not_loaded(tmp_path: Path) -> No
     tmp_path.chmod(0o700)
     with pytest.raises(UsageError, match="no library"):
         library_in(tmp_path)
+
+
+# ---------------------------------------------------------------------- loops
+
+
+def with_loop(path: Path, rounds: int) -> Path:
+    """A sound model behind a loop that goes round so many times."""
+    model = onnx.load(write(Stack(1, hidden=16, inner=16, heads=4), path, external=False))
+    kinds = {"i": onnx.TensorProto.INT64, "on": onnx.TensorProto.BOOL, "x": onnx.TensorProto.FLOAT}
+    ports = {name: oh.make_tensor_value_info(name, kind, [] if name != "x" else None) for name, kind in kinds.items()}
+    outputs = [oh.make_tensor_value_info(f"{n}_out", kinds[n], [] if n == "on" else None) for n in ("on", "x")]
+    nodes = [oh.make_node("Identity", ["on"], ["on_out"]), oh.make_node("Relu", ["x"], ["x_out"])]
+    body = oh.make_graph(nodes, "body", list(ports.values()), outputs)
+    model.graph.initializer.extend([nh.from_array(np.array(rounds), "rounds"), nh.from_array(np.array(True), "go")])
+    for node in model.graph.node:
+        node.input[:] = ["looped" if name == "h0" else name for name in node.input]
+    model.graph.node.insert(0, oh.make_node("Loop", ["rounds", "go", "h0"], ["looped"], body=body))
+    onnx.save(model, path)
+    return path
+
+
+def test_a_loop_without_end_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    short, path = str(with_loop(tmp_path / "short.onnx", 3)), str(with_loop(tmp_path / "in.onnx", 2**62))
+    out = str(tmp_path / "out.onnx")
+    assert said("rewrite", short, out, "-t", "mqa")[0] == 0, "the control"
+    monkeypatch.setenv("REWRITER_RUN_TIMEOUT", "0.5")
+    commands = (("inspect", path), ("rewrite", path, out, "-t", "mqa"), ("verify", path, "--against", path),
+                ("profile", path, path, "--runs", "1"))  # fmt: skip
+    for words in commands:
+        code, text = said(*words)
+        assert code == 1 and "did not end within 0.5 seconds" in text and "hint: " in text, (words, text[-300:])
