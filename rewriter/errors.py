@@ -12,10 +12,11 @@ class RewriteError(Exception):
     """
 
     exit_code = 1
+    usual_hint = ""
 
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(message)
-        self.hint = hint
+        self.hint = hint or self.usual_hint
 
 
 class UsageError(RewriteError):
@@ -52,6 +53,7 @@ class InvalidModelFile(RewriteError):
     """The input file is broken, or unsafe to open."""
 
     exit_code = 3
+    usual_hint = "download it again, or save it again with the program that wrote it"
 
 
 def first_line(error: BaseException) -> str:

@@ -23,10 +23,13 @@ from passes.weights.pooling import mean_pool, ties
 from rewriter import progress
 from rewriter.capture.narrowed import HINT, narrowed
 from rewriter.decision import Stopwatch, assignment
-from rewriter.errors import InvalidModelFile, UnsupportedModel
+from rewriter.errors import UnsupportedModel
 from rewriter.install import huggingface, safetensors_stream
+from rewriter.install.checkpoint_files import shards
 from rewriter.install.persistence import CONFIG, GENERATION, OURS, Checkpoint, copy_side_files
+from rewriter.install.proportion import in_proportion
 from rewriter.install.safetensors_stream import Stored
+from rewriter.json_files import read_object
 from rewriter.report.rewrite_report import Change, RewriteReport
 from rewriter.whole_folder import whole_folder
 
@@ -63,7 +66,7 @@ class StreamedCheckpoint:
             _write_json(draft / CONFIG, self.config)
             generation = self.source / GENERATION
             if generation.is_file():
-                _write_json(draft / GENERATION, json.loads(generation.read_text(encoding="utf-8")))
+                _write_json(draft / GENERATION, read_object(generation))
             copy_side_files(self.source, draft, there=path)
 
     def _write_tensors(self, draft: Path) -> tuple[int, dict[str, str]]:
@@ -115,7 +118,8 @@ def rewrite_streamed(folder: Path, target: Any, *, layers: str | None) -> tuple[
         checkpoint = Checkpoint.at(folder)
         files = _files(folder)
         tensors = {name: tensor for file in files for name, tensor in safetensors_stream.stored(file).items()}
-        model = narrowed(checkpoint.model_class, checkpoint.config())
+        with in_proportion(folder):
+            model = narrowed(checkpoint.model_class, checkpoint.config())
         before, config = _state(model), model.config.to_dict()  # type: ignore[operator, union-attr]
     model, summary = rewrite_torch(
         model, target, layers=layers, example_inputs=None, inplace=True, verify=True, kernels="off"
@@ -148,13 +152,7 @@ def _files(folder: Path) -> tuple[Path, ...]:
         if (folder / SINGLE).is_file():
             return (folder / SINGLE,)
         raise UnsupportedModel(f"{folder} holds no safetensors", hint=f"convert it, or {HINT}")
-    try:
-        names = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InvalidModelFile(f"{index} cannot be read: {error!r}", hint="download it again") from error
-    if any(Path(name).name != name or not name.endswith(".safetensors") for name in names):
-        raise InvalidModelFile(f"{index} is unsafe: it names files outside its folder", hint="download it again")
-    return tuple(folder / name for name in sorted(names))
+    return tuple(folder / name for name in shards(index))
 
 
 def _state(model: torch.nn.Module) -> dict[str, Tensor]:
@@ -217,11 +215,12 @@ def _require_whole(
     if not huggingface.config_tells_all(model) or summary.refused or not pooled or not edits:
         reason = f": {summary.refused[0].reason}" if summary.refused else ""
         raise UnsupportedModel(f"the config alone cannot say what was rewritten{reason}", hint=HINT)
+    narrow = model.state_dict()
     for name, (heads, _) in pooled.items():
         found = tensors.get(name)
         if found is None:
             raise UnsupportedModel(f"the checkpoint has no tensor {name}", hint=HINT)
-        if found.dtype not in _FLOATS or not found.shape or found.shape[0] % heads:
+        if found.dtype not in _FLOATS or len(found.shape) != narrow[name].dim() or found.shape[0] % heads:
             raise UnsupportedModel(
                 f"{name} is {found.dtype} {list(found.shape)}, no {heads} heads of floats", hint=HINT
             )

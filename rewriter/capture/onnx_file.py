@@ -23,6 +23,7 @@ from passes.match.feed_forward_blocks import recorded_values
 from passes.match.scores import anchors
 from passes.provenance import PASS_THROUGH
 from passes.softmaxes import with_softmaxes
+from rewriter.capture.bounded_run import RunsTooLong, run_within, time_limit
 from rewriter.capture.feeds import MaskStyle, candidate_sizes, make_feeds
 from rewriter.capture.onnx_constants import constant_tensor
 from rewriter.capture.onnx_elementwise import single_node
@@ -169,6 +170,8 @@ def _first_run(
             continue
         try:
             return session.run(feeds), feeds, sizes
+        except RunsTooLong:
+            raise
         except Exception as error:  # onnxruntime raises unrelated types
             reason = first_line(error)
     raise UnsupportedModel(
@@ -182,6 +185,7 @@ class _Session:
 
     def __init__(self, model: ir.Model, extra: Sequence[str], constants: _Constants) -> None:
         self.model, self.extra, self.constants = model, extra, constants
+        self.time_limit = time_limit(model)
         self._session: ort.InferenceSession | None = None
 
     def _open(self) -> ort.InferenceSession:
@@ -204,7 +208,7 @@ class _Session:
         if self._session is None:
             self._session = self._open()
         names = [o.name for o in self._session.get_outputs()]
-        arrays = self._session.run(names, dict(feeds))
+        arrays = run_within(self.time_limit, self._session, names, feeds)
         out = {n: widened(a) for n, a in zip(names, arrays, strict=True) if isinstance(a, np.ndarray)}
         return {**out, **{n: widened(a) for n, a in feeds.items()}}
 
@@ -290,7 +294,10 @@ class _Constants:
             ir_version=self.model.ir_version,
         )
         try:
-            return widened(np.asarray(open_session(proto, None, optimise=False).run(None, {})[0]))
+            session = open_session(proto, None, optimise=False)
+            return widened(np.asarray(run_within(time_limit(self.model), session, None, {})[0]))
+        except RunsTooLong:
+            raise
         except Exception as error:
             raise _refused(f"compute the constant {name[:80]!r}: {first_line(error)}") from error
 

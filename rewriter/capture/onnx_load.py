@@ -11,6 +11,7 @@ from typing import IO, TYPE_CHECKING
 
 import onnx_ir as ir
 
+from rewriter.capture.onnx_functions import require_finite_functions
 from rewriter.errors import InvalidModelFile, UnsupportedModel, UsageError
 
 if TYPE_CHECKING:
@@ -207,6 +208,7 @@ def _check_structure(proto: onnx.ModelProto, name: str) -> None:
     for text in _names(proto):
         if not isinstance(text, str):  # protobuf hands out bytes where they are no UTF-8
             raise InvalidModelFile(f"{name} holds a name that is no text: {text!r:.60}", hint=hint)
+    require_finite_functions(proto, name)
     _check_arity(proto, name)
     _check_inputs(proto.graph, name)
 
@@ -377,11 +379,26 @@ def _check_tensor(tensor: onnx.TensorProto, data: _DataFolder | None, model: str
         if data is not None:
             _check_external(tensor, expected, data, model)
         return
-    if tensor.HasField("raw_data") and expected is not None and len(tensor.raw_data) != expected:
+    if expected is None:
+        return
+    held = len(tensor.raw_data) if tensor.HasField("raw_data") else _listed_bytes(tensor, expected)
+    if held != expected:
         raise InvalidModelFile(
-            f"{model} is damaged: {tensor.name!r} holds {len(tensor.raw_data):,} bytes instead of {expected:,}",
+            f"{model} is damaged: {tensor.name!r} holds {held:,} bytes instead of {expected:,}",
             hint="export or download the model again",
         )
+
+
+def _listed_bytes(tensor: onnx.TensorProto, expected: int) -> int:
+    """Bytes of a tensor whose elements are listed one by one; packed types may be listed packed."""
+    import onnx
+
+    entries = len(getattr(tensor, onnx.helper.tensor_dtype_to_field(tensor.data_type)))
+    dtype = ir.DataType(tensor.data_type)
+    if dtype.bitwidth < 8 and entries == expected:
+        return expected
+    parts = 2 if dtype in (ir.DataType.COMPLEX64, ir.DataType.COMPLEX128) else 1
+    return (entries * dtype.bitwidth // parts + 7) // 8
 
 
 def _check_external(tensor: onnx.TensorProto, expected: int | None, data: _DataFolder, model: str) -> None:

@@ -12,7 +12,8 @@ import importlib.metadata
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,18 +23,22 @@ from torch import Tensor, nn
 
 from rewriter.errors import InvalidModelFile, RewriteError, UsageError, first_line
 from rewriter.install import conditional_block, expert_mixer, huggingface, repeated_projection, token_mixer
+from rewriter.install.checkpoint_files import is_own, require_own_files
 from rewriter.install.conditional_block import conditional_blocks
 from rewriter.install.expert_mixer import expert_mixers
 from rewriter.install.mixer import rebuild
+from rewriter.install.proportion import in_proportion, require_sane_counts
 from rewriter.install.shared_cache import share, sharers
 from rewriter.install.token_mixer import Absorbed, absorbed, token_mixers
 from rewriter.install.torch_module import mixers, place
+from rewriter.json_files import read_object
 from rewriter.report import stored
 from rewriter.report.rewrite_report import RewriteReport
 from rewriter.whole_file import write_whole
 from rewriter.whole_folder import whole_folder
 
 FORMAT = 1
+SAVE_AGAIN = "download or save it again, as safetensors"
 MANIFEST = "rewrite.json"
 WEIGHTS = "rewritten.safetensors"
 CONFIG = "config.json"
@@ -104,22 +109,34 @@ def _has_report(folder: Path) -> bool:
 
 
 def _load(folder: Path, module: nn.Module | None) -> nn.Module:
+    require_own_files(folder)
     if not (folder / MANIFEST).is_file():
         return _load_plain(folder, module)
-    manifest = _read_json(folder / MANIFEST)
+    manifest = read_object(folder / MANIFEST)
     if manifest.get("format") != FORMAT:
         raise InvalidModelFile(
             f"{folder / MANIFEST} has format {manifest.get('format')!r}, this version reads {FORMAT}",
             hint="Load it with the version of rewriter that wrote it, or a newer one.",
         )
-    built = _build(manifest, folder) if module is None else module
-    try:
+    with _fitting(folder / MANIFEST), in_proportion(folder):
+        built = _build(manifest, folder) if module is None else module
         _rewrite(built, manifest["owners"])
         _share(built, manifest.get("caches", {}))
         _fill(built, folder / Path(str(manifest["weights"])).name, manifest["tied"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InvalidModelFile(f"{folder / MANIFEST} does not fit the model: {error}") from error
     return built.eval() if module is None else built
+
+
+@contextmanager
+def _fitting(file: Path) -> Iterator[None]:
+    """Whatever building by a stranger's numbers raises says that they do not fit."""
+    try:
+        yield
+    except RewriteError:
+        raise
+    except (KeyError, IndexError) as error:
+        raise InvalidModelFile(f"{file} does not fit the model: it lacks {error}") from error
+    except Exception as error:  # torch, transformers and the modules themselves check in ways of their own
+        raise InvalidModelFile(f"{file} does not fit the model: {first_line(error)}") from error
 
 
 NOT_COPIED = (
@@ -143,11 +160,7 @@ def copy_side_files(source: Path, target: Path, *, there: Path | None = None) ->
 
 
 def _is_side_file(file: Path) -> bool:
-    if not file.is_file() or any(fnmatch.fnmatch(file.name, p) for p in NOT_COPIED):
-        return False
-    folder = file.parent.resolve()
-    blobs = folder.parent.parent / "blobs"  # where a download cache keeps what its folders link to
-    return file.resolve().parent in (folder, blobs)
+    return file.is_file() and not any(fnmatch.fnmatch(file.name, p) for p in NOT_COPIED) and is_own(file)
 
 
 # ---------------------------------------------------------------------- writing
@@ -275,10 +288,12 @@ class Checkpoint:
         """Raises InvalidModelFile if the config is missing, broken or asks for code; UsageError for unknown classes."""
         if not (folder / CONFIG).is_file():
             raise InvalidModelFile(f"{folder} has no {MANIFEST}", hint="Give a folder that rewriter.save wrote.")
-        raw = _read_json(folder / CONFIG)
+        require_own_files(folder)
+        raw = read_object(folder / CONFIG)
         names = raw.get("architectures")
         model_class = _model_class(str(names[0]) if isinstance(names, list) and names else "")
         _refuse_code(raw, folder / CONFIG)
+        require_sane_counts(raw, folder / CONFIG)
         return Checkpoint(folder, model_class, raw)
 
     def config(self) -> Any:
@@ -295,16 +310,29 @@ def _load_plain(folder: Path, module: nn.Module | None) -> nn.Module:
     if module is not None:
         raise InvalidModelFile(f"{folder} has no {MANIFEST}", hint="Give a folder that rewriter.save wrote.")
     model_class = Checkpoint.at(folder).model_class
+    loaded: nn.Module
     try:
-        # weights_only: where there are no safetensors, the unpickler must make nothing but tensors
-        loaded: nn.Module = model_class.from_pretrained(folder, weights_only=True, local_files_only=True)
+        with in_proportion(folder):
+            # weights_only: where there are no safetensors, the unpickler must make nothing but tensors
+            loaded, found = model_class.from_pretrained(
+                folder, weights_only=True, local_files_only=True, output_loading_info=True
+            )
     except Exception as error:  # whatever its parts raise on broken configs, cut-off weights and forbidden pickles
         if isinstance(error, MemoryError | RewriteError):
             raise
+        raise InvalidModelFile(f"{folder} cannot be read: {_reason(error)}", hint=SAVE_AGAIN) from error
+    missing = sorted(set(found["missing_keys"]) & {name for name, _ in loaded.named_parameters()})
+    if missing:
         raise InvalidModelFile(
-            f"{folder} cannot be read: {first_line(error)}", hint="download or save it again, as safetensors"
-        ) from error
+            f"{folder} lacks {len(missing)} tensors that its architecture has, the first of them {missing[0]}; "
+            "they would be random",
+            hint=f"{SAVE_AGAIN}, or load the model yourself and pass it as an object",
+        )
     return loaded
+
+
+def _reason(error: Exception) -> str:
+    return "tensors have other shapes than its config says" if "mismatched_sizes" in str(error) else first_line(error)
 
 
 ATTENTION = ("attn_implementation", "_attn_implementation")
@@ -328,6 +356,9 @@ def _refuse_code(config: Any, file: Path) -> None:
 
 def _build(manifest: Mapping[str, Any], folder: Path) -> nn.Module:
     architecture = manifest.get("architecture") or {}
+    if not isinstance(architecture, Mapping):
+        raise InvalidModelFile(f"{folder / MANIFEST} does not say what the model is")
+    require_sane_counts(architecture, folder / MANIFEST)
     _refuse_code({"attn_implementation": architecture.get("attention"), **architecture}, folder / MANIFEST)
     if architecture.get("kind") != "transformers":
         raise UsageError(
@@ -426,13 +457,3 @@ def _put(slot: Tensor, tensor: Tensor, name: str, file: Path) -> None:
     if slot.shape != tensor.shape:
         raise InvalidModelFile(f"{file}: {name} is {list(tensor.shape)}, the model has {list(slot.shape)}")
     slot.data = tensor.to(slot.device)
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InvalidModelFile(f"{file} cannot be read: {error}") from error
-    if not isinstance(data, dict):
-        raise InvalidModelFile(f"{file} is not a JSON object")
-    return data

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import stat
 from dataclasses import asdict
 from enum import Enum
@@ -12,6 +11,7 @@ from typing import Any
 
 from codegen.registry import Choice
 from rewriter.errors import InvalidModelFile, UsageError
+from rewriter.json_files import read_object
 from rewriter.whole_file import write_whole
 
 MANIFEST = "manifest.json"
@@ -44,13 +44,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
         raise UsageError(f"{folder} is no folder of kernels", hint="name one that rewriter kernels wrote, or off")
-    try:
-        found = json.loads(path.read_text())
-    except ValueError as error:
-        raise InvalidModelFile(f"{path} is broken: {error}") from error
-    if not isinstance(found, dict):
-        raise InvalidModelFile(f"{path} is broken")
-    return found
+    return read_object(path)
 
 
 def described(choice: Choice) -> dict[str, Any]:

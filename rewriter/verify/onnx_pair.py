@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from rewriter.capture.bounded_run import time_limit
 from rewriter.capture.input_roles import InputRole, input_roles
 from rewriter.capture.onnx_load import load
-from rewriter.errors import first_line
+from rewriter.errors import UnsupportedModel, first_line
 from rewriter.verify.drift import Drift
 from rewriter.verify.kv_cache import Array, Feeds, cache_ports
 from rewriter.verify.record import Record, read_record
@@ -69,7 +70,7 @@ def verify_onnx(
 
     Raises:
         InvalidModelFile, UsageError: a path cannot be opened.
-        UnsupportedModel: an input is no tensor.
+        UnsupportedModel: an input is no tensor, or a loop does not come to an end.
     """
     new, old = _Side.of(after), _Side.of(before)
     record = read_record(new.model)
@@ -130,7 +131,7 @@ def _compare_runs(
         session = cpu_session(old.source, threads=threads)
     except Exception as error:  # onnxruntime's errors share no public base class
         return None, [Check("runs", False, f"the original does not load in onnxruntime: {first_line(error)}")]
-    rehearsal = Rehearsal(old.model, session, ports, changed)
+    rehearsal = Rehearsal(old.model, session, ports, changed, time_limit(old.model))
     rehearsed = list(rehearsal.scripts(sizes, seeds))
     del session, rehearsal.session
     if not rehearsed:
@@ -144,7 +145,9 @@ def _compare_runs(
     comparison = _Comparison.of(old.model, set(ports.present.values()), record.caches if record is not None else {})
     for script, expected in rehearsed:
         try:
-            got = play(session, new_ports, script)
+            got = play(session, new_ports, script, time_limit(new.model))
+        except UnsupportedModel:
+            raise
         except Exception as error:
             return None, [*checks, Check("runs", False, f"{script.label}: {first_line(error)}")]
         complaint = comparison.add(script, expected, got)

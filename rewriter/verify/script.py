@@ -9,7 +9,7 @@ from typing import Any
 import onnx_ir as ir
 
 from rewriter.capture.feeds import MaskStyle, candidate_sizes, make_feeds
-from rewriter.errors import first_line
+from rewriter.errors import UnsupportedModel, first_line
 from rewriter.verify.kv_cache import Array, CachePorts, Feeds
 
 Outputs = dict[str, Array]
@@ -33,8 +33,13 @@ class Script:
     neutral: frozenset[str]
 
 
-def play(session: Any, ports: CachePorts, script: Script) -> list[Outputs]:
-    """Run `script` on one model and return each step's outputs by name."""
+def play(session: Any, ports: CachePorts, script: Script, limit: float | None = None) -> list[Outputs]:
+    """Run `script` on one model and return each step's outputs by name; `limit` is in seconds for each run.
+
+    Raises RunsTooLong if a run takes longer, and whatever onnxruntime raises.
+    """
+    from rewriter.capture.bounded_run import run_within
+
     names = [value.name for value in session.get_outputs()]
     wanted = {value.name for value in session.get_inputs()}
     played: list[Outputs] = []
@@ -42,7 +47,7 @@ def play(session: Any, ports: CachePorts, script: Script) -> list[Outputs]:
     for feeds in script.steps:
         start = ports.neutral(feeds, script.neutral)
         own = {name: array for name, array in {**start, **cache}.items() if name in wanted}
-        played.append(dict(zip(names, session.run(None, own), strict=True)))
+        played.append(dict(zip(names, run_within(limit, session, None, own), strict=True)))
         cache = ports.next(played[-1], own)
     return played
 
@@ -53,6 +58,7 @@ class Rehearsal:
 
     Attributes:
         changed: caches that the two models take in different shapes, so that no random one can be fed.
+        limit: seconds for each run; None for any time.
         trouble: what the original said to the sizes that it refused.
     """
 
@@ -60,6 +66,7 @@ class Rehearsal:
     session: Any
     ports: CachePorts
     changed: frozenset[str]
+    limit: float | None = None
     trouble: list[str] = field(default_factory=list)
 
     def scripts(self, sizes: Sequence[Size] | None, seeds: Iterable[int]) -> Iterator[tuple[Script, list[Outputs]]]:
@@ -115,7 +122,9 @@ class Rehearsal:
 
     def _try(self, script: Script) -> list[Outputs] | None:
         try:
-            return play(self.session, self.ports, script)
+            return play(self.session, self.ports, script, self.limit)
+        except UnsupportedModel:  # of a run without end: other sizes would take as long
+            raise
         except Exception as error:  # onnxruntime's errors share no public base class
             self.trouble.append(f"{script.label}: {first_line(error)}")
             return None

@@ -9,22 +9,28 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import shutil
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnx.helper as oh
+import onnx.numpy_helper as nh
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import rewriter
 from benchmarks import fuzz
+from benchmarks.scale_models import Stack, write
 from rewriter import cli
 from rewriter.errors import InvalidModelFile, UsageError
 from rewriter.install.persistence import copy_side_files
 from rewriter.kernels.folder import library_in
-from tests.uptrain.small_models import llama, student_of, token_ids
+from tests.uptrain.small_models import bert, llama, student_of, token_ids
 
 EVIL = "\x1b[31m\x07</title><script>alert(1)</script>\"'{{7*7}}{% x %}`touch pwned`$(touch pwned)/../../\u202ex\r\n"
 
@@ -211,6 +217,138 @@ def test_code_beside_a_checkpoint_is_not_run(tmp_path: Path) -> None:
     assert marker.exists(), "the control"
 
 
+def refused(folder: Path) -> str:
+    """What is said of a folder, by the command too: one line, a hint, exit code 3."""
+    with pytest.raises(InvalidModelFile) as caught:
+        rewriter.load(folder)
+    code, text = said("inspect", str(folder))
+    assert code == 3 and "hint: " in text and "Traceback" not in text and caught.value.hint
+    return str(caught.value)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A sound checkpoint."""
+    llama().save_pretrained(tmp_path / "model")
+    assert rewriter.load(tmp_path / "model") is not None, "the control"
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "generation_config.json"])
+def test_a_link_out_of_a_checkpoint_is_not_followed(folder: Path, file: str) -> None:
+    elsewhere = folder.rename(folder.with_name("elsewhere"))
+    folder.mkdir()
+    for other in elsewhere.iterdir():
+        (folder / other.name).write_bytes(other.read_bytes())
+    (folder / file).unlink()
+    (folder / file).symlink_to(elsewhere / file)
+    assert "leads out" in refused(folder)
+    (folder.parent / "linked").symlink_to(elsewhere)
+    assert rewriter.load(folder.parent / "linked") is not None, "the control: a link to a whole folder"
+
+
+def test_a_download_cache_is_followed(folder: Path) -> None:
+    hub = folder.parent / "models--a--b"
+    (hub / "blobs").mkdir(parents=True)
+    (hub / "snapshots" / "1").mkdir(parents=True)
+    for number, file in enumerate(folder.iterdir()):
+        file.rename(hub / "blobs" / str(number))
+        (hub / "snapshots" / "1" / file.name).symlink_to(f"../../blobs/{number}")
+    assert rewriter.load(hub / "snapshots" / "1") is not None
+
+
+@pytest.mark.parametrize("place", ["../elsewhere.safetensors", "{absolute}", "sub/x.safetensors", "x.gguf"])
+def test_an_index_names_files_of_its_folder(folder: Path, place: str) -> None:
+    weights = (folder / "model.safetensors").rename(folder.parent / "elsewhere.safetensors")
+    index = {"metadata": {}, "weight_map": {"model.norm.weight": place.format(absolute=weights)}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "outside its folder" in refused(folder)
+    with pytest.raises(InvalidModelFile, match="outside its folder"):
+        rewriter.optimize(folder, "gqa2", streamed=True)
+
+
+@pytest.mark.parametrize(
+    ("entries", "words"),
+    [
+        ({"num_hidden_layers": 10**9}, "makes no sense"),
+        ({"num_hidden_layers": 90_000}, "far larger model"),
+        ({"num_labels": 10**12}, "makes no sense"),
+        ({"text_config": {"depths": [2, 10**9]}}, "makes no sense"),
+        ({"intermediate_size": 10**13}, "far larger model"),
+        ({"hidden_size": 40}, "other shapes"),
+        ({"num_key_value_heads": 0}, "cannot be read"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
+)
+def test_a_config_that_asks_for_more_than_there_is(folder: Path, entries: dict[str, Any], words: str) -> None:
+    assert words in refused(edited(folder, "config.json", **entries))
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_brackets_without_end(folder: Path, file: str) -> None:
+    (folder / file).write_text("[" * 100_000)
+    refused(folder)
+
+
+def test_weights_that_are_missing_are_not_made_up(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    name = "model.layers.1.self_attn.k_proj.weight"
+    weights[f"{EVIL}"] = weights.pop(name)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert f"lacks 1 tensors that its architecture has, the first of them {name}" in refused(folder)
+
+
+@pytest.fixture(scope="module")
+def pooled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A rewritten model that its config alone cannot describe."""
+    folder = tmp_path_factory.mktemp("pooled") / "model"
+    rewriter.save(rewriter.optimize(bert(), "mqa", verify=False), folder)
+    assert rewriter.load(folder) is not None, "the control"
+    return folder
+
+
+def _change(**entries: Any) -> Callable[[dict[str, Any]], object]:
+    return lambda manifest: manifest.update(entries)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _change(architecture=[1]),
+        _change(architecture={"kind": "transformers", "class": "LlamaForCausalLM"}),
+        _change(owners=[]),
+        _change(tied=[1]),
+        _change(weights="../elsewhere.safetensors"),
+        lambda m: m["architecture"]["config"].update(hidden_size="wide"),
+        lambda m: m["architecture"]["config"].update(hidden_size=10**12),
+        lambda m: m["architecture"]["config"].update(num_hidden_layers=10**9),
+        lambda m: m["architecture"]["config"].update(num_hidden_layers=90_000),
+        lambda m: m["architecture"].update(attention="flash_attention_2"),
+    ],
+    ids=[
+        "architecture",
+        "no config",
+        "owners",
+        "tied",
+        "weights",
+        "type",
+        "width",
+        "layers",
+        "many layers",
+        "attention",
+    ],
+)
+def test_a_manifest_that_makes_no_sense(
+    pooled: Path, tmp_path: Path, change: Callable[[dict[str, Any]], object]
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(pooled, folder)
+    manifest = json.loads((folder / "rewrite.json").read_text())
+    change(manifest)
+    (folder / "rewrite.json").write_text(json.dumps(manifest))
+    refused(folder)
+
+
 def test_side_files_that_lead_elsewhere_do_not_go_along(tmp_path: Path) -> None:
     """A checkpoint that links to a private file must not carry it into an output that may be published."""
     hub = tmp_path / "models--a--b"
@@ -233,3 +371,34 @@ def test_a_library_that_everybody_may_change_is_not_loaded(tmp_path: Path) -> No
     tmp_path.chmod(0o700)
     with pytest.raises(UsageError, match="no library"):
         library_in(tmp_path)
+
+
+# ---------------------------------------------------------------------- loops
+
+
+def with_loop(path: Path, rounds: int) -> Path:
+    """A sound model behind a loop that goes round so many times."""
+    model = onnx.load(write(Stack(1, hidden=16, inner=16, heads=4), path, external=False))
+    kinds = {"i": onnx.TensorProto.INT64, "on": onnx.TensorProto.BOOL, "x": onnx.TensorProto.FLOAT}
+    ports = {name: oh.make_tensor_value_info(name, kind, [] if name != "x" else None) for name, kind in kinds.items()}
+    outputs = [oh.make_tensor_value_info(f"{n}_out", kinds[n], [] if n == "on" else None) for n in ("on", "x")]
+    nodes = [oh.make_node("Identity", ["on"], ["on_out"]), oh.make_node("Relu", ["x"], ["x_out"])]
+    body = oh.make_graph(nodes, "body", list(ports.values()), outputs)
+    model.graph.initializer.extend([nh.from_array(np.array(rounds), "rounds"), nh.from_array(np.array(True), "go")])
+    for node in model.graph.node:
+        node.input[:] = ["looped" if name == "h0" else name for name in node.input]
+    model.graph.node.insert(0, oh.make_node("Loop", ["rounds", "go", "h0"], ["looped"], body=body))
+    onnx.save(model, path)
+    return path
+
+
+def test_a_loop_without_end_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    short, path = str(with_loop(tmp_path / "short.onnx", 3)), str(with_loop(tmp_path / "in.onnx", 2**62))
+    out = str(tmp_path / "out.onnx")
+    assert said("rewrite", short, out, "-t", "mqa")[0] == 0, "the control"
+    monkeypatch.setenv("REWRITER_RUN_TIMEOUT", "0.5")
+    commands = (("inspect", path), ("rewrite", path, out, "-t", "mqa"), ("verify", path, "--against", path),
+                ("profile", path, path, "--runs", "1"))  # fmt: skip
+    for words in commands:
+        code, text = said(*words)
+        assert code == 1 and "did not end within 0.5 seconds" in text and "hint: " in text, (words, text[-300:])

@@ -132,6 +132,68 @@ def test_structure(tmp_path: Path, change: Callable[[onnx.ModelProto], object], 
     assert words in refused(_broken(change, tmp_path))
 
 
+def _calls(node: onnx.NodeProto, **functions: list[str]) -> Callable[[onnx.ModelProto], None]:
+    """Functions of domain "f" by name, each of one input that it hands to those that it calls, one after the other."""
+
+    def change(proto: onnx.ModelProto) -> None:
+        opsets = [oh.make_opsetid("", 17), oh.make_opsetid("f", 1)]
+        for name, called in functions.items():
+            values = ["a", *(f"t{i}" for i in range(len(called) - 1)), "b"]
+            body = [
+                oh.make_node(op, [values[i]], [values[i + 1]], domain="" if op == "Relu" else "f")
+                for i, op in enumerate(called)
+            ]
+            proto.functions.append(oh.make_function("f", name, ["a"], ["b"], body, opsets))
+        proto.opset_import.append(opsets[1])
+        proto.graph.node.append(node)
+
+    return change
+
+
+def _call(name: str) -> onnx.NodeProto:
+    return oh.make_node(name, ["h"], ["unread"], domain="f")
+
+
+BOMB = {"A0": ["Relu"], **{f"A{i}": [f"A{i - 1}"] * 10 for i in range(1, 8)}}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (_calls(_call("A"), A=["A"]), "calls itself"),
+        (_calls(_call("A"), A=["Relu", "B"], B=["C"], C=["Relu", "B"]), "'B' calls itself"),
+        (_calls(_call("Relu"), A=["A"]), "calls itself"),
+        (_calls(_call("A7"), **BOMB), "more than 1,000,000 nodes"),
+    ],
+    ids=["itself", "through others", "uncalled", "ten million nodes"],
+)
+def test_functions_without_end(tmp_path: Path, change: Callable[[onnx.ModelProto], object], words: str) -> None:
+    """Some runtimes write them out for ever."""
+    assert words in refused(_broken(change, tmp_path))
+
+
+def test_functions_that_end(tmp_path: Path) -> None:
+    chain = {f"A{i}": [f"A{i - 1}"] if i else ["Relu"] for i in range(3000)}
+    load(_broken(_calls(_call("A2999"), **chain), tmp_path))
+    load(_broken(_calls(_call("A3"), **{name: BOMB[name] for name in ("A0", "A1", "A2", "A3")}), tmp_path))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [onnx.TensorProto.FLOAT, onnx.TensorProto.INT4, onnx.TensorProto.COMPLEX64],
+    ids=["float", "int4", "complex"],
+)
+def test_elements_listed_one_by_one(tmp_path: Path, kind: int) -> None:
+    def change(proto: onnx.ModelProto, size: int) -> None:
+        values = [1] * 8 if kind == onnx.TensorProto.INT4 else [1.0] * 8
+        proto.graph.initializer.append(oh.make_tensor("listed", kind, [8], values))
+        proto.graph.initializer[-1].dims[0] = size
+
+    load(_broken(lambda p: change(p, 8), tmp_path))
+    for size in (2, 9, 10**12):
+        assert "instead of" in refused(_broken(lambda p, n=size: change(p, n), tmp_path))
+
+
 def test_names_that_are_no_text(tmp_path: Path) -> None:
     """protobuf hands such names out as bytes, which no comparison with text survives."""
     proto = model()

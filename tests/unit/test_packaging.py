@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,33 @@ def test_every_requirement_is_pinned_within_its_range(project_root: Path, projec
         pin = pins.get(canonicalize_name(requirement.name))
         assert pin is not None, f"{requirement.name} is not in constraints.txt"
         assert pin in requirement.specifier, f"{requirement} excludes the pinned {pin}"
+
+
+def _required(names: list[Requirement]) -> set[str]:
+    """What these and all that they require bring along, as far as it is installed here."""
+    found: set[str] = set()
+    todo = [(r.name, r.extras) for r in names]
+    while todo:
+        name, extras = todo.pop()
+        key = canonicalize_name(name)
+        if key in found:
+            continue
+        try:
+            lines = distribution(name).requires or []
+        except PackageNotFoundError:
+            continue
+        found.add(key)
+        wanted = [Requirement(line) for line in lines]
+        for environment in ({"extra": extra} for extra in ("", *extras)):
+            todo += [(r.name, r.extras) for r in wanted if r.marker is None or r.marker.evaluate(environment)]
+    return found
+
+
+def test_what_requirements_bring_along_is_pinned(project_root: Path, project: dict[str, Any]) -> None:
+    """A version that nobody chose has no hash that it could be compared with."""
+    brought = _required(_requirements(project, "hub", "demo", "test"))
+    assert {"torch", "sympy", "setuptools"} <= brought, "the control: torch's own requirements are seen"
+    assert not brought - _pins(project_root).keys()
 
 
 def test_every_requirement_has_a_lower_bound(project: dict[str, Any]) -> None:
