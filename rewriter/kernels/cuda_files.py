@@ -4,7 +4,7 @@ lengths, since such a kernel knows its length."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from codegen.ops.grouped_query_attention import cuda_kernel as attention
 from codegen.registry import Choice, select
 from codegen.spec import FourierMixing
 from codegen.toolchain import cubin, cuda_compiler
-from rewriter.kernels.folder import digest
+from rewriter.kernels.folder import described, digest
 from rewriter.whole_file import write_whole
 
 LENGTHS = (128, 512, 2048)
@@ -58,7 +58,7 @@ def write(choice: Choice, output: Path, arch: str, *, lengths: Sequence[int] = L
             rows.append(
                 {
                     "name": file.name + suffix,
-                    "spec": {"op": type(spec).__name__, **asdict(spec), "dtype": dtype.value},
+                    "spec": described(choice),
                     "arch": arch,
                     "isa": arch,
                     "source": source.name,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,14 @@ from codegen.ops.fourier_mixing import cpp_kernel as fourier_cpp
 from codegen.ops.grouped_query_attention import cpp_kernel as gqa_cpp
 from codegen.ops.grouped_query_attention.triton_kernel import ARCHS as CARDS
 from codegen.registry import Choice, select, why_not
+from codegen.routed import RoutedFeedForward
 from codegen.spec import FourierMixing
 from codegen.toolchain import triton_aot
 from codegen.toolchain.cxx import find_compiler
 from rewriter import progress
 from rewriter.errors import RewriteError, UnsupportedModel, UsageError
 from rewriter.kernels import cuda_files, triton_files
-from rewriter.kernels.folder import LIBRARY, MANIFEST, copy, digest
+from rewriter.kernels.folder import LIBRARY, MANIFEST, copy, described, digest
 from rewriter.kernels.needed import Need, needs
 from rewriter.whole_file import write_whole
 from rewriter.whole_folder import whole_folder
@@ -44,7 +44,7 @@ def emit(model: Path, output: Path, archs: Sequence[str]) -> dict[str, Any]:
     devices = {arch: _device(arch) for arch in archs or ["cpu"]}
     wanted = needs(model)
     try:
-        choices = {arch: [_choice(need, device) for need in wanted] for arch, device in devices.items()}
+        choices = {arch: _choices(wanted, device) for arch, device in devices.items()}
         with whole_folder(output) as draft:
             found = _write(choices, draft, ort=model.is_file())
     except KernelError as error:
@@ -63,6 +63,12 @@ def _device(arch: str) -> Device:
         names = ", ".join(["cpu", *(f"cpu:{i.value}" for i in Isa), *(a for archs in CARDS.values() for a in archs)])
         raise UsageError(f"unknown arch {arch!r}", hint=f"one or several of {names}")
     return Device("cpu", isa)
+
+
+def _choices(wanted: Sequence[Need], device: Device) -> list[Choice]:
+    """One for each need; routed feed-forward blocks are left to torch on processors, where they have no kernel."""
+    own = [n for n in wanted if device.kind != "cpu" or not isinstance(n.spec, RoutedFeedForward)]
+    return [_choice(need, device) for need in own or wanted]
 
 
 def _choice(need: Need, device: Device) -> Choice:
@@ -117,7 +123,7 @@ def _resources(choice: Choice) -> dict[str, int]:
 def _row(arch: str, choice: Choice, source: Path, binary: Path) -> dict[str, Any]:
     return {
         "name": choice.name,
-        "spec": {"op": type(choice.spec).__name__, **asdict(choice.spec), "dtype": choice.dtype.value},
+        "spec": described(choice),
         "arch": arch,
         "isa": choice.device.arch,
         "source": source.name,

@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import stat
+from dataclasses import asdict
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from codegen.registry import Choice
 from rewriter.errors import InvalidModelFile, UsageError
 from rewriter.whole_file import write_whole
 
@@ -48,6 +51,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise InvalidModelFile(f"{path} is broken")
     return found
+
+
+def described(choice: Choice) -> dict[str, Any]:
+    """A kernel's spec as a manifest has it; enums by their values."""
+    found = {n: f.value if isinstance(f, Enum) else f for n, f in asdict(choice.spec).items()}
+    return {"op": type(choice.spec).__name__, **found, "dtype": choice.dtype.value}
 
 
 def digest(path: Path) -> str:

@@ -15,6 +15,7 @@ from codegen.ops.fourier_mixing import onnx_body as mixing_body
 from codegen.ops.grouped_query_attention.onnx_body import DOMAIN, function_name
 from codegen.ops.grouped_query_attention.onnx_sight import sparse_numbers, sparse_words
 from codegen.ops.grouped_query_attention.onnx_tiles import masked_name
+from codegen.routed import RoutedFeedForward, of_heavy_branch, of_mixture
 from codegen.sight import Pattern, Sight
 from codegen.spec import FourierMixing, GroupedQueryAttention
 from rewriter.errors import InvalidModelFile, NothingToRewrite, UnsupportedModel, first_line
@@ -38,7 +39,7 @@ FLAGS = ("causal", "bias", "sinks", "masked_rows_are_zero")
 class Need:
     """One kernel that a model could use."""
 
-    spec: GroupedQueryAttention | FourierMixing
+    spec: GroupedQueryAttention | FourierMixing | RoutedFeedForward
     dtype: DType
 
 
@@ -53,7 +54,7 @@ def needs(path: Path) -> list[Need]:
     found = _of_module(path) if path.is_dir() else _of_file(path)
     if not found:
         raise NothingToRewrite(
-            "the model has no rewritten attention and no mix that calls kernels",
+            "the model has no rewritten attention, no mix and no routed feed-forward block that calls kernels",
             hint="rewrite it first; models whose config or standard Attention operator holds the heads have none, and "
             "there are none of linear attention",
         )
@@ -63,6 +64,8 @@ def needs(path: Path) -> list[Need]:
 def _of_module(path: Path) -> list[Need]:
     from codegen.launch.operands import DTYPES
     from codegen.launch.torch_op import computed
+    from rewriter.install.conditional_block import conditional_blocks
+    from rewriter.install.expert_mixer import expert_mixers
     from rewriter.install.persistence import load
     from rewriter.install.token_mixer import token_mixers
     from rewriter.install.torch_module import mixers
@@ -74,8 +77,11 @@ def _of_module(path: Path) -> list[Need]:
         if dtype is not None and mixer.linear_term is None:
             found += [Need(computed(spec), dtype) for spec in mixer.specs()]
     dtype = DTYPES.get(next(model.parameters()).dtype)
-    specs = [mixing.spec for mixing in token_mixers(model).values()]
-    return found + [Need(s, dtype) for s in specs if dtype is not None and isinstance(s, FourierMixing)]
+    mixes = (mixing.spec for mixing in token_mixers(model).values())
+    specs: list[FourierMixing | RoutedFeedForward] = [s for s in mixes if isinstance(s, FourierMixing)]
+    specs += [of_mixture(mixer.spec) for mixer in expert_mixers(model).values()]
+    specs += [of_heavy_branch(block.spec) for block in conditional_blocks(model).values()]
+    return found + [Need(spec, dtype) for spec in specs if dtype is not None]
 
 
 def _of_file(path: Path) -> list[Need]:

@@ -1,20 +1,23 @@
 """Sources and binaries of one spec for a graphics card: for attention prefill, split-key decode and the sum over
-splits; for Fourier mixing a pass over features and one over tokens."""
+splits; for Fourier mixing a pass over features and one over tokens; for routed feed-forward blocks the products of both
+sides and the sum over experts."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from codegen.ops.fourier_mixing import triton_kernel as fourier
 from codegen.ops.grouped_query_attention import triton_kernel as attention
+from codegen.ops.routed_feed_forward import triton_kernel as routed
 from codegen.ops.signature import Signature
 from codegen.registry import Choice
+from codegen.routed import RoutedFeedForward
 from codegen.spec import FourierMixing
 from codegen.toolchain.triton_aot import compile_kernel
-from rewriter.kernels.folder import digest
+from rewriter.kernels.folder import described, digest
 from rewriter.whole_file import write_whole
 
 
@@ -35,9 +38,8 @@ def write(choice: Choice, output: Path, arch: str) -> list[dict[str, Any]]:
 
     Raises NoCompiler without Triton, CompilationFailed if it refuses the source.
     """
-    spec, dtype = choice.spec, choice.dtype
     rows = []
-    for file in _mixing(choice, arch) if isinstance(spec, FourierMixing) else _attention(choice, arch):
+    for file in _files(choice, arch):
         source = write_whole(file.text, output / f"{file.name}.py")
         for suffix, signature in file.signatures.items():
             made = compile_kernel(source, file.name + suffix, signature, arch, warps=file.warps, stages=file.stages)
@@ -45,7 +47,7 @@ def write(choice: Choice, output: Path, arch: str) -> list[dict[str, Any]]:
             rows.append(
                 {
                     "name": made.name,
-                    "spec": {"op": type(spec).__name__, **asdict(spec), "dtype": dtype.value},
+                    "spec": described(choice),
                     "arch": arch,
                     "isa": arch,
                     "source": source.name,
@@ -57,6 +59,12 @@ def write(choice: Choice, output: Path, arch: str) -> list[dict[str, Any]]:
                 }
             )
     return rows
+
+
+def _files(choice: Choice, arch: str) -> Iterator[_File]:
+    if isinstance(choice.spec, FourierMixing):
+        return _mixing(choice, arch)
+    return _routed(choice, arch) if isinstance(choice.spec, RoutedFeedForward) else _attention(choice, arch)
 
 
 def _attention(choice: Choice, arch: str) -> Iterator[_File]:
@@ -80,3 +88,12 @@ def _mixing(choice: Choice, arch: str) -> Iterator[_File]:
     name, text = str(fourier.kernel_name(spec, dtype, arch)), fourier.source(spec, dtype, arch)
     tiles = {"rows": cut.rows, "columns": cut.columns}
     yield _File(name, text, fourier.signatures(spec, dtype), cut.warps, cut.stages, tiles)
+
+
+def _routed(choice: Choice, arch: str) -> Iterator[_File]:
+    spec, dtype = choice.spec, choice.dtype
+    cut = routed.tiling(spec, dtype, arch)
+    name, text = str(routed.kernel_name(spec, dtype, arch)), routed.source(spec, dtype, arch)
+    tiles = {"rows": cut.rows, "columns": cut.columns, "down_columns": cut.down_columns}
+    tiles |= {} if spec.once else {"tokens": cut.tokens, "wide": cut.wide}
+    yield _File(name, text, routed.signatures(spec, dtype), cut.warps, cut.stages, tiles)
