@@ -25,6 +25,8 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from benchmarks.kernels import Case, error_beside_double
 from benchmarks.machine import machine
+from benchmarks.routed_kernels import Case as RoutedCase
+from benchmarks.routed_kernels import card_cases, card_works
 from benchmarks.rows import Row, markdown_table, put_section, write_json
 from codegen.errors import KernelError
 from codegen.ops.fourier_mixing import torch_body as fourier_body
@@ -40,7 +42,7 @@ DTYPE = "bfloat16"
 ERROR_LIMIT = 2e-2
 """Of bfloat16 results, relative to the largest: two roundings of the result and one of the weights."""
 
-PARTS = ("attention", "sparse", "linear", "chunks", "fourier")
+PARTS = ("attention", "sparse", "linear", "chunks", "routed", "fourier")
 
 Call = Callable[[], Tensor]
 
@@ -330,6 +332,15 @@ def run_chunks(tokens: int, clock: Clock, runs: int) -> list[Row]:
     return _beside(f"mixed chunk attention, 4 x {tokens} tokens, 1536 values, {DTYPE}", works, error, clock, runs)
 
 
+# ---------------------------------------------------------------------- routed feed-forward blocks
+
+
+def run_routed(case: RoutedCase, clock: Clock, runs: int) -> list[Row]:
+    """What is behind a router, beside the torch body."""
+    works, error = card_works(case)
+    return _beside(str(case), works, error, clock, runs)
+
+
 # ---------------------------------------------------------------------- Fourier mixing
 
 
@@ -390,6 +401,7 @@ def _works(
         "sparse": [functools.partial(run_sparse, c, clock, runs) for c in sparse_cases(quick=quick)],
         "linear": [functools.partial(run_linear, t, clock, runs) for t in chunked_cases(quick=quick)],
         "chunks": [functools.partial(run_chunks, t, clock, runs) for t in chunked_cases(quick=quick)],
+        "routed": [functools.partial(run_routed, c, clock, runs) for c in card_cases(quick=quick)],
         "fourier": [functools.partial(run_mixing, size, clock, runs) for size in mixing_cases(quick=quick)],
     }
     return [work for part in PARTS if part in parts for work in found[part]]

@@ -26,7 +26,15 @@ from typing import Any  # noqa: E402
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from benchmarks import attention_peers, file_kernels, linear_kernels, mixing_kernels, peaks, sparse_kernels  # noqa: E402
+from benchmarks import (  # noqa: E402
+    attention_peers,
+    file_kernels,
+    linear_kernels,
+    mixing_kernels,
+    peaks,
+    routed_kernels,
+    sparse_kernels,
+)
 from benchmarks.machine import machine  # noqa: E402
 from benchmarks.rows import Clock, Row, Times, interleaved, markdown_table, put_section, timed, write_json  # noqa: E402
 from codegen.device import DType, host  # noqa: E402
@@ -264,6 +272,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         work += [(linear_kernels.run_case, case) for case in linear_kernels.cases(quick=options.quick)]
         work += [(file_kernels.run_case, case) for case in file_kernels.cases(quick=options.quick)]
         work += [(sparse_kernels.run_case, case) for case in sparse_kernels.cases(quick=options.quick)]
+        work += [(routed_kernels.run_case, case) for case in routed_kernels.cases(quick=options.quick)]
         for run, case in work:
             if options.only in str(case):
                 found = run(case, runs, options.threads, clock)

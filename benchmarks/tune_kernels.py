@@ -1,10 +1,11 @@
 """Writes the tables by which ``kernels="auto"`` decides: how much faster a kernel is than torch's own operators.
 
-    python -m benchmarks.tune_kernels [--isa avx512 | --card] [--sparse] [--threads N | --cpu-time] [--runs N]
-        [--output DIR]
+    python -m benchmarks.tune_kernels [--isa avx512 | --card [--routed]] [--sparse] [--threads N | --cpu-time]
+        [--runs N] [--output DIR]
 
 Every instruction set that this processor has gets its file in codegen/tuning/, or, with --card, the graphics card.
---sparse measures sparse attention instead, on CPUs, into files of its own. The
+--sparse measures sparse attention instead, on CPUs, into files of its own, and --routed feed-forward blocks that route
+tokens, on the card, likewise. The
 operators it is compared with are those that run otherwise: the torch body of the op.
 """
 
@@ -29,11 +30,13 @@ from unittest import mock  # noqa: E402
 import torch  # noqa: E402
 
 from benchmarks.machine import machine  # noqa: E402
+from benchmarks.routed_kernels import card_cases, card_works  # noqa: E402
 from benchmarks.rows import Clock, interleaved, timed  # noqa: E402
 from codegen.device import Device, DType, Isa, host, measured_as  # noqa: E402
 from codegen.launch import torch_op  # noqa: E402
 from codegen.sight import Sight  # noqa: E402
 from codegen.spec import GroupedQueryAttention  # noqa: E402
+from codegen.tuning.routed import Measured as RoutedMeasured  # noqa: E402
 from codegen.tuning.table import FOLDER, MARGIN, Measured, Problem, kind, regime, work  # noqa: E402
 
 HEADS = 32
@@ -134,6 +137,21 @@ def measure_card(arch: str, runs: int) -> list[Measured]:
     return found
 
 
+def measure_routed(arch: str, runs: int) -> list[RoutedMeasured]:
+    """Routed feed-forward blocks on the card, of few and many places."""
+    from benchmarks.gpu import Clock as CardClock
+
+    clock = CardClock()
+    found = []
+    for dtype, case, share in itertools.product(DTYPES, card_cases(quick=False), (1, 8, 64)):
+        own = replace(case, places=case.places // share, dtype=DTYPES[dtype])
+        mine, other = clock.times(runs, *card_works(own)[0].values())
+        spec, ratio = own.spec, round(min(other) / min(mine), 2)
+        sizes = (spec.experts, spec.hidden, spec.inner, own.places)
+        found.append(RoutedMeasured(dtype.value, arch, spec.gated, *sizes, ratio))
+    return found
+
+
 def measured(spec: GroupedQueryAttention, problem: Problem, dtype: DType, isa: str, ratio: float) -> Measured:
     size = work(spec, problem)
     beside = {"bias": spec.bias, "pattern": kind(spec.pattern)}
@@ -146,6 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--cpu-time", action="store_true", help="processor time of one thread: for busy machines")
     parser.add_argument("--card", action="store_true", help="measure the CUDA card instead of the processor")
     parser.add_argument("--sparse", action="store_true", help="measure sparse attention instead")
+    parser.add_argument("--routed", action="store_true", help="with --card: measure routed feed-forward blocks instead")
     parser.add_argument("--output", type=Path, default=FOLDER)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--runs", type=int, default=7)
@@ -154,7 +173,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     threads = 1 if options.cpu_time else options.threads
     torch.set_num_threads(threads)
     if options.card:
-        return tune_card(options.output, options.runs)
+        return tune_card(options.output, options.runs, routed=options.routed)
+    if options.routed:
+        print("processors have no kernel of routed feed-forward blocks: give --card", file=sys.stderr)
+        return 2
     order = [isa.value for isa in Isa]
     able = order[: order.index(host().arch) + 1] if host().arch else []
     for isa in options.isa or able:
@@ -172,29 +194,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def tune_card(output: Path, runs: int) -> int:
+def tune_card(output: Path, runs: int, *, routed: bool) -> int:
     if not torch.cuda.is_available():
         print("there is no CUDA device here, so nothing was measured", file=sys.stderr)
         return 1
     device = torch.device("cuda", torch.cuda.current_device())
     arch = torch_op.graphics_card(device)[0].arch
+    about: dict[str, object] = {"card": torch.cuda.get_device_name(), "torch": torch.__version__}
     with torch.no_grad(), always(None):
-        rows = measure_card(arch, runs)
-    write_table(output / f"{arch}.json", {"card": torch.cuda.get_device_name(), "torch": torch.__version__}, rows)
+        if routed:
+            write_table(output / f"routed_{arch}.json", about, measure_routed(arch, runs), "routed")
+        else:
+            write_table(output / f"{arch}.json", about, measure_card(arch, runs))
     return 0
 
 
-def write_table(path: Path, about: dict[str, object], rows: Sequence[Measured]) -> None:
-    path.write_text(_compact({"about": about, "measured": [asdict(row) for row in rows]}))
+def write_table(
+    path: Path, about: dict[str, object], rows: Sequence[Measured | RoutedMeasured], key: str = "measured"
+) -> None:
+    path.write_text(_compact(about, key, [json.dumps(asdict(row)) for row in rows]))
     print(f"{path.name}: {len(rows)} problems, faster in {sum(r.speedup > MARGIN for r in rows)}")
 
 
-def _compact(document: dict[str, object]) -> str:
+def _compact(about: dict[str, object], key: str, rows: Sequence[str]) -> str:
     """One line per measurement, so that changes can be read."""
-    measured = document["measured"]
-    assert isinstance(measured, list)
-    lines = ",\n  ".join(json.dumps(row) for row in measured)
-    return f'{{\n "about": {json.dumps(document["about"])},\n "measured": [\n  {lines}\n ]\n}}\n'
+    lines = ",\n  ".join(rows)
+    return f'{{\n "about": {json.dumps(about)},\n "{key}": [\n  {lines}\n ]\n}}\n'
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ from codegen.ops.linear_attention import cpp_kernel as linear_cpp
 from codegen.ops.linear_attention import triton_kernel as linear_triton
 from codegen.ops.mixed_chunk_attention import cpp_kernel as chunk_cpp
 from codegen.ops.mixed_chunk_attention import triton_kernel as chunk_triton
+from codegen.ops.routed_feed_forward import triton_kernel as routed_triton
+from codegen.routed import RoutedFeedForward
 from codegen.spec import FourierMixing, GroupedQueryAttention, LinearAttention, MixedChunkAttention
 
 
@@ -187,6 +189,19 @@ KERNELS: tuple[Kernel, ...] = (
             source=chunk_triton.source,
         )
         for kind, archs in chunk_triton.ARCHS.items()
+    ),
+    *(
+        Kernel(
+            op=RoutedFeedForward,
+            language=Language.TRITON,
+            device_kind=kind,
+            archs=archs,
+            dtypes=tuple(DType),
+            legal=routed_triton.legal,
+            name=routed_triton.kernel_name,
+            source=routed_triton.source,
+        )
+        for kind, archs in routed_triton.ARCHS.items()
     ),
 )
 

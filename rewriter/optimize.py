@@ -73,9 +73,10 @@ def optimize(
             projection is refitted; without it the mean is the default. Sequences should be as long as those the model
             is used on.
         example_inputs: inputs to capture a torch model with; Hugging Face models have defaults.
-        kernels: at the rewritten attentions of torch models: "auto" (a generated kernel where it is legal and measured
-            to be faster than torch's own operators), "off", or "cpp", "triton" or "cuda" (always; an error where it is
-            not legal). Graphs and .onnx files hold standard operators; see `rewriter kernels` for the latter.
+        kernels: at rewritten attentions and routed feed-forward blocks of torch models: "auto" (a generated kernel
+            where it is legal and measured to be faster than torch's own operators), "off", or "cpp", "triton" or "cuda"
+            (always; an error where it is not legal). Graphs and .onnx files hold standard operators; see `rewriter
+            kernels` for the latter.
         inplace: edit the given torch module instead of a copy.
         verify: compare with the original before returning.
         streamed: of a Hugging Face directory, rewrite the weights one by one on saving and never hold all of them; by

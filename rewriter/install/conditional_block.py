@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from codegen.activation import Activation
 from codegen.conditional import ConditionalFeedForward, Router
-from codegen.ops.conditional_feed_forward.torch_body import conditional_feed_forward
+from codegen.launch.feed_forward_op import conditional
 from rewriter.install.mimicry import mimic_attributes
 
 
@@ -21,6 +21,9 @@ class ConditionalBlock(nn.Module):
     """Called like the block it replaces: hidden states in, hidden states out. Padding is not told apart.
 
     In training mode weights of routed tokens come from a soft top-k, so that the router learns; else they are 1.
+
+    Attributes:
+        kernels: which kernels compute the heavy branch; see `codegen.launch.feed_forward_op.mixture`.
     """
 
     def __init__(
@@ -30,6 +33,7 @@ class ConditionalBlock(nn.Module):
         [S, B, H]."""
         super().__init__()
         self.spec, self.batch_first = spec, batch_first
+        self.kernels = "auto"
         for name in spec.shapes:
             self.register_parameter(name, parameters[name])
 
@@ -43,7 +47,7 @@ class ConditionalBlock(nn.Module):
         x = hidden_states[None] if hidden_states.dim() == 2 else hidden_states
         x = x.transpose(0, 1) if turned else x
         held = dict(self.named_parameters(recurse=False))
-        found = conditional_feed_forward(self.spec, x, soft=self.training, **held)
+        found = conditional(self.spec, x, held, soft=self.training, kernels=self.kernels)
         return (found.transpose(0, 1) if turned else found).reshape(hidden_states.shape)
 
     def mimic(self, original: nn.Module) -> None:

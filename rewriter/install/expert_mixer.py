@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from codegen.ops.mixture_of_experts.torch_body import Routed, routed
+from codegen.launch.feed_forward_op import mixture
+from codegen.ops.mixture_of_experts.torch_body import Routed
 from codegen.spec import Activation, MixtureOfExperts, Routing
 from rewriter.install.mimicry import mimic_attributes
 
@@ -21,6 +22,7 @@ class ExpertMixer(nn.Module):
     """A mixture of experts that is called like the block it replaces: hidden states in, hidden states out.
 
     Attributes:
+        kernels: which kernels compute the experts; see `codegen.launch.feed_forward_op.mixture`.
         last: in training mode what the last call gave, with the router's losses: add ``last.loss`` to the model's.
     """
 
@@ -28,6 +30,7 @@ class ExpertMixer(nn.Module):
         """`parameters` by the names of `MixtureOfExperts.shapes`."""
         super().__init__()
         self.spec = spec
+        self.kernels = "auto"
         self.last: Routed | None = None
         for name in spec.shapes:
             self.register_parameter(name, parameters[name])
@@ -35,7 +38,7 @@ class ExpertMixer(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., H] of [..., H]: of more than three axes, all but the last one run over tokens."""
         x = hidden_states if hidden_states.dim() == 3 else hidden_states.reshape(1, -1, self.spec.hidden)
-        found = routed(self.spec, x, **dict(self.named_parameters(recurse=False)))
+        found = mixture(self.spec, x, dict(self.named_parameters(recurse=False)), kernels=self.kernels)
         self.last = found if self.training else None
         return found.output.reshape(hidden_states.shape)
 

@@ -1,4 +1,5 @@
-"""Which attentions of a torch model call generated kernels: replaced modules, and Hugging Face models' own."""
+"""Which attentions and feed-forward blocks of a torch model call generated kernels: replaced modules, and Hugging Face
+models' own attentions."""
 
 from __future__ import annotations
 
@@ -10,6 +11,8 @@ from torch import nn
 from codegen.spec import FourierMixing, MixedChunkAttention
 from rewriter.errors import UsageError
 from rewriter.install.attention_interface import attach, detach
+from rewriter.install.conditional_block import conditional_blocks
+from rewriter.install.expert_mixer import expert_mixers
 from rewriter.install.token_mixer import token_mixers
 from rewriter.install.torch_module import mixers
 
@@ -31,6 +34,11 @@ def choose_kernels(
     found: list[Any] = [*mixers(model).values(), *mixes]
     for mixer in found:
         mixer.kernels = kernels
+    blocks: list[Any] = [*expert_mixers(model).values(), *conditional_blocks(model).values()]
+    for block in blocks:
+        reached = kernels in ("auto", "off", "triton")  # blocks that route tokens have kernels in no other language
+        block.kernels = kernels if reached else "auto"
+        found += [block] * reached
     sparse = [mixer for mixer in mixers(model).values() if mixer.spec.pattern]
     if kernels not in ("auto", "off", "cpp", "triton") and sparse:
         raise UsageError(

@@ -18,6 +18,7 @@ from codegen.ops.grouped_query_attention.onnx_sight import sparse_numbers, spars
 from codegen.ops.grouped_query_attention.onnx_tiles import masked_name
 from codegen.ops.linear_attention import onnx_body as linear_body
 from codegen.ops.mixed_chunk_attention import onnx_body as chunks_body
+from codegen.routed import RoutedFeedForward, of_heavy_branch, of_mixture
 from codegen.sight import Pattern, Sight
 from codegen.spec import (
     FeatureMap,
@@ -51,7 +52,7 @@ Shape = tuple[int, ...]
 class Need:
     """One kernel that a model could use."""
 
-    spec: GroupedQueryAttention | FourierMixing | LinearAttention | MixedChunkAttention
+    spec: GroupedQueryAttention | FourierMixing | LinearAttention | MixedChunkAttention | RoutedFeedForward
     dtype: DType
 
 
@@ -66,7 +67,7 @@ def needs(path: Path) -> list[Need]:
     found = _of_module(path) if path.is_dir() else _of_file(path)
     if not found:
         raise NothingToRewrite(
-            "the model has no rewritten attention and no mix that calls kernels",
+            "the model has no rewritten attention, no mix and no routed feed-forward block that calls kernels",
             hint="rewrite it first; models whose config or standard Attention operator holds the heads have none, and "
             "there are none of linear attention with features of FAVOR+",
         )
@@ -76,6 +77,8 @@ def needs(path: Path) -> list[Need]:
 def _of_module(path: Path) -> list[Need]:
     from codegen.launch.operands import DTYPES
     from codegen.launch.torch_op import computed
+    from rewriter.install.conditional_block import conditional_blocks
+    from rewriter.install.expert_mixer import expert_mixers
     from rewriter.install.persistence import load
     from rewriter.install.token_mixer import token_mixers
     from rewriter.install.torch_module import mixers
@@ -91,9 +94,13 @@ def _of_module(path: Path) -> list[Need]:
         elif mixer.linear_term.spec.features is not FeatureMap.FAVOR:
             found.append(Need(mixer.linear_term.spec, dtype))
     dtype = DTYPES.get(next(model.parameters()).dtype)
-    specs = [mixing.spec for mixing in token_mixers(model).values()]
-    mixes = (FourierMixing, MixedChunkAttention)
-    return found + [Need(s, dtype) for s in specs if dtype is not None and isinstance(s, mixes)]
+    mixes = (mixing.spec for mixing in token_mixers(model).values())
+    specs: list[FourierMixing | MixedChunkAttention | RoutedFeedForward] = [
+        s for s in mixes if isinstance(s, FourierMixing | MixedChunkAttention)
+    ]
+    specs += [of_mixture(mixer.spec) for mixer in expert_mixers(model).values()]
+    specs += [of_heavy_branch(block.spec) for block in conditional_blocks(model).values()]
+    return found + [Need(spec, dtype) for spec in specs if dtype is not None]
 
 
 def _of_file(path: Path) -> list[Need]:

@@ -1,6 +1,6 @@
 """Sources and binaries of one spec for a graphics card: for attention prefill, split-key decode and the sum over
 splits; for Fourier mixing a pass over features and one over tokens; for linear and mixed chunk attention sums of chunks
-and the rest."""
+and the rest; for routed feed-forward blocks the products of both sides and the sum over experts."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from codegen.ops.fourier_mixing import triton_kernel as fourier
 from codegen.ops.grouped_query_attention import triton_kernel as attention
 from codegen.ops.linear_attention import triton_kernel as linear
 from codegen.ops.mixed_chunk_attention import triton_kernel as chunks
+from codegen.ops.routed_feed_forward import triton_kernel as routed
 from codegen.ops.signature import Signature
 from codegen.registry import Choice
+from codegen.routed import RoutedFeedForward
 from codegen.spec import FourierMixing, GroupedQueryAttention, LinearAttention, MixedChunkAttention
 from codegen.toolchain.triton_aot import compile_kernel
 from rewriter.kernels.folder import described, digest
@@ -93,9 +95,20 @@ def _by_chunks(kernels: Any, choice: Choice, arch: str) -> Iterator[_File]:
     yield _File(name, text, kernels.signatures(spec, dtype), cut.warps, cut.stages, tiles)
 
 
+def _routed(choice: Choice, arch: str) -> Iterator[_File]:
+    spec, dtype = choice.spec, choice.dtype
+    assert isinstance(spec, RoutedFeedForward)
+    cut = routed.tiling(spec, dtype, arch)
+    name, text = str(routed.kernel_name(spec, dtype, arch)), routed.source(spec, dtype, arch)
+    tiles = {"rows": cut.rows, "columns": cut.columns, "down_columns": cut.down_columns}
+    tiles |= {} if spec.once else {"tokens": cut.tokens, "wide": cut.wide}
+    yield _File(name, text, routed.signatures(spec, dtype), cut.warps, cut.stages, tiles)
+
+
 _FILES: Mapping[type, Callable[[Choice, str], Iterator[_File]]] = {
     GroupedQueryAttention: _attention,
     FourierMixing: _mixing,
     LinearAttention: functools.partial(_by_chunks, linear),
     MixedChunkAttention: functools.partial(_by_chunks, chunks),
+    RoutedFeedForward: _routed,
 }

@@ -99,7 +99,10 @@ BUILD = """
 import hashlib, sys
 from pathlib import Path
 from tests.kernels.test_triton_binaries import DECODER, DType, build
-print(hashlib.sha256(build(Path(sys.argv[1]), DECODER, DType.BFLOAT16, "sm_90", "").code).hexdigest())
+from tests.kernels.test_triton_routed import SPECS, build as build_routed
+attention = build(Path(sys.argv[1]), DECODER, DType.BFLOAT16, "sm_90", "")
+routed = build_routed(Path(sys.argv[1]), SPECS["experts"], DType.BFLOAT16, "sm_90")
+print(hashlib.sha256(b"".join(made.code for made in (attention, *routed.values()))).hexdigest())
 """
 
 

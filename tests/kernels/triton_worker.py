@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from codegen.launch import chunk_triton, fourier_op, linear_operator, linear_triton
+from codegen.launch import chunk_triton, fourier_op, linear_operator, linear_triton, routed_triton
 from codegen.launch.triton_op import launch
+from codegen.routed import RoutedFeedForward
 from codegen.sight import from_json
 from codegen.spec import (
     Activation,
@@ -73,6 +74,11 @@ def main() -> None:
             elif task["op"] == "chunks":
                 spec = chunk_spec(task["spec"])
                 out = chunk_triton.launch(spec, *x[:2], x[2:6], *x[6:], arch=task["arch"])
+            elif task["op"] == "routed":
+                described = {**task["spec"], "activation": Activation(task["spec"]["activation"])}
+                block = RoutedFeedForward(**described)
+                held = dict(zip(block.shapes, x[4:], strict=True))
+                out = routed_triton.launch(block, *x[:3], held, x[3], arch=task["arch"])
             elif task["op"] == "linear":
                 named = {n: t for n, t in zip(linear_operator.PARAMETERS, x[4:], strict=True) if t is not None}
                 out = linear_triton.launch(linear_spec(task["spec"]), *x[:3], named, x[3], arch=task["arch"])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
+import torch
 from torch import Tensor
 
 from codegen.conditional import ConditionalFeedForward
@@ -33,6 +34,29 @@ def conditional_feed_forward(
     routed = route(spec.router, x, parameters["router"], shown, soft=soft)
     heavy = _branch(spec, "heavy", routed.gather(x), parameters)
     return routed.add(_branch(spec, "light", x, parameters), heavy)
+
+
+Heavy = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""[N, hidden] of N = B S tokens: the light branch's answers [N, hidden], to which are added, of the tokens `rows`
+[1, M], the heavy one's times `weights` [1, M]."""
+
+
+def conditional_through(
+    spec: ConditionalFeedForward,
+    x: Tensor,
+    heavy: Heavy,
+    shown: Tensor | None = None,
+    *,
+    soft: bool = False,
+    **parameters: Tensor,
+) -> Tensor:
+    """As `conditional_feed_forward`, with the heavy branch computed by `heavy`."""
+    require_fitting(spec, tuple(x.shape), {name: tuple(p.shape) for name, p in parameters.items()})
+    routed = route(spec.router, x, parameters["router"], shown, soft=soft)
+    starts = x.shape[1] * torch.arange(x.shape[0], device=x.device)[:, None]
+    rows, weights = (routed.index + starts).reshape(1, -1), routed.weight.reshape(1, -1)
+    light = _branch(spec, "light", x, parameters).reshape(-1, spec.hidden)
+    return heavy(light, rows, weights).reshape(x.shape)
 
 
 def _branch(spec: ConditionalFeedForward, name: str, x: Tensor, held: Mapping[str, Tensor]) -> Tensor:

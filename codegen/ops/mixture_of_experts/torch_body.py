@@ -5,6 +5,7 @@ Shape legend: N = G T tokens in G groups, E experts, C capacity, K selected expe
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,20 +54,49 @@ def mixture_of_experts(spec: MixtureOfExperts, x: Tensor, **parameters: Tensor) 
 
 def routed(spec: MixtureOfExperts, x: Tensor, **parameters: Tensor) -> Routed:
     """As `mixture_of_experts`, with the router's losses."""
+    grouped, logits = _logits(spec, x, parameters)
+    by = _by_experts if spec.routing is Routing.EXPERTS_CHOOSE else _by_tokens
+    return _finished(spec, x, logits, by(spec, grouped, logits.softmax(dim=-1), parameters), parameters)
+
+
+Blocks = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""[N, H] of tokens [N, H], rows [E, M] with -1 for empty places, and weights [E, M], as `RoutedFeedForward` has it."""
+
+
+def routed_through(spec: MixtureOfExperts, x: Tensor, blocks: Blocks, **parameters: Tensor) -> Routed:
+    """As `routed`, with what is behind the router computed by `blocks`."""
+    grouped, logits = _logits(spec, x, parameters)
+    rows, weights, balance, used = placed(spec, grouped, logits.softmax(dim=-1))
+    mixed = blocks(grouped.reshape(-1, spec.hidden), rows, weights)
+    return _finished(spec, x, logits, (mixed, balance, used), parameters)
+
+
+def placed(spec: MixtureOfExperts, x: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of x [G, T, H]: rows [E, G C], -1 where a place stays empty, weights [E, G C], and what `Mixed` has behind."""
+    flat = x.shape[0] * x.shape[1]
+    if spec.routing is Routing.EXPERTS_CHOOSE:
+        rows, weights = _taken(spec, x, probabilities)
+        return rows, weights, probabilities.new_zeros(()), _used(rows, flat)
+    asked = _asked(spec, x, probabilities)
+    rows = _in_places(spec, asked, asked.tokens, -1)
+    return rows, _in_places(spec, asked, asked.gates, 0), asked.balance, asked.kept.any(dim=2)
+
+
+def _logits(spec: MixtureOfExperts, x: Tensor, parameters: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Groups of tokens [G, T, H], and logits [G, T, E] in float32 at least."""
     require_fitting(spec, tuple(x.shape), {name: tuple(p.shape) for name, p in parameters.items()})
-    groups = spec.groups(x.shape[0] * x.shape[1])
-    grouped = x.reshape(groups, -1, spec.hidden)
+    grouped = x.reshape(spec.groups(x.shape[0] * x.shape[1]), -1, spec.hidden)
     wide = grouped if grouped.dtype == torch.float64 else grouped.float()
     logits = wide @ parameters["router_weight"].to(wide.dtype)
-    if spec.router_bias:
-        logits = logits + parameters["router_bias"].to(wide.dtype)
-    probabilities = logits.softmax(dim=-1)
-    chosen = spec.routing is Routing.EXPERTS_CHOOSE
-    mixed, balance, used = (_by_experts if chosen else _by_tokens)(spec, grouped, probabilities, parameters)
+    return grouped, logits + parameters["router_bias"].to(wide.dtype) if spec.router_bias else logits
+
+
+def _finished(spec: MixtureOfExperts, x: Tensor, logits: Tensor, found: Mixed, parameters: dict[str, Tensor]) -> Routed:
+    mixed, balance, used = found
     if spec.bias:
         mixed = mixed + parameters["bias"].to(x.dtype)
     z = logits.logsumexp(dim=-1).square().mean()
-    return Routed(mixed.reshape(x.shape), balance, z, 1 - used.to(wide.dtype).mean())
+    return Routed(mixed.reshape(x.shape), balance, z, 1 - used.to(logits.dtype).mean())
 
 
 Mixed = tuple[Tensor, Tensor, Tensor]
@@ -75,24 +105,58 @@ Mixed = tuple[Tensor, Tensor, Tensor]
 
 def _by_experts(spec: MixtureOfExperts, x: Tensor, probabilities: Tensor, parameters: dict[str, Tensor]) -> Mixed:
     """Each expert takes its C most probable tokens of each group."""
-    groups, tokens, _ = x.shape
-    capacity = _capacity(spec, tokens)
-    gates, index = _best(probabilities.permute(2, 0, 1), capacity)  # [E, G, C]
-    rows = _side_by_side(index + tokens * torch.arange(groups, device=x.device)[:, None])
+    rows, gates = _taken(spec, x, probabilities)
     flat = x.reshape(-1, spec.hidden)
-    weighted = _experts(spec, flat[rows], parameters) * _side_by_side(gates)[..., None].to(x.dtype)
+    weighted = _experts(spec, flat[rows], parameters) * gates[..., None].to(x.dtype)
     mixed = torch.zeros_like(flat).index_put((rows,), weighted, accumulate=True)
-    used = flat.new_zeros(flat.shape[0], dtype=torch.bool).index_put((rows,), torch.ones_like(rows, dtype=torch.bool))
-    return mixed, probabilities.new_zeros(()), used
+    return mixed, probabilities.new_zeros(()), _used(rows, flat.shape[0])
 
 
-def _side_by_side(groups: Tensor) -> Tensor:
-    """[E, G C] of [E, G, C], by no reshape: captures would ask how G and C divide each other."""
-    return torch.cat(groups.unbind(1), dim=1)
+def _taken(spec: MixtureOfExperts, x: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor]:
+    """[E, G C]: tokens that experts take, and their probabilities."""
+    groups, tokens, _ = x.shape
+    gates, index = _best(probabilities.permute(2, 0, 1), _capacity(spec, tokens))  # [E, G, C]
+    rows = _side_by_side(index + tokens * torch.arange(groups, device=x.device)[:, None])
+    return rows, _side_by_side(gates)
+
+
+def _used(rows: Tensor, tokens: int) -> Tensor:
+    """bool [N]: whether a token stands in any of these rows."""
+    ones = torch.ones_like(rows, dtype=torch.bool)
+    return rows.new_zeros(tokens, dtype=torch.bool).index_put((rows,), ones)
 
 
 def _by_tokens(spec: MixtureOfExperts, x: Tensor, probabilities: Tensor, parameters: dict[str, Tensor]) -> Mixed:
     """Each token goes to its K most probable experts as long as they have room."""
+    asked = _asked(spec, x, probabilities)
+    rows = _in_places(spec, asked, asked.tokens, 0)  # the first token where there is room left
+    worked = _experts(spec, x.reshape(-1, spec.hidden)[rows], parameters)
+    answers = worked[asked.choices, asked.column]  # without room, to another token
+    weighted = answers * asked.gates[..., None].to(x.dtype)
+    none = torch.zeros((), dtype=x.dtype, device=x.device)
+    return torch.where(asked.kept[..., None], weighted, none).sum(dim=2), asked.balance, asked.kept.any(dim=2)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What tokens asked for. Attributes, [G, T, K] each:
+    choices, gates: experts, best first, and their probabilities.
+    column, kept: places among the G C of an expert, 0 without room, and whether there was room.
+    tokens: the number of the token itself.
+
+    block: places of an expert, G C; balance: the load-balancing loss.
+    """
+
+    choices: Tensor
+    gates: Tensor
+    column: Tensor
+    kept: Tensor
+    tokens: Tensor
+    block: Any
+    balance: Tensor
+
+
+def _asked(spec: MixtureOfExperts, x: Tensor, probabilities: Tensor) -> _Asked:
     groups, tokens, _ = x.shape
     capacity = _capacity(spec, tokens)
     gates, choices = _best(probabilities, spec.selected)  # [G, T, K]
@@ -101,25 +165,26 @@ def _by_tokens(spec: MixtureOfExperts, x: Tensor, probabilities: Tensor, paramet
     place = _places(spec, gates[..., 0], choices)  # [G, T, K]
     kept = place < capacity
     column = torch.where(kept, place + capacity * torch.arange(groups, device=x.device)[:, None, None], 0)
-    rows = _rows(spec, choices, column, kept, groups * capacity)
-    worked = _experts(spec, x.reshape(-1, spec.hidden)[rows], parameters)
-    weighted = worked[choices, column] * gates[..., None].to(x.dtype)  # [G, T, K, H]; without room, of another token
-    mixed = torch.where(kept[..., None], weighted, torch.zeros((), dtype=x.dtype, device=x.device)).sum(dim=2)
-    return mixed, balance, kept.any(dim=2)
+    token = torch.arange(groups * tokens, device=x.device).reshape(groups, tokens, 1).expand_as(choices)
+    return _Asked(choices, gates, column, kept, token, groups * capacity, balance)
 
 
-def _rows(spec: MixtureOfExperts, choices: Tensor, column: Tensor, kept: Tensor, block: int) -> Tensor:
-    """[E, G C]: the token that each place of an expert is for; the first one where there is room left.
+def _in_places(spec: MixtureOfExperts, asked: _Asked, values: Tensor, empty: int) -> Tensor:
+    """[E, G C]: of values [G, T, K] the one that each place of an expert is for; `empty` where there is room left.
 
     Choices that found no room are written behind the end, each to a place of its own, and cut off.
     """
-    groups, tokens, _ = choices.shape
-    token = torch.arange(groups * tokens, device=choices.device).reshape(groups, tokens, 1).expand_as(choices)
+    choices, block = asked.choices, asked.block
     spare = spec.experts * block + torch.arange(choices.numel(), device=choices.device).reshape(choices.shape)
-    places = torch.where(kept, choices * block + column, spare)
-    rows = choices.new_zeros(spec.experts * block + choices.numel())
-    rows = rows.scatter(0, places.reshape(-1), token.reshape(-1))
-    return rows[: spec.experts * block].reshape(spec.experts, block)
+    places = torch.where(asked.kept, choices * block + asked.column, spare)
+    found = values.new_full((spec.experts * block + choices.numel(),), empty)
+    found = found.scatter(0, places.reshape(-1), values.reshape(-1))
+    return found[: spec.experts * block].reshape(spec.experts, block)
+
+
+def _side_by_side(groups: Tensor) -> Tensor:
+    """[E, G C] of [E, G, C], by no reshape: captures would ask how G and C divide each other."""
+    return torch.cat(groups.unbind(1), dim=1)
 
 
 def _best(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
