@@ -53,6 +53,22 @@ def test_the_kernel_is_the_oracle(name: str) -> None:
             assert distance(found(spec, x, weights).numpy(), reference.mixed_chunk_attention(other, x, kept)) > 1e-3
 
 
+@pytest.mark.parametrize("name", ["causal", "several slices"])
+def test_long_causal_sequences_go_block_by_block(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = SPECS[name]
+    weights, x = weights_of(spec), hidden_of(spec, 2, 5 * spec.chunk + 3)
+    right = {
+        mask is None: reference.mixed_chunk_attention(spec, x, weights, mask)
+        for mask in (None, np.random.default_rng(1).random(x.shape[:2]) < 0.7)
+    }
+    monkeypatch.setattr(chunk_host, "BLOCK", 2 * spec.chunk)
+    for shown in (None, np.random.default_rng(1).random(x.shape[:2]) < 0.7):
+        assert distance(found(spec, x, weights, shown).numpy(), right[shown is None]) < CLOSE
+    real = chunk_host.launch
+    monkeypatch.setattr(chunk_host, "launch", lambda *given: real(*given[:6]))  # the control: nothing came before
+    assert distance(found(spec, x, weights).numpy(), right[True]) > 1e-3
+
+
 @pytest.mark.parametrize(
     ("dtype", "isa"), [(DType.FLOAT16, Isa.AVX512), (DType.BFLOAT16, Isa.AVX2)], ids=["f16", "bf16"]
 )
