@@ -1,5 +1,7 @@
 """Mixed chunk attention on CPUs: projections by torch, what is between them by a C++ kernel.
 
+Long causal sequences go block by block, so that a block's gates and values are still in the cache when they are used.
+
 Shape legend: B batch, S tokens, E hidden, F expanded, N base, C tokens of a chunk.
 """
 
@@ -15,7 +17,7 @@ from codegen.launch.host import ChunkLaunch
 from codegen.launch.operands import processor_kernel, run_on_processor
 from codegen.ops.gated_attention.reference import check
 from codegen.ops.gated_attention.torch_body import Weights, expanded, heads
-from codegen.ops.mixed_chunk_attention.torch_body import learned_bias
+from codegen.ops.mixed_chunk_attention.torch_body import BLOCK, learned_bias
 from codegen.spec import MixedChunkAttention
 
 HEADS = ("quadratic_query", "linear_query", "quadratic_key", "linear_key")
@@ -31,9 +33,29 @@ def mixed_chunk_attention(
         ValueError: operands that contradict the spec.
     """
     check(spec, x, weights)
+    bias = learned_bias(spec, weights, like=x)
+    size = max(BLOCK // spec.chunk, 1) * spec.chunk
+    if not spec.causal or x.shape[1] <= size:
+        return _at_once(spec, x, weights, bias, shown)
+    output, state = torch.empty_like(x), torch.zeros(x.shape[0], spec.base, spec.expanded)
+    for first in range(0, x.shape[1], size):
+        at = slice(first, first + size)
+        hidden = None if shown is None else shown[:, at]
+        output[:, at] = _at_once(spec, x[:, at], weights, bias, hidden, state, first)
+    return output
+
+
+def _at_once(
+    spec: MixedChunkAttention,
+    x: Tensor,
+    weights: Weights,
+    bias: Tensor | None,
+    shown: Tensor | None,
+    state: Tensor | None = None,
+    first: int = 0,
+) -> Tensor:
     gate, value, latent = expanded(spec, x, weights)
-    bias = learned_bias(spec, weights, like=latent)
-    product = launch(spec, gate, value, heads(spec, latent, weights), bias, shown)
+    product = launch(spec, gate, value, heads(spec, latent, weights, first), bias, shown, state, first)
     return functional.linear(product, weights["out_weight"], weights["out_bias"])
 
 
@@ -44,10 +66,16 @@ def launch(
     heads: Sequence[Tensor],
     bias: Tensor | None,
     shown: Tensor | None,
+    state: Tensor | None = None,
+    first: int = 0,
 ) -> Tensor:
     """[B, S, F]: the gate times what was mixed, of gate and value [B, S, F] and four heads [B, S, N] of one dtype.
 
-    `bias` [C, C] is added to a chunk's scores; tokens are hidden where `shown` [B, S] is False.
+    Args:
+        bias: [C, C], added to a chunk's scores.
+        shown: bool [B, S], False for tokens that are hidden.
+        state: dense float32 [B, N, F], of a causal spec: the sum of kᵀ v over the `first` tokens before, whole chunks;
+            it is moved behind these tokens, in place. None for none before.
 
     Raises NotLegal: the dtype, the device or the spec is beyond the kernel.
     """
@@ -67,7 +95,10 @@ def launch(
     if shown is not None:
         held["shown"] = shown.to(torch.uint8).expand(out.shape[:2]).contiguous()
         block.shown = held["shown"].data_ptr()
+    if state is not None:
+        block.state = state.data_ptr()
     block.batch, block.tokens = out.shape[:2]
+    block.before = first // spec.chunk
     block.threads = torch.get_num_threads()
     run_on_processor(kernel, block)
     return out

@@ -68,8 +68,8 @@ class ChunkLaunch(ctypes.Structure):
 
     _heads = ("quadratic_query", "linear_query", "quadratic_key", "linear_key")
     _fields_ = (
-        *[(name, ctypes.c_void_p) for name in ("gate", "value", *_heads, "bias", "shown", "out")],
-        *[(name, ctypes.c_int64) for name in ("batch", "tokens")],
+        *[(name, ctypes.c_void_p) for name in ("gate", "value", *_heads, "bias", "shown", "out", "state")],
+        *[(name, ctypes.c_int64) for name in ("batch", "tokens", "before")],
         *[(f"{name}_stride", ctypes.c_int64 * 2) for name in ("gate", "value", *_heads, "out")],
         ("threads", ctypes.c_int64),
         ("workspace", ctypes.c_void_p),

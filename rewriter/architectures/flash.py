@@ -28,7 +28,8 @@ from codegen.spec import GatedAttention, MixedChunkAttention, PositionBias
 State = GatedState | ChunkState
 EPSILON = 1e-5
 SPREAD = 0.02
-"""Standard deviation of initial weights, scales included; offsets begin at zero, biases of distances above it."""
+"""The paper's standard deviation of initial weights, scales included; offsets begin at zero, biases of distances above
+it."""
 
 SHORT = 512
 """Reach of scores from which on their bias is a product of rotated vectors."""
@@ -44,6 +45,9 @@ class FlashConfig:
         chunk: of mixed chunk attention; None for FLASH-Quad.
         length: tokens that FLASH-Quad is trained at, by which it divides its scores, whatever the length at hand.
         causal: a causal language model with ScaleNorm; else a masked one with LayerNorm.
+        projections: standard deviation of the units' initial projections; None for one over the root of their inputs.
+            The paper's suits its width. What a unit gives is a product of three projections of its input, so that in a
+            narrow model it begins as next to nothing, of which nothing is learned for long.
     """
 
     vocabulary: int = 32_000
@@ -54,6 +58,7 @@ class FlashConfig:
     chunk: int | None = 256
     length: int = 1024
     causal: bool = True
+    projections: float | None = SPREAD
 
     @property
     def spec(self) -> GatedAttention | MixedChunkAttention:
@@ -74,7 +79,8 @@ class ScaleNorm(nn.Module):
         self.scale = nn.Parameter(torch.ones(1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + EPSILON) * self.scale
+        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square()
+        return x * (torch.rsqrt(square / x.shape[-1] + EPSILON) * self.scale)
 
 
 class ScaledSinusoid(nn.Module):
@@ -97,9 +103,12 @@ class ScaledSinusoid(nn.Module):
 class GatedAttentionUnit(nn.Module):
     """x + unit(norm(x)); the unit is what `spec` says, its parameters are named by role."""
 
-    def __init__(self, spec: GatedAttention | MixedChunkAttention, norm: nn.Module) -> None:
+    def __init__(
+        self, spec: GatedAttention | MixedChunkAttention, norm: nn.Module, projections: float | None = SPREAD
+    ) -> None:
+        """`projections` as in `FlashConfig`."""
         super().__init__()
-        self.spec, self.norm = spec, norm
+        self.spec, self.norm, self.projections = spec, norm, projections
         for role, shape in spec.shapes.items():
             self.register_parameter(role, nn.Parameter(torch.empty(shape)))
         self.reset_parameters()
@@ -109,6 +118,8 @@ class GatedAttentionUnit(nn.Module):
             parameter: nn.Parameter = getattr(self, role)
             if role in ("expand_bias", "offset", "out_bias"):
                 nn.init.zeros_(parameter)
+            elif role in ("expand_weight", "out_weight"):
+                nn.init.normal_(parameter, std=self.projections or parameter.shape[1] ** -0.5)
             else:
                 nn.init.normal_(parameter, std=SPREAD)
             if role == "distances":  # below zero a distance would get no gradient while scores are small
@@ -155,10 +166,13 @@ class Flash(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocabulary, config.hidden)
         self.position = ScaledSinusoid(config.hidden)
-        self.layers = nn.ModuleList(GatedAttentionUnit(config.spec, self._norm()) for _ in range(config.layers))
+        self.layers = nn.ModuleList(self._unit() for _ in range(config.layers))
         self.norm = self._norm()
         self.bias = nn.Parameter(torch.zeros(config.vocabulary))
         nn.init.normal_(self.embedding.weight, std=SPREAD)
+
+    def _unit(self) -> GatedAttentionUnit:
+        return GatedAttentionUnit(self.config.spec, self._norm(), self.config.projections)
 
     def _norm(self) -> nn.Module:
         return ScaleNorm() if self.config.causal else nn.LayerNorm(self.config.hidden, eps=EPSILON)

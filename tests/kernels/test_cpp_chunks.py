@@ -63,6 +63,22 @@ def _require_scratch(spec: MixedChunkAttention, dtype: DType, isa: Isa) -> None:
     assert load(made).plan(ctypes.byref(block)) == made.resources()["scratch_bytes"]
 
 
+@pytest.mark.parametrize("name", ["causal", "several slices"])
+def test_long_causal_sequences_go_block_by_block(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = SPECS[name]
+    weights, x = weights_of(spec), hidden_of(spec, 2, 5 * spec.chunk + 3)
+    right = {
+        mask is None: reference.mixed_chunk_attention(spec, x, weights, mask)
+        for mask in (None, np.random.default_rng(1).random(x.shape[:2]) < 0.7)
+    }
+    monkeypatch.setattr(chunk_host, "BLOCK", 2 * spec.chunk)
+    for shown in (None, np.random.default_rng(1).random(x.shape[:2]) < 0.7):
+        assert distance(found(spec, x, weights, shown).numpy(), right[shown is None]) < CLOSE
+    real = chunk_host.launch
+    monkeypatch.setattr(chunk_host, "launch", lambda *given: real(*given[:6]))  # the control: nothing came before
+    assert distance(found(spec, x, weights).numpy(), right[True]) > 1e-3
+
+
 @pytest.mark.parametrize(
     ("dtype", "isa"), [(DType.FLOAT16, Isa.AVX512), (DType.BFLOAT16, Isa.AVX2)], ids=["f16", "bf16"]
 )

@@ -52,6 +52,17 @@ def test_the_bias_follows_the_reach() -> None:
 
 
 @pytest.mark.parametrize("name", FORMS)
+def test_narrow_models_may_begin_with_larger_projections(name: str) -> None:
+    """Scales do not; the paper's size is the default."""
+    torch.manual_seed(0)
+    papers, own = (Flash(replace(FORMS[name], projections=size)).layers[0] for size in (0.02, None))
+    for role, inputs in (("expand_weight", 24), ("out_weight", 48)):
+        assert 0.019 < papers.get_parameter(role).std() < 0.021
+        assert 0.95 < own.get_parameter(role).std() * inputs**0.5 < 1.05
+    assert FORMS[name].projections == 0.02 and own.get_parameter("scale").abs().max() < 0.1
+
+
+@pytest.mark.parametrize("name", FORMS)
 def test_norms_are_the_papers(name: str) -> None:
     causal = model(FORMS[name])
     masked = model(replace(FORMS[name], causal=False))

@@ -128,6 +128,21 @@ def test_long_sequences_without_gradients_go_by_blocks(
         torch_body.BLOCK, torch_body.MANY = kept
 
 
+@pytest.mark.parametrize("bias", list(PositionBias), ids=lambda b: str(b.value))
+def test_halves_of_a_chunk_are_the_whole(bias: PositionBias, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of even and odd chunks; the control are chunks of half the size."""
+    monkeypatch.setattr(torch_body, "HALVED", 4)
+    for chunk in (4, 7):
+        spec = MixedChunkAttention(6, 8, 4, chunk=chunk, causal=True, bias=bias, span=5)
+        x, weights = hidden_of(spec, 2, 19), weights_of(spec)
+        shown = np.random.default_rng(0).random((2, 19)) > 0.3
+        with torch.no_grad():
+            for mask in (None, shown):
+                assert distance(by_torch(spec, x, shown=mask), oracle(spec, x, weights, mask)) < CLOSE
+            wrong = replace(spec, chunk=chunk // 2, span=5)
+            assert distance(by_torch(wrong, x), oracle(spec, x, weights)) > 1e-3
+
+
 FIELDS: dict[str, dict[str, Any]] = {
     "chunk": {"chunk": 32},
     "causal": {"causal": False},

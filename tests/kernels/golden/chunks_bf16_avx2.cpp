@@ -29,7 +29,9 @@ struct ChunkLaunch {
   const float *bias;     // [C, C], null for none
   const uint8_t *shown;  // [batch, tokens], null if all are
   void *out;
+  float *state;  // [batch, N, F], the sum of kᵀ v over all chunks before, and then over these too; null for none of both
   int64_t batch, tokens;
+  int64_t before;  // chunks before
   int64_t gate_stride[2], value_stride[2], quadratic_query_stride[2], linear_query_stride[2], quadratic_key_stride[2],
       linear_key_stride[2], out_stride[2];
   int64_t threads;  // how many will call the work function
@@ -336,17 +338,27 @@ static __attribute__((noinline)) void attend(const ChunkLaunch &launch, const Ta
   }
 }
 
+// The sum over the chunks before, from the caller or back to it.
+INLINE void hold_state(const ChunkLaunch &launch, const Task &task, bool back) {
+  for (int n = 0; launch.state && n < N; ++n) {
+    float *theirs = launch.state + (task.batch * N + n) * F + task.first, *ours = task.scratch->state[n];
+    memcpy(back ? theirs : ours, back ? ours : theirs, (size_t)task.width * sizeof(float));
+  }
+}
+
 INLINE void run_task(const ChunkLaunch &launch, const Task &task) {
   memset(task.scratch->state, 0, sizeof task.scratch->state);
+  hold_state(launch, task, false);
   for (int walk = 1; walk < 2; ++walk)
     for (int64_t number = 0; number * C < launch.tokens; ++number) {
       const int64_t begin = number * C;
       const int count = (int)least(C, launch.tokens - begin);
       int64_t ld;
       const float *values = values_of(launch, task, begin, count, ld);
-      if (walk) attend(launch, task, number, begin, count, values, ld);
+      if (walk) attend(launch, task, launch.before + number, begin, count, values, ld);
       if (true) join(launch, task, begin, count, values, ld);
     }
+  hold_state(launch, task, true);
 }
 
 }  // namespace
