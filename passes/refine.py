@@ -69,7 +69,7 @@ class Refinement:
     @property
     def operands(self) -> tuple[str, ...]:
         """What may change: "q" and "k" together, and "v"."""
-        bends = any(m.kind == "softcap" for m in self.site.modifiers)
+        bends = any(m.kind in {"softcap", "temperature"} for m in self.site.modifiers)
         scores = ("q", "k") if self.freedom.keys is None and not bends else ()
         return (*scores, *(("v",) if self.freedom.values is None else ()))
 

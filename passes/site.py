@@ -127,18 +127,22 @@ class Modifier:
     """One step between score and softmax.
 
     Attributes:
-        kind: "bias" adds ``number * value``; "mask" keeps scores where the boolean `value` is True, "unmask" where it
+        kind: "temperature" multiplies by `value`, one number for each head, or by ``1 / value`` where `number` is -1;
+            "bias" adds ``number * value``; "mask" keeps scores where the boolean `value` is True, "unmask" where it
             is False; "causal" needs no value; "softcap" is ``number * tanh(score / number)``; "sinks" are further
             columns [B, heads, S, n] that take part in the softmax and are dropped after it (always last).
         value: name of the live tensor, broadcastable to [B, heads, S, T] (or [B * heads, S, T]).
         number: factor of a bias, what masked scores become, or softcap's constant.
+        windows: W where `value` is broadcastable to [B / W, W, heads, S, T] instead: the batch counts the
+            windows of each image, and a mask knows which is which.
         apart: (KV, G) where `value` is broadcastable to [B, KV, G, S, T] instead: its heads lie along two axes.
     """
 
-    kind: Literal["bias", "mask", "unmask", "causal", "softcap", "sinks"]
+    kind: Literal["temperature", "bias", "mask", "unmask", "causal", "softcap", "sinks"]
     value: Value | None = None
     number: float | None = None
     apart: tuple[int, int] | None = None
+    windows: int | None = None
 
 
 @dataclass(frozen=True)
@@ -185,6 +189,18 @@ class AttentionSite:
     @property
     def cached(self) -> bool:
         return self.k.past is not None
+
+    @property
+    def temperature(self) -> Modifier | None:
+        """A factor that each head's scores have of their own, where that comes before all other modifiers."""
+        first = self.modifiers[:1]
+        return first[0] if first and first[0].kind == "temperature" else None
+
+    @property
+    def steps(self) -> tuple[str, ...]:
+        """Kinds of the modifiers behind `temperature`."""
+        kinds = tuple(m.kind for m in self.modifiers)
+        return kinds if self.temperature is None else kinds[1:]
 
     @property
     def qk_norm(self) -> bool:

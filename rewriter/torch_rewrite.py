@@ -295,6 +295,8 @@ def _install_one(module: torch.nn.Module, flow: Flow, group: _Owned, records: Ma
         return
     if first.grouped.sinks:
         raise UnsupportedModel("its attention sinks can only be kept where the model's own config sets the head count")
+    if site.temperature is not None:
+        raise UnsupportedModel("each head's scores have a temperature of their own, kept in the module's forward")
     if abs(site.v.gain - 1.0) > 1e-6:
         raise UnsupportedModel("values are scaled between projection and contraction")
     # the seams' scale leaves out what the module multiplies in before it lays out heads

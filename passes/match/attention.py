@@ -15,6 +15,7 @@ from passes.match.names import common_scope, exporter_scope, layer_of
 from passes.match.operands import HeadsApart, Traced
 from passes.match.repeats import trace_repeated
 from passes.match.scores import FreeQuery, NotUnderstood, ScorePath, Unrelated, anchors, score_path, total_bias
+from passes.match.without_softmax import REASON, without_softmax
 from passes.provenance import PASS_THROUGH, Memory, Tracer
 from passes.replay import TOLERANCES, replay
 from passes.site import AttentionSite, NotAttention, Projection, Refusal
@@ -68,6 +69,10 @@ def find_attention(flow: Flow) -> Matches:
             site = names.settled(site)
             sites.append(site)
             evidence[site.name] = proof
+    for node in without_softmax(flow):
+        name, layer = names.of(node)
+        refusals.append(Refusal(name, layer, REASON, node.index, node.owner))
+    refusals.sort(key=lambda r: r.anchor)
     return Matches(tuple(sites), tuple(refusals), tuple(unrelated), evidence)
 
 

@@ -199,7 +199,9 @@ def _written_out(flow: Flow, softmax: Node) -> ScorePath:
     q, k, added = _qk_operands(flow, back.contraction)
     alpha, beta = (float(back.contraction.attrs.get(n, 1.0)) for n in ("alpha", "beta"))
     first = () if added is None else (Modifier("bias", added, back.scale * beta),)
-    modifiers = (*first, *reversed(back.modifiers))
+    contracted = flow.shape(back.contraction.outputs[0])
+    met = (_by_window(m, contracted, shape) for m, shape in zip(back.modifiers, back.shapes, strict=True))
+    modifiers = (*first, *reversed([*met]))
     ranks = (*(3 for _ in first), *reversed(back.ranks))
     roundings = tuple(replace(r, after=len(modifiers) - r.after) for r in reversed(back.roundings))
     return ScorePath(
@@ -207,6 +209,12 @@ def _written_out(flow: Flow, softmax: Node) -> ScorePath:
         (back.contraction.index, *back.nodes, softmax.index, *mixes.nodes), mixes.zero_nan,
         back.shifted, roundings, ranks,
     )  # fmt: skip
+
+
+def _by_window(modifier: Modifier, contracted: tuple[int, ...], met: tuple[int, ...]) -> Modifier:
+    """A mask that meets scores [B * W, H, S, T] where they are laid out as [B, W, H, S, T]."""
+    apart = len(contracted) == 4 and len(met) == 5 and met[2:] == contracted[1:] and modifier.value is not None
+    return replace(modifier, windows=met[1]) if apart else modifier
 
 
 @dataclass
@@ -223,6 +231,7 @@ class _Backward:
     shifted: bool = False
     roundings: list[Rounding] = field(default_factory=list)
     ranks: list[int] = field(default_factory=list)
+    shapes: list[tuple[int, ...]] = field(default_factory=list)
     contraction: Node = field(init=False)
 
     def run(self, value: Value) -> _Backward:
@@ -240,7 +249,9 @@ class _Backward:
                 self.contraction = node
                 return self
             value = self._step(node)
-            self.ranks += [len(self.flow.shape(node.outputs[0]))] * (len(self.modifiers) - len(self.ranks))
+            shape = self.flow.shape(node.outputs[0])
+            self.shapes += [shape] * (len(self.modifiers) - len(self.shapes))
+            self.ranks += [len(shape)] * (len(self.modifiers) - len(self.ranks))
             self.nodes.append(node.index)
 
     def _refuse_mixed_heads(self, projection: Node) -> None:
@@ -331,18 +342,29 @@ class _Backward:
         if node.op == "Mul" and number.size > 1 and self._zeroes_hidden(score, number):
             return score
         if node.op in {"Mul", "Div"}:
-            if number.size != 1 or self.flow.is_fed(other):
-                raise NotUnderstood(
-                    "scores are multiplied by a tensor (a mask for heads, or a temperature that each head has learned)"
-                )
             if node.op == "Div" and node.inputs[0] != score:
                 raise NotUnderstood("scores are a divisor")
+            if self._is_temperature(node, other):
+                self.modifiers.append(Modifier("temperature", other, 1.0 if node.op == "Mul" else -1.0))
+                return score
+            if number.size != 1 or self.flow.is_fed(other):
+                raise NotUnderstood(
+                    "scores are multiplied by a tensor that is no constant for each head (as a mask for heads that the "
+                    "program is fed is)"
+                )
             self.scale *= float(number.reshape(())) if node.op == "Mul" else 1.0 / float(number.reshape(()))
             return score
         if node.op == "Sub" and node.inputs[0] != score:
             raise NotUnderstood("scores are subtracted from a tensor")
         self.modifiers.append(Modifier("bias", other, -self.scale if node.op == "Sub" else self.scale))
         return score
+
+    def _is_temperature(self, node: Node, other: Value) -> bool:
+        """Whether the scores, [B, H, S, T], are multiplied by one stored number for each head."""
+        scores, shape = self.flow.shape(node.outputs[0]), self.flow.shape(other)
+        by_head = len(scores) == 4 and shape[-3:] == (scores[1], 1, 1) and shape[:-3] in ((), (1,))
+        finite = by_head and not self.flow.is_fed(other) and bool((np.abs(self.flow.value(other)) > 0).all())
+        return finite and bool(np.isfinite(self.flow.value(other)).all())
 
     def _zeroes_hidden(self, score: Value, factor: Array) -> bool:
         """Whether scores are multiplied by 1, and by 0 just where what follows hides them anyway."""
@@ -357,6 +379,8 @@ class _Backward:
         """A number per row, whatever it is computed from (often the row's maximum): softmax does not see it."""
         if node.op not in {"Add", "Sub"} or any(m.kind == "softcap" for m in self.modifiers):
             return None
+        if (shifted := self._even_shift(node)) is not None:
+            return shifted
         a, b = node.inputs[:2]
         shape = self.flow.shape(a)
         deep = self.flow.data_dependent(b) and self.flow.shape(b)[-1:] == (1,) and shape[-1] > 1
@@ -364,6 +388,16 @@ class _Backward:
             return None
         self.shifted = True
         return a
+
+    def _even_shift(self, node: Node) -> Value | None:
+        """The scores that one and the same stored number is added to or taken from, whatever their place."""
+        a, b = node.inputs[:2]
+        for score, other in ((a, b), (b, a)) if node.op == "Add" else ((a, b),):
+            number = self.flow.value(other) if self.flow.is_constant(other) else None
+            if number is not None and number.size == 1 and np.isfinite(number).all():
+                self.shifted |= bool((number != 0).any())
+                return score
+        return None
 
     def _sinks(self, node: Node) -> Value:
         """Columns appended to the scores just before the softmax."""
@@ -520,7 +554,7 @@ def _context(flow: Flow, value: Value) -> _Mix | str | None:
             value = node.outputs[0]
         elif node.op == "Transpose" and _swaps_last_two(flow, node):
             turned, value = not turned, node.outputs[0]
-        elif node.op in {"Where", "MaskedFill"} and tests and _replaces_nan(flow, node):
+        elif node.op in {"Where", "MaskedFill"} and _replaces_nan(flow, node) and (tests or _hides_again(flow, node)):
             zero_nan, value = True, node.outputs[0]
         else:
             return f"operator {node.op} reads them"
@@ -554,6 +588,19 @@ def _drops_columns(flow: Flow, node: Node) -> bool:
 def _replaces_nan(flow: Flow, node: Node) -> bool:
     fill = node.inputs[1] if node.op == "Where" else node.inputs[2]
     return not flow.data_dependent(fill) and not np.any(flow.value(fill))
+
+
+def _hides_again(flow: Flow, node: Node) -> bool:
+    """Whether a mask of fed data zeroes weights that are zero already, save in rows where all keys are masked."""
+    condition, before = (node.inputs[0], node.inputs[2]) if node.op == "Where" else (node.inputs[1], node.inputs[0])
+    if flow.data_dependent(condition) or not flow.data_dependent(before):
+        return False
+    weights, after = flow.value(before), flow.value(node.outputs[0])
+    zeroed = np.broadcast_to(flow.value(condition).astype(bool), weights.shape)
+    if zeroed.shape != after.shape or not zeroed.any() or zeroed.all(-1).all():
+        return False
+    alive = zeroed & ~zeroed.all(-1, keepdims=True)
+    return not (weights[alive] != 0).any() and bool(np.array_equal(after[~zeroed], weights[~zeroed]))
 
 
 def _swaps_last_two(flow: Flow, node: Node) -> bool:
@@ -622,6 +669,8 @@ def apply_modifier(flow: Flow, modifier: Modifier, scores: Array) -> Array:
         return np.where(keep, scores, -np.inf)
     assert modifier.number is not None
     operand = _by_head(flow, modifier, scores.shape)
+    if modifier.kind == "temperature":
+        return np.asarray(scores * operand.astype(np.float64) ** modifier.number)
     if modifier.kind == "bias":
         return np.asarray(scores + operand.astype(np.float64) * modifier.number)
     keep = operand.astype(bool) if modifier.kind == "mask" else ~operand.astype(bool)
@@ -632,6 +681,8 @@ def _by_head(flow: Flow, modifier: Modifier, shape: tuple[int, ...]) -> Array:
     """A modifier's tensor, broadcastable to [B, H, S, T]."""
     assert modifier.value is not None
     array = flow.value(modifier.value)
+    if modifier.windows is not None:
+        return join_windows(array, modifier.windows, shape[0])
     return unfuse_heads(array, shape) if modifier.apart is None else join_heads(array, modifier.apart)
 
 
@@ -642,6 +693,13 @@ def join_heads(array: Array, apart: tuple[int, int]) -> Array:
     if heads == [1, 1]:
         return array.reshape(batch, 1, rows, columns)
     return np.broadcast_to(array, (batch, *apart, rows, columns)).reshape(batch, -1, rows, columns)
+
+
+def join_windows(array: Array, windows: int, batch: int) -> Array:
+    """What broadcasts to [batch / windows, windows, H, S, T], as what broadcasts to [batch, H, S, T]."""
+    array = array.reshape((1,) * (5 - array.ndim) + array.shape)
+    wide = np.broadcast_to(array, (batch // windows, windows, *array.shape[2:]))
+    return wide.reshape(batch, *array.shape[2:])
 
 
 def unfuse_heads(array: Array, shape: tuple[int, ...]) -> Array:

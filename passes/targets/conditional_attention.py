@@ -58,7 +58,8 @@ class ConditionalHeads(Whole):
             return "its queries and keys are rotated by position, which conditional attention does not do"
         if site.bent:
             return "its queries or keys are normalised, which conditional attention does not do"
-        changed = [m.kind for m in site.modifiers if m.kind in ("softcap", "sinks")]
+        changed: list[str] = [m.kind for m in site.modifiers if m.kind in ("temperature", "softcap", "sinks")]
+        changed += ["masks by window"] if any(m.windows for m in site.modifiers) else []
         if changed:
             return f"its scores have {' and '.join(changed)}, which conditional attention does not know"
         if site.head_dim != site.value_dim:

@@ -67,6 +67,8 @@ class DecoupledHeads:
 
     def refuses(self, site: AttentionSite) -> str | None:
         """As `GroupedQuery.refuses`; the door may find more."""
+        if site.temperature is not None:
+            return "each head's scores have a temperature of their own, which only shared heads can keep"
         return GroupedQuery(1).refuses(site)
 
     def misfit(self, site: AttentionSite) -> Misfit | None:

@@ -75,10 +75,7 @@ class GroupedQuery:
                 return f"the {role} norm spans the features of all heads; merged heads would be normalised differently"
             if operand.past is not None and operand.past_head_axis is None and operand.heads > 1:
                 return f"the {role} cache has no axis of its own for heads"
-        softcaps = [i for i, m in enumerate(site.modifiers) if m.kind == "softcap"]
-        if softcaps and softcaps != [0]:
-            return "a softcap follows a mask or bias on the scores"
-        return None
+        return misplaced(site)
 
     def misfit(self, site: AttentionSite) -> Misfit | None:
         """What to ask for instead at a site whose heads this count does not divide; None where it fits."""
@@ -224,6 +221,15 @@ def specification(site: AttentionSite, kv_heads: int) -> GroupedQueryAttention:
         masked_rows_are_zero=site.masked_rows_are_zero,
         sinks="sinks" in kinds,
     )
+
+
+def misplaced(site: AttentionSite) -> str | None:
+    """Why what happens to a site's scores happens in an order that no spec has; None if it does not."""
+    if "temperature" in site.steps:
+        return "a temperature for each head follows another step on the scores"
+    if "softcap" in site.steps[1:]:
+        return "a softcap follows a mask or bias on the scores"
+    return None
 
 
 def describe(site: AttentionSite) -> str:

@@ -57,7 +57,8 @@ class LinearHeads(Whole):
         """Why this site cannot become linear, as far as its description tells; the door may find more."""
         if site.cross:
             return "it is cross-attention: positions of two sequences do not correspond"
-        changed = [m.kind for m in site.modifiers if m.kind in ("softcap", "sinks")]
+        changed: list[str] = [m.kind for m in site.modifiers if m.kind in ("temperature", "softcap", "sinks")]
+        changed += ["masks by window"] if any(m.windows for m in site.modifiers) else []
         if changed:
             return f"its scores have {' and '.join(changed)}, which a product of features cannot follow"
         if not _scale(site) > 0:

@@ -21,7 +21,7 @@ from codegen.sight import Pattern, Sight, visible
 from passes.dataflow import Flow
 from passes.match.attention import Evidence
 from passes.site import AttentionSite
-from passes.targets.grouped_query import describe, specification
+from passes.targets.grouped_query import describe, misplaced, specification
 from passes.targets.replacement import Replacement
 from passes.targets.whole import Whole
 
@@ -54,8 +54,7 @@ class Sparse(Whole):
             return "it is cross-attention: positions of two sequences do not correspond"
         if getattr(self, "form", "") == "alternating" and "#" in site.name:
             return "it is one module with an earlier layer, so that they cannot take turns"
-        softcaps = [i for i, m in enumerate(site.modifiers) if m.kind == "softcap"]
-        return "a softcap follows a mask or bias on the scores" if softcaps and softcaps != [0] else None
+        return misplaced(site)
 
     def transform(
         self, flow: Flow, site: AttentionSite, evidence: Evidence, sharing: Sequence[AttentionSite] = ()

@@ -356,13 +356,15 @@ class _Editor:
             for role, (value, axes), heads in (("q", q, spec.heads), ("k", k, spec.kv_heads), ("v", v, spec.kv_heads))
         ]
         dtype = self.capture.element_type(site.output) or output.dtype or ir.DataType.FLOAT
+        operands[0] = self._tempered(nodes, site, operands[0], dtype)
+        bias = None if replacement.linear is not None else self._bias(nodes, site, dtype, operands[0])
         plain = spec.softcap is None and not spec.masked_rows_are_zero and not spec.sinks and not spec.pattern
         if replacement.linear is not None:
             attended = linear_call(self, nodes, replacement, operands, dtype)
         elif self.opset in (23, 24) and plain and self._bias_has_queries(site):
-            attended = self._standard(nodes, site, spec.causal, operands, self._bias(nodes, site, dtype))
+            attended = self._standard(nodes, site, spec.causal, operands, bias)
         else:
-            attended = self._function(nodes, replacement, operands, self._bias(nodes, site, dtype), dtype)
+            attended = self._function(nodes, replacement, operands, bias, dtype)
         attended = self._from_canonical(nodes, attended, site)
         attended.type, attended.shape = output.type, output.shape
         self.graph.insert_after(after, nodes)
@@ -484,11 +486,24 @@ class _Editor:
         full = self.write.op(nodes, "Concat", [self.write.ints(lead, f"{name}.lead"), tail], f"{name}.full", axis=0)
         return self.write.op(nodes, "Reshape", [value, full], name)
 
-    def _bias(self, nodes: list[ir.Node], site: AttentionSite, dtype: ir.DataType) -> ir.Value | None:
-        """All masks and biases added up as one tensor in the scores' dtype."""
+    def _tempered(self, nodes: list[ir.Node], site: AttentionSite, query: ir.Value, dtype: ir.DataType) -> ir.Value:
+        """Queries [B, H, S, D] times what each head's scores are multiplied by."""
+        if site.temperature is None:
+            return query
+        assert site.temperature.value is not None
+        factor, name = self.value(site.temperature.value), f"{site.name}.tempered"
+        if factor.dtype not in (None, dtype):
+            factor = self.write.op(nodes, "Cast", [factor], f"{name}.factor", to=int(dtype))
+        step = "Mul" if site.temperature.number == 1.0 else "Div"
+        return self.write.op(nodes, step, [query, factor], name)
+
+    def _bias(self, nodes: list[ir.Node], site: AttentionSite, dtype: ir.DataType, query: ir.Value) -> ir.Value | None:
+        """All masks and biases added up as one tensor in the scores' dtype; `query` is [B, H, S, D]."""
         total: ir.Value | None = None
         for number, modifier in enumerate(m for m in site.modifiers if m.kind in {"bias", "mask", "unmask"}):
             part = self._additive(nodes, modifier, f"{site.name}.bias{number or ''}", dtype, site.heads)
+            if modifier.windows is not None:
+                part = self._by_batch(nodes, part, modifier, query, f"{site.name}.bias{number or ''}")
             total = (
                 part if total is None else self.write.op(nodes, "Add", [total, part], f"{site.name}.bias_sum{number}")
             )
@@ -513,9 +528,28 @@ class _Editor:
             value = self.write.op(nodes, "Where", [value, *pair], name)
         if modifier.apart is not None:
             return self._joined(nodes, value, self.capture.flow.shape(modifier.value), modifier.apart, name)
+        if modifier.windows is not None:
+            return value
         if len(self.capture.flow.shape(modifier.value)) == 3 and self.capture.flow.shape(modifier.value)[0] != 1:
             value = self._lead(nodes, value, [-1, heads], [1, 2], f"{name}.by_head")
         return value
+
+    def _by_batch(
+        self, nodes: list[ir.Node], value: ir.Value, modifier: Modifier, query: ir.Value, name: str
+    ) -> ir.Value:
+        """What broadcasts to [B / W, W, H, S, T], as what broadcasts to [B, H, S, T]."""
+        assert modifier.windows is not None and modifier.value is not None
+        shape = self.capture.flow.shape(modifier.value)
+        counted = self.write.op(nodes, "Shape", [query], f"{name}.query")
+        batch = self.write.op(nodes, "Gather", [counted, self.write.ints([0], f"{name}.first")], f"{name}.batch")
+        images = self.write.op(
+            nodes, "Div", [batch, self.write.ints([modifier.windows], f"{name}.per")], f"{name}.images"
+        )
+        ones = self.write.ints([modifier.windows, 1, 1, 1], f"{name}.windows")
+        wide = self.write.op(nodes, "Concat", [images, ones], f"{name}.wide_shape", axis=0)
+        value = self.write.op(nodes, "Expand", [value, wide], f"{name}.wide")
+        heads = (1, 1, 1, *shape)[-3]
+        return self._lead(nodes, value, [-1, heads], [3, 4], f"{name}.by_batch")
 
     def _joined(
         self, nodes: list[ir.Node], value: ir.Value, shape: tuple[int, ...], apart: tuple[int, int], name: str

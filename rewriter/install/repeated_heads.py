@@ -199,7 +199,7 @@ def _edits(model: nn.Module, flow: Flow, replacements: Sequence[Replacement]) ->
             projection = operand.projection
             read = (
                 ("weight", projection.weight, 0 if projection.out_first else -1, operand.columns),
-                ("bias", projection.bias, -1, projection.bias_positions(operand.columns)),
+                ("bias", projection.bias, None, projection.bias_positions(operand.columns)),
             )
             for part, value, axis, where in read:
                 if value is None:

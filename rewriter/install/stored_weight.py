@@ -27,10 +27,11 @@ class Location:
     positions: Array
 
 
-def locate(flow: Flow, value: Value, axis: int) -> Location | None:
+def locate(flow: Flow, value: Value, axis: int | None) -> Location | None:
     """Where the columns of `value`, which run along its `axis`, are stored; None if they are not, each in one place.
 
-    Slices, transposes and reshapes between the two are run on element numbers.
+    Without an axis each element is a column. Slices, transposes and reshapes between the two are run on element
+    numbers.
     """
     steps: list[tuple[Node, Value]] = []
     name = value
@@ -47,7 +48,8 @@ def locate(flow: Flow, value: Value, axis: int) -> Location | None:
             continue
         inputs = [numbers, *(flow.value(v) if v else None for v in node.inputs[1:])]
         numbers = np.asarray(node.evaluate(inputs)[node.outputs.index(output)])
-    return _located(flow.weights[name].name, shape, np.moveaxis(numbers, axis, 0).reshape(numbers.shape[axis], -1))
+    lines = numbers.reshape(-1, 1) if axis is None else np.moveaxis(numbers, axis, 0).reshape(numbers.shape[axis], -1)
+    return _located(flow.weights[name].name, shape, lines)
 
 
 def _located(key: str, shape: tuple[int, ...], numbers: Array) -> Location | None:

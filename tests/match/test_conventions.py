@@ -1,0 +1,236 @@
+"""Conventions that whole families write attention in, each in one small module: found, and rewritten where it can be.
+
+Every module goes through the three doors as a lossless twin; its control has one head that is not tied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+from torch import Tensor, nn
+
+import rewriter
+from passes.match.attention import find_attention
+from passes.targets.grouped_query import GroupedQuery
+from passes.targets.linear_attention import LinearHeads
+from rewriter.capture.torch_export import capture
+from tests.zoo.randomize import randomize
+
+WIDTH, HEADS, DIM, TOKENS = 32, 4, 8, 6
+EXACT, MOVED = 1e-5, 1e-3
+
+
+class Attends(nn.Module):
+    """``x [B, T, 32]`` to the same; `weigh` is what a convention does between the projections and the output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value, self.out = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = (m(x).view(*x.shape[:2], HEADS, DIM).transpose(1, 2) for m in (self.query, self.key, self.value))
+        mixed = self.weigh(*heads)
+        out: Tensor = self.out(mixed.transpose(1, 2).reshape(x.shape))
+        return out
+
+    def weigh(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class Tempered(Attends):
+    """Cosines of queries and keys, times a number that each head has learned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logit_scale = nn.Parameter(torch.zeros(HEADS, 1, 1))
+
+    def weigh(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        cosines = nn.functional.normalize(q, dim=-1) @ nn.functional.normalize(k, dim=-1).transpose(-2, -1)
+        weights: Tensor = (cosines * (5.0 * self.logit_scale).exp()).softmax(-1)
+        return weights @ v
+
+
+class Cooled(Attends):
+    """Scores divided by a number that each head has learned, then capped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.warmth = nn.Parameter(torch.zeros(1, HEADS, 1, 1))
+
+    def weigh(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = q @ k.transpose(-2, -1) / (1.0 + self.warmth.abs())
+        weights: Tensor = (3.0 * torch.tanh(scores / 3.0)).softmax(-1)
+        return weights @ v
+
+
+class Windowed(Attends):
+    """Windows of two tokens are the batch; a mask by window meets scores laid out as [images, windows, ...]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        windows = x.reshape(-1, TOKENS // 3, WIDTH)
+        return super().forward(windows).reshape(x.shape)
+
+    def weigh(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = q @ k.transpose(-2, -1) / DIM**0.5
+        mask = torch.zeros(3, 1, 2, 2)
+        mask[2, 0, 0, 1] = mask[1, 0, 1, 0] = -100.0
+        weights: Tensor = (scores.view(-1, 3, *scores.shape[1:]) + mask[None]).view(scores.shape).softmax(-1)
+        return weights @ v
+
+
+class Blanked(Attends):
+    """Masked weights are set to zero once more behind the softmax; a number is added to all scores alike."""
+
+    def weigh(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = q @ k.transpose(-2, -1) / DIM**0.5 + 2.0
+        later = torch.arange(TOKENS)[None] > torch.arange(TOKENS)[:, None]
+        weights: Tensor = scores.masked_fill(later, float("-inf")).softmax(-1)
+        return weights.masked_fill(later, 0.0) @ v
+
+
+class BiasByHead(Attends):
+    """The value's bias is a parameter of its own, laid out by heads before it is added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.value = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.v_bias = nn.Parameter(torch.zeros(WIDTH))
+
+    def weigh(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        v = v + self.v_bias.view(1, 1, HEADS, DIM).permute(0, 2, 1, 3)
+        weights: Tensor = (q @ k.transpose(-2, -1) / DIM**0.5).softmax(-1)
+        return weights @ v
+
+
+CONVENTIONS: dict[str, Callable[[], Attends]] = {
+    "temperatures": Tempered,
+    "temperatures-capped": Cooled,
+    "masks-by-window": Windowed,
+    "masked-twice": Blanked,
+    "bias-by-head": BiasByHead,
+}
+
+
+def _twin(name: str, *, perturbed: bool = False) -> Attends:
+    """The module with heads tied in pairs; `perturbed`: all but the last."""
+    module = CONVENTIONS[name]()
+    randomize(module)
+    bias = getattr(module, "v_bias", None)
+    tied = [*module.key.parameters(), *module.value.parameters(), *([] if bias is None else [bias])]
+    with torch.no_grad():
+        for parameter in tied:
+            by_head = parameter.view(HEADS // 2, 2, DIM, -1)
+            by_head[:, 1] = by_head[:, 0]
+            if perturbed:
+                by_head[-1, 1] += 0.5
+    return module
+
+
+def _x(seed: int = 0) -> Tensor:
+    return torch.randn(2, TOKENS, WIDTH, generator=torch.Generator().manual_seed(seed))
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max())
+
+
+def _through_module(module: nn.Module) -> float:
+    model = nn.Sequential(module)
+    new = rewriter.optimize(model, "gqa2", example_inputs=(_x(),))
+    return _distance(new(_x(1)), model(_x(1)))
+
+
+def _through_graph(module: nn.Module) -> float:
+    new = rewriter.optimize(torch.export.export(module, (_x(),)), "gqa2")
+    return _distance(new.module()(_x(1)), module(_x(1)))
+
+
+def _through_file(module: nn.Module, folder: Path) -> float:
+    path, out = folder / "old.onnx", folder / "new.onnx"
+    torch.onnx.export(module, (_x(),), str(path), dynamo=False, opset_version=17, input_names=["x"])
+    rewriter.optimize(path, "gqa2").save(out)
+    before, after = (_run(p) for p in (path, out))
+    return float(np.abs(before - after).max())
+
+
+def _run(path: Path) -> np.ndarray:
+    session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    result: np.ndarray = session.run(None, {"x": _x(1).numpy()})[0]
+    return result
+
+
+@pytest.mark.parametrize("name", CONVENTIONS)
+@torch.no_grad()
+def test_a_twin_is_rewritten_without_loss_through_every_door(name: str, tmp_path: Path) -> None:
+    for door in (_through_module, _through_graph, partial(_through_file, folder=tmp_path)):
+        assert door(_twin(name)) < EXACT
+        assert door(_twin(name, perturbed=True)) > MOVED
+
+
+class TemperedLate(Attends):
+    """Temperatures that are multiplied in behind a bias."""
+
+    def weigh(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        steps = torch.arange(1.0, HEADS + 1).view(HEADS, 1, 1)
+        scores = q @ k.transpose(-2, -1) + torch.arange(TOKENS).float()
+        return (scores * steps).softmax(-1) @ v
+
+
+class Linear(Attends):
+    """Linear attention: keys times values first."""
+
+    def weigh(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k = (nn.functional.elu(x) + 1.0 for x in (q, k))
+        return q @ (k.transpose(-2, -1) @ v) / (q @ k.sum(2)[..., None])
+
+
+class Squared(Attends):
+    """Squared scores instead of a softmax."""
+
+    def weigh(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.relu(q @ k.transpose(-2, -1) / DIM).square() @ v
+
+
+class Experts(nn.Module):
+    """Two experts whose matrices a router chooses for each token: products with weights, and no attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(WIDTH, 4)
+        self.up, self.down = nn.Parameter(torch.zeros(4, WIDTH, 48)), nn.Parameter(torch.zeros(4, 48, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = self.router(x).argmax(-1)
+        hidden = torch.relu(x[:, :, None] @ self.up[chosen])
+        return (hidden @ self.down[chosen])[:, :, 0]
+
+
+@pytest.mark.parametrize("made", [Linear, Squared], ids=["linear", "squared"])
+def test_attention_without_a_softmax_is_refused_once_in_module_and_file(
+    made: Callable[[], nn.Module], tmp_path: Path
+) -> None:
+    module = randomize(nn.Sequential(made(), Experts(), Tempered()))
+    path = tmp_path / "file.onnx"
+    torch.onnx.export(module, (_x(),), str(path), dynamo=False, opset_version=17, input_names=["x"])
+    for seen in (rewriter.inspect(module, example_inputs=(_x(),)), rewriter.inspect(path)):
+        assert len(seen.sites) == 1
+        assert ["without a softmax" in r.reason for r in seen.refusals] == [True]
+    assert seen.refusals[0].name.startswith("0")
+
+
+def test_temperatures_behind_a_bias_are_refused_with_that_reason() -> None:
+    (site,) = find_attention(capture(randomize(TemperedLate()), (_x(),), {}).flow).sites
+    assert GroupedQuery(2).refuses(site) == "a temperature for each head follows another step on the scores"
+
+
+def test_targets_that_compute_scores_anew_refuse_temperatures() -> None:
+    flow = capture(_twin("temperatures"), (_x(),), {}).flow
+    (site,) = find_attention(flow).sites
+    assert GroupedQuery(2).refuses(site) is None
+    assert "temperature" in (LinearHeads().refuses(site) or "")
