@@ -12,7 +12,7 @@ from passes.dataflow import Array, Flow
 from passes.match.attention import Evidence
 from passes.match.operands import Traced
 from passes.match.scores import OperandView, apply_modifier
-from passes.replay import rebuild, recorded, rotated, softmax, widened_product
+from passes.replay import products, rebuild, recorded, rotated, softmax, widened_product
 from passes.targets.replacement import Replacement
 
 
@@ -43,11 +43,11 @@ def site_error(flow: Flow, evidence: Evidence, replacement: Replacement) -> tupl
     )
     reference = recorded(flow, evidence.path.output_view, evidence.q.tokens)
     keys, values = (x[:, np.arange(heads) * x.shape[1] // heads] for x in (keys, values))
-    scores = query @ keys.swapaxes(-1, -2) * evidence.path.scale
+    scores = products(query, keys, evidence.path.scale)
     for modifier in evidence.path.modifiers:
         scores = apply_modifier(flow, modifier, scores)
     output = softmax(scores)[..., : values.shape[2]] @ values
-    alive = (scores > -1e4).any(-1)
+    alive = np.asarray((scores > -1e4).any(-1))
     if "out_weight" in replacement.tensors:
         output, reference = _behind(flow, replacement, output, reference)
         alive = alive.all(axis=1)
@@ -64,11 +64,11 @@ def _sparse_error(flow: Flow, evidence: Evidence, spec: GroupedQueryAttention) -
     )
     reference = recorded(flow, path.output_view, evidence.q.tokens)
     keys, values = (x[:, np.arange(spec.heads) * x.shape[1] // spec.heads] for x in (keys, values))
-    scores = query @ keys.swapaxes(-1, -2) * path.scale
+    scores = products(query, keys, path.scale)
     further = [m for m in path.modifiers if m.kind == "sinks"]
     for modifier in (m for m in path.modifiers if m.kind != "sinks"):
         scores = apply_modifier(flow, modifier, scores)
-    alive = (scores > -1e4).any(-1)
+    alive = np.asarray((scores > -1e4).any(-1))
     scores = np.where(shown(spec, *scores.shape[-2:]), scores, -np.inf)
     for modifier in further:
         scores = apply_modifier(flow, modifier, scores)
@@ -87,12 +87,12 @@ def _linear_error(flow: Flow, evidence: Evidence, replacement: Replacement) -> t
     )
     reference = recorded(flow, path.output_view, evidence.q.tokens)
     keys, values = (x[:, np.arange(site.kv_heads) * x.shape[1] // site.kv_heads] for x in (keys, values))
-    scores = query @ np.repeat(keys, spec.attention.group, axis=1).swapaxes(-1, -2) * path.scale
+    scores = products(query, np.repeat(keys, spec.attention.group, axis=1), path.scale)
     for modifier in path.modifiers:
         scores = apply_modifier(flow, modifier, scores)
     alive = scores > -1e4
     query, keys = query / site.q.gain, keys / site.k.gain
-    output = linear_attention(spec, query, keys, values, replacement.tensors, alive.any(axis=(1, 2)))
+    output = linear_attention(spec, query, keys, values, replacement.tensors, np.asarray(alive.any(axis=(1, 2))))
     rows = alive.any(-1)
     size = float(np.linalg.norm(reference[rows]))
     return float(np.linalg.norm((output - reference)[rows])) / max(size, 1e-30), 1.0

@@ -59,7 +59,7 @@ def replay(flow: Flow, path: ScorePath, q: Traced, k: Traced, v: Traced) -> Repl
         _spread(s if rounds else np.concatenate([s[:, :, : t.tokens.new.start], m], axis=2), heads)
         for m, s, t in zip(mine[1:], seen[1:], (k, v), strict=True)
     )
-    scores = query @ keys.swapaxes(-1, -2) * path.scale
+    scores = products(query, keys, path.scale)
     for count, modifier in enumerate(path.modifiers):
         scores = executed(flow, (r for r in path.roundings if r.after == count), scores)
         scores = apply_modifier(flow, modifier, scores)
@@ -172,6 +172,12 @@ def recorded(flow: Flow, view: OperandView, tokens: Tokens) -> Array:
     if lead == ("bh",):
         return array.reshape(-1, heads, *tail)
     return array.reshape(heads, -1, *tail).swapaxes(0, 1)
+
+
+def products(query: Array, keys: Array, scale: float) -> Array:
+    """[B, H, S, T], every query [B, H, S, D] with every key [B, H, T, D]; matmul has them done by BLAS, einsum not."""
+    scores: Array = query @ keys.swapaxes(-1, -2) * scale
+    return scores
 
 
 def softmax(scores: Array) -> Array:

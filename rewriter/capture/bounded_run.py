@@ -11,7 +11,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from passes.dataflow import Array
-from rewriter.errors import UnsupportedModel
+from rewriter.errors import UnsupportedModel, UsageError
 
 SECONDS = 60.0
 VARIABLE = "REWRITER_RUN_TIMEOUT"
@@ -22,11 +22,21 @@ class RunsTooLong(UnsupportedModel):
 
 
 def time_limit(model: ir.Model) -> float | None:
-    """Seconds that one run of a model may take; None where nothing in it can go round for ever."""
+    """Seconds that one run of a model may take; None where nothing in it can go round for ever.
+
+    Raises UsageError if the variable that may change them holds no positive number.
+    """
     graphs = [*model.graphs(), *model.functions.values()]
     if not any(node.op_type == "Loop" for graph in graphs for node in graph):
         return None
-    return float(os.environ.get(VARIABLE, SECONDS))
+    given = os.environ.get(VARIABLE, str(SECONDS))
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = 0.0
+    if not seconds > 0:
+        raise UsageError(f"{VARIABLE}={given!r} is no number of seconds", hint="give a positive one, or unset it")
+    return seconds
 
 
 def run_within(

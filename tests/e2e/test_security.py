@@ -402,3 +402,6 @@ def test_a_loop_without_end_is_stopped(tmp_path: Path, monkeypatch: pytest.Monke
     for words in commands:
         code, text = said(*words)
         assert code == 1 and "did not end within 0.5 seconds" in text and "hint: " in text, (words, text[-300:])
+    monkeypatch.setenv("REWRITER_RUN_TIMEOUT", "soon")
+    code, text = said("inspect", path)
+    assert code == 2 and "REWRITER_RUN_TIMEOUT='soon' is no number of seconds" in text
