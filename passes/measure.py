@@ -50,7 +50,7 @@ def site_error(flow: Flow, evidence: Evidence, replacement: Replacement) -> tupl
     alive = np.asarray((scores > -1e4).any(-1))
     if "out_weight" in replacement.tensors:
         output, reference = _behind(flow, replacement, output, reference)
-        alive = alive.all(axis=1)
+        alive = np.asarray(alive.all(axis=1))
     size = float(np.linalg.norm(reference[alive]))
     return float(np.linalg.norm((output - reference)[alive])) / max(size, 1e-30), 1.0
 
