@@ -346,18 +346,10 @@ def profile(
             cuda_graph=cuda_graph,
         )
         if html is not None:
-            found.save_html(html, _pictures(before))
+            from rewriter.inspection import pictures_of
+
+            found.save_html(html, pictures_of(before))
     _show(found.to_dict(), "profile")
-
-
-def _pictures(model: Path) -> Sequence[Any]:
-    """Drawings of a model's sites; none where it can be run and not be read."""
-    import rewriter
-
-    try:
-        return rewriter.inspect(str(model)).pictures
-    except RewriteError:
-        return ()
 
 
 @app.command()

@@ -27,7 +27,7 @@ from passes.targets.linear_attention import LinearHeads
 from passes.targets.linear_mixing import LinearMixer
 from passes.targets.sparse import SparseFixed, SparseStrided, Window
 from passes.targets.sparse_mixer import sparse_mixer
-from rewriter.errors import NotExportable, UsageError
+from rewriter.errors import NotExportable, RewriteError, UsageError
 from rewriter.model_kinds import is_onnx, is_torch
 
 SPARSE = (sparse_mixer(), sparse_mixer(fast=True))
@@ -123,6 +123,14 @@ def inspect(model: Any, *, example_inputs: Any = None) -> Inspection:
     if is_torch(model):
         return _inspect_torch(model, example_inputs, type(model).__name__)
     raise UsageError(f"cannot inspect a {type(model).__name__}", hint="pass a torch module, an ONNX model or a path")
+
+
+def pictures_of(model: str | Path) -> Sequence[Picture]:
+    """Drawings of the sites of a model; none where it can be run and not be read."""
+    try:
+        return inspect(str(model)).pictures
+    except RewriteError:
+        return ()
 
 
 def _inspect_onnx(model: Any, name: str) -> Inspection:

@@ -1,6 +1,7 @@
 """Healing on two processes: MiniLM with half its K/V heads is distilled from the original, under Accelerate.
 
-A few steps only, to show how it is done; the report is a page. On real hardware give it hours, and more text.
+A few steps only, to show how it is done; the report is a page. On real hardware give it hours, and more text, and
+calibrate the student first (`calibration=(texts, tokenizer)`), which training then starts from.
 
     python samples/uptrain_two_processes.py [FOLDER]
 """
@@ -18,7 +19,7 @@ from rewriter import optimize, save
 from rewriter.demo.weights import hamlet, minilm
 
 PROCESSES = 2
-STEPS = 12
+STEPS = 8
 LAUNCH = [
     *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(PROCESSES)),
     *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
@@ -33,7 +34,8 @@ def prepare(folder: Path) -> None:
     (folder / "lines.txt").write_text("\n".join(lines))
     save(model, folder / "original")
     tokenizer.save_pretrained(folder / "original")
-    save(optimize(model, "gqa6", calibration=(lines[:32], tokenizer)), folder / "student")
+    few = dict(tokenizer(lines[:4], padding=True, return_tensors="pt"))
+    save(optimize(model, "gqa6", example_inputs=few), folder / "student")
     tokenizer.save_pretrained(folder / "student")
 
 

@@ -52,6 +52,16 @@ class ChoiceReport:
         }
 
 
+@dataclass(frozen=True)
+class StoredChoice:
+    """What `ChoiceReport.to_dict` gave, as it was read from a model."""
+
+    content: Mapping[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(self.content)
+
+
 def frontier_cells(auto: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Rows under `FRONTIER`, from the JSON."""
     return [

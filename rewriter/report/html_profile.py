@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from passes.picture import Picture, distinct
 from rewriter.report.charts import bars
 from rewriter.report.html_page import Page, short
-from rewriter.report.html_rewrite import Card, rewrite_page
+from rewriter.report.html_rewrite import Card, rewrite_page, with_drawings
 
 if TYPE_CHECKING:
     from rewriter.profile.result import Measured, Profile
@@ -34,9 +33,7 @@ def profile_page(profile: Profile, pictures: Sequence[Picture] = ()) -> Page:
     }
     page = Page("Profile, before and after", _lead(profile), SECTIONS, values)
     if profile.rewrite is not None:
-        known = {row.name for row in profile.rewrite.sites} | {row.name for row in profile.rewrite.refused}
-        shown = distinct(p for p in pictures if p.name in known)
-        return page.joined(rewrite_page(replace(profile.rewrite, drawings=shown)))
+        return page.joined(rewrite_page(with_drawings(profile.rewrite, pictures)))
     drawings = distinct(pictures)
     return page.joined(Page("", "", ("drawings",) if drawings else (), {"drawings": drawings}))
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from rewriter.report.charts import Chart, growth, remaining
+from passes.picture import Picture, distinct
+from rewriter.report.charts import Bar, Chart, bars, growth, remaining
 from rewriter.report.html_choice import choice_values
 from rewriter.report.html_page import Page, short, times
 from rewriter.report.rewrite_report import Change, RewriteReport, SiteRow, note_lines, number, requantised_line
@@ -61,12 +62,20 @@ def rewrite_page(report: RewriteReport) -> Page:
         ),
         "arithmetic": found,
         "cache": () if found is None else tuple((t, *_bytes(t.numbers, found.bytes_per_number)) for t in found.cache),
+        "work_bars": () if found is None else _work_bars(found),
         "charts": () if found is None else tuple(c for c in _charts(found) if c is not None),
         "drawings": report.drawings,
         "total_seconds": sum(report.seconds.values()),
         "choice": None if report.choice is None else choice_values(report.choice.to_dict()),
     }
     return Page(f"Rewrite to {report.target}", lead(report), _present(report), values)
+
+
+def with_drawings(report: RewriteReport, pictures: Sequence[Picture]) -> RewriteReport:
+    """The report with drawings of those sites that it speaks of; one that travelled with a model has lost its own."""
+    known = {row.name for row in report.sites} | {row.name for row in report.refused}
+    found = distinct(p for p in pictures if p.name in known)
+    return replace(report, drawings=found) if found else report
 
 
 def _present(report: RewriteReport) -> tuple[str, ...]:
@@ -149,6 +158,11 @@ def _charts(found: Arithmetic) -> tuple[Chart | None, ...]:
         "B",
     )
     return flops, left, cache
+
+
+def _work_bars(found: Arithmetic) -> tuple[Bar, ...]:
+    work = found.recorded
+    return bars({"projections, feed-forward": work.projections, "token mixing": work.mixing, "flops": work.total})
 
 
 def _part(before: float, after: float) -> float:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from passes.picture import Picture
 from rewriter.report.charts import course
 from rewriter.report.html_page import Page
-from rewriter.report.html_rewrite import Card, rewrite_page
+from rewriter.report.html_rewrite import Card, rewrite_page, with_drawings
 from rewriter.report.rewrite_report import RewriteReport, number
 
 if TYPE_CHECKING:
@@ -21,8 +23,8 @@ _MEASURES = {
 }
 
 
-def uptrain_page(done: Uptrained, rewrite: RewriteReport | None = None) -> Page:
-    """`rewrite` is how the student was made, if it is known."""
+def uptrain_page(done: Uptrained, rewrite: RewriteReport | None = None, pictures: Sequence[Picture] = ()) -> Page:
+    """`rewrite` is how the student was made, if it is known; `pictures` are of the teacher's sites."""
     measures = [key for key in _MEASURES if getattr(done.before, key) is not None]
     steps = sorted(done.drift)
     values: dict[str, Any] = {
@@ -35,7 +37,7 @@ def uptrain_page(done: Uptrained, rewrite: RewriteReport | None = None) -> Page:
         "facts": _facts(done),
     }
     page = Page("Uptraining", _lead(done), ("summary", "training", "machine"), values)
-    return page if rewrite is None else page.joined(rewrite_page(rewrite))
+    return page if rewrite is None else page.joined(rewrite_page(with_drawings(rewrite, pictures)))
 
 
 def _split(done: Uptrained) -> int | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rewriter.report.choice import FRONTIER, ChoiceReport, choice_line, frontier_cells
+from rewriter.report.choice import FRONTIER, ChoiceReport, StoredChoice, choice_line, frontier_cells
 from rewriter.report.printable import printable
 from rewriter.verify.result import Fidelity
 
@@ -121,7 +121,7 @@ class RewriteReport:
     seconds: Mapping[str, float] = field(default_factory=dict)
     arithmetic: Arithmetic | None = field(default=None, repr=False)
     drawings: tuple[Drawing, ...] = field(default=(), repr=False)
-    choice: ChoiceReport | None = None
+    choice: ChoiceReport | StoredChoice | None = None
 
     def save_html(self, path: str | Path) -> None:
         """Write the report as one .html file that loads nothing from elsewhere.

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from passes.arithmetic import Arithmetic, CacheTerm, Work
+from rewriter.report.choice import StoredChoice
 from rewriter.report.printable import jsonable
 from rewriter.report.rewrite_report import Change, Refused, RewriteReport, SiteRow
 from rewriter.verify.result import Fidelity
@@ -56,7 +57,49 @@ def _report(found: Mapping[str, Any]) -> RewriteReport:
         flops=None if found["flops"] is None else _change(found["flops"]),
         fidelity=None if drift is None else _fidelity(drift),
         arithmetic=None if numbers is None else _arithmetic(numbers),
+        choice=None if found.get("auto") is None else _choice(found["auto"]),
     )
+
+
+def _choice(found: Mapping[str, Any]) -> StoredChoice:
+    """Everything that is shown of it, each number and text read as such."""
+    plan = found["plan"]
+    return StoredChoice(
+        {
+            "budget": {_text(name): _real(limit) for name, limit in found["budget"].items()},
+            "drift_is": _text(found["drift_is"]),
+            "plan": {**_mix(plan), "measured_drift": _real(plan["measured_drift"])},
+            "frontier": [_mix(mix) for mix in found["frontier"]],
+            "sensitivity": [_effect(effect) for effect in found["sensitivity"]],
+            "batches": {name: _count(found["batches"][name]) for name in ("all", "measured")},
+            "held_out": found["held_out"] is True,
+        }
+    )
+
+
+def _mix(found: Mapping[str, Any]) -> dict[str, Any]:
+    kv, speed = _real(found["kv"]), _real(found["speed"])
+    if not 0 <= kv <= 1 or speed <= 0:
+        raise ValueError("not a part that is left")
+    targets = {_text(name): _text(target) for name, target in found["targets"].items()}
+    return {"predicted_drift": _real(found["predicted_drift"]), "kv": kv, "speed": speed, "targets": targets}
+
+
+def _effect(found: Mapping[str, Any]) -> dict[str, Any]:
+    sites = [_text(name) for name in found["sites"]]
+    if not sites:
+        raise ValueError("an effect of no site")
+    numbers = {key: _real(found[key]) for key in ("drift", "local_error")}
+    saved = {key: _real(found[key]) for key in ("kv_numbers_saved", "flops_saved", "parameters_saved")}
+    return {"sites": sites, "target": _text(found["target"]), **numbers, **saved}
+
+
+def _real(value: Any) -> float:
+    """The number as it stands there, whole or not."""
+    if _number(value) is None:
+        raise TypeError("not a number")
+    found: float = value
+    return found
 
 
 def _fidelity(found: Mapping[str, Any]) -> Fidelity | None:

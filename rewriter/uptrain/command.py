@@ -71,7 +71,9 @@ def run_command(
     if int(os.environ.get("RANK", "0")):
         return None
     if html is not None:
-        done.save_html(html)
+        from rewriter.inspection import pictures_of
+
+        done.save_html(html, pictures_of(teacher))
     where = {"student": student, "teacher": teacher, "output": places.output, "checkpoints": places.checkpoints}
     return {**{k: str(v) for k, v in where.items()}, "data": [str(d) for d in data], **done.to_dict()}
 

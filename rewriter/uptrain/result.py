@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rewriter.uptrain.recipe import Recipe
 
 if TYPE_CHECKING:
+    from passes.picture import Picture
     from rewriter.report.rewrite_report import RewriteReport
 
 
@@ -101,15 +102,18 @@ class Uptrained:
 
         save(self, Path(path))
 
-    def save_html(self, path: str | Path) -> None:
+    def save_html(self, path: str | Path, pictures: Sequence[Picture] = ()) -> None:
         """Write loss, drift and, where it is known, how the student was made, as one .html file.
+
+        Args:
+            pictures: of the teacher's sites, as in `Inspection.pictures`, to be shown as well.
 
         Raises UsageError for another ending or a folder that does not exist.
         """
         from rewriter.report.html_page import save
         from rewriter.report.html_uptrain import uptrain_page
 
-        save(uptrain_page(self, rewrite_of(self.model)), Path(path))
+        save(uptrain_page(self, rewrite_of(self.model), pictures), Path(path))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON of ``rewriter uptrain`` without the paths."""

@@ -88,7 +88,7 @@ def test_charts_are_drawn(window: Browser, page: Path) -> None:
     lengths = window.value("[...document.querySelectorAll('svg.chart path.line')].map(p => p.getTotalLength())")
     assert len(lengths) == 9 and sorted(lengths)[2] > 50, "the plan, predicted and measured, is two points"
     bars = window.value("[...document.querySelectorAll('.fill')].map(f => f.getBoundingClientRect().width)")
-    assert len(bars) == 10 and max(bars) > 100
+    assert len(bars) == 16 and max(bars) > 100, "of times, operators and flops"
 
 
 def test_hostile_names_do_no_harm(window: Browser, report: RewriteReport, tmp_path: Path) -> None:

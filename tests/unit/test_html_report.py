@@ -252,7 +252,31 @@ def test_a_profile_shows_how_the_second_model_was_made(report: RewriteReport) ->
 def test_an_uptraining_page_shows_the_course(report: RewriteReport) -> None:
     shown = Tags(render(uptrain_page(uptrained("cpu"))))
     assert {"0.5 before", "KL divergence, nats", "perplexity"} <= set(shown.words)
+    assert {"blocks alone", "outputs and blocks"} <= set(shown.words), "which part of the curve is which"
     assert "sites" not in uptrain_page(uptrained("cpu")).sections
+
+
+def test_pages_about_a_model_that_was_made_earlier_draw_its_sites(report: RewriteReport) -> None:
+    """What travels with a model has no drawings; those of the original's sites take their place."""
+    back = stored.from_text(stored.to_text(report))
+    assert back is not None and not back.drawings
+    pictures = [drawn.picture for drawn in report.drawings]
+    other = replace(pictures[0], name="of another model")
+    for with_them, without in (
+        (profile_page(profile_of("MatMul", back), [*pictures, other]), profile_page(profile_of("MatMul", back))),
+        (uptrain_page(uptrained("cpu"), back, [*pictures, other]), uptrain_page(uptrained("cpu"), back)),
+    ):
+        assert "drawings" not in without.sections and "drawings" in with_them.sections
+        page = render(with_them)
+        assert page.count("<details") == len(pictures) and "of another model" not in page
+
+
+def test_flops_are_drawn_as_bars(report: RewriteReport) -> None:
+    assert report.flops is not None
+    page = render(rewrite_page(report))
+    ratio = f"{report.flops.before / report.flops.after:.2f}×"
+    assert {"projections, feed-forward", "token mixing", "flops", ratio} <= set(Tags(page).words)
+    assert page.count('class="bar"') == 3
 
 
 @pytest.mark.parametrize(
@@ -352,6 +376,35 @@ BROKEN: dict[str, Callable[[dict[str, Any]], Any]] = {
     "no work": lambda found: {**found, "arithmetic": {**found["arithmetic"], "work": []}},
     "a part is missing": lambda found: {k: v for k, v in found.items() if k != "refused"},
 }
+
+
+def test_a_stored_choice_is_shown_as_it_was(report: RewriteReport) -> None:
+    made = replace(report, choice=chosen())
+    back = stored.from_text(stored.to_text(made))
+    assert back is not None and back.choice is not None and made.choice is not None
+    assert stored.to_text(back) == stored.to_text(made), "up to the digits that are kept"
+    assert back.choice.to_dict()["plan"]["targets"] == made.choice.to_dict()["plan"]["targets"]
+    for page in (profile_page(profile_of("MatMul", back)), uptrain_page(uptrained("cpu"), back)):
+        assert "choice" in page.sections and "0.04 predicted, 0.05 measured on 1 of 4 batches" in render(page)
+    assert str(back) == str(replace(back, choice=made.choice))
+
+
+BROKEN_CHOICE: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "no object": lambda auto: [auto],
+    "a drift is a text": lambda auto: {**auto, "plan": {**auto["plan"], "measured_drift": "<b>"}},
+    "nothing is left": lambda auto: {**auto, "plan": {**auto["plan"], "speed": 0}},
+    "more is left than there was": lambda auto: {**auto, "frontier": [{**auto["frontier"][0], "kv": 7}]},
+    "an effect of no site": lambda auto: {**auto, "sensitivity": [{**auto["sensitivity"][0], "sites": []}]},
+    "a target is a number": lambda auto: {**auto, "sensitivity": [{**auto["sensitivity"][0], "target": 1}]},
+    "a part is missing": lambda auto: {key: part for key, part in auto.items() if key != "batches"},
+}
+
+
+@pytest.mark.parametrize("how", BROKEN_CHOICE)
+def test_what_is_no_choice_makes_no_report(report: RewriteReport, how: str) -> None:
+    found = json.loads(stored.to_text(replace(report, choice=chosen())))
+    assert stored.from_text(json.dumps(found)) is not None
+    assert stored.from_text(json.dumps({**found, "auto": BROKEN_CHOICE[how](found["auto"])})) is None
 
 
 @pytest.mark.parametrize("how", BROKEN)
