@@ -12,7 +12,7 @@ from passes.dataflow import Array, Flow
 from passes.match.attention import Evidence
 from passes.match.operands import Traced
 from passes.match.scores import OperandView, apply_modifier
-from passes.replay import products, rebuild, recorded, rotated, softmax, widened_product
+from passes.replay import products, recorded, rotated, softmax, widened_product
 from passes.targets.replacement import Replacement
 
 
@@ -33,7 +33,10 @@ def site_error(flow: Flow, evidence: Evidence, replacement: Replacement) -> tupl
         return None
     turned = "q_weight" in replacement.tensors
     heads = spec.heads
-    query = _projected(flow, evidence.q, replacement, "q", heads) if turned else rebuild(flow, evidence.q)
+    if turned:
+        query = _projected(flow, evidence.q, replacement, "q", heads)
+    else:
+        query = np.asarray(recorded(flow, evidence.path.q, evidence.q.tokens), dtype=np.float64)
     keys, values = (
         _with_cache(flow, view, traced, _projected(flow, traced, replacement, role, count))
         for role, view, traced, count in (

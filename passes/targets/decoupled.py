@@ -25,7 +25,7 @@ from passes.weights.group import Moments
 from passes.weights.grouping import Groups
 from passes.weights.merge import METHODS, Freedom, Merged, Method, contiguous, merge_heads
 from passes.weights.pooling import mean_pool, ties
-from passes.weights.projection import operand_bias, operand_weight, site_weights
+from passes.weights.projection import operand_bias, operand_rows, site_weights
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class DecoupledHeads:
         return all(
             ties(tensor, operand.heads, count)
             for operand, count in zip((site.k, site.v), self.heads(site), strict=True)
-            for tensor in (operand_weight(flow, operand), operand_bias(flow, operand))
+            for tensor in (operand_rows(flow, operand), operand_bias(flow, operand))
             if tensor is not None
         )
 
@@ -122,7 +122,7 @@ class DecoupledHeads:
         """The mean of each group; exact where its heads are equal."""
         tensors: dict[str, Array] = {}
         for role, operand, count in zip(("k", "v"), (site.k, site.v), self.heads(site), strict=True):
-            for part, tensor in (("weight", operand_weight(flow, operand)), ("bias", operand_bias(flow, operand))):
+            for part, tensor in (("weight", operand_rows(flow, operand)), ("bias", operand_bias(flow, operand))):
                 if tensor is not None:
                     tensors[f"{role}_{part}"] = mean_pool(tensor, operand.heads, count)
         return Replacement(site, self.spec(site), tensors, self.tied(flow, site), describe(site), self._after(site))

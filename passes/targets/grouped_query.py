@@ -22,7 +22,7 @@ from passes.weights.group import Moments
 from passes.weights.grouping import Groups, pair_losses, pairs, similar
 from passes.weights.merge import METHODS, Freedom, Merged, Method, contiguous, merge_heads
 from passes.weights.pooling import legal_head_counts, mean_pool, ties
-from passes.weights.projection import SiteWeights, operand_bias, operand_weight, site_weights
+from passes.weights.projection import SiteWeights, operand_bias, operand_rows, site_weights
 
 Grouping = Literal["contiguous", "similar"]
 
@@ -119,7 +119,7 @@ class GroupedQuery:
         tensors: dict[str, Array] = {}
         exact = True
         for role, operand in (("k", site.k), ("v", site.v)):
-            for part, tensor in (("weight", operand_weight(flow, operand)), ("bias", operand_bias(flow, operand))):
+            for part, tensor in (("weight", operand_rows(flow, operand)), ("bias", operand_bias(flow, operand))):
                 if tensor is not None:
                     exact &= ties(tensor, operand.heads, self.kv_heads)
                     tensors[f"{role}_{part}"] = mean_pool(tensor, operand.heads, self.kv_heads)
@@ -201,7 +201,7 @@ def as_tensors(flow: Flow, site: AttentionSite, merged: Merged) -> dict[str, Arr
 
 def tied(flow: Flow, site: AttentionSite, groups: int) -> bool:
     """Whether the heads of every group are equal bit for bit."""
-    tensors = [(o, t(flow, o)) for o in (site.k, site.v) for t in (operand_weight, operand_bias)]
+    tensors = [(o, t(flow, o)) for o in (site.k, site.v) for t in (operand_rows, operand_bias)]
     return all(ties(tensor, operand.heads, groups) for operand, tensor in tensors if tensor is not None)
 
 

@@ -10,17 +10,18 @@ from passes.dataflow import Array
 def mean_pool(weight: Array, heads_before: int, heads_after: int) -> Array:
     """Average contiguous groups of heads: [heads_before * dim, ...] -> [heads_after * dim, ...].
 
-    Works on a weight [heads * dim, in] and on a bias [heads * dim] alike. Sums are taken in float64; the dtype of
-    `weight` is restored. Where the heads of a group are equal bit for bit the result is that head, unchanged.
+    Works on a weight [heads * dim, in] and on a bias [heads * dim] alike, also where its rows do not lie in one piece.
+    Sums are taken in float64; the dtype of `weight` is restored. Where the heads of a group are equal bit for bit the
+    result is that head, unchanged.
 
     Raises:
         ValueError: if `heads_after` does not divide `heads_before`, or `heads_before` the number of rows.
     """
     grouped = _grouped(weight, heads_before, heads_after)
     pooled: Array = grouped.mean(axis=1, dtype=np.float64).astype(weight.dtype)
-    tied = (grouped == grouped[:, :1]).all(axis=tuple(range(1, grouped.ndim)))
+    tied = [all(np.array_equal(head, heads[0]) for head in heads[1:]) for heads in grouped]  # up to the first other one
     pooled[tied] = grouped[tied, 0]  # a mean of equal numbers may be off by one unit in the last place
-    return pooled.reshape(-1, *weight.shape[1:])
+    return np.ascontiguousarray(pooled.reshape(-1, *weight.shape[1:]))
 
 
 def legal_head_counts(heads: int, kv_heads: int) -> list[int]:
@@ -38,7 +39,8 @@ def ties(weight: Array, heads: int, groups: int) -> bool:
         ValueError: as `mean_pool`.
     """
     grouped = _grouped(weight, heads, groups)
-    return all(grouped[:, i].tobytes() == grouped[:, 0].tobytes() for i in range(1, grouped.shape[1]))
+    bits = grouped.view(f"u{grouped.dtype.itemsize}")
+    return all(np.array_equal(bits[:, i], bits[:, 0]) for i in range(1, grouped.shape[1]))
 
 
 def _grouped(weight: Array, heads: int, groups: int) -> Array:

@@ -9,12 +9,31 @@ import numpy as np
 from passes.dataflow import Array, Flow
 from passes.site import AttentionSite, Operand
 
+_BLOCK = 128
+
 
 def operand_weight(flow: Flow, operand: Operand) -> Array:
     """[heads * dim, in]: rows of the projection that feed this operand, head-major."""
-    weight = flow.value(operand.projection.weight)
+    weight, rows = flow.value(operand.projection.weight), operand.columns.reshape(-1)
+    return np.ascontiguousarray(weight[rows]) if operand.projection.out_first else transposed(weight, rows)
+
+
+def operand_rows(flow: Flow, operand: Operand) -> Array:
+    """As `operand_weight`, where it lies: not copied if the operand's features are one run of the projection's."""
+    weight, rows = flow.value(operand.projection.weight), operand.columns.reshape(-1)
     matrix = weight if operand.projection.out_first else weight.T
-    return np.ascontiguousarray(matrix[operand.columns.reshape(-1)])
+    run = slice(int(rows[0]), int(rows[0]) + len(rows))
+    return matrix[run] if np.array_equal(rows, np.arange(run.start, run.stop)) else operand_weight(flow, operand)
+
+
+def transposed(matrix: Array, columns: Array) -> Array:
+    """``matrix.T[columns]`` in one piece; block by block, since a stride as long as a row misses every cache."""
+    made = np.empty((len(columns), len(matrix)), matrix.dtype)
+    for i in range(0, len(matrix), _BLOCK):
+        band = matrix[i : i + _BLOCK]
+        for j in range(0, len(columns), _BLOCK):
+            made[j : j + _BLOCK, i : i + _BLOCK] = band[:, columns[j : j + _BLOCK]].T
+    return made
 
 
 def operand_bias(flow: Flow, operand: Operand) -> Array | None:

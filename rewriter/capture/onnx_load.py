@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import mmap
 import os
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -39,6 +40,7 @@ def load(path: str | Path) -> ir.Model:
     data = _DataFolder(path)
     for tensor in _tensors(proto):
         _check_tensor(tensor, data, path.name)
+    data.require_apart(path.name)
     model = _deserialize(proto, path.name)
     ir.external_data.set_base_dir(model.graph, data.folder)
     _follow_links(model, data)
@@ -332,6 +334,24 @@ class _DataFolder:
         self.folder = str(model.absolute().parent)
         self._allowed = {os.path.realpath(self.folder), os.path.dirname(os.path.realpath(model))}
         self._sizes: dict[str, int] = {}
+        self._stretches: dict[str, dict[tuple[int, int], str]] = defaultdict(dict)
+
+    def take(self, location: str, offset: int, length: int, tensor: str) -> None:
+        """Note what a tensor takes of a file."""
+        if length:
+            self._stretches[os.path.realpath(os.path.join(self.folder, location))][offset, length] = tensor
+
+    def require_apart(self, model: str) -> None:
+        """Tensors may share a stretch of a file, but not overlap otherwise: written out, they could fill any disk."""
+        for stretches in self._stretches.values():
+            end, last = 0, ""
+            for (offset, length), tensor in sorted(stretches.items()):
+                if offset < end:
+                    raise InvalidModelFile(
+                        f"{model} is damaged: {last[:80]!r} and {tensor[:80]!r} overlap in their data file",
+                        hint="export it again",
+                    )
+                end, last = offset + length, tensor
 
     def holds(self, path: str) -> bool:
         """True if `path` leads to a file in the folder of the model as it was named."""
@@ -416,6 +436,7 @@ def _check_external(tensor: onnx.TensorProto, expected: int | None, data: _DataF
         raise damaged from error
     if offset < 0 or length < 0 or (expected is not None and length != expected):
         raise damaged
+    data.take(location, offset, length, tensor.name)
     missing = offset + length - data.size(location, tensor.name, model)
     if missing > 0:
         raise InvalidModelFile(

@@ -113,7 +113,7 @@ def skeleton(
     top = model.graph
     swapped: list[tuple[ir.Value, ir.TensorProtocol]] = []
     placed: list[Placed] = []
-    offset = 0
+    offset, shared = 0, dict[tuple[str, int, int], int]()
     try:
         for value, tensor in list(_initializers(model)):
             outside = tensor.nbytes >= _INLINE_BYTES and tensor.dtype not in kept and (nested or value.graph is top)
@@ -123,14 +123,23 @@ def skeleton(
                 continue
             step = _PAGE if tensor.nbytes >= _ALIGN_FROM else _WORD
             offset = -(-offset // step) * step
-            placed.append(Placed(value, tensor, offset))
-            value.const_value = _reference(tensor, location, offset, "")
-            offset += tensor.nbytes
+            place = shared.setdefault(_stretch(tensor, offset), offset)
+            placed.append(Placed(value, tensor, place))
+            value.const_value = _reference(tensor, location, place, "")
+            if place == offset:
+                offset += tensor.nbytes
         with _inline_attributes(model):
             return ir.to_proto(model), placed
     finally:
         for value, tensor in swapped:
             value.const_value = tensor
+
+
+def _stretch(tensor: ir.TensorProtocol, offset: int) -> tuple[str, int, int]:
+    """Where a tensor's bytes come from: what is one stretch of one file stays one; others are told by `offset`."""
+    if isinstance(tensor, ir.ExternalTensor):
+        return str(tensor.path), tensor.offset or 0, tensor.nbytes
+    return "", offset, tensor.nbytes
 
 
 def _reference(tensor: ir.TensorProtocol, location: str, offset: int, folder: str) -> ir.ExternalTensor:
@@ -230,9 +239,11 @@ def _save_pair(model: ir.Model, target: _Target) -> None:
     proto, placed = skeleton(model, name)
     with target.open_model() as file:
         file.write(proto.SerializeToString())
-    size = placed[-1].offset + placed[-1].tensor.nbytes if placed else 0
+    size = max((item.offset + item.tensor.nbytes for item in placed), default=0)
     with target.open_data() as file, progress.task("writing", size, "B") as advance:
         for item in placed:
+            if item.offset < file.tell():
+                continue  # shares what is written already
             file.write(bytes(item.offset - file.tell()))
             _write_tensor(item.tensor, file)
             advance(file.tell())

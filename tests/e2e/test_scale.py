@@ -16,6 +16,7 @@ import rewriter
 from benchmarks.scale import rewrite_often
 from benchmarks.scale_models import Stack, write
 from passes import replay
+from passes.weights import projection
 from rewriter.capture.onnx_file import capture
 from rewriter.capture.onnx_load import load
 from rewriter.verify.tensors import same_bits
@@ -45,6 +46,15 @@ def test_weights_are_widened_block_by_block(monkeypatch: pytest.MonkeyPatch, tra
     assert found.dtype == np.float64 and (found == x @ matrix).all()
     matrix[49, 6] += 1
     assert (found != x @ matrix).any(), "the last row counts"
+
+
+def test_weights_are_turned_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    matrix, columns = rng.standard_normal((50, 7), np.float32), rng.permutation(7)[:5]
+    monkeypatch.setattr(projection, "_BLOCK", 4)
+    found = projection.transposed(matrix, columns)
+    assert found.dtype == np.float32 and found.flags.c_contiguous and (found == matrix.T[columns]).all()
+    assert (found != projection.transposed(matrix, columns[::-1])).any(), "the control"
 
 
 def _external(

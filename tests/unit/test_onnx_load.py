@@ -259,6 +259,31 @@ def test_places_that_lead_astray(pair: Path, entries: dict[str, str], words: str
     assert words in refused(pair)
 
 
+@pytest.mark.parametrize(("offset", "length"), [("4096", "256"), ("0", "256"), ("16380", "256")])
+def test_tensors_that_overlap(pair: Path, offset: str, length: str) -> None:
+    """One in the middle of another, at its beginning, over its end; all of "w" by another name is no fault."""
+    proto = onnx.load(pair, load_external_data=False)
+    w = next(t for t in proto.graph.initializer if t.name == "w")
+    assert {e.key: e.value for e in w.external_data}["length"] == "16384", "what the places below refer to"
+
+    def write(place: str, size: str) -> Path:
+        other = onnx.TensorProto(name="other", data_type=w.data_type, dims=[int(size) // 4])
+        other.data_location = w.data_location
+        for key, value in (("location", "p.onnx.data"), ("offset", place), ("length", size)):
+            other.external_data.add(key=key, value=value)
+        both = onnx.ModelProto()
+        both.CopyFrom(proto)
+        both.graph.initializer.append(other)
+        path = pair.with_name("overlap.onnx")
+        path.write_bytes(both.SerializeToString())
+        return path
+
+    with pair.with_name("p.onnx.data").open("ab") as data:
+        data.write(bytes(4096))
+    assert "overlap" in refused(write(offset, length))
+    load(write("0", "16384"))
+
+
 def test_link_out_of_the_folder(pair: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     secret = tmp_path_factory.mktemp("elsewhere") / "secret"
     data = pair.with_name("p.onnx.data")

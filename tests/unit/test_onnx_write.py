@@ -172,6 +172,29 @@ def test_weights_held_lazily_are_written(tmp_path: Path) -> None:
     assert calls
 
 
+def test_tensors_of_one_stretch_stay_one(tmp_path: Path) -> None:
+    """A few bytes could name one large tensor a thousand times, and the output would fill any disk."""
+    onnx.save(model(), tmp_path / "model.onnx")
+    save(load(tmp_path / "model.onnx"), tmp_path / "in.onnx", external_data="always")
+    loaded = load(tmp_path / "in.onnx")
+    large = max(loaded.graph.initializers.values(), key=lambda v: v.const_value.nbytes if v.const_value else 0)
+    held = large.const_value
+    assert isinstance(held, ir.ExternalTensor)
+    for number in range(50):
+        again = ir.ExternalTensor(
+            held.location, held.offset, held.length, held.dtype, shape=held.shape, name=f"again{number}",
+            base_dir=held.base_dir,
+        )  # fmt: skip
+        loaded.graph.register_initializer(ir.Value(name=again.name, const_value=again))
+    save(loaded, tmp_path / "out.onnx", external_data="always")
+    sizes = [(tmp_path / f"{name}.onnx.data").stat().st_size for name in ("in", "out")]
+    assert sizes[1] < sizes[0] + 8192
+    back = load(tmp_path / "out.onnx")
+    for name in ("again0", "again49", *loaded.graph.initializers):
+        old, new = (m.graph.initializers[name].const_value for m in (loaded, back))
+        assert old is not None and new is not None and (old.numpy() == new.numpy()).all()
+
+
 def test_missing_folder_and_folder_as_output(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="does not exist"):
         save(ir.from_proto(model()), tmp_path / "no" / "out.onnx")

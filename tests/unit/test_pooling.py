@@ -26,6 +26,21 @@ def test_rows_are_means_of_contiguous_groups(before: int, after: int, dim: int) 
         assert not np.allclose(pooled, strided, atol=1e-3) or after == 1
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16", "float64"])
+def test_a_weight_seen_sideways_gives_the_same_bits(dtype: str) -> None:
+    """Stored [in, heads * dim], it is pooled where it lies."""
+    weight = _random(24, 33, dtype=dtype)
+    weight[4:8] = weight[:4]  # the first two of six heads
+    view = np.asfortranarray(weight)
+    assert not view.flags.c_contiguous
+    for groups in (1, 2, 3, 6):
+        pooled = mean_pool(view, 6, groups)
+        assert pooled.flags.c_contiguous and (pooled == mean_pool(weight, 6, groups)).all()
+        assert ties(view, 6, groups) == ties(weight, 6, groups) == (groups == 6)
+    assert ties(view[:8], 2, 1), "the control: heads that are equal"
+    assert not ties(np.asfortranarray(np.array([0.0, -0.0])), 2, 1), "bits count, not values"
+
+
 def test_a_bias_is_pooled_like_a_weight() -> None:
     weight = _random(12, 1)
     np.testing.assert_array_equal(mean_pool(weight[:, 0], 6, 2), mean_pool(weight, 6, 2)[:, 0])
