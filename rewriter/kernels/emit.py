@@ -14,6 +14,7 @@ from codegen.launch import ort_op
 from codegen.ops.fourier_mixing import cpp_kernel as fourier_cpp
 from codegen.ops.grouped_query_attention import cpp_kernel as gqa_cpp
 from codegen.ops.grouped_query_attention.triton_kernel import ARCHS as CARDS
+from codegen.ops.routed_feed_forward import cpp_kernel as routed_cpp
 from codegen.registry import Choice, select, why_not
 from codegen.routed import RoutedFeedForward
 from codegen.spec import FourierMixing
@@ -44,7 +45,7 @@ def emit(model: Path, output: Path, archs: Sequence[str]) -> dict[str, Any]:
     devices = {arch: _device(arch) for arch in archs or ["cpu"]}
     wanted = needs(model)
     try:
-        choices = {arch: _choices(wanted, device) for arch, device in devices.items()}
+        choices = {arch: [_choice(need, device) for need in wanted] for arch, device in devices.items()}
         with whole_folder(output) as draft:
             found = _write(choices, draft, ort=model.is_file())
     except KernelError as error:
@@ -63,12 +64,6 @@ def _device(arch: str) -> Device:
         names = ", ".join(["cpu", *(f"cpu:{i.value}" for i in Isa), *(a for archs in CARDS.values() for a in archs)])
         raise UsageError(f"unknown arch {arch!r}", hint=f"one or several of {names}")
     return Device("cpu", isa)
-
-
-def _choices(wanted: Sequence[Need], device: Device) -> list[Choice]:
-    """One for each need; routed feed-forward blocks are left to torch on processors, where they have no kernel."""
-    own = [n for n in wanted if device.kind != "cpu" or not isinstance(n.spec, RoutedFeedForward)]
-    return [_choice(need, device) for need in own or wanted]
 
 
 def _choice(need: Need, device: Device) -> Choice:
@@ -117,6 +112,8 @@ def _resources(choice: Choice) -> dict[str, int]:
     isa = Isa(choice.device.arch)
     if isinstance(choice.spec, FourierMixing):
         return fourier_cpp.resources(choice.spec, choice.dtype, isa)
+    if isinstance(choice.spec, RoutedFeedForward):
+        return routed_cpp.resources(choice.spec, choice.dtype, isa)
     return gqa_cpp.resources(choice.spec, choice.dtype, isa)
 
 
