@@ -1,7 +1,7 @@
 """Routed feed-forward blocks: problems, and rows of `benchmarks.kernels` and `benchmarks.gpu`.
 
-On processors there is no kernel of ours. Rows there say how much of the torch body's time its matrix products take by
-themselves, gathered rows given: what a kernel with the library's rate could gain at most.
+The C++ kernel stands beside the torch body, which gathers, multiplies as a batch and adds up by index, and beside what
+such a body's matrix products take by themselves, gathered tokens given.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ from torch import Tensor
 
 from benchmarks.rows import Clock, Row, interleaved
 from codegen.activation import Activation
+from codegen.launch.routed_host import launch
 from codegen.ops.routed_feed_forward.torch_body import routed_feed_forward
 from codegen.routed import RoutedFeedForward
 
 Call = Callable[[], Tensor]
+BODY, PRODUCTS = "the torch body", "torch's products alone"
 
 SPLIT = RoutedFeedForward(768, 192, 16, Activation.GELU, up_bias=True)
 """BERT's block cut in 16 experts."""
@@ -66,23 +68,43 @@ def cases(*, quick: bool) -> list[Case]:
 
 
 def run_case(case: Case, runs: int, threads: int, clock: Clock) -> list[Row]:
-    """One row: the products alone beside the torch body."""
+    """Rows of one case: beside the torch body, beside its products alone, and the error beside double precision."""
     x, rows, weights, held = case.operands()
+    peers = {BODY: lambda: routed_feed_forward(case.spec, x, rows, weights, held), PRODUCTS: _products(case)}
+
+    def ours() -> Tensor:
+        return launch(case.spec, x, rows, weights, held)
+
+    wide = {name: p.double() for name, p in held.items()}
+    right = routed_feed_forward(case.spec, x.double(), rows, weights.double(), wide)
+    error, theirs = (float((f().double() - right).abs().max() / right.abs().max()) for f in (ours, peers[BODY]))
+    mine, *others = interleaved(runs, ours, *peers.values(), clock=clock)
+    found = []
+    for name, t in zip(peers, others, strict=True):
+        more: dict[str, Any] = {"kind": "routed", "error": error, "ours_median": mine.median * 1e3}
+        more |= {"peer_median": t.median * 1e3, "best_peer": name == BODY, "peer_differs_by": theirs}
+        ms = (mine.minimum * 1e3, t.minimum * 1e3)
+        found.append(Row("time", str(case), *ms, name, "ms", ms[1] / ms[0], None, None, more))
+    return found
+
+
+def _products(case: Case) -> Call:
+    x, rows, _, held = case.operands()
     given, inner = x[rows], torch.randn(*rows.shape, case.spec.inner).to(x.dtype)
     ups = [held[name] for name in ("gate_weight", "up_weight") if name in held]
 
-    def products() -> Tensor:
+    def run() -> Tensor:
         for matrix in ups:
             given @ matrix
         return inner @ held["down_weight"]
 
-    def body() -> Tensor:
-        return routed_feed_forward(case.spec, x, rows, weights, held)
+    return run
 
-    alone, whole = interleaved(runs, products, body, clock=clock)
-    more: dict[str, Any] = {"kind": "routed", "ours_median": alone.median * 1e3, "peer_median": whole.median * 1e3}
-    ms = (alone.minimum * 1e3, whole.minimum * 1e3)
-    return [Row("most to gain", str(case), *ms, "the torch body", "ms", ms[1] / ms[0], None, None, more)]
+
+def tuned_cases() -> list[Case]:
+    """Few and many places, on processors."""
+    few = [Case(c.name, c.spec, c.tokens // 4, c.places // 4) for c in cases(quick=True)]
+    return [*few, *cases(quick=True), Case("split block", SPLIT, 32, 16)]
 
 
 def card_cases(*, quick: bool) -> list[Case]:

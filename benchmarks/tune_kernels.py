@@ -1,11 +1,11 @@
 """Writes the tables by which ``kernels="auto"`` decides: how much faster a kernel is than torch's own operators.
 
-    python -m benchmarks.tune_kernels [--isa avx512 | --card [--routed]] [--sparse] [--threads N | --cpu-time]
+    python -m benchmarks.tune_kernels [--isa avx512 | --card] [--sparse | --routed] [--threads N | --cpu-time]
         [--runs N] [--output DIR]
 
 Every instruction set that this processor has gets its file in codegen/tuning/, or, with --card, the graphics card.
---sparse measures sparse attention instead, on CPUs, into files of its own, and --routed feed-forward blocks that route
-tokens, on the card, likewise. The
+--sparse measures sparse attention instead, on CPUs, and --routed feed-forward blocks that route tokens, into files of
+their own. The
 operators it is compared with are those that run otherwise: the torch body of the op.
 """
 
@@ -18,6 +18,7 @@ for _name, _value in (("OMP_WAIT_POLICY", "passive"), ("GOMP_SPINCOUNT", "0")):
 
 import argparse  # noqa: E402
 import contextlib  # noqa: E402
+import functools  # noqa: E402
 import itertools  # noqa: E402
 import json  # noqa: E402
 import sys  # noqa: E402
@@ -30,10 +31,12 @@ from unittest import mock  # noqa: E402
 import torch  # noqa: E402
 
 from benchmarks.machine import machine  # noqa: E402
-from benchmarks.routed_kernels import card_cases, card_works  # noqa: E402
+from benchmarks.routed_kernels import Case as RoutedCase  # noqa: E402
+from benchmarks.routed_kernels import card_cases, card_works, tuned_cases  # noqa: E402
 from benchmarks.rows import Clock, interleaved, timed  # noqa: E402
 from codegen.device import Device, DType, Isa, host, measured_as  # noqa: E402
-from codegen.launch import torch_op  # noqa: E402
+from codegen.launch import routed_host, torch_op  # noqa: E402
+from codegen.ops.routed_feed_forward import torch_body as routed_body  # noqa: E402
 from codegen.sight import Sight  # noqa: E402
 from codegen.spec import GroupedQueryAttention  # noqa: E402
 from codegen.tuning.routed import Measured as RoutedMeasured  # noqa: E402
@@ -137,8 +140,24 @@ def measure_card(arch: str, runs: int) -> list[Measured]:
     return found
 
 
-def measure_routed(arch: str, runs: int) -> list[RoutedMeasured]:
-    """Routed feed-forward blocks on the card, of few and many places."""
+def measure_routed(isa: str, name: str, runs: int, clock: Clock) -> list[RoutedMeasured]:
+    """Routed feed-forward blocks on the processor, by the kernel for `isa`."""
+    found = []
+    with mock.patch.object(routed_host, "host", lambda: Device("cpu", isa)):
+        routed_host._loaded.cache_clear()
+        for dtype, case in itertools.product(DTYPES, tuned_cases()):
+            x, rows, weights, held = replace(case, dtype=DTYPES[dtype]).operands()
+            ours = functools.partial(routed_host.launch, case.spec, x, rows, weights, held)
+            theirs = functools.partial(routed_body.routed_feed_forward, case.spec, x, rows, weights, held)
+            first = max(timed(call, 1)[0].minimum for call in (ours, theirs))
+            mine, other = interleaved(max(runs, min(MOST_RUNS, int(SECONDS / first))), ours, theirs, clock=clock)
+            found.append(measured_routed(case, dtype, name, other.minimum / mine.minimum))
+    routed_host._loaded.cache_clear()
+    return found
+
+
+def measure_routed_card(arch: str, runs: int) -> list[RoutedMeasured]:
+    """The same on the card, of few and many places."""
     from benchmarks.gpu import Clock as CardClock
 
     clock = CardClock()
@@ -146,10 +165,14 @@ def measure_routed(arch: str, runs: int) -> list[RoutedMeasured]:
     for dtype, case, share in itertools.product(DTYPES, card_cases(quick=False), (1, 8, 64)):
         own = replace(case, places=case.places // share, dtype=DTYPES[dtype])
         mine, other = clock.times(runs, *card_works(own)[0].values())
-        spec, ratio = own.spec, round(min(other) / min(mine), 2)
-        sizes = (spec.experts, spec.hidden, spec.inner, own.places)
-        found.append(RoutedMeasured(dtype.value, arch, spec.gated, *sizes, ratio))
+        found.append(measured_routed(own, dtype, arch, min(other) / min(mine)))
     return found
+
+
+def measured_routed(case: RoutedCase, dtype: DType, arch: str, ratio: float) -> RoutedMeasured:
+    spec = case.spec
+    sizes = (spec.experts, spec.hidden, spec.inner, case.places)
+    return RoutedMeasured(dtype.value, arch, spec.gated, *sizes, round(ratio, 2))
 
 
 def measured(spec: GroupedQueryAttention, problem: Problem, dtype: DType, isa: str, ratio: float) -> Measured:
@@ -164,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--cpu-time", action="store_true", help="processor time of one thread: for busy machines")
     parser.add_argument("--card", action="store_true", help="measure the CUDA card instead of the processor")
     parser.add_argument("--sparse", action="store_true", help="measure sparse attention instead")
-    parser.add_argument("--routed", action="store_true", help="with --card: measure routed feed-forward blocks instead")
+    parser.add_argument("--routed", action="store_true", help="measure routed feed-forward blocks instead")
     parser.add_argument("--output", type=Path, default=FOLDER)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--runs", type=int, default=7)
@@ -174,9 +197,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(threads)
     if options.card:
         return tune_card(options.output, options.runs, routed=options.routed)
-    if options.routed:
-        print("processors have no kernel of routed feed-forward blocks: give --card", file=sys.stderr)
-        return 2
     order = [isa.value for isa in Isa]
     able = order[: order.index(host().arch) + 1] if host().arch else []
     for isa in options.isa or able:
@@ -184,12 +204,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"this processor has no {isa}", file=sys.stderr)
             return 2
         name = measured_as(Device("cpu", isa))
+        about = {"processor": machine()["processor"], "threads": threads, "torch": torch.__version__}
+        if options.routed:
+            with torch.no_grad():
+                found = measure_routed(isa, name, options.runs, clock)
+            write_table(options.output / f"routed_cpu_{name}.json", about, found, "routed")
+            continue
         rows = []
         with torch.no_grad(), always(isa):
             for dtype in DTYPES:
                 for spec, problem in (sparse_grid if options.sparse else grid)(threads):
                     rows.append(measure(spec, problem, dtype, name, options.runs, clock))
-        about = {"processor": machine()["processor"], "threads": threads, "torch": torch.__version__}
         write_table(options.output / f"cpu_{name}{'_sparse' * options.sparse}.json", about, rows)
     return 0
 
@@ -203,7 +228,7 @@ def tune_card(output: Path, runs: int, *, routed: bool) -> int:
     about: dict[str, object] = {"card": torch.cuda.get_device_name(), "torch": torch.__version__}
     with torch.no_grad(), always(None):
         if routed:
-            write_table(output / f"routed_{arch}.json", about, measure_routed(arch, runs), "routed")
+            write_table(output / f"routed_{arch}.json", about, measure_routed_card(arch, runs), "routed")
         else:
             write_table(output / f"{arch}.json", about, measure_card(arch, runs))
     return 0

@@ -18,6 +18,7 @@ from codegen.ops.linear_attention import cpp_kernel as linear_cpp
 from codegen.ops.linear_attention import triton_kernel as linear_triton
 from codegen.ops.mixed_chunk_attention import cpp_kernel as chunk_cpp
 from codegen.ops.mixed_chunk_attention import triton_kernel as chunk_triton
+from codegen.ops.routed_feed_forward import cpp_kernel as routed_cpp
 from codegen.ops.routed_feed_forward import triton_kernel as routed_triton
 from codegen.routed import RoutedFeedForward
 from codegen.spec import FourierMixing, GroupedQueryAttention, LinearAttention, MixedChunkAttention
@@ -189,6 +190,17 @@ KERNELS: tuple[Kernel, ...] = (
             source=chunk_triton.source,
         )
         for kind, archs in chunk_triton.ARCHS.items()
+    ),
+    Kernel(
+        op=RoutedFeedForward,
+        language=Language.CPP,
+        device_kind="cpu",
+        archs=tuple(isa.value for isa in Isa),
+        dtypes=tuple(DType),
+        legal=routed_cpp.legal,
+        name=routed_cpp.kernel_name,
+        source=routed_cpp.source,
+        resources=routed_cpp.resources,
     ),
     *(
         Kernel(

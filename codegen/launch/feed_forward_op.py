@@ -6,14 +6,16 @@ Shape legend: B batch, S tokens, H features, N = B S, E experts, M places of an 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from codegen.conditional import ConditionalFeedForward
-from codegen.device import Device, Language
-from codegen.errors import NotLegal
+from codegen.device import Device, Language, host, measured_as
+from codegen.errors import KernelError
 from codegen.launch.operands import DTYPES
 from codegen.launch.routed_operator import routed_feed_forward
 from codegen.launch.torch_op import graphics_card
@@ -30,27 +32,28 @@ def mixture(spec: MixtureOfExperts, x: Tensor, parameters: Mapping[str, Tensor],
     """Of x [B, S, H] and parameters of `MixtureOfExperts.shapes`; the router is torch's in any case.
 
     With "auto" torch's operators stay where no kernel was measured to be faster, where a gradient is wanted, in
-    captured graphs and under autocast. With "triton" the kernel is one operator everywhere, with torch's gradients.
+    captured graphs and under autocast. By name the kernel is one operator everywhere, with torch's gradients.
 
     Raises:
-        NotLegal: kernels is "triton", and there is no kernel of this here; or "cpp" or "cuda", and there is none.
+        NotLegal: kernels is "cpp", "triton" or "cuda", and there is no such kernel of this here.
         ValueError: operands that contradict the spec.
     """
     own = of_mixture(spec)
-    tokens = x.shape[0] * x.shape[1] if x.dim() == 3 else 0
-    if not _by_kernel(own, x, parameters, kernels, lambda: _places(spec, tokens)):
-        return mixture_body.routed(spec, x, **parameters)
     held = {name: parameters[name] for name in own.shapes if name in parameters}
 
-    def blocks(flat: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
-        return routed_feed_forward(own, flat, rows, weights, held)
+    def places() -> int:
+        tokens = x.shape[0] * x.shape[1]
+        groups = spec.groups(tokens)
+        return groups * spec.capacity(tokens // groups)
 
-    return mixture_body.routed_through(spec, x, blocks, **parameters)
+    def by_kernel(language: Language) -> Routed:
+        def blocks(flat: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
+            return routed_feed_forward(own, flat, rows, weights, held, language=language)
 
+        return mixture_body.routed_through(spec, x, blocks, **parameters)
 
-def _places(spec: MixtureOfExperts, tokens: int) -> int:
-    groups = spec.groups(tokens)
-    return groups * spec.capacity(tokens // groups)
+    language = _language(own, x, parameters, kernels, places)
+    return _computed(by_kernel, lambda: mixture_body.routed(spec, x, **parameters), language, kernels)
 
 
 def conditional(
@@ -64,49 +67,65 @@ def conditional(
 ) -> Tensor:
     """[B, S, H] of x [B, S, H]; arguments as `conditional_body.conditional_feed_forward`, `kernels` as in `mixture`."""
     own = of_heavy_branch(spec)
-
-    def places() -> int:
-        return x.shape[0] * spec.router.kept(x.shape[1], soft=soft)
-
-    if not _by_kernel(own, x, parameters, kernels, places):
-        return conditional_body.conditional_feed_forward(spec, x, shown, soft=soft, **parameters)
     held = {name: parameters[f"heavy_{name}"][None] for name in own.shapes if f"heavy_{name}" in parameters}
 
-    def heavy(light: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
-        return routed_feed_forward(own, x.reshape(-1, spec.hidden), rows, weights, held, light)
+    def by_kernel(language: Language) -> Tensor:
+        def heavy(light: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
+            flat = x.reshape(-1, spec.hidden)
+            return routed_feed_forward(own, flat, rows, weights, held, light, language=language)
 
-    return conditional_body.conditional_through(spec, x, heavy, shown, soft=soft, **parameters)
+        return conditional_body.conditional_through(spec, x, heavy, shown, soft=soft, **parameters)
+
+    def by_torch() -> Tensor:
+        return conditional_body.conditional_feed_forward(spec, x, shown, soft=soft, **parameters)
+
+    kept = functools.partial(spec.router.kept, soft=soft)
+    language = _language(own, x, parameters, kernels, lambda: x.shape[0] * kept(x.shape[1]))
+    return _computed(by_kernel, by_torch, language, kernels)
 
 
-def _by_kernel(
+Found = TypeVar("Found")
+
+
+def _computed(
+    by_kernel: Callable[[Language], Found], by_torch: Callable[[], Found], language: Language | None, kernels: str
+) -> Found:
+    if language is None:
+        return by_torch()
+    try:
+        return by_kernel(language)
+    except KernelError:
+        if kernels != "auto":
+            raise
+        return by_torch()  # there is no compiler, or no room for what it makes
+
+
+def _language(
     spec: RoutedFeedForward, x: Tensor, parameters: Mapping[str, Tensor], kernels: str, places: Callable[[], int]
-) -> bool:
-    if kernels == "triton":
-        return True
+) -> Language | None:
+    """Of the kernel that is asked for, or, with "auto", was measured to be faster; None for torch."""
     if kernels not in ("auto", "off"):
-        raise NotLegal(
-            f"there is no {kernels} kernel of routed feed-forward blocks", hint='use kernels="auto" or "off"'
-        )
-    return kernels == "auto" and _plain(x, parameters) and _worthwhile(spec, x, places)
+        return Language(kernels)
+    dtype = DTYPES.get(x.dtype)
+    if kernels == "off" or dtype is None or x.dim() != 3 or not x.numel() or not _plain(x, parameters):
+        return None
+    device = _device(x)
+    choice = None if device is None else select(spec, device, dtype)
+    if device is None or choice is None or not faster(spec, dtype, measured_as(device), places()):
+        return None
+    return choice.kernel.language
 
 
 def _plain(x: Tensor, parameters: Mapping[str, Tensor]) -> bool:
     """Whether a kernel would be run now, by itself, without a backward pass to come."""
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or torch.onnx.is_in_onnx_export():
         return False
-    tensors = (x, *parameters.values())
     if torch.is_autocast_enabled(x.device.type) or any(t.dtype != x.dtype for t in parameters.values()):
         return False
-    return not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+    return not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters.values())))
 
 
-def _worthwhile(spec: RoutedFeedForward, x: Tensor, places: Callable[[], int]) -> bool:
-    device, dtype = _card(x), DTYPES.get(x.dtype)
-    if device is None or dtype is None or not x.numel():
-        return False
-    return select(spec, device, dtype, Language.TRITON) is not None and faster(spec, dtype, device.arch, places())
-
-
-def _card(x: Tensor) -> Device | None:
-    """None on processors: most of the time goes into products there, and a library does those better."""
-    return graphics_card(x.device)[0] if x.is_cuda else None
+def _device(x: Tensor) -> Device | None:
+    if x.is_cuda:
+        return graphics_card(x.device)[0]
+    return host() if x.device.type == "cpu" else None

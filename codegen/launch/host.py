@@ -77,6 +77,18 @@ class ChunkLaunch(ctypes.Structure):
     )
 
 
+class RoutedLaunch(ctypes.Structure):
+    """The argument block of templates/cpp/routed_launch.h.j2, field by field."""
+
+    _fields_ = (
+        *[(name, ctypes.c_void_p) for name in ("x", "gate", "up", "down", "base")],
+        *[(name, ctypes.c_void_p) for name in ("gate_bias", "up_bias", "down_bias", "weights", "rows", "out")],
+        *[(name, ctypes.c_int64) for name in ("tokens", "places", "threads")],
+        ("workspace", ctypes.c_void_p),
+        *[(name, ctypes.c_int64) for name in ("next", "workers", "second")],
+    )
+
+
 @dataclass(frozen=True)
 class HostKernel:
     """A loaded kernel.

@@ -17,6 +17,7 @@ from torch import Tensor
 from codegen.activation import Activation
 from codegen.device import Language, host
 from codegen.errors import NotLegal
+from codegen.launch import routed_host
 from codegen.launch.operands import DTYPES
 from codegen.launch.recomputed import Operands, gradients
 from codegen.launch.torch_op import graphics_card
@@ -35,6 +36,8 @@ def routed_feed_forward(
     weights: Tensor,
     parameters: Mapping[str, Tensor],
     base: Tensor | None = None,
+    *,
+    language: Language,
 ) -> Tensor:
     """[N, H] of x [N, H], in x's dtype; operands as the spec has them.
 
@@ -43,7 +46,8 @@ def routed_feed_forward(
         ValueError: operands that contradict the spec.
     """
     given = [parameters.get(name) for name in PARAMETERS]
-    found: Tensor = _operator(x, rows, weights, base, *given, list(Activation).index(spec.activation), spec.once)
+    numbers = (list(Activation).index(spec.activation), spec.once, language.value)
+    found: Tensor = _operator(x, rows, weights, base, *given, *numbers)
     return found
 
 
@@ -61,14 +65,17 @@ def _operator(
     down_bias: Tensor | None,
     activation: int,
     once: bool,
+    language: str,
 ) -> Tensor:
     parameters = _named(gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias)
     spec = _spec(parameters, activation, once)
     device, dtype = graphics_card(x.device)[0] if x.is_cuda else host(), DTYPES.get(x.dtype)
     if dtype is None:
         raise NotLegal(f"there is no kernel in {x.dtype}", hint='use kernels="auto" or "off"')
-    if select(spec, device, dtype, Language.TRITON) is None:
-        raise NotLegal(why_not(spec, device, dtype, Language.TRITON), hint='use kernels="auto" or "off"')
+    if select(spec, device, dtype, Language(language)) is None:
+        raise NotLegal(why_not(spec, device, dtype, Language(language)), hint='use kernels="auto" or "off"')
+    if device.kind == "cpu":
+        return routed_host.launch(spec, x, rows, weights, parameters, base)
     from codegen.launch import routed_triton
 
     return routed_triton.launch(spec, x, rows, weights, parameters, base, arch=device.arch)
@@ -85,7 +92,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    return gradients(ctx, gradient, lambda operands: by_torch(operands, *ctx.rest))
+    return gradients(ctx, gradient, lambda operands: by_torch(operands, *ctx.rest[:2]))
 
 
 _operator.register_autograd(_backward, setup_context=_setup)

@@ -36,7 +36,7 @@ def choose_kernels(
         mixer.kernels = kernels
     blocks: list[Any] = [*expert_mixers(model).values(), *conditional_blocks(model).values()]
     for block in blocks:
-        reached = kernels in ("auto", "off", "triton")  # blocks that route tokens have kernels in no other language
+        reached = kernels != "cuda"  # blocks that route tokens have no kernels in that language
         block.kernels = kernels if reached else "auto"
         found += [block] * reached
     sparse = [mixer for mixer in mixers(model).values() if mixer.spec.pattern]

@@ -13,7 +13,6 @@ from codegen.launch import host as host_kernels
 from codegen.launch import ort_op
 from codegen.ops.grouped_query_attention.triton_kernel import ARCHS as CARDS
 from codegen.registry import Choice, select, why_not
-from codegen.routed import RoutedFeedForward
 from codegen.toolchain import triton_aot
 from codegen.toolchain.cxx import find_compiler
 from rewriter import progress
@@ -41,7 +40,7 @@ def emit(model: Path, output: Path, archs: Sequence[str]) -> dict[str, Any]:
     devices = {arch: _device(arch) for arch in archs or ["cpu"]}
     wanted = needs(model)
     try:
-        choices = {arch: _choices(wanted, device) for arch, device in devices.items()}
+        choices = {arch: [_choice(need, device) for need in wanted] for arch, device in devices.items()}
         with whole_folder(output) as draft:
             found = _write(choices, draft, ort=model.is_file())
     except KernelError as error:
@@ -63,9 +62,8 @@ def _device(arch: str) -> Device:
 
 
 def _choices(wanted: Sequence[Need], device: Device) -> list[Choice]:
-    """Each kernel once: some serve several specs. Routed feed-forward blocks have none on processors: torch's serve."""
-    own = [n for n in wanted if device.kind != "cpu" or not isinstance(n.spec, RoutedFeedForward)]
-    found = [_choice(need, device) for need in own or wanted]
+    """Each kernel once: some serve several specs."""
+    found = [_choice(need, device) for need in wanted]
     return list({choice.name: choice for choice in found}.values())
 
 

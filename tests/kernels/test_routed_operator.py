@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from codegen.activation import Activation
 from codegen.conditional import ConditionalFeedForward, Router
-from codegen.device import Device, DType
+from codegen.device import Device, DType, Language
 from codegen.errors import NotLegal
 from codegen.launch import feed_forward_op, routed_operator
 from codegen.launch.feed_forward_op import conditional, mixture
@@ -25,7 +25,7 @@ from codegen.ops.routed_feed_forward import reference, torch_body
 from codegen.routed import RoutedFeedForward, of_heavy_branch, of_mixture
 from codegen.spec import MixtureOfExperts, Routing
 from codegen.tuning import routed as tuning
-from rewriter.errors import UnsupportedModel, UsageError
+from rewriter.errors import UsageError
 from rewriter.install import persistence
 from rewriter.install.conditional_block import ConditionalBlock
 from rewriter.install.expert_mixer import ExpertMixer
@@ -49,7 +49,8 @@ def by_torch() -> Iterator[list[RoutedFeedForward]]:
     """The operator with torch in the kernel's place, and the specs that it was called with."""
     seen: list[RoutedFeedForward] = []
 
-    def called(spec: RoutedFeedForward, x: Tensor, rows: Tensor, *rest: Any) -> Tensor:
+    def called(spec: RoutedFeedForward, x: Tensor, rows: Tensor, *rest: Any, language: Language) -> Tensor:
+        assert language is Language.TRITON
         seen.append(spec)
         reference.require_places(spec, x.shape[0], rows.numpy())
         return torch_body.routed_feed_forward(spec, x, rows, *rest)
@@ -146,7 +147,7 @@ def test_an_exported_program_holds_the_operator_only_where_it_is_asked_for() -> 
 
     program = torch.export.export(Blocks(), (torch.randn(1, 9, 12),), strict=False)
     (call,) = [n for n in program.graph.nodes if "rewriter.routed_feed_forward" in str(n.target)]
-    assert call.args[-2:] == (list(Activation).index(spec.activation), False)
+    assert call.args[-3:] == (list(Activation).index(spec.activation), False, "triton")
 
 
 def test_modules_are_told_which_kernels_to_call() -> None:
@@ -161,10 +162,10 @@ def test_modules_are_told_which_kernels_to_call() -> None:
         with pytest.raises(NotLegal, match="no kernel for cpu"):
             model(x)
         with pytest.raises(UsageError, match="cannot reach"):
-            choose_kernels(model, "cpp", (x,), {}, everywhere=False)
+            choose_kernels(model, "cuda", (x,), {}, everywhere=False)
         assert torch.equal(model(x), right)
-    with pytest.raises(NotLegal, match="no cpp kernel"):
-        mixture(spec, x, dict(experts.named_parameters()), kernels="cpp")
+    with pytest.raises(NotLegal, match="no cuda kernel"):
+        mixture(spec, x, dict(experts.named_parameters()), kernels="cuda")
 
 
 def test_auto_takes_a_kernel_by_the_table_alone(by_torch: list[RoutedFeedForward], monkeypatch: Any) -> None:
@@ -185,7 +186,7 @@ def test_auto_takes_a_kernel_by_the_table_alone(by_torch: list[RoutedFeedForward
         assert not tuning.faster(own, dtype, arch, places)
     assert not tuning.faster(own, DType.FLOAT32, "sm_90", 3000), "the nearest one was slower"
     assert not tuning.faster(replace(own, gated=True), DType.FLOAT32, "sm_90", 5)
-    monkeypatch.setattr(feed_forward_op, "_card", lambda x: Device("cuda", "sm_90"))
+    monkeypatch.setattr(feed_forward_op, "_device", lambda x: Device("cuda", "sm_90"))
     with torch.no_grad():
         mixture(spec, x, parameters)
         assert by_torch == [own]
@@ -196,8 +197,8 @@ def test_auto_takes_a_kernel_by_the_table_alone(by_torch: list[RoutedFeedForward
     tuning.faster.cache_clear()
 
 
-def test_rewriter_kernels_writes_them_for_cards(tmp_path: Path, monkeypatch: Any) -> None:
-    """A processor is not served: that is said where the model needs nothing else."""
+def test_rewriter_kernels_writes_them(tmp_path: Path, monkeypatch: Any) -> None:
+    """For a card and for a processor."""
     pytest.importorskip("triton")
     spec = MIXTURES["tokens choose, one each"]
     held = {n: nn.Parameter(p) for n, p in parameters_of(spec.shapes, torch.float32).items()}
@@ -209,5 +210,7 @@ def test_rewriter_kernels_writes_them_for_cards(tmp_path: Path, monkeypatch: Any
         assert kernel["spec"]["op"] == "RoutedFeedForward" and kernel["spec"]["activation"] == "gelu_tanh"
         assert kernel["name"].encode() in (tmp_path / "out" / kernel["binary"]).read_bytes()
         assert (kernel["resources"]["stack"], kernel["resources"]["spills"]) == (0, 0)
-    with pytest.raises(UnsupportedModel, match="no kernel"):
-        emit(tmp_path, tmp_path / "other", ["cpu:avx2"])
+    (kernel,) = emit(tmp_path, tmp_path / "other", ["cpu:avx2"])["kernels"]
+    assert kernel["isa"] == "avx2" and (tmp_path / "other" / kernel["binary"]).exists()
+    assert "RoutedLaunch" in (tmp_path / "other" / kernel["source"]).read_text()
+    assert kernel["resources"]["scratch_bytes"] < 1 << 20
