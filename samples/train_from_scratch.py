@@ -65,7 +65,7 @@ def decoders() -> dict[str, Callable[[], nn.Module]]:
     dense = SparseTransformerConfig(
         CHARACTERS, WIDTH, LAYERS, 4, WIDTH, 4 * WIDTH, (CONTEXT,), SparseFixed(CONTEXT, 1), dropout=0.0
     )  # one block holds everything
-    units = FlashConfig(CHARACTERS, WIDTH, 2 * LAYERS, 2 * WIDTH, base=64, chunk=64, length=CONTEXT)
+    units = FlashConfig(CHARACTERS, WIDTH, 2 * LAYERS, 2 * WIDTH, base=64, chunk=64, length=CONTEXT, projections=None)
     return {
         "attention": lambda: SparseTransformer(dense),
         "Sparse Transformer": lambda: SparseTransformer(replace(dense, attention=SparseFixed(16, 4))),

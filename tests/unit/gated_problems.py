@@ -1,4 +1,4 @@
-"""Small problems of gated attention and mixed chunk attention, and one-call files of their ONNX functions."""
+"""Small problems of gated attention and mixed chunk attention, and one-call files of their ONNX functions, run."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime as ort
 import torch
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -79,3 +80,15 @@ def model(spec: Gated, weights: dict[str, Array], opset: int, dtype: ir.DataType
     proto = ir.serde.serialize_model(ir.Model(graph, ir_version=8, functions=made))
     onnx.checker.check_model(proto)
     return bytes(proto.SerializeToString())
+
+
+def opened(content: bytes) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    return ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+
+
+def run(file: bytes | ort.InferenceSession, x: Array) -> Array:
+    """The output of a file of `model`, or of one that is `opened` already."""
+    session = opened(file) if isinstance(file, bytes) else file
+    return np.asarray(session.run(None, {"x": x})[0])

@@ -1,4 +1,4 @@
-"""Gated attention units: torch and ONNX bodies against the float64 oracle; no leak, prefixes, decoding, gradients."""
+"""Gated attention units: the torch body against the float64 oracle; no leak, prefixes, decoding, gradients."""
 
 from __future__ import annotations
 
@@ -6,18 +6,17 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from codegen.ops.gated_attention import onnx_body, torch_body
+from codegen.ops.gated_attention import torch_body
 from codegen.ops.gated_attention.reference import gated_attention as oracle
 from codegen.ops.gated_attention.reference import rotated, score_bias
 from codegen.spec import Activation, GatedAttention, PositionBias
-from tests.unit.gated_problems import distance, hidden_of, model, specs, tensors, weights_of
+from tests.unit.gated_problems import distance, hidden_of, specs, tensors, weights_of
 
 CLOSE = 1e-5
 """Largest difference in float32, relative to the largest number of the oracle's answer."""
@@ -203,44 +202,3 @@ def test_an_exported_program_takes_any_length() -> None:
     for tokens in (10, 17, 601):
         x = hidden_of(spec, 1, tokens)
         assert distance(program.module()(torch.from_numpy(x)).numpy(), oracle(spec, x, weights_of(spec))) < CLOSE
-
-
-# ------------------------------------------------------------------ ONNX
-
-
-def run(content: bytes, x: NDArray[Any]) -> NDArray[Any]:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    return np.asarray(session.run(None, {"x": x})[0])
-
-
-@pytest.mark.parametrize("opset", [12, 13, 17, 18, 21, 23, 24])
-@pytest.mark.parametrize("bias", list(PositionBias), ids=lambda b: str(b.value))
-def test_the_function_equals_the_oracle_at_every_opset(opset: int, bias: PositionBias) -> None:
-    causal = bias is not PositionBias.NONE
-    spec = GatedAttention(6, 8, 4, length=9 if causal else None, causal=causal, bias=bias, span=5)
-    weights = weights_of(spec)
-    content = model(spec, weights, opset)
-    wrong = model(spec, {**weights, "offset": weights["offset"][::-1]}, opset)
-    for tokens in (1, 2, 11):
-        x = hidden_of(spec, 2, tokens)
-        expected = oracle(spec, x, weights)
-        assert distance(run(content, x), expected) < CLOSE
-        if tokens > 1:
-            assert distance(run(wrong, x), expected) > 1e-3  # the control
-
-
-@given(spec=specs(chunked=False), tokens=st.integers(1, 20), seed=st.integers(0, 9))
-@settings(max_examples=20, deadline=None)
-def test_the_function_equals_the_oracle(spec: GatedAttention, tokens: int, seed: int) -> None:
-    weights, x = weights_of(spec, seed), hidden_of(spec, 2, tokens, seed)
-    assert distance(run(model(spec, weights, 17), x), oracle(spec, x, weights)) < CLOSE
-
-
-def test_names_say_what_the_body_has() -> None:
-    assert onnx_body.function_name(GatedAttention(2, 2, 2)) == "GatedAttentionUnitOwnLength"
-    spec = GatedAttention(2, 2, 2, length=3, causal=True, bias=PositionBias.ROTARY, rotary=False)
-    assert onnx_body.function_name(spec) == "GatedAttentionUnitCausalRotaryBiasUnrotated"
-    spec = GatedAttention(2, 2, 2, length=3, gate=Activation.GELU_TANH, value=None)
-    assert onnx_body.function_name(spec) == "GatedAttentionUnitGateGeluTanhValuePlain"

@@ -15,12 +15,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from codegen.ops.gated_attention import reference as unit
-from codegen.ops.mixed_chunk_attention import onnx_body, torch_body
+from codegen.ops.mixed_chunk_attention import torch_body
 from codegen.ops.mixed_chunk_attention.reference import between_chunks, chunks, prefixes, within_chunks
 from codegen.ops.mixed_chunk_attention.reference import mixed_chunk_attention as oracle
 from codegen.spec import Activation, GatedAttention, MixedChunkAttention, PositionBias
-from tests.unit.gated_problems import distance, hidden_of, model, specs, tensors, weights_of
-from tests.unit.test_gated_attention import run
+from tests.unit.gated_problems import distance, hidden_of, model, run, specs, tensors, weights_of
 
 CLOSE = 1e-5
 SPEC = MixedChunkAttention(12, 20, 6, chunk=64, causal=True, bias=PositionBias.TOEPLITZ, span=64)
@@ -97,6 +96,10 @@ def test_one_chunk_that_holds_everything_is_the_quadratic_form() -> None:
     assert distance(run(model(SPEC, weights, 17), x), expected) < CLOSE
     smaller = replace(SPEC, chunk=32)
     assert distance(by_torch(smaller, x), expected) > 1e-3  # the control: two chunks are not
+
+
+def test_chunks_cover_every_token_once() -> None:
+    assert [(c.start, c.stop) for c in chunks(SPEC, 130)] == [(0, 64), (64, 128), (128, 130)]
 
 
 # ------------------------------------------------------------------ torch
@@ -277,48 +280,3 @@ def test_memory_at_64k_tokens_is_input_output_and_a_block(causal: bool) -> None:
     blocks, parallel = (int(kibibytes) / 1024 for kibibytes in told.split())
     own = 2 * 65_536 * 64 * 4 / 2**20
     assert blocks < own + 24 and parallel > own + 200
-
-
-# ------------------------------------------------------------------ ONNX
-
-
-@pytest.mark.parametrize("opset", [12, 13, 17, 18, 21, 23, 24])
-@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
-def test_the_function_equals_the_oracle_at_every_opset(opset: int, causal: bool) -> None:
-    spec = MixedChunkAttention(6, 8, 4, chunk=8, causal=causal, bias=PositionBias.TOEPLITZ, span=5)
-    weights = weights_of(spec)
-    content = model(spec, weights, opset)
-    wrong = model(spec, {**weights, "scale": weights["scale"][::-1]}, opset)
-    for tokens in (1, 8, 27):
-        x = hidden_of(spec, 2, tokens)
-        expected = oracle(spec, x, weights)
-        assert distance(run(content, x), expected) < CLOSE
-        if tokens > 1:
-            assert distance(run(wrong, x), expected) > 1e-3  # the control
-
-
-@given(spec=specs(chunked=True), tokens=st.integers(1, 30), seed=st.integers(0, 9))
-@settings(max_examples=20, deadline=None)
-def test_the_function_equals_the_oracle(spec: MixedChunkAttention, tokens: int, seed: int) -> None:
-    weights, x = weights_of(spec, seed), hidden_of(spec, 2, tokens, seed)
-    assert distance(run(model(spec, weights, 17), x), oracle(spec, x, weights)) < CLOSE
-
-
-def test_the_function_leaks_no_bit() -> None:
-    content = model(SPEC, weights_of(SPEC), 18)
-    x = hidden_of(SPEC, 1, 300)
-    moved = x.copy()
-    moved[:, 190] += 3
-    before, after = run(content, x), run(content, moved)
-    assert np.array_equal(before[:, :190], after[:, :190]) and not np.allclose(before[:, 190:], after[:, 190:])
-    loose = model(replace(SPEC, causal=False), weights_of(SPEC), 18)
-    assert not np.array_equal(run(loose, x)[:, :190], run(loose, moved)[:, :190])
-
-
-def test_names_say_what_the_body_has() -> None:
-    assert onnx_body.function_name(MixedChunkAttention(2, 2, 2)) == "MixedChunkAttention"
-    assert onnx_body.function_name(replace(SPEC, averaged=False)) == "MixedChunkAttentionSummedCausalDistances"
-
-
-def test_chunks_cover_every_token_once() -> None:
-    assert [(c.start, c.stop) for c in chunks(SPEC, 130)] == [(0, 64), (64, 128), (128, 130)]
