@@ -11,7 +11,7 @@ import numpy as np
 
 from passes.dataflow import Array
 from rewriter.calibration.batches import ROWS
-from rewriter.errors import UsageError
+from rewriter.errors import UsageError, first_line
 
 KINDS = ".txt or .jsonl (texts), .npy (token ids), .npz or .safetensors (named inputs)"
 
@@ -26,13 +26,12 @@ def read_calibration(path: Path, *, what: str = "calibration") -> Any:
     """
     if not path.is_file():
         raise UsageError(f"no such {what} file: {path}", hint="check the path")
-    from safetensors import SafetensorError
-
     try:
         found = _read(path)
-    except (ValueError, OSError, KeyError, TypeError, SafetensorError) as error:
-        raise UsageError(f"the {what} file {path} cannot be read: {error}", hint=f"give {KINDS}") from error
-    if not len(found):
+        count = len(found)
+    except Exception as error:  # readers of arrays, archives and JSON raise in ways of their own, if memory ends too
+        raise UsageError(f"the {what} file {path} cannot be read: {first_line(error)}", hint=f"give {KINDS}") from error
+    if not count:
         raise UsageError(f"the {what} file {path} is empty", hint=f"give {KINDS}")
     return found
 
@@ -49,15 +48,25 @@ def _read(path: Path) -> Any:
         return _cut(load_file(path))
     lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     if path.suffix == ".jsonl":
-        values = [json.loads(line) for line in lines]
-        return [str(v["text"]) if isinstance(v, dict) else str(v) for v in values]
+        return [_text(line) for line in lines]
     if path.suffix == ".txt":
         return lines
     raise ValueError(f"unknown kind {path.suffix!r}")
 
 
+def _text(line: str) -> str:
+    value = json.loads(line)
+    text = value.get("text") if isinstance(value, dict) else value
+    if not isinstance(text, str):
+        raise ValueError(f'a line holds neither a text nor an object with a "text": {line[:60]}')
+    text.encode()  # half a character, which JSON can write, is no text
+    return text
+
+
 def _cut(inputs: Mapping[str, Array]) -> list[dict[str, Array]]:
     """Batches of a few rows; arrays must have equally many."""
+    if not all(isinstance(a, np.ndarray) for a in inputs.values()):
+        raise ValueError("something in it is no array")
     if len({len(a) for a in inputs.values()}) != 1:
         raise ValueError("the arrays have different numbers of rows")
     rows = len(next(iter(inputs.values())))

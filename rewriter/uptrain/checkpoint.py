@@ -81,7 +81,7 @@ def read(checkpoint: Path) -> dict[str, Any]:
         missing = {"step", "recipe", "curve", "drift", "identity"} - set(found)
         if missing:
             raise ValueError(f"it lacks {sorted(missing)}")
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         file = checkpoint / RUN
         raise InvalidModelFile(
             f"{file} cannot be read: {error}", hint="remove it to resume from an older one"

@@ -126,7 +126,7 @@ def _memory_map(path: Path) -> Array:
     """Token ids that stay in the file until they are used."""
     try:
         found: Array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # numpy's reader of headers raises whatever Python's parser does
         raise UsageError(f"the data file {path} cannot be read: {first_line(error)}", hint="check the path") from error
     return found
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +113,39 @@ def test_broken_files_are_usage_errors(name: str, content: bytes, tmp_path: Path
         read_calibration(tmp_path / name)
     with pytest.raises(UsageError, match="no such"):
         read_calibration(tmp_path / "none.txt")
+
+
+def _array_header(shape: tuple[int, ...]) -> bytes:
+    made = io.BytesIO()
+    np.lib.format.write_array_header_1_0(made, {"descr": "<i8", "fortran_order": False, "shape": shape})
+    return made.getvalue()
+
+
+HOSTILE = {
+    "brackets without end.jsonl": b"[" * 100_000,
+    "half a character.jsonl": b'"one"\n"\\ud800"',
+    "numbers.jsonl": b"1\nnull",
+    "a list as text.jsonl": b'{"text": ["one"]}',
+    "more than any memory.npy": _array_header((10**15,)) + bytes(64),
+    "less than nothing.npy": _array_header((-5,)) + bytes(64),
+    "one number.npy": _array_header(()) + bytes(8),
+    "a header without end.npy": b"\x93NUMPY\x01\x00\x88\x13" + b"(" * 5000,
+}
+
+
+@pytest.mark.parametrize("name", list(HOSTILE))
+def test_hostile_files_are_usage_errors(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(HOSTILE[name])
+    with pytest.raises(UsageError, match="cannot be read") as refused:
+        read_calibration(tmp_path / name)
+    assert refused.value.hint
+
+
+def test_an_archive_of_anything_else_is_a_usage_error(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("ids.txt", "hello")
+    with pytest.raises(UsageError, match="no array"):
+        read_calibration(tmp_path / "a.npz")
 
 
 # ------------------------------------------------------------ sums
