@@ -27,6 +27,9 @@ from codegen.routed import RoutedFeedForward, of_heavy_branch, of_mixture
 from codegen.spec import MixtureOfExperts
 from codegen.tuning.routed import faster
 
+LEAST_SLICE = 64
+"""Features of a result that the C++ kernel gives to a thread at least. Its tables were measured on one thread."""
+
 
 def mixture(spec: MixtureOfExperts, x: Tensor, parameters: Mapping[str, Tensor], *, kernels: str = "auto") -> Routed:
     """Of x [B, S, H] and parameters of `MixtureOfExperts.shapes`; the router is torch's in any case.
@@ -110,6 +113,8 @@ def _language(
     if kernels == "off" or dtype is None or x.dim() != 3 or not x.numel() or not _plain(x, parameters):
         return None
     device = _device(x)
+    if device is not None and device.kind == "cpu" and spec.hidden < LEAST_SLICE * torch.get_num_threads():
+        return None  # slices of the result's features would be fewer than threads
     choice = None if device is None else select(spec, device, dtype)
     if device is None or choice is None or not faster(spec, dtype, measured_as(device), places()):
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,11 +12,12 @@ from torch import Tensor
 
 from codegen.activation import Activation
 from codegen.device import DType, Isa, host
-from codegen.errors import NotLegal, UnsafeInput
-from codegen.launch import routed_host
+from codegen.errors import NoCompiler, NotLegal, UnsafeInput
+from codegen.launch import feed_forward_op, routed_host
 from codegen.launch.feed_forward_op import conditional, mixture
+from codegen.ops.routed_feed_forward import torch_body
 from codegen.ops.routed_feed_forward.cpp_kernel import kernel_name, source
-from codegen.routed import RoutedFeedForward
+from codegen.routed import RoutedFeedForward, of_mixture
 from tests.kernels.golden_source import require_golden
 from tests.kernels.problems import TORCH, here
 from tests.kernels.routed_problems import SPECS, K, Operands, distance, draw
@@ -116,6 +118,40 @@ def test_by_name_modules_call_it_and_train_by_torch() -> None:
     expected = torch.autograd.grad(right.sum(), leaves)
     for gradient, wanted in zip(torch.autograd.grad(found.sum(), leaves), expected, strict=True):
         assert (gradient - wanted).abs().max() < 1e-4 * wanted.abs().max()
+
+
+@needs_kernels
+def test_auto_takes_it_where_it_was_measured_to_be_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[RoutedFeedForward] = []
+    spec, x = replace(MIXTURES["experts choose"], hidden=64, expert_hidden=40), torch.randn(1, 9, 64)
+    held = parameters_of(spec.shapes, torch.float32)
+
+    def spy(own: RoutedFeedForward, *rest: Any) -> Tensor:
+        seen.append(own)
+        return torch_body.routed_feed_forward(own, *rest)
+
+    monkeypatch.setattr(routed_host, "launch", spy)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        mixture(spec, x, held)
+        assert not seen, "too small for what was measured"
+        monkeypatch.setattr(feed_forward_op, "faster", lambda *_: True)
+        mixture(spec, x, held)
+        assert seen == [of_mixture(spec)]
+        torch.set_num_threads(2)
+        mixture(spec, x, held)
+        assert len(seen) == 1, "there is no slice for a second thread"
+        torch.set_num_threads(1)
+        monkeypatch.setattr(routed_host, "launch", _without_a_compiler)
+        found, right = (mixture(spec, x, held, kernels=kernels).output for kernels in ("auto", "off"))
+        assert torch.equal(found, right), "without a compiler torch goes on"
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _without_a_compiler(*_: Any) -> Tensor:
+    raise NoCompiler("there is none")
 
 
 @needs_kernels
