@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,6 +13,7 @@ from passes.dataflow import Flow
 from passes.feed_forward_site import FeedForwardSite
 from passes.match.attention import Matches
 from passes.match.feed_forward import FeedForwards, find_feed_forward
+from passes.match.names import layer_of
 from passes.picture import Picture, feed_forward_picture, refusal_picture, site_picture
 from passes.site import AttentionSite, NotAttention, Refusal
 from passes.sublayer import NoSublayer, sublayer
@@ -166,20 +167,37 @@ def _inspect_torch(model: Any, example_inputs: Any, name: str) -> Inspection:
                 raise
             return Inspection(name, "torch", None, None, (), refusals, ())
         blocks = find_feed_forward(captured.flow, matches.names)
+        matches = replace(matches, refusals=(*matches.refusals, *_uncalled(model, captured.flow)))
         return _inspection(name, "torch", None, None, captured.flow, matches, blocks, module=True)
 
 
 def _unexportable(model: Any, reason: str) -> Iterator[Refusal]:
-    """Modules of a model that cannot be seen through which project at least queries, keys and values."""
+    """Attentions of a model that cannot be seen through."""
+    for number, path in enumerate(_like_attention(model)):
+        yield Refusal(path, number, reason, -1, path)
+
+
+def _uncalled(model: Any, flow: Flow) -> Iterator[Refusal]:
+    """Attentions of which the recorded call ran no node and read no weight."""
+    reason = (
+        "it was not called with these inputs; pass example_inputs that use it "
+        "(a decoder's cross-attention needs encoder_hidden_states)"
+    )
+    seen = {n.owner for n in flow.nodes} | {w.name for w in flow.weights.values() if w.readers}
+    for path in _like_attention(model):
+        if path and not any(s == path or s.startswith(f"{path}.") for s in seen):
+            yield Refusal(path, layer_of(path, 0), reason, -1, path)
+
+
+def _like_attention(model: Any) -> Iterator[str]:
+    """Paths of modules that are called attention and project at least queries, keys and values."""
     import torch
 
-    number = 0
     for path, module in model.named_modules():
         projections = [c for c in module.children() if isinstance(c, torch.nn.Linear)]
         packed = getattr(module, "in_proj_weight", None) is not None
         if "attention" in type(module).__name__.lower() and (len(projections) >= 3 or packed):
-            yield Refusal(path, number, reason, -1, path)
-            number += 1
+            yield path
 
 
 def _inspection(

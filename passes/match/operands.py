@@ -578,13 +578,30 @@ def _describe(flow: Flow, output: Value) -> Projection:
             f"the projection's weight is stored for {node.op}; rewrite the float model and quantise it afterwards"
         )
     if node.op == "Conv":
-        raise NotUnderstood("the projection is a convolution")
+        raise NotUnderstood(_convolved(flow, node, w))
     if node.op == "Einsum" or operands != (0, 1) or len(flow.shape(w)) != 2:
         raise NotUnderstood("the projection is not a plain matrix product")
     out_first = node.op == "Linear" or bool(node.attrs.get("transB", 0))
     if node.attrs.get("transA", 0) or node.attrs.get("alpha", 1.0) != 1.0:
         raise NotUnderstood("the projection is a scaled or transposed Gemm")
     return Projection(node.index, x, output, w, out_first, bias, flow.shape(output)[-1])
+
+
+def _convolved(flow: Flow, node: Node, weight: Value) -> str:
+    """Why a convolution's heads are not read, and what would be."""
+    shape = flow.shape(weight)
+    inputs = flow.shape(node.inputs[0])[1]
+    if any(n != 1 for n in shape[2:]):
+        return f"the projection is a convolution over {' x '.join(map(str, shape[2:]))} tokens, so it mixes tokens too"
+    if shape[1] != inputs:
+        return (
+            f"the projection is a convolution in {inputs // shape[1]} groups, of which each sees its own part of the "
+            "features: heads of different groups cannot be merged"
+        )
+    return (
+        "the projection is written as a convolution of kernel size 1; write it as a linear layer over the last axis "
+        "(nn.Linear with the same weights, features transposed to the end), which is the same map and is rewritten"
+    )
 
 
 class _Lookup:

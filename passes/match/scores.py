@@ -186,6 +186,11 @@ def _written_out(flow: Flow, softmax: Node) -> ScorePath:
     mixes = _context(flow, softmax.outputs[0])
     try:
         back = _Backward(flow).run(softmax.inputs[0])
+    except Unrelated as error:
+        reason = _learned_alone(flow, softmax) or _samples(flow, softmax)
+        if reason is not None:
+            raise NotUnderstood(reason) from error
+        raise
     except NotUnderstood as error:
         if isinstance(error, FreeQuery) and not isinstance(mixes, _Mix):
             raise error.otherwise from error
@@ -209,6 +214,44 @@ def _written_out(flow: Flow, softmax: Node) -> ScorePath:
         (back.contraction.index, *back.nodes, softmax.index, *mixes.nodes), mixes.zero_nan,
         back.shifted, roundings, ranks,
     )  # fmt: skip
+
+
+def _learned_alone(flow: Flow, softmax: Node) -> str | None:
+    """What to say of an attention among parameters; None if there is none: no product of two projections is scored."""
+    if flow.data_dependent(softmax.inputs[0]):
+        return None
+    scores = _first_contraction(flow, softmax.inputs[0])
+    projected = scores is not None and all(_first_contraction(flow, v) is not None for v in scores.inputs[:2])
+    if not projected or flow.is_fed(scores.outputs[0] if scores else "") or not _reaches_contraction(flow, softmax):
+        return None
+    return (
+        "all that it attends to is learned (object queries that have not met the input yet), so its result is the same "
+        "for every input and can be stored instead of computed"
+    )
+
+
+def _first_contraction(flow: Flow, value: Value) -> Node | None:
+    """The next contraction above a value, through whatever lies between."""
+    return next((n for n in reversed(flow.ancestors(value, stop=_contracts)) if _contracts(n)), None)
+
+
+def _contracts(node: Node) -> bool:
+    return node.op in CONTRACTIONS or node.op == "Baddbmm"
+
+
+def _samples(flow: Flow, softmax: Node) -> str | None:
+    """What to say of weights for values that are sampled at computed places (deformable attention); None otherwise."""
+    value = softmax.outputs[0]
+    while len(readers := flow.live_readers(value)) == 1 and readers[0].op in LAYOUT | PASS_THROUGH:
+        value = readers[0].outputs[0]
+    for reader in readers:
+        above = flow.ancestors(*(v for v in reader.inputs if v and v != value), stop=_contracts)
+        if reader.op in CONTRACTIONS | {"Mul"} and any("gridsample" in n.op.lower().replace("_", "") for n in above):
+            return (
+                "it weighs values that are sampled at computed places (deformable attention), by a projection of the "
+                "query alone: there are no keys whose heads could be shared"
+            )
+    return None
 
 
 def _by_window(modifier: Modifier, contracted: tuple[int, ...], met: tuple[int, ...]) -> Modifier:

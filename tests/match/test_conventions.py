@@ -5,11 +5,12 @@ Every module goes through the three doors as a lossless twin; its control has on
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 import torch
@@ -123,13 +124,17 @@ def _twin(name: str, *, perturbed: bool = False) -> Attends:
     randomize(module)
     bias = getattr(module, "v_bias", None)
     tied = [*module.key.parameters(), *module.value.parameters(), *([] if bias is None else [bias])]
-    with torch.no_grad():
-        for parameter in tied:
-            by_head = parameter.view(HEADS // 2, 2, DIM, -1)
-            by_head[:, 1] = by_head[:, 0]
-            if perturbed:
-                by_head[-1, 1] += 0.5
+    _tie(tied, perturbed=perturbed)
     return module
+
+
+@torch.no_grad()
+def _tie(parameters: Iterable[Tensor], *, perturbed: bool) -> None:
+    for parameter in parameters:
+        by_head = parameter.view(HEADS // 2, 2, DIM, -1)
+        by_head[:, 1] = by_head[:, 0]
+        if perturbed:
+            by_head[-1, 1] += 0.5
 
 
 def _x(seed: int = 0) -> Tensor:
@@ -171,6 +176,43 @@ def test_a_twin_is_rewritten_without_loss_through_every_door(name: str, tmp_path
     for door in (_through_module, _through_graph, partial(_through_file, folder=tmp_path)):
         assert door(_twin(name)) < EXACT
         assert door(_twin(name, perturbed=True)) > MOVED
+
+
+class Plain(Attends):
+    """Nothing but a scale."""
+
+    def weigh(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        weights: Tensor = (q @ k.transpose(-2, -1) / DIM**0.5).softmax(-1)
+        return weights @ v
+
+
+class Repeating(nn.Module):
+    """One attention at the first and the third layer, another of the same structure between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared, self.own = Plain(), Plain()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (self.shared, self.own, self.shared):
+            x = x + layer(x)
+        return x
+
+
+@pytest.mark.parametrize("untied", [None, "shared", "own"])
+@torch.no_grad()
+def test_initializers_that_layers_share_stay_shared_and_are_not_taken_for_others(
+    untied: str | None, tmp_path: Path
+) -> None:
+    module = Repeating()
+    randomize(module)
+    for name, layer in module.named_children():
+        _tie([*layer.key.parameters(), *layer.value.parameters()], perturbed=name == untied)  # type: ignore[union-attr]
+    error = _through_file(module, tmp_path)
+    assert error > MOVED if untied else error < EXACT
+    new = onnx.load(tmp_path / "new.onnx")
+    halved = [i.dims for i in new.graph.initializer if sorted(i.dims) == [WIDTH // 2, WIDTH]]
+    assert len(halved) == 4  # keys and values of two attentions, not of three
 
 
 class TemperedLate(Attends):
@@ -234,3 +276,76 @@ def test_targets_that_compute_scores_anew_refuse_temperatures() -> None:
     (site,) = find_attention(flow).sites
     assert GroupedQuery(2).refuses(site) is None
     assert "temperature" in (LinearHeads().refuses(site) or "")
+
+
+class ObjectQueries(nn.Module):
+    """Learned queries attend to each other before they attend to the input ``x [1, T, 32]``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.among, self.across = Plain(), Plain()
+        self.queries = nn.Parameter(torch.zeros(1, TOKENS, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.across(self.queries + self.among(self.queries) + x)
+        return out
+
+
+class Deformable(nn.Module):
+    """Values are sampled at places that a projection computes, and weighed by another projection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.value, self.out = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.places, self.weights = nn.Linear(WIDTH, HEADS * 2 * 2), nn.Linear(WIDTH, HEADS * 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch = x.shape[0]
+        image = self.value(x).view(batch, 2, TOKENS // 2, HEADS, DIM).permute(0, 3, 4, 1, 2).flatten(0, 1)
+        places = self.places(x).view(batch, TOKENS, HEADS, 2, 2).transpose(1, 2).flatten(0, 1).tanh()
+        sampled = nn.functional.grid_sample(image, places, align_corners=False)
+        weights = self.weights(x).view(batch, TOKENS, HEADS, 2).softmax(-1).transpose(1, 2).reshape(-1, 1, TOKENS, 2)
+        mixed = (sampled * weights).sum(-1).view(batch, WIDTH, TOKENS).transpose(1, 2)
+        out: Tensor = self.out(mixed)
+        return out
+
+
+@pytest.mark.parametrize(
+    ("made", "reason", "sites"),
+    [(ObjectQueries, "all that it attends to is learned", 1), (Deformable, "sampled at computed places", 0)],
+    ids=["object-queries", "deformable"],
+)
+def test_attention_without_keys_of_fed_data_is_refused(
+    made: Callable[[], nn.Module], reason: str, sites: int, tmp_path: Path
+) -> None:
+    module, path = randomize(nn.Sequential(made())), tmp_path / "file.onnx"
+    torch.onnx.export(
+        module, (_x(),), str(path), dynamo=False, opset_version=17, input_names=["x"], do_constant_folding=False
+    )
+    for seen in (rewriter.inspect(module, example_inputs=(_x(),)), rewriter.inspect(path)):
+        assert [reason in r.reason for r in seen.refusals] == [True]
+        assert len(seen.sites) == sites
+
+
+class CrossAttention(Plain):
+    """An attention by its name."""
+
+
+class Optional(nn.Module):
+    """Runs its second attention only if it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = CrossAttention(), CrossAttention()
+
+    def forward(self, x: Tensor, both: bool = False) -> Tensor:
+        x = self.first(x)
+        out: Tensor = self.second(x) if both else x
+        return out
+
+
+def test_an_attention_that_was_not_called_is_refused_for_that() -> None:
+    module = randomize(Optional())
+    seen = rewriter.inspect(module, example_inputs={"x": _x()})
+    assert [(r.name, "not called" in r.reason) for r in seen.refusals] == [("second", True)]
+    assert rewriter.inspect(module, example_inputs={"x": _x(), "both": True}).refusals == ()
