@@ -28,6 +28,7 @@ from torch import Tensor  # noqa: E402
 
 from benchmarks import (  # noqa: E402
     attention_peers,
+    build_times,
     file_kernels,
     linear_kernels,
     mixing_kernels,
@@ -240,7 +241,10 @@ def report(rows: Sequence[Row], threads: int, *, cpu_time: bool) -> str:
     text += markdown_table(header, everything)
     errors = [[r.case, r.ours, r.peer, r.ok] for r in rows if r.name == "error"]
     text += "\n\nError beside double precision, relative to the largest output:\n\n"
-    return text + markdown_table(["case", "error", "limit", "met"], errors)
+    text += markdown_table(["case", "error", "limit", "met"], errors)
+    builds = [[r.case, r.ours, r.peer, r.ok] for r in rows if r.name == "build"]
+    text += "\n\nThe compiler's processor time:\n\n"
+    return text + markdown_table(["case", "seconds", "limit", "met"], builds)
 
 
 def _line(row: Row) -> str:
@@ -271,6 +275,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         work += [(mixing_kernels.run_case, case) for case in mixing_kernels.cases(quick=options.quick)]
         work += [(linear_kernels.run_case, case) for case in linear_kernels.cases(quick=options.quick)]
         work += [(file_kernels.run_case, case) for case in file_kernels.cases(quick=options.quick)]
+        work += [(build_times.run_case, case) for case in build_times.cases(quick=options.quick)]
         work += [(sparse_kernels.run_case, case) for case in sparse_kernels.cases(quick=options.quick)]
         work += [(routed_kernels.run_case, case) for case in routed_kernels.cases(quick=options.quick)]
         for run, case in work:

@@ -9,6 +9,8 @@ import shlex
 import shutil
 import signal
 import subprocess
+import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,13 +27,14 @@ BASE_FLAGS = (
     "-std=c++17",
     "-O3",
     "-fPIC",
-    "-shared",
     "-fvisibility=hidden",
     "-ffp-contract=fast",
     "-fno-math-errno",
     "-fno-exceptions",
     "-fno-rtti",
 )
+
+LINK_FLAGS = ("-shared",)
 
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
 
@@ -89,11 +92,11 @@ def _version(program: str) -> str:
 
 def flags(isa: Isa) -> tuple[str, ...]:
     """Everything that is passed besides file names; part of every cache key."""
-    return (*BASE_FLAGS, *ISA_FLAGS[isa])
+    return (*BASE_FLAGS, *ISA_FLAGS[isa], *LINK_FLAGS)
 
 
 def build(sources: Sequence[Path], output: Path, isa: Isa, *, timeout: float | None = None) -> None:
-    """Compile and link `sources` into the shared library `output`.
+    """Compile and link `sources` into the shared library `output`; several are compiled at a time.
 
     Raises:
         NoCompiler: there is none.
@@ -102,16 +105,38 @@ def build(sources: Sequence[Path], output: Path, isa: Isa, *, timeout: float | N
     """
     timeout = _timeout() if timeout is None else timeout
     compiler = find_compiler()
-    program = compiler.command[0]
-    command = [*compiler.command, *flags(isa), *map(str, sources), "-o", str(output)]
-    try:
-        code, said = _run(command, timeout)
-    except subprocess.TimeoutExpired as error:
+    if len(sources) == 1:
+        _run_all(compiler, [[*flags(isa), str(sources[0]), "-o", str(output)]], timeout)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            objects = [str(Path(folder, f"{number}.o")) for number in range(len(sources))]
+            alone = [*BASE_FLAGS, *ISA_FLAGS[isa], "-c"]
+            _run_all(compiler, [[*alone, str(s), "-o", o] for s, o in zip(sources, objects, strict=True)], timeout)
+            _run_all(compiler, [[*flags(isa), *objects, "-o", str(output)]], timeout)
+    if not output.is_file():
         raise CompilationFailed(
-            f"{program} took longer than {timeout:g} s", hint=f'set {TIMEOUT} to more seconds, or use kernels="off"'
-        ) from error
-    except OSError as error:
-        raise NoCompiler(f"{program} does not start: {error}") from error
+            f"{compiler.command[0]} reported success and wrote nothing", hint="name another in REWRITER_CXX"
+        )
+
+
+def _run_all(compiler: Compiler, calls: Sequence[Sequence[str]], timeout: float) -> None:
+    """As many calls at a time as there are processors."""
+    program, width = compiler.command[0], os.cpu_count() or 1
+    for first in range(0, len(calls), width):
+        commands = [[*compiler.command, *call] for call in calls[first : first + width]]
+        try:
+            results = _run(commands, timeout)
+        except subprocess.TimeoutExpired as error:
+            raise CompilationFailed(
+                f"{program} took longer than {timeout:g} s", hint=f'set {TIMEOUT} to more seconds, or use kernels="off"'
+            ) from error
+        except OSError as error:
+            raise NoCompiler(f"{program} does not start: {error}") from error
+        for code, said in results:
+            _require_success(program, code, said)
+
+
+def _require_success(program: str, code: int, said: str) -> None:
     if code < 0:
         raise CompilationFailed(f"{program} was ended by signal {-code}", hint="free some memory, then try again")
     if code != 0:
@@ -119,8 +144,6 @@ def build(sources: Sequence[Path], output: Path, isa: Isa, *, timeout: float | N
         raise CompilationFailed(
             f"{program} refused a kernel: {first}", hint="g++ 12 or newer is needed; name one in REWRITER_CXX"
         )
-    if not output.is_file():
-        raise CompilationFailed(f"{program} reported success and wrote nothing", hint="name another in REWRITER_CXX")
 
 
 def _timeout() -> float:
@@ -130,15 +153,24 @@ def _timeout() -> float:
         raise NoCompiler(f"{TIMEOUT} is no number of seconds", hint=f"unset it, or write {TIMEOUT}=600") from error
 
 
-def _run(command: Sequence[str], timeout: float) -> tuple[int, str]:
-    """(exit code, standard error). A compiler is several processes; on a timeout or an interruption all of them go."""
-    with subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True
-    ) as process:
+def _run(commands: Sequence[Sequence[str]], timeout: float) -> list[tuple[int, str]]:
+    """(exit code, standard error) of each, run at the same time. A compiler is several processes; on a timeout or an
+    interruption all of them go."""
+    deadline = time.monotonic() + timeout
+    with contextlib.ExitStack() as started:
+        processes: list[subprocess.Popen[str]] = []
         try:
-            _, said = process.communicate(timeout=timeout)
+            for command in commands:
+                process = subprocess.Popen(
+                    command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace",
+                    start_new_session=True,
+                )  # fmt: skip
+                processes.append(started.enter_context(process))
+            said = [p.communicate(timeout=max(deadline - time.monotonic(), 0.0))[1] for p in processes]
         except BaseException:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            for process in processes:
+                if process.returncode is None:  # of the others the number may be somebody else's by now
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(process.pid, signal.SIGKILL)
             raise
-    return process.returncode, said
+    return [(p.returncode, text) for p, text in zip(processes, said, strict=True)]

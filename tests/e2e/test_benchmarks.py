@@ -109,6 +109,7 @@ def test_kernels_beside_their_peers(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(kernels.linear_kernels, "cases", lambda quick: linear)
     files = [replace(kernels.file_kernels.cases(quick=True)[0], tokens=256)]
     monkeypatch.setattr(kernels.file_kernels, "cases", lambda quick: files)
+    monkeypatch.setattr(kernels.build_times, "SPECS", {"fourier": kernels.mixing_kernels.FourierMixing(32)})
     sparse = [kernels.sparse_kernels.Case("window 128, 4 sinks", 256)]
     monkeypatch.setattr(kernels.sparse_kernels, "cases", lambda quick: sparse)
     routed = [replace(case, tokens=32, places=8) for case in kernels.routed_kernels.cases(quick=True)[:1]]
@@ -131,7 +132,7 @@ def test_kernels_beside_their_peers(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert len(alike) > 6 and all(row["peer_differs_by"] < 1e-4 for row in alike)
     assert {row["kind"] for row in timings if row not in alike} == others
     names = {row["name"] for row in written["rows"]}
-    assert names >= {"time", "error", "share of the machine's read bandwidth"}
+    assert names >= {"time", "error", "share of the machine's read bandwidth", "build"}
     assert "## Kernels" in page.read_text()
 
 

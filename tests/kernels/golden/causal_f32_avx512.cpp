@@ -303,13 +303,13 @@ INLINE void lay_out_values(Tile &tile, const T *v, int64_t stride, int count) {
     for (int e = 0; e < E_PADDED; e += W) store(&tile.values[j][e], units(v + j * stride, e, E));
 }
 
-// Scores of up to FEW_ROWS rows straight from the keys [from, to) as they lie.
-template <int R>
+// Scores of up to FEW_ROWS rows straight from the keys [from, to) as they lie. Rows are not unrolled: each reads the
+// keys anew, from the nearest cache, and one function for each number of them took longer to build than all the rest.
+// Inline, since GCC 12 takes it for a pure function in bfloat16 and drops the call.
 INLINE void dot_keys(Tile &tile, Rows rows, const T *k, int64_t stride, int from, int to) {
   for (int j = from / W * W; j < to; j += W) {
     const int there = to - j;
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
+    for (int r = 0; r < rows.count; ++r) {
       vf sum[W];
 #pragma GCC unroll 16
       for (int i = 0; i < W; ++i) {
@@ -380,12 +380,7 @@ INLINE void attend(const Launch &launch, Tile &tile, Rows rows, const T *k, cons
     constexpr int from = 0, to = KT;
     const int depth = count;
     const int lda = D_UNITS * rows.apart;
-    if (few) switch (block.count) {
-      case 1: dot_keys<1>(tile, block, k, k_stride, 0, count); break;
-      case 2: dot_keys<2>(tile, block, k, k_stride, 0, count); break;
-      case 3: dot_keys<3>(tile, block, k, k_stride, 0, count); break;
-      case 4: dot_keys<4>(tile, block, k, k_stride, 0, count); break;
-    }
+    if (few) dot_keys(tile, block, k, k_stride, 0, count);
     else
       product_wide<SCORE_VECTORS>(block.count, tile.q[block.first], lda, tile.keys[0], KT, D_UNITS, tile.scores[0], KT, false);
     weigh(launch, tile, block, start, from, to, count);
