@@ -54,12 +54,12 @@ def test_a_decoder_keeps_its_words_and_a_third_of_its_cache(tmp_path: Path) -> N
 
 
 def test_an_encoder_drifts_more_the_more_of_it_is_rewritten() -> None:
-    printed = run("minilm_to_gqa.py")
+    printed = run("minilm_to_gqa.py", "0", "5")
     rows = {row[0]: (float(row[1]), float(row[2])) for row in re.findall(r"^(all|\d) +(\S+) +(\S+)$", printed, re.M)}
-    assert list(rows) == ["all", *"012345"]
+    assert list(rows) == ["all", "0", "5"]
     for grouped, single in rows.values():
         assert single < grouped < 1, "fewer heads lose more, and none of it is free"
-    assert all(rows["all"][i] < min(rows[layer][i] for layer in "012345") for i in (0, 1))
+    assert all(rows["all"][i] < min(rows[layer][i] for layer in "05") for i in (0, 1))
 
 
 def test_a_foreign_file_is_inspected_rewritten_verified_and_profiled(tmp_path: Path) -> None:
