@@ -5,7 +5,7 @@
 start as they are drawn: uptraining teaches them what attention gave. `flash` puts a gated unit with a state of fixed
 size in the place of the attention: a start for uptraining and no more. All three take time linear in the length.
 
-    python samples/long_documents.py [TOKENS]
+    python samples/long_documents.py [TOKENS] [TARGET...]
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rewriter import bounded_cache, optimize
 from rewriter.demo.weights import hamlet, smollm2
 
 LAYERS, PIECE = "-10:", 128
-TARGETS = (None, "window:128,4", "linear:64", "flash:64")
+TARGETS = ("window:128,4", "linear:64", "flash:64")
 
 
 def read(model: Any, ids: torch.Tensor, cache: Any) -> tuple[float, int]:
@@ -42,14 +42,14 @@ def held(layer: Any) -> list[torch.Tensor]:
     return [value for value in vars(layer).values() if isinstance(value, torch.Tensor) and value.is_floating_point()]
 
 
-def main(tokens: int = 1024) -> None:
+def main(tokens: int = 1024, *targets: str) -> None:
     from transformers import DynamicCache
 
     model, tokenizer = smollm2()
     ids = tokenizer(hamlet(), return_tensors="pt", verbose=False).input_ids[:, :tokens]
     print(f"{ids.shape[1]} tokens of Hamlet, {PIECE} at a time; a third of the layers rewritten\n")
     print("target        perplexity  cache, bytes")
-    for target in TARGETS:
+    for target in (None, *(targets or TARGETS)):
         small = model if target is None else optimize(model, target, layers=LAYERS)
         own = target is None or target.startswith("flash")  # a unit's state goes into transformers' own cache
         cache = DynamicCache(config=model.config) if own else bounded_cache(small)
@@ -59,4 +59,4 @@ def main(tokens: int = 1024) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(2)
-    main(*map(int, sys.argv[1:2]))
+    main(*map(int, sys.argv[1:2]), *sys.argv[2:])

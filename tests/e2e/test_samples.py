@@ -112,14 +112,14 @@ def test_a_budget_is_spent_where_it_costs_least(tmp_path: Path) -> None:
 
 
 def test_a_long_text_is_read_with_a_bounded_cache() -> None:
-    printed = run("long_documents.py", "512")
+    printed = run("long_documents.py", "512", "window:128,4", "linear:64")
     rows = {name.strip(): (float(p), number(size)) for name, p, size in re.findall(
         r"^(as it is|\S+:\S+) +(\S+) +([\d,]+)$", printed, re.M)}  # fmt: skip
-    whole, window, linear, flash = (rows[name] for name in ("as it is", "window:128,4", "linear:64", "flash:64"))
+    whole, window, linear = (rows[name] for name in ("as it is", "window:128,4", "linear:64"))
     assert whole[0] < window[0] < 2 * whole[0], "the window forgets, and not everything"
     assert window[1] * 3 * 512 == whole[1] * (2 * 512 + 128 - 1 + 4), "a third of the layers hold window and sinks"
     assert linear[1] < window[1], "two chunks and a sum"
-    assert window[0] < linear[0] and window[0] < flash[0], "what replaces a softmax has to be taught"
+    assert window[0] < linear[0], "what replaces a softmax has to be taught"
 
 
 def test_every_architecture_learns_from_scratch(tmp_path: Path) -> None:
