@@ -173,7 +173,7 @@ def test_a_changed_library_is_not_loaded(emitted: tuple[Path, dict[str, Any]], t
     with pytest.raises(InvalidModelFile, match="not the library"):
         library_in(tmp_path)
     (tmp_path / "manifest.json").write_text("[")
-    with pytest.raises(InvalidModelFile, match="manifest.json cannot be read"):
+    with pytest.raises(InvalidModelFile, match=r"manifest\.json cannot be read"):
         library_in(tmp_path)
     with pytest.raises(UsageError, match="no folder of kernels"):
         library_in(tmp_path / "missing")
