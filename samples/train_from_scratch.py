@@ -1,6 +1,6 @@
 """The papers' architectures, small, from scratch on plays: loss against attention's, at equal time of the processor.
 
-Encoders guess masked characters, causal models the next one. At 256 characters attention costs little, so do not
+Encoders guess masked characters, causal models the next one. At 128 characters attention costs little, so do not
 expect much: what the others save grows with the length.
 
     python samples/train_from_scratch.py [FILE.svg] [SECONDS]
@@ -27,7 +27,7 @@ from rewriter.architectures.sparse_mixer import SparseMixerConfig, sparse_mixer
 from rewriter.architectures.sparse_transformer import SparseTransformer, SparseTransformerConfig
 from rewriter.demo.weights import play
 
-CONTEXT, BATCH, WIDTH, LAYERS = 256, 8, 96, 4
+CONTEXT, BATCH, WIDTH, LAYERS = 128, 8, 96, 4
 CHARACTERS, MASK = 129, 128
 """All characters beyond ASCII become spaces; one more number stands for what is masked."""
 
@@ -116,7 +116,7 @@ def train(model: nn.Module, causal: bool, seconds: float) -> list[tuple[float, f
 def measured(model: nn.Module, text: Tensor, causal: bool) -> float:
     draw = torch.Generator().manual_seed(1)
     model.eval()
-    found = float(loss_of(model, rows_of(text, 32, draw), causal, draw))
+    found = float(loss_of(model, rows_of(text, 16, draw), causal, draw))
     model.train()
     return found
 

@@ -54,12 +54,12 @@ def test_a_decoder_keeps_its_words_and_a_third_of_its_cache(tmp_path: Path) -> N
 
 
 def test_an_encoder_drifts_more_the_more_of_it_is_rewritten() -> None:
-    printed = run("minilm_to_gqa.py")
+    printed = run("minilm_to_gqa.py", "0", "5")
     rows = {row[0]: (float(row[1]), float(row[2])) for row in re.findall(r"^(all|\d) +(\S+) +(\S+)$", printed, re.M)}
-    assert list(rows) == ["all", *"012345"]
+    assert list(rows) == ["all", "0", "5"]
     for grouped, single in rows.values():
         assert single < grouped < 1, "fewer heads lose more, and none of it is free"
-    assert all(rows["all"][i] < min(rows[layer][i] for layer in "012345") for i in (0, 1))
+    assert all(rows["all"][i] < min(rows[layer][i] for layer in "05") for i in (0, 1))
 
 
 def test_a_foreign_file_is_inspected_rewritten_verified_and_profiled(tmp_path: Path) -> None:
@@ -112,16 +112,18 @@ def test_a_budget_is_spent_where_it_costs_least(tmp_path: Path) -> None:
 
 
 def test_a_long_text_is_read_with_a_bounded_cache() -> None:
-    printed = run("long_documents.py", "1024")
+    printed = run("long_documents.py", "512", "window:128,4", "linear:64")
     rows = {name.strip(): (float(p), number(size)) for name, p, size in re.findall(
-        r"^(as it is|window\S+|linear\S+) +(\S+) +([\d,]+)$", printed, re.M)}  # fmt: skip
-    whole, window, linear = rows["as it is"], rows["window:128,4"], rows["linear:64"]
+        r"^(as it is|\S+:\S+) +(\S+) +([\d,]+)$", printed, re.M)}  # fmt: skip
+    whole, window, linear = (rows[name] for name in ("as it is", "window:128,4", "linear:64"))
     assert whole[0] < window[0] < 2 * whole[0], "the window forgets, and not everything"
-    assert window[1] < 0.6 * whole[1] and linear[1] < 0.75 * whole[1]
+    assert window[1] * 3 * 512 == whole[1] * (2 * 512 + 128 - 1 + 4), "a third of the layers hold window and sinks"
+    assert linear[1] < window[1], "two chunks and a sum"
+    assert window[0] < linear[0], "what replaces a softmax has to be taught"
 
 
 def test_every_architecture_learns_from_scratch(tmp_path: Path) -> None:
-    printed = run("train_from_scratch.py", str(tmp_path / "curves.svg"), "2.5")
+    printed = run("train_from_scratch.py", str(tmp_path / "curves.svg"), "1.5")
     lines = re.findall(r"^(?:masked|next  )  .* ([\d.]+)  ([\d.]+)  ([\d.]+)  ([\d.]+)$", printed, re.M)
     assert len(lines) == 7
     for course in lines:
@@ -136,7 +138,8 @@ def test_two_processes_heal(tmp_path: Path) -> None:
     before, after = map(float, re.findall(r"sentence cosine (\S+)", printed))
     assert after > before
     page = (tmp_path / "healing.html").read_text(encoding="utf-8")
-    assert 'id="training"' in page and 'id="sites"' in page, "how the student was made came with its checkpoint"
+    parts = [f'id="{part}"' in page for part in ("training", "sites", "arithmetic", "drawings")]
+    assert all(parts), "how the student was made came with its checkpoint, and the original was drawn"
     assert (tmp_path / "healed").is_dir()
 
 
