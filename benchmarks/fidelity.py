@@ -5,11 +5,11 @@
 MiniLM: mean cosine of sentence embeddings with the original's, on lines of a play that calibration has not seen.
 SmolLM2: perplexity relative to the original's on held-out text, and the largest change of a logit for its twin whose
 heads are turned copies of each other. Whisper tiny.en: KL divergence from the original and word error rate
-(`benchmarks.speech`). The floor is the same model with every selected attention's output zeroed.
-Calibration and held-out text are different plays, and no gradient step is taken; what healing gives back is measured in
-the parts minilm-healed and smollm2-healed (`benchmarks.healing`), what choosing for each layer gives in minilm-auto and
-smollm2-auto (`benchmarks.auto_choice`), what attention transfer gives linear attention in smollm2-linear
-(`benchmarks.linear_transfer`).
+(`benchmarks.speech`). The floor is the same model with every selected attention's output zeroed. Calibration and
+held-out text are different plays, and no gradient step is taken; text of another kind is in other-text
+(`benchmarks.other_text`), what healing gives back in minilm-healed and smollm2-healed (`benchmarks.healing`), what
+choosing for each layer gives in minilm-auto and smollm2-auto (`benchmarks.auto_choice`), what attention transfer gives
+linear attention in smollm2-linear (`benchmarks.linear_transfer`).
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from benchmarks.auto_choice import auto_table, minilm_auto, smollm2_auto
 from benchmarks.healing import healed_table, minilm_healed, smollm2_healed
 from benchmarks.linear_transfer import linear_table, smollm2_linear
 from benchmarks.machine import machine
+from benchmarks.other_text import other_text_rows, other_text_table
 from benchmarks.rows import Row, markdown_table, put_section, write_json
 from benchmarks.speech import speech_table, whisper_rows
 from benchmarks.texts import CALIBRATION, HELD_OUT, WINDOW, cosine, embedded, sentences, token_ids
@@ -188,6 +189,7 @@ PARTS: dict[str, Callable[[bool], Iterator[Row]]] = {
     "twin": twin_rows,
     "smollm2": smollm2_rows,
     "whisper": whisper_rows,
+    "other-text": other_text_rows,
     "minilm-auto": minilm_auto,
     "smollm2-auto": smollm2_auto,
     "minilm-healed": minilm_healed,
@@ -198,9 +200,9 @@ PARTS: dict[str, Callable[[bool], Iterator[Row]]] = {
 
 def document(rows: Sequence[Row], quick: bool) -> str:
     where = machine()
-    kinds = ("healed", "auto", "linear", "whisper")
-    healed, chosen, linear, speech = ([r for r in rows if word in r.name] for word in kinds)
-    plain = [r for r in rows if r not in (*healed, *chosen, *linear, *speech)]
+    kinds = ("healed", "auto", "linear", "whisper", "another kind")
+    healed, chosen, linear, speech, other = ([r for r in rows if word in r.name] for word in kinds)
+    plain = [r for r in rows if r not in (*healed, *chosen, *linear, *speech, *other)]
     lines = [[r.name, r.case, r.ours, r.peer, r.goal, r.ok, r.more.get("seconds")] for r in plain]
     header = ["what", "case", "measured", "attention zeroed", "goal", "met", "s"]
     size = "--quick: small samples" if quick else "all cases"
@@ -210,7 +212,13 @@ def document(rows: Sequence[Row], quick: bool) -> str:
         "gradient step but where it says healed, or after transfer."
     )
     tables = [markdown_table(header, lines)] if lines else []
-    others = ((speech_table, speech), (auto_table, chosen), (healed_table, healed), (linear_table, linear))
+    others = (
+        (speech_table, speech),
+        (other_text_table, other),
+        (auto_table, chosen),
+        (healed_table, healed),
+        (linear_table, linear),
+    )
     more = [table(found) for table, found in others if found]
     return "\n\n".join([note, *tables, *more])
 

@@ -113,16 +113,14 @@ def minilm_healed(quick: bool) -> Iterator[Row]:
 def smollm2_healed(quick: bool) -> Iterator[Row]:
     model, tokenizer = smollm2()
     held = token_ids(tokenizer, HELD_OUT, 2 if quick else 8)
-    other = _encoded(tokenizer, help_text())[: len(held)]
+    other = encoded(tokenizer, help_text())[: len(held)]
     base, away = perplexity(model, held), perplexity(model, other)
-    ids = np.concatenate([_encoded(tokenizer, play(name)).numpy() for name in training_plays()])
+    ids = np.concatenate([encoded(tokenizer, play(name)).numpy() for name in training_plays()])
     calibration = torch.cat([token_ids(tokenizer, n, 2 if quick else 6) for n in CALIBRATION])
     recipe = Recipe(batch=4, window=256, learning_rate=4e-5, layer_phase=0.0, precision=precision(), validation=4)
     recipe = replace(recipe, steps=SMOLLM2_QUICK if quick else None)
     steps = 0
-    for case, layers, goal in (("last 8 layers", "-8:", None), ("all 30 layers", "all", 1.5)):
-        if quick and layers == "all":
-            continue
+    for case, layers, goal in [("last 8 layers", "-8:", None)] if quick else [("all 30 layers", "all", 1.5)]:
         student = rewriter.optimize(
             model, GroupedQuery(1, "joint"), layers=layers, calibration=calibration, verify=False
         )
@@ -163,7 +161,7 @@ def divergence(teacher: nn.Module, student: nn.Module, ids: Tensor) -> float:
     return total / count
 
 
-def _encoded(tokenizer: Any, text: str) -> Tensor:
+def encoded(tokenizer: Any, text: str) -> Tensor:
     ids: Tensor = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
     return ids
 
