@@ -370,8 +370,15 @@ def test_profile(model: Path, fake: Fake, capsys: Capture) -> None:
     assert run([*command, "--json"]) == 0
     assert only_json(capsys)["before"] == side
     shapes = {"a": (2, 128), "b": (1,)}
-    sizes = {"mode": "forward", "prompt": None, "new_tokens": None, "batch": None}
-    assert calls[0][1] == {"provider": "cpu", "shapes": shapes, "runs": 4, "threads": 3, "kernels": None, **sizes}
+    others = {
+        "kernels": None,
+        "cuda_graph": False,
+        "mode": "forward",
+        "prompt": None,
+        "new_tokens": None,
+        "batch": None,
+    }
+    assert calls[0][1] == {"provider": "cpu", "shapes": shapes, "runs": 4, "threads": 3, **others}
     assert run(command) == 0
     assert "MatMul" in capsys.readouterr().out
     for wrong in ("p.pdf", "no/p.html"):
