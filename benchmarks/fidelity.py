@@ -40,6 +40,10 @@ from rewriter.demo.perplexity import perplexity
 from rewriter.demo.weights import minilm, smollm2, smollm2_twin
 
 LOGIT_GOAL = 1e-3
+MINILM_CASES = ((6, "1/2", 0.95), (3, "1/4", None), (1, "MQA", 0.82))
+"""K/V heads that are left, their share, and the cosine that is aimed at."""
+MINILM_QUICK = 256
+"""Sentences of calibration with --quick."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +69,8 @@ def minilm_rows(quick: bool) -> Iterator[Row]:
     model, tokenizer = minilm()
     batch = dict(tokenizer(sentences([HELD_OUT], 64 if quick else 256, 1), padding=True, return_tensors="pt"))
     wished = embedded(model, batch)
-    sizes = (256,) if quick else (128, 512, 2048)
-    for heads, ratio, goal in ((6, "1/2", 0.95), (3, "1/4", None), (1, "MQA", 0.82)):
+    sizes = (MINILM_QUICK,) if quick else (128, 512, 2048)
+    for heads, ratio, goal in MINILM_CASES:
         if quick and heads == 3:
             continue
         floor = cosine(wished, embedded(_zeroed(model, "attention.output.dense"), batch))
