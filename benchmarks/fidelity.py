@@ -15,7 +15,6 @@ linear attention in smollm2-linear (`benchmarks.linear_transfer`).
 from __future__ import annotations
 
 import argparse
-import copy
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 import rewriter
 from benchmarks.auto_choice import auto_table, minilm_auto, smollm2_auto
@@ -35,6 +33,7 @@ from benchmarks.other_text import other_text_rows, other_text_table
 from benchmarks.rows import Row, markdown_table, put_section, write_json
 from benchmarks.speech import speech_table, whisper_rows
 from benchmarks.texts import CALIBRATION, HELD_OUT, WINDOW, cosine, embedded, sentences, token_ids
+from benchmarks.zeroed import zeroed
 from passes.targets import GroupedQuery
 from rewriter.demo.perplexity import perplexity
 from rewriter.demo.weights import minilm, smollm2, smollm2_twin
@@ -73,7 +72,7 @@ def minilm_rows(quick: bool) -> Iterator[Row]:
     for heads, ratio, goal in MINILM_CASES:
         if quick and heads == 3:
             continue
-        floor = cosine(wished, embedded(_zeroed(model, "attention.output.dense"), batch))
+        floor = cosine(wished, embedded(zeroed(model, "attention.output.dense"), batch))
         merges = [*WEIGHT_ONLY, *(Merge("mean + refit", "mean", n) for n in sizes[-1:])]
         merges += [Merge("joint + refit", "joint", n) for n in sizes]
         for merge in merges:
@@ -94,16 +93,6 @@ def _target(heads: int, merge: Merge) -> GroupedQuery:
     return GroupedQuery(heads, merge.method)  # type: ignore[arg-type]
 
 
-def _zeroed(model: nn.Module, suffix: str, layers: Callable[[str], bool] = lambda name: True) -> nn.Module:
-    """A copy whose output projections (by the end of their names) give nothing."""
-    copied = copy.deepcopy(model)
-    for name, module in copied.named_modules():
-        if name.endswith(suffix) and layers(name):
-            for parameter in module.parameters():
-                nn.init.zeros_(parameter)
-    return copied
-
-
 # ------------------------------------------------------------ SmolLM2
 
 
@@ -120,9 +109,9 @@ def smollm2_rows(quick: bool) -> Iterator[Row]:
     merges = merges if quick else [*WEIGHT_ONLY, Merge("mean + refit", "mean", len(calibration)), merges[1]]
     for case, layers, goal in jobs:
         first = 0 if layers == "all" else 22
-        zeroed = _zeroed(model, "o_proj", lambda name, first=first: int(name.split(".")[2]) >= first)
-        floor = perplexity(zeroed, held) / base
-        del zeroed
+        silent = zeroed(model, "o_proj", lambda name, first=first: int(name.split(".")[2]) >= first)
+        floor = perplexity(silent, held) / base
+        del silent
         for merge in merges:
             start = time.perf_counter()
             small = rewriter.optimize(
@@ -150,7 +139,7 @@ def twin_rows(quick: bool) -> Iterator[Row]:
     ids = token_ids(tokenizer, HELD_OUT, 1)[: 128 if quick else WINDOW][None]
     with torch.no_grad():
         before = twin(ids).logits
-        floor = float((twin(ids).logits - _zeroed(twin, "o_proj")(ids).logits).abs().max())
+        floor = float((twin(ids).logits - zeroed(twin, "o_proj")(ids).logits).abs().max())
     for merge in WEIGHT_ONLY:
         small = rewriter.optimize(twin, _target(3, merge), verify=False, kernels="off")
         with torch.no_grad():

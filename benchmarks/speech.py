@@ -7,7 +7,6 @@ the original over the tokens that it hears.
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Iterator, Sequence
 
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 import rewriter
 from benchmarks.rows import Row, markdown_table
 from benchmarks.whisper_tiny import features, recording, taught, transcribed, whisper, windows, word_errors
+from benchmarks.zeroed import zeroed
 from passes.dataflow import Array
 from passes.targets import GroupedQuery
 from rewriter.uptrain.divergence import kl_divergence
@@ -52,16 +52,6 @@ def divergence(teacher: nn.Module, student: nn.Module, given: dict[str, Tensor])
     return float(kl_divergence(old, new).double().mean())
 
 
-def without_attention(model: nn.Module) -> nn.Module:
-    """A copy whose attentions give nothing."""
-    copied = copy.deepcopy(model)
-    for name, module in copied.named_modules():
-        if name.endswith("attn.out_proj"):
-            for parameter in module.parameters():
-                nn.init.zeros_(parameter)
-    return copied
-
-
 def whisper_rows(quick: bool) -> Iterator[Row]:
     model, tokenizer = whisper()
 
@@ -72,7 +62,7 @@ def whisper_rows(quick: bool) -> Iterator[Row]:
     heard = transcribed(model, spectra)
     held = taught(spectra, heard)
     base = errors_of(heard)
-    floor = divergence(model, without_attention(model), held)
+    floor = divergence(model, zeroed(model, "attn.out_proj"), held)
     known = [features([part]) for part in calibration_windows()[: 4 if quick else None]]
     calibration = [taught(one, transcribed(model, one)) for one in known]
     for heads, ratio in ((3, "1/2"), (1, "MQA")):

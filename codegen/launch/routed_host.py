@@ -5,18 +5,14 @@ Shape legend: N tokens, E experts, M places of an expert, H hidden, F inner.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from codegen.device import Language, host
-from codegen.errors import NotLegal
-from codegen.launch.host import HostKernel, RoutedLaunch, load
-from codegen.launch.operands import DTYPES, run_on_processor
+from codegen.launch.host import RoutedLaunch
+from codegen.launch.operands import processor_kernel, run_on_processor
 from codegen.ops.routed_feed_forward.reference import require_fitting
-from codegen.registry import select, why_not
 from codegen.routed import RoutedFeedForward
 
 
@@ -36,7 +32,7 @@ def launch(
     """
     shapes = {name: tuple(p.shape) for name, p in parameters.items()}
     require_fitting(spec, tuple(x.shape), tuple(rows.shape), tuple(weights.shape), shapes)
-    kernel = _kernel(spec, x)
+    kernel = processor_kernel(spec, x)
     if not rows.numel() or not x.shape[0]:
         return torch.zeros_like(x) if base is None else base.to(x.dtype).clone()
     if int(rows.max()) >= x.shape[0]:
@@ -55,19 +51,3 @@ def launch(
     block.tokens, block.places, block.threads = x.shape[0], rows.shape[1], torch.get_num_threads()
     run_on_processor(kernel, block)
     return out
-
-
-def _kernel(spec: RoutedFeedForward, x: Tensor) -> HostKernel:
-    hint = 'use kernels="auto" or "off"'
-    if x.device.type != "cpu" or x.dtype not in DTYPES:
-        raise NotLegal(f"there is no C++ kernel for {x.dtype} on {x.device.type}", hint=hint)
-    kernel = _loaded(spec, x.dtype)
-    if kernel is None:
-        raise NotLegal(why_not(spec, host(), DTYPES[x.dtype], Language.CPP), hint=hint)
-    return kernel
-
-
-@functools.lru_cache(maxsize=256)
-def _loaded(spec: RoutedFeedForward, dtype: torch.dtype) -> HostKernel | None:
-    choice = select(spec, host(), DTYPES[dtype], Language.CPP)
-    return None if choice is None else load(choice)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from codegen.activation import Activation
 from codegen.device import DType, Isa, host
 from codegen.errors import NoCompiler, NotLegal, UnsafeInput
-from codegen.launch import feed_forward_op, routed_host
+from codegen.launch import feed_forward_op, operands, routed_host
 from codegen.launch.feed_forward_op import conditional, mixture
 from codegen.ops.routed_feed_forward import torch_body
 from codegen.ops.routed_feed_forward.cpp_kernel import kernel_name, source
@@ -34,17 +34,15 @@ def run(spec: RoutedFeedForward, x: Operands) -> Tensor:
 
 
 @pytest.fixture
-def on(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Isa], None]]:
+def on(monkeypatch: pytest.MonkeyPatch) -> Callable[[Isa], None]:
     """Builds for another instruction set than the best one here."""
 
     def choose(isa: Isa) -> None:
         if isa not in here():
             pytest.skip(f"this processor has no {isa.value}")
-        monkeypatch.setattr(routed_host, "host", lambda: replace(host(), arch=isa.value))
-        routed_host._loaded.cache_clear()
+        monkeypatch.setattr(operands, "host", lambda: replace(host(), arch=isa.value))
 
-    yield choose
-    routed_host._loaded.cache_clear()
+    return choose
 
 
 @needs_kernels
