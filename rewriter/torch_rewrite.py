@@ -45,7 +45,15 @@ def match_torch(module: torch.nn.Module, example_inputs: Any) -> tuple[TorchCapt
 
 
 def require_plain(module: torch.nn.Module) -> None:
-    """Weights must be there as numbers: adapters and library quantisation are refused."""
+    """Weights must be there as numbers, and code as Python: what hides either is refused."""
+    if isinstance(module, torch.jit.ScriptModule):
+        raise UnsupportedModel("the module is compiled to TorchScript", hint="give the module that it was made from")
+    missing = next((n for n, p in module.named_parameters() if p.device.type == "meta"), None)
+    if missing is not None:
+        raise UnsupportedModel(
+            f"{missing} is on the meta device and has no numbers",
+            hint="load the weights first; a checkpoint larger than memory: rewriter rewrite --streamed",
+        )
     if hasattr(module, "merge_and_unload") or hasattr(module, "peft_config"):
         raise UnsupportedModel("the model carries unmerged adapters", hint="call model.merge_and_unload() first")
     if getattr(module, "hf_quantizer", None) is not None or getattr(module, "is_quantized", False):

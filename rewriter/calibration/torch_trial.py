@@ -14,7 +14,7 @@ from torch.fx import Node as FxNode
 
 from passes.dataflow import Array, Value
 from rewriter.capture.torch_export import to_numpy
-from rewriter.errors import UnsupportedModel
+from rewriter.errors import UnsupportedModel, UsageError, first_line
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class TorchTrial:
                 call = program.calls[i]
                 args, kwargs = (self._filled(a) for a in (call.args, call.kwargs))
                 args = _without_mutation(call.target, args)
-                result = call.target(*args, **kwargs)
+                result = _result(call.target, args, kwargs)
                 if call.name in program.last or i == stop:
                     self._held[call.name] = result
                 if call.name in wanted:
@@ -174,6 +174,17 @@ class TorchTrial:
             arguments,
             is_leaf=lambda a: isinstance(a, Reference),
         )
+
+
+def _result(target: Any, args: Any, kwargs: Any) -> Any:
+    """What a call gives. Raises UsageError where the batch does not suit the model."""
+    try:
+        return target(*args, **kwargs)
+    except (IndexError, RuntimeError) as error:
+        raise UsageError(
+            f"the model does not run on a calibration batch: {first_line(error)}",
+            hint="use the tokenizer of this model: ids lie below its vocabulary's size",
+        ) from error
 
 
 def _without_mutation(target: Any, args: Any) -> Any:

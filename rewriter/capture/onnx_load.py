@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import onnx
 
 PROTOBUF_LIMIT = 2**31 - 1
+CHECKPOINTS = frozenset({".safetensors", ".pt", ".pth", ".ckpt", ".bin"})
+"""Files that hold weights and no graph."""
 _GRAPH_FIELD, _OPSET_FIELD = 7, 8
 _LENGTH_DELIMITED = 2
 _FIXED_WIDTH = {1: 8, 5: 4}
@@ -194,6 +196,9 @@ def _not_onnx(path: Path, fields: set[int]) -> InvalidModelFile:
         head = file.read(64)
     if head.startswith(b"version https://git-lfs"):
         return InvalidModelFile(f"{path.name} is a Git LFS pointer, not the model", hint="run: git lfs pull")
+    if path.suffix in CHECKPOINTS:
+        hint = "give the Hugging Face folder it lies in, or the module in Python; pickled weights are never loaded"
+        return InvalidModelFile(f"{path.name} holds weights without a model", hint=hint)
     if 1 in fields or 2 in fields:
         return InvalidModelFile(f"{path.name} is cut off or holds no graph", hint="export or download the model again")
     return InvalidModelFile(f"{path.name} is no ONNX model", hint="give a file that an ONNX exporter wrote")

@@ -217,6 +217,8 @@ def _edits(model: nn.Module, flow: Flow, replacements: Sequence[Replacement]) ->
 def _edit_of(model: nn.Module, place: Location, entries: Sequence[_Entry]) -> _Edit:
     path, _, name = place.key.rpartition(".")
     old = _parameter(model, path, name)
+    if old.shape[place.axis] != place.features:
+        raise UnsupportedModel(f"it shares {place.key} with a module that was rewritten by itself", hint=HINT)
     try:
         laid = repetition(place.features, [entry.part for entry in entries])
     except ValueError as error:

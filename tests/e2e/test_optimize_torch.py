@@ -392,6 +392,36 @@ def test_adapters_and_library_quantisation_are_refused() -> None:
             rewriter.inspect(model)
 
 
+def test_modules_that_hide_their_weights_or_their_code_are_refused() -> None:
+    for model, word in (
+        (ZOO["llama-sdpa"].build().to("meta"), "meta device"),
+        (torch.jit.script(nn.Sequential(nn.Linear(2, 2))), "TorchScript"),
+    ):
+        with pytest.raises(UnsupportedModel, match=word) as error:
+            rewriter.optimize(model, "mqa", example_inputs=(torch.zeros(2, 2),))
+        assert error.value.hint
+
+
+@pytest.mark.parametrize("shared", [("k_proj",), ("k_proj", "v_proj")])
+def test_layers_that_share_one_projection_and_not_the_others(shared: tuple[str, ...]) -> None:
+    """One of them keeps its heads; the model stays whole, as a twin in which nothing is lost shows."""
+    case = ZOO["llama-sdpa"]
+    inputs = case.inputs(2, 9, 0)
+    moved = []
+    for lossless in (True, False):
+        model = case.build().eval()
+        first, second = (model.get_submodule(f"model.layers.{i}.self_attn") for i in range(2))
+        for name in shared:
+            second.get_submodule(name).weight = first.get_submodule(name).weight
+        if lossless:
+            case.tie(model, 2)
+        small = rewriter.optimize(model, "gqa2")
+        (refusal,) = small.rewrite_report.refused
+        assert "shares" in refusal.reason and len(small.rewrite_report.sites) == 1
+        moved.append(float((case.run(small, inputs) - case.run(model, inputs)).abs().max()))
+    assert moved[0] <= 1e-4 < moved[1]
+
+
 def test_missing_or_wrong_example_inputs_are_explained() -> None:
     case = ZOO["nanogpt-sdpa"]
     with pytest.raises(UsageError, match="no default inputs") as error:

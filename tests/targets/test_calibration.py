@@ -138,6 +138,9 @@ def test_graph_modules_and_wrong_calibrations_are_refused() -> None:
     for wrong, said in ((["a text"], "tokenizer"), ([], "no tokens"), (3, "is a int"), ([{"x": 1}], "lack the input")):
         with pytest.raises(UsageError, match=said):
             rewriter.optimize(model, "gqa2", calibration=wrong)
+    with pytest.raises(UsageError, match="index out of range") as foreign:
+        rewriter.optimize(model, "gqa2", calibration=inputs["input_ids"] + 10**6)
+    assert "tokenizer" in foreign.value.hint
     with pytest.raises(UsageError, match="16 shapes"):
         rewriter.optimize(model, "gqa2", calibration=[case.inputs(1, n, 0) for n in range(3, 21)])
 

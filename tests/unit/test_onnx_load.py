@@ -86,6 +86,12 @@ def test_other_files(tmp_path: Path, content: bytes, words: str) -> None:
     assert words in refused(tmp_path / "f.onnx")
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "model.pt", "pytorch_model.bin"])
+def test_weights_without_a_model(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"PK\x03\x04" + b"\0" * 100)
+    assert "weights without a model" in refused(tmp_path / name)
+
+
 def test_random_bytes(tmp_path: Path) -> None:
     rng = random.Random(0)
     for _ in range(500):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import mmap
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -201,6 +203,13 @@ def test_modules_cannot_be_profiled_on_what_is_not_there() -> None:
             profile(Stack(1), Stack(1), provider="cuda", example_inputs=torch.randn(1, 1, 256))
     with pytest.raises(UsageError, match="tensorrt"):
         profile(Stack(1), Stack(1), provider="tensorrt", example_inputs=torch.randn(1, 1, 256))
+
+
+def test_the_profiler_says_nothing_of_its_own() -> None:
+    """In a process of its own: its library reads once how much it is to say."""
+    code = "import torch, rewriter; m = torch.nn.Linear(2, 2); rewriter.profile(m, m, example_inputs=torch.ones(1, 2))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == "" and done.stdout == ""
 
 
 def test_modules_are_left_as_they_were() -> None:
