@@ -20,6 +20,22 @@ if TYPE_CHECKING:
     from tests.zoo.case import ZooCase
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--exhaustive", action="store_true", help="run what is marked exhaustive, too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is marked exhaustive, unless it is asked for or named by its own id."""
+    if config.getoption("--exhaustive"):
+        return
+    named = {argument.rpartition("/")[2] for argument in config.args if "[" in argument}
+    left = [i for i in items if i.get_closest_marker("exhaustive") and i.nodeid.rpartition("/")[2] not in named]
+    if left:
+        config.hook.pytest_deselected(items=left)
+        gone = set(left)
+        items[:] = [item for item in items if item not in gone]
+
+
 @pytest.fixture(scope="session")
 def project_root() -> Path:
     return Path(__file__).resolve().parent.parent

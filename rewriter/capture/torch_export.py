@@ -24,6 +24,9 @@ from rewriter.capture.aten_names import Literal, canonical
 from rewriter.capture.torch_trace import trace, writes_through_views
 from rewriter.errors import NotExportable, UnsupportedModel, first_line
 
+STACK_TRACES_OFF = "do_not_emit_stack_traces"
+"""The setting of torch.fx by which nodes get none."""
+
 
 @dataclass(frozen=True)
 class TorchCapture:
@@ -99,7 +102,7 @@ def exported(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
     module.eval()
     try:
         # on failure the exporter prints the graph it has so far
-        with torch.no_grad(), _unchanged(module), contextlib.redirect_stderr(io.StringIO()):
+        with torch.no_grad(), _unchanged(module), _without_stack_traces(), contextlib.redirect_stderr(io.StringIO()):
             program = torch.export.export(module, args, dict(kwargs), strict=False)
             if writes_through_views(program.graph):
                 program = program.run_decompositions({})  # no operator is decomposed, but none works in place any more
@@ -111,6 +114,22 @@ def exported(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
         ) from error
     finally:
         module.train(was_training)
+
+
+@contextlib.contextmanager
+def _without_stack_traces() -> Iterator[None]:
+    """Leave out where in the model's source each node was made: nothing here reads it, and it takes long to write."""
+    from torch.fx import config
+
+    before = getattr(config, STACK_TRACES_OFF, None)
+    if before is None:  # torch before this setting
+        yield
+        return
+    setattr(config, STACK_TRACES_OFF, True)
+    try:
+        yield
+    finally:
+        setattr(config, STACK_TRACES_OFF, before)
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ from codegen.registry import select
 from codegen.spec import MixedChunkAttention, PositionBias
 from codegen.toolchain.triton_aot import compile_kernel
 from tests.kernels.chunk_problems import K, Operands, distance, draw
+from tests.kernels.covering import covering
 from tests.kernels.golden_source import require_golden
 from tests.kernels.problems import TORCH
 from tests.kernels.test_render import HOSTILE
@@ -137,8 +138,7 @@ BUILT = {
 }
 
 
-@pytest.mark.parametrize("arch", SHARED)
-@pytest.mark.parametrize("name", BUILT)
+@pytest.mark.parametrize(("name", "arch"), covering(tuple(BUILT), tuple(SHARED)))
 def test_binaries_fit_and_spill_nothing(tmp_path: Path, name: str, arch: str) -> None:
     spec, dtype = BUILT[name]
     cut, kernel = tiling(spec, dtype, arch), str(kernel_name(spec, dtype, arch))

@@ -21,9 +21,12 @@ from tests.targets.lossless_twin import distance, legal_pool, run_file, session
 from tests.targets.turned_twin import turned
 from tests.zoo.case import Inputs, ZooCase
 from tests.zoo.models import ZOO
+from tests.zoo.through import QUICK, through
 
 NAMES = ("bert-sdpa", "llama-sdpa", "gpt2-sdpa", "phi-sdpa", "t5-sdpa", "whisper-sdpa", "vit-sdpa", "albert-sdpa")
 CASES = [pytest.param(ZOO[n], id=n) for n in NAMES if n in ZOO]
+IN_FILES = [ZOO[n] for n in ("bert-sdpa", "llama-sdpa", "t5-sdpa", "bart-sdpa")]
+FILES = [pytest.param(c, e, id=f"{c.name}-{e}") for c, e in through(IN_FILES) if e in ("dynamo18", QUICK)]
 LENGTH = 12
 
 
@@ -88,12 +91,10 @@ def test_wrong_text_is_no_help() -> None:
     assert relative(case, model, bad) > 1.05 * relative(case, model, calibrated(case, model))
 
 
-@pytest.mark.parametrize("exporter", ["torchscript17", "dynamo18"])
-@pytest.mark.parametrize("name", ["bert-sdpa", "llama-sdpa", "t5-sdpa", "whisper-sdpa"])
+@pytest.mark.parametrize(("case", "exporter"), FILES)
 def test_both_doors_give_the_same_weights(
-    name: str, exporter: str, zoo_onnx: Callable[..., Path], tmp_path: Path
+    case: ZooCase, exporter: str, zoo_onnx: Callable[..., Path], tmp_path: Path
 ) -> None:
-    case = ZOO[name]
     path, fresh = zoo_onnx(case, exporter), case.inputs(2, LENGTH, 5)
     if _is_fixed(path):
         pytest.skip("the exporter fixed the sizes")

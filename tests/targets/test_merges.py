@@ -19,12 +19,15 @@ from tests.targets.lossless_twin import distance, legal_pool, run_file, twin_fil
 from tests.targets.turned_twin import turned
 from tests.zoo.case import ZooCase
 from tests.zoo.models import ZOO
+from tests.zoo.through import through
 
 NAMES = (
     "bert-sdpa", "vit-sdpa", "gpt2-sdpa", "llama-sdpa", "llama-gqa-eager", "phi-sdpa",
     "qwen3-sdpa", "t5-sdpa", "whisper-sdpa", "bart-sdpa", "albert-sdpa",
 )  # fmt: skip
 CASES = [pytest.param(ZOO[n], id=n) for n in NAMES if n in ZOO]
+IN_FILES = ("bert-sdpa", "llama-sdpa", "gptj-eager", "gpt2-sdpa", "t5-sdpa", "bart-sdpa", "vit-sdpa")
+FILES = [pytest.param(c, e, id=f"{c.name}-{e}") for c, e in through(ZOO[n] for n in IN_FILES)]
 MERGES = pytest.mark.parametrize("merge", ["aligned", "joint"])
 EXACT, LOSSY = 1e-3, 1e-2
 
@@ -82,16 +85,12 @@ def test_a_graph_with_turned_heads_is_recovered(name: str, merge: str) -> None:
         assert all(row.exact for row in small.rewrite_report.sites) is not perturbed
 
 
-@pytest.mark.parametrize("exporter", ["torchscript17", "dynamo18", "dynamo23"])
-@pytest.mark.parametrize(
-    "name", ["bert-sdpa", "llama-sdpa", "gptj-eager", "gpt2-sdpa", "t5-sdpa", "whisper-sdpa", "vit-sdpa"]
-)
+@pytest.mark.parametrize(("case", "exporter"), FILES)
 def test_a_file_with_turned_heads_is_recovered(
-    name: str, exporter: str, zoo_onnx: Callable[..., Path], tmp_path: Path
+    case: ZooCase, exporter: str, zoo_onnx: Callable[..., Path], tmp_path: Path
 ) -> None:
-    case = ZOO[name]
     source, inputs = zoo_onnx(case, exporter), case.inputs(2, 7, 3)
-    path = twin_file(case, source, tmp_path / "turned.onnx", module=twin(name))
+    path = twin_file(case, source, tmp_path / "turned.onnx", module=twin(case.name))
     before = run_file(path, inputs)
     for merge in ("mean", "aligned", "joint"):
         done = rewriter.optimize(path, target(case, merge))
@@ -100,7 +99,7 @@ def test_a_file_with_turned_heads_is_recovered(
         assert moved > LOSSY if merge == "mean" else moved < EXACT
         assert all(row.exact is (merge != "mean") for row in done.rewrite_report.sites)
     assert rewriter.verify(tmp_path / "joint.onnx", path).ok
-    wrong = twin_file(case, source, tmp_path / "wrong.onnx", module=twin(name, True))
+    wrong = twin_file(case, source, tmp_path / "wrong.onnx", module=twin(case.name, True))
     rewriter.optimize(wrong, target(case, "joint")).save(tmp_path / "wrong-joint.onnx")
     assert distance(run_file(wrong, inputs), run_file(tmp_path / "wrong-joint.onnx", inputs)) > LOSSY
 

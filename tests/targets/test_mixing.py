@@ -34,8 +34,8 @@ from tests.match.doors import through_torch
 from tests.targets.lossless_twin import run_file
 from tests.targets.watched_mixes import Watched, off, relative, rewritten
 from tests.zoo.case import ZooCase
-from tests.zoo.exports import EXPORTERS
 from tests.zoo.models import ZOO
+from tests.zoo.through import through
 
 Array = NDArray[Any]
 ZooOnnx = Callable[..., Path]
@@ -249,7 +249,7 @@ def test_refusals_say_why(name: str, reason: str) -> None:
 
 
 def test_a_decoder_step_with_a_cache_is_refused(zoo_onnx: ZooOnnx) -> None:
-    path = zoo_onnx(ZOO["gpt2-sdpa"], "dynamo18", past=True)
+    path = zoo_onnx(ZOO["gpt2-eager"], "dynamo18", past=True)
     with pytest.raises(NothingToRewrite, match="cache"):
         rewriter.optimize(path, "fnet")
 
@@ -344,12 +344,11 @@ def inner(path: Path, feeds: dict[str, Array]) -> list[tuple[Array, Array, list[
     return [(values[2 * i], values[2 * i + 1], vectors[i]) for i in range(len(mixes))]
 
 
-FILES = [pytest.param("fnet", e, id=f"fnet-{e}") for e in EXPORTERS]
-FILES += [pytest.param("hartley", "dynamo18", id="hartley-dynamo18")]
+FILES = [pytest.param(c, "fnet", e, id=f"fnet-{e}-{c.name}") for c, e in through(ZOO[n] for n in NAMES)]
+FILES += [pytest.param(ZOO[n], "hartley", "torchscript17", id=f"hartley-torchscript17-{n}") for n in NAMES]
 
 
-@pytest.mark.parametrize("case", BIDIRECTIONAL)
-@pytest.mark.parametrize(("target", "exporter"), FILES)
+@pytest.mark.parametrize(("case", "target", "exporter"), FILES)
 def test_a_file_computes_what_the_module_does(
     case: ZooCase, target: str, exporter: str, zoo_onnx: ZooOnnx, tmp_path: Path
 ) -> None:

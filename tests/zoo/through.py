@@ -1,0 +1,109 @@
+"""Which exporters each model goes through in every run: an export takes seconds, what follows tenths of a second.
+
+Every model goes through torch and the quick exporter; each family of the main list, and each cause that a family of the
+others stands for, goes through one that builds on torch.export; each pattern through all of them. The rest of the
+matrix is marked `exhaustive` (``make exhaustive``); `benchmarks.coverage` has all of it, with peers beside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import pytest
+
+from tests.zoo.case import ZooCase
+from tests.zoo.exports import EXPORTERS
+from tests.zoo.models import EXTRA, MAIN, WIDE
+
+QUICK = "torchscript17"
+
+DYNAMO: Mapping[str, tuple[str, ...]] = {
+    "bert-sdpa": ("dynamo18", "dynamo23"),
+    "bert-eager": ("dynamo24",),
+    "roberta-eager": ("dynamo18",),
+    "distilbert-eager": ("dynamo18",),
+    "vit-sdpa": ("dynamo18",),
+    "vit-eager": ("dynamo24",),
+    "gpt2-sdpa": ("dynamo18", "dynamo23"),
+    "gpt2-eager": ("dynamo18",),
+    "llama-sdpa": ("dynamo18", "dynamo24"),
+    "llama-gqa-sdpa": ("dynamo18", "dynamo23", "dynamo24"),
+    "qwen3-sdpa": ("dynamo24",),
+    "qwen3-eager": ("dynamo18",),
+    "nanogpt-softmax": ("dynamo18",),
+    "nanogpt-sdpa": ("dynamo24",),
+    "mha-batch-first": ("dynamo18",),
+    "mha-sequence-first": ("dynamo18", "dynamo23"),
+    "torch-encoder": ("dynamo24",),
+    "torch-encoder-padded": ("dynamo18",),
+    "router": ("dynamo18",),
+    "deberta-eager": ("dynamo18",),
+    # What only the other lists have, once each: see what stands behind the names in the lists themselves.
+    **dict.fromkeys(
+        (
+            "gpt-neox-sdpa",
+            "phi3-sdpa",
+            "gemma2-eager",
+            "gemma3-sdpa",
+            "falcon-sdpa",
+            "bloom-eager",
+            "bart-sdpa",
+            "modernbert-sdpa",
+            "wav2vec2-sdpa",
+            "gptj-eager",
+            "cohere-sdpa",
+            "hunyuan-sdpa",
+            "olmo2-sdpa",
+            "x-rotary",
+            "packed-permute-norm",
+            "softmax-in-parts",
+            "queries-by-group",
+            "windows",
+            "image-attends-text",
+        ),
+        ("dynamo18",),
+    ),
+}
+"""Model to exporters that build on torch.export."""
+
+DYNAMO_WITH_PAST: Mapping[str, tuple[str, ...]] = {
+    "gpt2-eager": ("dynamo18", "dynamo24"),
+    "llama-sdpa": ("dynamo18",),
+    "llama-gqa-sdpa": ("dynamo18", "dynamo23"),
+    "qwen3-sdpa": ("dynamo24",),
+}
+"""The same for decoders with their cache as inputs and outputs."""
+
+
+def exporters(case: ZooCase, *, past: bool = False) -> tuple[str, ...]:
+    """The exporters that `case` goes through in every run, the quick one last."""
+    return (*(DYNAMO_WITH_PAST if past else DYNAMO).get(case.name, ()), QUICK)
+
+
+def through(cases: Iterable[ZooCase], *, past: bool = False) -> list[tuple[ZooCase, str]]:
+    """(case, exporter) of every run."""
+    return [(case, exporter) for case in cases for exporter in exporters(case, past=past)]
+
+
+def matrix(
+    cases: Iterable[ZooCase], by: Iterable[str] = tuple(EXPORTERS), *, past: bool = False, told: bool = False
+) -> list[Any]:
+    """Parameters (case, exporter), or (case, exporter, past) where `told`; what is not of every run is so marked."""
+    made = []
+    for case in cases:
+        for exporter in by:
+            values = (case, exporter, past) if told else (case, exporter)
+            marks = [] if exporter in exporters(case, past=past) else [pytest.mark.exhaustive]
+            made.append(pytest.param(*values, id=f"{case.name}{'-past' * (past and told)}-{exporter}", marks=marks))
+    return made
+
+
+def families(cases: Iterable[ZooCase]) -> set[str]:
+    """Names without the attention implementation."""
+    return {case.name.removesuffix("-sdpa").removesuffix("-eager") for case in cases}
+
+
+def known() -> Mapping[str, ZooCase]:
+    """Every model that a table here may name."""
+    return {**MAIN, **EXTRA, **WIDE}
