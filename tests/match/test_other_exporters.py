@@ -129,3 +129,18 @@ def test_a_site_has_its_heads_and_its_scale(name: str) -> None:
     (site,) = rewriter.inspect(graph.model(WRITERS[name](graph, False))).sites
     assert (site.heads, site.kv_heads, site.head_dim, site.value_dim) == (HEADS, HEADS, DIM, DIM)
     assert site.scale == pytest.approx(SCALE)
+
+
+@pytest.mark.parametrize(("skipped", "found"), [("input", 1), ("another", 0)], ids=["residual", "no-residual"])
+def test_a_feed_forward_block_whose_residual_and_biases_are_in_fused_operators(skipped: str, found: int) -> None:
+    graph = Graph()
+    vector = graph.random.standard_normal(WIDTH)
+    source = graph.op("LayerNormalization", "x", vector, axis=-1)
+    up = graph.op("MatMul", source, graph.matrix(WIDTH, 48))
+    hidden = graph.op("BiasGelu", up, graph.random.standard_normal(48), domain="com.microsoft")
+    down = graph.op("MatMul", hidden, graph.matrix(48, WIDTH))
+    other = {"input": source, "another": "y"}[skipped]
+    graph.inputs["y"] = graph.inputs["x"]
+    result = graph.op("SkipLayerNormalization", down, other, vector, vector, vector, domain="com.microsoft")
+    blocks = rewriter.inspect(graph.model(result)).feed_forward.sites
+    assert [(b.width, b.hidden, b.activation.name) for b in blocks] == [(WIDTH, 48, "gelu")] * found
