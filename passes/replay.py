@@ -105,7 +105,7 @@ def rotated(projected: Array, columns: Array, traced: Traced) -> Array:
 def project(flow: Flow, projection: Projection, roundings: Iterable[Rounding] = ()) -> Array:
     """[rows, features], float64: the projection applied to its recorded input; `roundings` come before the bias."""
     x = np.asarray(flow.value(projection.input), dtype=np.float64)
-    w = flow.value(projection.weight)
+    w = projection.matrix(flow.value(projection.weight))
     product = widened_product(x.reshape(-1, x.shape[-1]), w.T if projection.out_first else w)
     out = executed(flow, roundings, product)
     if projection.bias is not None:

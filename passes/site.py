@@ -24,6 +24,9 @@ class Projection:
         features: number of output features (all columns, also those of other operands of a fused projection).
         bias_index: [features] flat position in `bias` for each column, -1 where nothing is added; None if they are
             alike.
+        weight_axes: where the weight is no matrix, its axes, the one that is summed over first: transposed so, and all
+            others joined, it is [in, out]; the output then has features on as many axes.
+        factor: what the product is multiplied by before the bias is added.
     """
 
     node: int
@@ -34,6 +37,14 @@ class Projection:
     bias: Value | None
     features: int
     bias_index: Array | None = None
+    weight_axes: tuple[int, ...] | None = None
+    factor: float = 1.0
+
+    def matrix(self, stored: Array) -> Array:
+        """The stored weight as the matrix of this map, [out, in] if `out_first`, else [in, out]."""
+        if self.weight_axes is not None:
+            stored = stored.transpose(self.weight_axes).reshape(stored.shape[self.weight_axes[0]], -1)
+        return stored if self.factor == 1.0 else stored * stored.dtype.type(self.factor)
 
     def bias_positions(self, columns: Array) -> Array:
         """Where in the bias the numbers for these columns stand."""

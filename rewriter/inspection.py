@@ -149,11 +149,12 @@ def _inspect_torch(model: Any, example_inputs: Any, name: str) -> Inspection:
 
     if isinstance(model, torch.export.ExportedProgram):
         from passes.match.attention import find_attention
+        from passes.match.stacked import without_stacked
         from rewriter.capture.torch_export import view
 
         args, kwargs = model.example_inputs
         flow = view(model, args, kwargs).flow
-        matches = find_attention(flow)
+        matches = without_stacked(find_attention(flow))
         return _inspection(name, "torch", None, None, flow, matches, find_feed_forward(flow, matches.names))
     from rewriter.placement import on_processor
     from rewriter.torch_rewrite import match_torch

@@ -219,7 +219,8 @@ def _output_projection(flow: Flow, value: Value) -> tuple[Value | None, Projecti
         node = readers[0]
         operands = flow.projection_operands(node)
         if operands is not None and operands == (0, 1):
-            return value, linear_map(flow, node)
+            plain = node.op != "Einsum" and len(flow.shape(node.inputs[1])) == 2
+            return (value, linear_map(flow, node)) if plain else (None, None)
         if node.op not in LAYOUT | PASS_THROUGH:
             return None, None
         value = node.outputs[0]

@@ -14,6 +14,7 @@ import numpy as np
 
 from passes.dataflow import LAYOUT, Array, Flow, Node, Value
 from passes.match.scores import NotUnderstood, OperandView
+from passes.projections import Layout, layout_of
 from passes.provenance import PASS_THROUGH, Form, Opaque, Source, Tracer, data_operands, projection_at
 from passes.site import Norm, Operand, Projection, Rotary
 
@@ -524,9 +525,8 @@ class _Turn:
 def _origin(tracer: Tracer, source: Source) -> _Origin:
     """The projection under a source, and what is done to it first."""
     if source.kind == "projection":
-        index, width = np.arange(source.size), source.shape[-1]
-        places = {source.value: (index // width, index % width)}
-        return _Origin(_describe(tracer.flow, source.value), places, source.value)
+        projection, layout = _describe(tracer.flow, source.value)
+        return _Origin(projection, {source.value: (layout.rows, layout.columns)}, source.value)
     assert source.under is not None
     inner = _form(tracer, source.under)
     if source.kind == "norm" and len(inner.ids) > 1:
@@ -566,7 +566,8 @@ def _turned_origin(tracer: Tracer, source: Source, inner: Form) -> _Origin:
     )
 
 
-def _describe(flow: Flow, output: Value) -> Projection:
+def _describe(flow: Flow, output: Value) -> tuple[Projection, Layout]:
+    """The projection whose complete output this is, and how that is laid out. Raises NotUnderstood."""
     found = projection_at(flow, output)
     assert found is not None
     node, bias = found
@@ -579,12 +580,13 @@ def _describe(flow: Flow, output: Value) -> Projection:
         )
     if node.op == "Conv":
         raise NotUnderstood(_convolved(flow, node, w))
-    if node.op == "Einsum" or operands != (0, 1) or len(flow.shape(w)) != 2:
-        raise NotUnderstood("the projection is not a plain matrix product")
-    out_first = node.op == "Linear" or bool(node.attrs.get("transB", 0))
-    if node.attrs.get("transA", 0) or node.attrs.get("alpha", 1.0) != 1.0:
-        raise NotUnderstood("the projection is a scaled or transposed Gemm")
-    return Projection(node.index, x, output, w, out_first, bias, flow.shape(output)[-1])
+    layout = layout_of(flow, node)
+    if isinstance(layout, str):
+        raise NotUnderstood(layout)
+    axes, factor = layout.weight_axes, layout.factor
+    return Projection(
+        node.index, x, output, w, layout.out_first, bias, layout.features, weight_axes=axes, factor=factor
+    ), layout
 
 
 def _convolved(flow: Flow, node: Node, weight: Value) -> str:

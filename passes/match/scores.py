@@ -6,13 +6,13 @@ Nothing here knows where operands come from; that is `operands`. A step that is 
 
 from __future__ import annotations
 
-import string
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from passes.dataflow import CONTRACTIONS, LAYOUT, Array, Flow, Node, Value
 from passes.match.roundings import Rounding, quantizer_of
+from passes.projections import einsum_terms
 from passes.provenance import PASS_THROUGH, cache_root, projection_at
 from passes.site import Modifier
 
@@ -341,6 +341,8 @@ class _Backward:
             return node.inputs[0]
         if node.op == "Reshape" and _keeps_last_two(self.flow, node):
             return node.inputs[0]
+        if _flattens_rows(self.flow, node) and not self.modifiers:
+            return node.inputs[0]
         if node.op in {"Add", "Sub", "Mul", "Div"}:
             return self._arithmetic(node)
         if node.op in {"Where", "MaskedFill"}:
@@ -509,6 +511,14 @@ def _keeps_last_two(flow: Flow, node: Node) -> bool:
     return len(before) >= 2 and before[-2:] == after[-2:]
 
 
+def _flattens_rows(flow: Flow, node: Node) -> bool:
+    """Whether rows of scores are brought onto one axis, as a softmax over two axes wants them, or back."""
+    if node.op not in {"Reshape", "Flatten"}:
+        return False
+    before, after = flow.shape(node.inputs[0]), flow.shape(node.outputs[0])
+    return before[-1:] == after[-1:] and 2 in (len(before), len(after))
+
+
 def _qk_operands(flow: Flow, node: Node) -> tuple[OperandView, OperandView, Value | None]:
     if node.op == "Baddbmm":
         bias, a, b = node.inputs[:3]
@@ -521,7 +531,7 @@ def _qk_operands(flow: Flow, node: Node) -> tuple[OperandView, OperandView, Valu
         view_a = OperandView(a, -1, -2) if turned_a else OperandView(a, -2, -1)
         return view_a, OperandView(b, -2, -1) if turned_b else OperandView(b, -1, -2), None
     if node.op == "Einsum":
-        first, second, result = einsum_terms(flow, node)
+        first, second, result = _terms(flow, node)
         shared = [c for c in first if c in second and c not in result]
         for (x, x_term), (y, y_term) in (((a, first), (b, second)), ((b, second), (a, first))):
             if len(shared) == 1 and _asks(x_term, y_term, result):
@@ -551,20 +561,12 @@ def _moves_batch(node: Node) -> bool:
     return bool(node.attrs.get("transBatchA", 0) or node.attrs.get("transBatchB", 0))
 
 
-def einsum_terms(flow: Flow, node: Node) -> tuple[str, str, str]:
-    """The two input terms and the output term of an Einsum's equation, without blanks, ellipses written out."""
-    equation = str(node.attrs.get("equation", "")).replace(" ", "")
-    inputs, _, result = equation.partition("->")
-    terms = inputs.split(",")
-    if len(terms) != 2 or not result:
-        raise NotUnderstood(f"einsum {equation!r} is not understood")
-    if "..." in equation:
-        widths = {len(flow.shape(v)) - len(t.replace("...", "")) for v, t in zip(node.inputs, terms, strict=True)}
-        if len(widths) != 1 or not all("..." in t for t in (*terms, result)):
-            raise NotUnderstood(f"einsum {equation!r} broadcasts its leading axes")
-        free = "".join(c for c in string.ascii_uppercase if c not in equation)[: widths.pop()]
-        terms, result = [t.replace("...", free) for t in terms], result.replace("...", free)
-    return terms[0], terms[1], result
+def _terms(flow: Flow, node: Node) -> tuple[str, str, str]:
+    """As `einsum_terms`. Raises NotUnderstood."""
+    try:
+        return einsum_terms(flow, node)
+    except ValueError as error:
+        raise NotUnderstood(str(error)) from error
 
 
 @dataclass(frozen=True)
@@ -593,6 +595,7 @@ def _context(flow: Flow, value: Value) -> _Mix | str | None:
         if node.op in CONTRACTIONS:
             return _value_operand(flow, node, value, turned, tuple(nodes), zero_nan)
         kept = node.op in PASS_THROUGH or (node.op == "Reshape" and _keeps_last_two(flow, node))
+        kept = kept or _flattens_rows(flow, node)
         if kept or (node.op == "Slice" and _drops_columns(flow, node)):
             value = node.outputs[0]
         elif node.op == "Transpose" and _swaps_last_two(flow, node):
@@ -676,7 +679,7 @@ def _value_operand(
         return _Mix(OperandView(a, -1, -2), OperandView(node.outputs[0], -1, -2), nodes, zero_nan)
     if node.op == "Einsum":
         try:
-            first, second, result = einsum_terms(flow, node)
+            first, second, result = _terms(flow, node)
         except NotUnderstood as error:
             return str(error)
         mine, theirs = (first, second) if a == weights else (second, first)

@@ -14,16 +14,20 @@ _BLOCK = 128
 
 def operand_weight(flow: Flow, operand: Operand) -> Array:
     """[heads * dim, in]: rows of the projection that feed this operand, head-major."""
-    weight, rows = flow.value(operand.projection.weight), operand.columns.reshape(-1)
+    weight, rows = _matrix(flow, operand), operand.columns.reshape(-1)
     return np.ascontiguousarray(weight[rows]) if operand.projection.out_first else transposed(weight, rows)
 
 
 def operand_rows(flow: Flow, operand: Operand) -> Array:
     """As `operand_weight`, where it lies: not copied if the operand's features are one run of the projection's."""
-    weight, rows = flow.value(operand.projection.weight), operand.columns.reshape(-1)
+    weight, rows = _matrix(flow, operand), operand.columns.reshape(-1)
     matrix = weight if operand.projection.out_first else weight.T
     run = slice(int(rows[0]), int(rows[0]) + len(rows))
     return matrix[run] if np.array_equal(rows, np.arange(run.start, run.stop)) else operand_weight(flow, operand)
+
+
+def _matrix(flow: Flow, operand: Operand) -> Array:
+    return operand.projection.matrix(flow.value(operand.projection.weight))
 
 
 def transposed(matrix: Array, columns: Array) -> Array:

@@ -577,7 +577,7 @@ def _wanted(flow: Flow) -> set[Value]:
 
 def unflattened(flow: Flow, value: Value) -> Iterator[Value]:
     """What a projection's input was before its tokens were flattened."""
-    passed = {"Reshape", "Flatten", "Identity", "Cast", "QuantizeLinear", "DequantizeLinear"}
+    passed = {"Reshape", "Flatten", "Unsqueeze", "Squeeze", "Identity", "Cast", "QuantizeLinear", "DequantizeLinear"}
     while (node := flow.producer(value)) is not None and node.op in passed:
         value = node.inputs[0]
         yield value

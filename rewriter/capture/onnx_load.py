@@ -242,12 +242,29 @@ def _check_supported(proto: onnx.ModelProto, name: str) -> None:
 
 def _deserialize(proto: onnx.ModelProto, name: str) -> ir.Model:
     try:
-        return ir.from_proto(proto)
+        model = ir.from_proto(proto)
+        parts: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+        for part in parts:
+            if not _in_order(part):
+                part.sort()
+        return model
     except Exception as error:  # onnx_ir raises whatever its parts raise on malformed graphs
         cause = error
         while cause.__cause__ is not None and isinstance(cause.__cause__, Exception):
             cause = cause.__cause__
         raise InvalidModelFile(f"{name} is malformed: {cause}", hint="check it with onnx.checker") from error
+
+
+def _in_order(part: ir.Graph | ir.Function) -> bool:
+    """Whether nodes stand behind what they read: converters append some at the end, which runtimes put right silently,
+    and later stages go by the order."""
+    place = {node: index for index, node in enumerate(part)}
+    now = 0
+    for node in ir.traversal.RecursiveGraphIterator(part):  # bodies read what stands before their node
+        now = place.get(node, now)
+        if any(v is not None and (maker := v.producer()) in place and place[maker] > now for v in node.inputs):
+            return False
+    return True
 
 
 def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:

@@ -39,7 +39,7 @@ from rewriter.install.onnx_obstacles import (
     window_size,
 )
 from rewriter.install.onnx_quantised import emit_product
-from rewriter.install.onnx_weights import emit_like
+from rewriter.install.onnx_weights import emit_like, emit_plain
 from rewriter.onnx_nodes import NodeWriter
 
 
@@ -230,7 +230,8 @@ class _Editor:
             product = emit_product(quantised, x, rows.T, f"{name}.weight", self.write.unique)
             return [*nodes, *product.nodes], product.initializers, product.value, product.error
         old = self.value(projection.weight)
-        emitted = emit_like(old, rows if projection.out_first else rows.T, f"{name}.weight", self.write.unique)
+        store = emit_like if projection.weight_axes is None else emit_plain
+        emitted = store(old, rows if projection.out_first else rows.T, f"{name}.weight", self.write.unique)
         if not emitted.nodes:
             emitted.value = self._share(emitted.value)
         nodes += emitted.nodes
