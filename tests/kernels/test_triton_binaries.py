@@ -16,7 +16,7 @@ from codegen.errors import CompilationFailed, UnsafeInput
 from codegen.ops.grouped_query_attention.triton_kernel import kernel_name, signatures, source, tiling
 from codegen.spec import GroupedQueryAttention
 from codegen.toolchain.triton_aot import Binary, compile_kernel
-from tests.kernels.covering import covering
+from tests.covering import covering
 from tests.kernels.golden_source import CHANGES, require_golden
 from tests.kernels.problems import CAUSAL, EVERYTHING, MULTI_QUERY
 from tests.kernels.test_render import HOSTILE

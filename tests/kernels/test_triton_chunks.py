@@ -21,8 +21,8 @@ from codegen.ops.mixed_chunk_attention.triton_kernel import kernel_name, legal, 
 from codegen.registry import select
 from codegen.spec import MixedChunkAttention, PositionBias
 from codegen.toolchain.triton_aot import compile_kernel
+from tests.covering import covering
 from tests.kernels.chunk_problems import K, Operands, distance, draw
-from tests.kernels.covering import covering
 from tests.kernels.golden_source import require_golden
 from tests.kernels.problems import TORCH
 from tests.kernels.test_render import HOSTILE

@@ -19,7 +19,7 @@ from codegen.ops.fourier_mixing import torch_body
 from codegen.ops.fourier_mixing.triton_kernel import kernel_name, legal, signatures, source, tiling
 from codegen.spec import FourierMixing
 from codegen.toolchain.triton_aot import compile_kernel
-from tests.kernels.covering import covering
+from tests.covering import covering
 from tests.kernels.fourier_problems import K, distance, draw
 from tests.kernels.golden_source import require_golden
 from tests.kernels.test_render import HOSTILE

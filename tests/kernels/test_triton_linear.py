@@ -19,7 +19,7 @@ from codegen.ops.linear_attention.triton_kernel import kernel_name, legal, signa
 from codegen.registry import select
 from codegen.spec import FeatureMap, GroupedQueryAttention, LinearAttention
 from codegen.toolchain.triton_aot import compile_kernel
-from tests.kernels.covering import covering
+from tests.covering import covering
 from tests.kernels.golden_source import require_golden
 from tests.kernels.linear_problems import K, Operands, distance, draw
 from tests.kernels.problems import TORCH
@@ -59,8 +59,7 @@ def interpreted(triton_worker: Callable[..., Tensor]) -> Run:
     return run
 
 
-@pytest.mark.parametrize("dtype", list(DType), ids=lambda d: d.short)
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize(("name", "dtype"), covering(tuple(SPECS), tuple(DType)))
 def test_it_is_within_rounding_of_the_oracle(interpreted: Run, name: str, dtype: DType) -> None:
     spec = SPECS[name]
     if legal(spec, dtype) is not None:

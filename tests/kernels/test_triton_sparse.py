@@ -21,7 +21,7 @@ from codegen.registry import select
 from codegen.sight import Pattern, Sight, from_numbers
 from codegen.spec import GroupedQueryAttention
 from codegen.tuning.table import Problem, faster
-from tests.kernels.covering import covering
+from tests.covering import covering
 from tests.kernels.golden_source import require_golden
 from tests.kernels.problems import TORCH, K, operands
 from tests.kernels.test_render import HOSTILE

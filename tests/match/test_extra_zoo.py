@@ -19,7 +19,7 @@ from tests.match.expected import REPLAY_LIMIT
 from tests.targets.lossless_twin import distance, legal_pool, run_file, tied, twin_file
 from tests.zoo.exports import export
 from tests.zoo.models import EXTRA, WIDE, ZooCase
-from tests.zoo.through import matrix
+from tests.zoo.through import family_of, matrix, one_of_each_family
 
 DOORS = ("torch", "dynamo18", "torchscript17")
 EXACT, MOVED = 1e-4, 1e-3
@@ -81,11 +81,11 @@ NOT_IN_FILES = {"falcon": "repeated before they are rotated"}
 
 
 def _jobs(*, rewritable: bool = False) -> list[object]:
-    """Every case through torch; one implementation of each family through the exporters, which is the slow part."""
+    """Every case through torch, one implementation of each family through the exporters."""
     every = [c for c in (*EXTRA.values(), *WIDE.values()) if not rewritable or c.refused < c.sites]
-    families = {case.name.removesuffix("-sdpa").removesuffix("-eager"): case for case in reversed(every)}
+    families = {family_of(case): case for case in reversed(every)}
     files = [case for case in families.values() if not (rewritable and _trait(case, NOT_IN_FILES))]
-    return [*(pytest.param(case, "torch", id=f"{case.name}-torch") for case in every), *matrix(files, DOORS[1:])]
+    return [*one_of_each_family(every, "torch"), *matrix(files, DOORS[1:])]
 
 
 def _matches(case: ZooCase, door: str, zoo_onnx: Callable[..., Path]) -> Matches:

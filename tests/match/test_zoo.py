@@ -10,7 +10,7 @@ import pytest
 from tests.match.doors import Seen, through_onnx, through_torch
 from tests.match.expected import check_sites
 from tests.zoo.models import EXTRA, MAIN, ZooCase, cases
-from tests.zoo.through import exporters, matrix
+from tests.zoo.through import exporters, matrix, one_of_each_family
 
 ATTENDING = [c for c in MAIN.values() if not c.tags & {"none", "refuse"}]
 WITHOUT = cases(having="none", without=())
@@ -58,7 +58,7 @@ def test_onnx_with_past(case: ZooCase, exporter: str, zoo_onnx: ZooOnnx) -> None
             assert operand.presents == ((f"present.{index}.{part}", 1),)
 
 
-@pytest.mark.parametrize("case", params(list(EXTRA.values())))
+@pytest.mark.parametrize("case", one_of_each_family(EXTRA.values()))
 def test_no_attention_of_the_extras_is_lost(case: ZooCase) -> None:
     """An attention is a site as described, or refused with a reason; none vanishes."""
     matches = through_torch(case).matches

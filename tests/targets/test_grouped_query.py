@@ -23,6 +23,7 @@ from tests.match.doors import Seen, through_torch
 from tests.targets.lossless_twin import legal_pool, tied
 from tests.zoo.case import ZooCase
 from tests.zoo.models import MAIN, ZOO
+from tests.zoo.through import one_of_each_family
 
 ATTENDING = [c for c in MAIN.values() if not c.tags & {"none", "refuse"}]
 
@@ -47,7 +48,7 @@ def heads_of(replacement: Replacement, site: AttentionSite, found: Seen, role: s
     return heads.transpose(0, 2, 1, 3)
 
 
-@pytest.mark.parametrize("case", [pytest.param(c, id=c.name) for c in ATTENDING])
+@pytest.mark.parametrize("case", one_of_each_family(ATTENDING))
 def test_tied_heads_pool_to_themselves_and_perturbed_ones_do_not(case: ZooCase) -> None:
     target = GroupedQuery(legal_pool(case))
     for how in ("tied", "perturbed"):

@@ -15,6 +15,7 @@ from torch import nn
 
 import rewriter
 from passes.targets import GroupedQuery
+from tests.covering import covering
 from tests.targets.lossless_twin import distance, legal_pool, run_file, twin_file
 from tests.targets.turned_twin import turned
 from tests.zoo.case import ZooCase
@@ -48,8 +49,7 @@ def through_torch(case: ZooCase, model: nn.Module, merge: str) -> tuple[float, r
     return distance(case.run(model, fresh), case.run(small, fresh)), small.rewrite_report
 
 
-@pytest.mark.parametrize("case", CASES)
-@MERGES
+@pytest.mark.parametrize(("case", "merge"), covering([ZOO[n] for n in NAMES if n in ZOO], ("joint", "aligned")))
 def test_a_module_with_turned_heads_is_recovered(case: ZooCase, merge: str) -> None:
     moved, report = through_torch(case, twin(case.name), merge)
     assert moved < EXACT

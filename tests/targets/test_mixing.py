@@ -30,6 +30,7 @@ from rewriter.cli import run
 from rewriter.errors import NothingToRewrite, UnsupportedModel
 from rewriter.install.token_mixer import Absorbed, TokenMixer, absorbed, token_mixers
 from rewriter.report.rewrite_report import note_lines
+from tests.covering import covering
 from tests.match.doors import through_torch
 from tests.targets.lossless_twin import run_file
 from tests.targets.watched_mixes import Watched, off, relative, rewritten
@@ -47,15 +48,14 @@ NAMES = (
     *("mha-batch-first", "mha-sequence-first", "torch-encoder", "torch-encoder-padded", "packed-permute-norm"),
 )
 BIDIRECTIONAL = [pytest.param(ZOO[n], id=n) for n in NAMES]
-TWO_STACKS = [pytest.param(ZOO[n], id=n) for n in ("t5-sdpa", "bart-sdpa", "whisper-sdpa")]
+TWO_STACKS = ("t5-sdpa", "bart-sdpa", "whisper-sdpa")
 TARGETS = ("fnet", "hartley")
 
 
 # ------------------------------------------------------------------ modules
 
 
-@pytest.mark.parametrize("case", [*BIDIRECTIONAL, *TWO_STACKS])
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("case", "target"), covering([ZOO[n] for n in (*NAMES, *TWO_STACKS)], TARGETS))
 def test_a_rewritten_module_is_the_oracle_of_its_input(case: ZooCase, target: str) -> None:
     model = rewritten(case, target)
     report = model.rewrite_report
@@ -298,8 +298,7 @@ def test_a_module_that_does_more_than_attend_is_refused_and_its_graph_is_not() -
 # ------------------------------------------------------------------ graphs
 
 
-@pytest.mark.parametrize("case", BIDIRECTIONAL)
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("case", "target"), covering([ZOO[n] for n in NAMES], TARGETS))
 def test_a_program_computes_what_the_module_does(case: ZooCase, target: str) -> None:
     inputs = case.inputs(2, 7, 0)
     expected = case.run(rewritten(case, target), inputs)

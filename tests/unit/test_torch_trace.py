@@ -68,7 +68,7 @@ def test_an_attention_behind_a_branch_and_a_filled_cast_is_found() -> None:
     assert len(find_attention(captured.flow).sites) == 1
 
 
-def test_a_capture_writes_no_stack_traces_and_leaves_the_setting_alone() -> None:
+def test_a_capture_writes_no_stack_traces_and_leaves_the_setting_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch.fx import config
 
     if not hasattr(config, "do_not_emit_stack_traces"):
@@ -79,9 +79,10 @@ def test_a_capture_writes_no_stack_traces_and_leaves_the_setting_alone() -> None
         assert program is not None
         return sum(bool(node.stack_trace) for node in program.graph.nodes)
 
+    monkeypatch.setattr(config, "do_not_emit_stack_traces", False)
     plain = torch.export.export(module, args, strict=False)
     assert traces(capture(module, args, {}).program) == 0 < traces(plain)
     for before in (True, False):
-        config.do_not_emit_stack_traces = before
+        monkeypatch.setattr(config, "do_not_emit_stack_traces", before)
         capture(module, args, {})
         assert config.do_not_emit_stack_traces is before

@@ -155,19 +155,15 @@ def _job_with_past(case: ZooCase) -> Job:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the exporters' progress, warnings and logs; leave out stack traces, which take long to write."""
-    from torch.fx import config
-
-    before, traces = logging.root.manager.disable, getattr(config, "do_not_emit_stack_traces", False)
+    """Silence the exporters' progress, warnings and logs."""
+    before = logging.root.manager.disable
     logging.disable(logging.ERROR)
-    config.do_not_emit_stack_traces = True
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.disable(before)
-        config.do_not_emit_stack_traces = traces
 
 
 def _by_dynamo(job: Job, opset: int, path: Path, dynamic: bool) -> None:

@@ -99,9 +99,25 @@ def matrix(
     return made
 
 
+def one_of_each_family(cases: Iterable[ZooCase], *values: object) -> list[Any]:
+    """Parameters (case, *values); other implementations of attention than a family's first are marked exhaustive."""
+    made, seen = [], set[str]()
+    for case in cases:
+        family = family_of(case)
+        marks = [pytest.mark.exhaustive] if family in seen else []
+        made.append(pytest.param(case, *values, id="-".join(map(str, (case.name, *values))), marks=marks))
+        seen.add(family)
+    return made
+
+
+def family_of(case: ZooCase) -> str:
+    """The name without the attention implementation."""
+    return case.name.removesuffix("-sdpa").removesuffix("-eager")
+
+
 def families(cases: Iterable[ZooCase]) -> set[str]:
-    """Names without the attention implementation."""
-    return {case.name.removesuffix("-sdpa").removesuffix("-eager") for case in cases}
+    """Those that these cases are of."""
+    return {family_of(case) for case in cases}
 
 
 def known() -> Mapping[str, ZooCase]:
