@@ -199,7 +199,9 @@ def rewrite(
     ] = None,
     calibration: Annotated[
         Path | None,
-        typer.Option("--calibration", help="Texts (.txt, .jsonl), token ids (.npy) or inputs (.npz, .safetensors)."),
+        typer.Option(
+            "--calibration", help='Texts (.txt, .jsonl), ids (.npy), inputs (.npz, .safetensors), or "sampled".'
+        ),
     ] = None,
     budget: Annotated[
         str | None,
@@ -515,7 +517,11 @@ def _require_page(path: Path | None) -> None:
 def _calibration(path: Path | None) -> Any:
     if path is None:
         return None
+    from rewriter.calibration.batches import SAMPLED
     from rewriter.calibration.files import read_calibration
+
+    if str(path) == SAMPLED and not path.exists():
+        return SAMPLED
 
     return read_calibration(path)
 

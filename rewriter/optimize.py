@@ -69,9 +69,10 @@ def optimize(
             1 - cosine, on calibration batches held out).
         calibration: what to take statistics of: token ids (an integer array, [N] or [B, T]), a pair (texts, tokenizer)
             or texts alone where the model's folder holds a tokenizer, a DataLoader, or a list of batches (dicts, tuples
-            or tensors). Heads are then merged jointly unless the target says otherwise, and each site's output
-            projection is refitted; without it the mean is the default. Sequences should be as long as those the model
-            is used on.
+            or tensors); or "sampled", for which a causal language model of transformers writes 8,192 tokens itself
+            (`rewriter.calibration.sampled`). Heads are then merged jointly unless the target says otherwise, and each
+            site's output projection is refitted; without it the mean is the default. Sequences should be as long as
+            those the model is used on.
         example_inputs: inputs to capture a torch model with; Hugging Face models have defaults.
         kernels: at rewritten attentions and routed feed-forward blocks of torch models: "auto" (a generated kernel
             where it is legal and measured to be faster than torch's own operators), "off", or "cpp", "triton" or "cuda"

@@ -18,7 +18,8 @@ from passes.protocols import Probe
 from passes.site import AttentionSite, Operand
 from passes.targets.grouped_query import specification
 from passes.targets.replacement import Replacement
-from rewriter.calibration.batches import batches
+from rewriter.calibration.batches import batches, is_sampled
+from rewriter.calibration.sampled import sampled_text
 from rewriter.calibration.torch_probe import module_probe
 from rewriter.capture.example_inputs import Call, prepare
 from rewriter.capture.torch_export import TorchCapture, capture
@@ -82,6 +83,8 @@ def rewrite_torch(
     require_plain(model)
     device_of(model)
     module = model if inplace else copy.deepcopy(model)
+    if is_sampled(calibration):
+        calibration = sampled_text(module)
     with on_processor(module):
         summary, call = _rewritten(module, target, layers, example_inputs, verify, calibration, tokenizer)
     args, kwargs = moved(call, device_of(module))

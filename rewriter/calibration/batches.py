@@ -18,6 +18,9 @@ ROWS = 16
 LONGEST = 128
 """Tokens at which a padded text is cut off."""
 
+SAMPLED = "sampled"
+"""What to give as calibration so that the model writes it."""
+
 HINT = "give token ids, (texts, tokenizer), a DataLoader, or a list of batches (dicts, tuples or tensors)"
 
 
@@ -54,7 +57,14 @@ def batches(calibration: Any, *, causal: bool, tokenizer: Any = None) -> list[Ba
     return found
 
 
+def is_sampled(calibration: Any) -> bool:
+    """Whether the model is to write its own calibration text."""
+    return isinstance(calibration, str) and calibration == SAMPLED
+
+
 def _batches(calibration: Any, causal: bool, tokenizer: Any) -> list[Batch]:
+    if is_sampled(calibration):
+        raise UsageError("graphs and .onnx files do not write calibration text by themselves", hint=HINT)
     if isinstance(calibration, tuple) and len(calibration) == 2 and callable(calibration[1]):
         calibration, tokenizer = calibration
     if isinstance(calibration, str):
