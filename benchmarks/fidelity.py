@@ -9,7 +9,8 @@ heads are turned copies of each other. Whisper tiny.en: KL divergence from the o
 held-out text are different plays, and no gradient step is taken; text of another kind is in other-text
 (`benchmarks.other_text`), what healing gives back in minilm-healed and smollm2-healed (`benchmarks.healing`), what
 choosing for each layer gives in minilm-auto and smollm2-auto (`benchmarks.auto_choice`), what attention transfer gives
-linear attention in smollm2-linear (`benchmarks.linear_transfer`).
+linear attention in smollm2-linear (`benchmarks.linear_transfer`), and what Fourier mixes come to after healing in
+minilm-mixed (`benchmarks.mixed_healing`).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from benchmarks.auto_choice import auto_table, minilm_auto, smollm2_auto
 from benchmarks.healing import healed_table, minilm_healed, smollm2_healed
 from benchmarks.linear_transfer import linear_table, smollm2_linear
 from benchmarks.machine import machine
+from benchmarks.mixed_healing import minilm_mixed
 from benchmarks.other_text import other_text_rows, other_text_table
 from benchmarks.rows import Row, markdown_table, put_section, write_json
 from benchmarks.speech import speech_table, whisper_rows
@@ -186,6 +188,7 @@ PARTS: dict[str, Callable[[bool], Iterator[Row]]] = {
     "minilm-auto": minilm_auto,
     "smollm2-auto": smollm2_auto,
     "minilm-healed": minilm_healed,
+    "minilm-mixed": minilm_mixed,
     "smollm2-healed": smollm2_healed,
     "smollm2-linear": smollm2_linear,
 }

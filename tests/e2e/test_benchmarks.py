@@ -6,10 +6,21 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
-from benchmarks import coverage, end_to_end, fidelity, flash_layers, kernels, real_models, rows
+from benchmarks import (
+    coverage,
+    curves,
+    end_to_end,
+    fidelity,
+    flash_layers,
+    kernels,
+    real_models,
+    rows,
+    sparse_attention,
+)
 from benchmarks.attentions import DOORS, Outcome
 from benchmarks.peers import PeerResult, model_type
 
@@ -187,6 +198,27 @@ def test_mixed_encoders_beside_the_originals(tmp_path: Path) -> None:
     conditional = [r for r in written["rows"] if r["name"] == "colt5"]
     assert len(conditional) == 2 and all(r["ratio"] > 0 and r["goal"] is None for r in conditional)
     assert all(f"## {title}" in page.read_text() for title in ("End to end", "FLASH layers", "CoLT5 encoders"))
+
+
+def test_sparse_attention_is_told_by_length_and_drawn() -> None:
+    lengths = {2048: (10.0, 40.0), 8192: (80.0, 640.0)}
+    found = [
+        rows.Row("time", f"{name}, {n} tokens, 8 heads, d 64", taken, 1.0, "torch, all keys", "ms", 1.0, None, None)
+        for n, pair in lengths.items()
+        for name, taken in zip(("torch, fixed", "torch, all keys"), pair, strict=True)
+    ]
+    found += [
+        rows.Row("growth", f"{name}, 2048 to 8192 tokens", grown, None, "work", "exponent of n", None, goal, ok)
+        for name, grown, goal, ok in (("torch, fixed", 1.5, 1.5, True), ("torch, all keys", 2.0, None, None))
+    ]
+    taken = sparse_attention.times(found)
+    assert taken == {"torch, fixed": {2048: 10.0, 8192: 80.0}, "torch, all keys": {2048: 40.0, 8192: 640.0}}
+    text = sparse_attention.report(found, "curves.svg")
+    assert "| torch, fixed | 10 | 80 | 1.5 | 1.5 | yes |" in text and "](curves.svg)" in text
+    drawn = ElementTree.fromstring(curves.svg(taken, "both logarithmic", powers=True))
+    lines = [line.attrib["points"] for line in drawn if line.tag.endswith("polyline")]
+    (fixed, *_), (whole, *_) = ([float(y) for _, y in (p.split(",") for p in points.split())] for points in lines)
+    assert fixed > whole, "what takes less time is lower, and y points down"
 
 
 def test_rows_of_flash_layers_carry_their_goals() -> None:
