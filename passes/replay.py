@@ -67,7 +67,7 @@ def replay(flow: Flow, path: ScorePath, q: Traced, k: Traced, v: Traced) -> Repl
     scores = _as_computed(scores, flow.dtype)
     score_error = 0.0
     if path.scores is not None:
-        seen_scores = np.asarray(flow.value(path.scores), dtype=np.float64).reshape(scores.shape)
+        seen_scores = _by_head(np.asarray(flow.value(path.scores), dtype=np.float64), path, q.tokens, scores.shape)
         pair = (_from_top(scores), _from_top(seen_scores)) if path.shifted else (scores, seen_scores)
         score_error = relative(*_shown(*pair))
         scores = seen_scores if rounds else scores
@@ -172,6 +172,15 @@ def recorded(flow: Flow, view: OperandView, tokens: Tokens) -> Array:
     if lead == ("bh",):
         return array.reshape(-1, heads, *tail)
     return array.reshape(heads, -1, *tail).swapaxes(0, 1)
+
+
+def _by_head(seen: Array, path: ScorePath, tokens: Tokens, shape: tuple[int, ...]) -> Array:
+    """Recorded scores as [B, H, S, T]."""
+    batch, heads, queries, keys = shape
+    seen = seen.reshape(-1, keys, queries).swapaxes(1, 2) if path.turned else seen
+    if tokens.axes[0] in ("h", "hb"):
+        return seen.reshape(heads, batch, queries, keys).swapaxes(0, 1)
+    return seen.reshape(shape)
 
 
 def products(query: Array, keys: Array, scale: float) -> Array:

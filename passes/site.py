@@ -147,6 +147,7 @@ class Modifier:
         windows: W where `value` is broadcastable to [B / W, W, heads, S, T] instead: the batch counts the
             windows of each image, and a mask knows which is which.
         apart: (KV, G) where `value` is broadcastable to [B, KV, G, S, T] instead: its heads lie along two axes.
+        heads_first: whether `value` is [heads * B, S, T], its sequences one after the other for each head.
     """
 
     kind: Literal["temperature", "bias", "mask", "unmask", "causal", "softcap", "sinks"]
@@ -154,6 +155,7 @@ class Modifier:
     number: float | None = None
     apart: tuple[int, int] | None = None
     windows: int | None = None
+    heads_first: bool = False
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from passes.match.scores import FreeQuery, NotUnderstood, ScorePath, Unrelated, 
 from passes.match.without_softmax import REASON, without_softmax
 from passes.provenance import PASS_THROUGH, Memory, Tracer
 from passes.replay import TOLERANCES, replay
-from passes.site import AttentionSite, NotAttention, Projection, Refusal
+from passes.site import AttentionSite, Modifier, NotAttention, Projection, Refusal
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,7 @@ def match_anchor(tracer: Tracer, anchor: Node, name: str, layer: int) -> tuple[A
     """One anchor. Raises NotUnderstood or Unrelated."""
     flow = tracer.flow
     path, q = _query(tracer, score_path(flow, anchor))
+    path = _heads_first(flow, path, q)
     k = _named(tracer, path.k, "key", shared=True)
     v = _named(tracer, path.v, "value", shared=True)
     require_groups(flow, path, k, v)
@@ -143,6 +144,19 @@ def _query(tracer: Tracer, path: ScorePath) -> tuple[ScorePath, Traced]:
         if found is None:
             raise
         return found
+
+
+def _heads_first(flow: Flow, path: ScorePath, q: Traced) -> ScorePath:
+    """Where batch and heads are one axis, heads outermost, masks of three axes are laid out like that too."""
+    if q.tokens.axes[0] != "hb":
+        return path
+    lead = len(q.tokens.rows) * q.operand.heads
+
+    def laid(modifier: Modifier) -> Modifier:
+        shape = flow.shape(modifier.value) if modifier.value is not None else ()
+        return replace(modifier, heads_first=len(shape) == 3 and shape[0] == lead)
+
+    return replace(path, modifiers=tuple(laid(m) for m in path.modifiers))
 
 
 def _named(tracer: Tracer, view: object, role: str, *, shared: bool) -> Traced:

@@ -680,6 +680,8 @@ def _name_axes(code: Array, fields: dict[str, int]) -> Axes:
     for axis, name in enumerate(names):
         if not name and missing:
             names[axis] = missing.pop(0)
+    if missing == ["b"] and names[0] == "h" and sorted(names) == ["d", "h", "s"]:  # one sequence: a batch of one
+        return ("bh", *names[1:])
     for key in missing:  # an axis of size 1 that was squeezed into its neighbour
         minor = next(i for i, n in enumerate(names) if ("d" if key == "h" else "s") in n)
         names[minor] = key + names[minor]
@@ -713,12 +715,23 @@ def _seam(tracer: Tracer, value: Value, lookup: _Lookup) -> tuple[Value, Axes, f
             break
         if node.op in PASS_THROUGH or (node.op in LAYOUT and len(data_operands(node)) == 1):
             value = node.inputs[0]
+        elif node.op == "Concat" and (whole := _taken_apart(flow, node)) is not None:
+            value = whole
         elif node.op in {"Mul", "Div"} and (scalar := _scalar(flow, node)) is not None:
             value, number = scalar
             factor *= number
         else:
             break
     return ("", (), 1.0) if best is None else best
+
+
+def _taken_apart(flow: Flow, node: Node) -> Value | None:
+    """The one value whose parts, or which itself, a node joins (heads are repeated so); None if there are several."""
+    if len(set(node.inputs)) == 1:
+        return node.inputs[0]
+    cuts = [n for v in node.inputs if (n := flow.producer(v)) is not None and n.op in {"Split", "Slice", "Gather"}]
+    whole = {n.inputs[0] for n in cuts}
+    return whole.pop() if len(cuts) == len(node.inputs) and len(whole) == 1 else None
 
 
 def _scalar(flow: Flow, node: Node) -> tuple[Value, float] | None:

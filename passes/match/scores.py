@@ -21,6 +21,8 @@ FOREIGN_ANCHORS = frozenset({"MultiHeadAttention"})
 HIDDEN = 1e4
 """Scores so far down are masked; no score that counts is so far up either."""
 
+TURNED = "something is added to its scores where they are [keys, queries], or masks them there"
+
 INTEGER_SCORES = (
     "its scores are computed in integers (QLinearMatMul); quantise in the QDQ format instead, "
     "or rewrite the float model and quantise it afterwards"
@@ -100,6 +102,8 @@ class ScorePath:
     output_view: OperandView
     nodes: tuple[int, ...]
     masked_rows_are_zero: bool = False
+    turned: bool = False
+    """Whether the softmax is given [keys, queries] and runs over the first of them."""
     shifted: bool = False
     """Whether a number per row is subtracted before the softmax: scores are then known up to it."""
     roundings: tuple[Rounding, ...] = ()
@@ -182,10 +186,11 @@ def _mask_or_bias(flow: Flow, value: Value) -> Modifier:
 
 def _written_out(flow: Flow, softmax: Node) -> ScorePath:
     rank = len(flow.shape(softmax.inputs[0]))
-    axis = int(softmax.attrs.get("axis", -1))
-    mixes = _context(flow, softmax.outputs[0])
+    axis = int(softmax.attrs.get("axis", -1)) % max(rank, 1)
+    columns = rank >= 2 and axis == rank - 2
+    mixes = _context(flow, softmax.outputs[0], turned=columns)
     try:
-        back = _Backward(flow).run(softmax.inputs[0])
+        back = _Backward(flow, turned=columns).run(softmax.inputs[0])
     except Unrelated as error:
         reason = _learned_alone(flow, softmax) or _samples(flow, softmax)
         if reason is not None:
@@ -197,11 +202,15 @@ def _written_out(flow: Flow, softmax: Node) -> ScorePath:
         if not isinstance(mixes, _Mix) and not _reaches_contraction(flow, softmax):
             raise Unrelated(f"its result weighs no value tokens ({mixes or 'it reaches no contraction'})") from error
         raise
-    if axis not in (-1, rank - 1):
-        raise NotUnderstood(f"softmax runs over axis {axis} of the scores, not over the last")
+    if axis != rank - 1 and not columns:
+        raise NotUnderstood(f"softmax runs over axis {axis} of the scores, not over one of the last two")
     if mixes is None or isinstance(mixes, str):
         raise NotUnderstood(f"the attention weights do not lead to one contraction with values: {mixes or 'no reader'}")
     q, k, added = _qk_operands(flow, back.contraction)
+    if back.turned:
+        if added is not None:
+            raise NotUnderstood(TURNED)
+        q, k = k, q
     alpha, beta = (float(back.contraction.attrs.get(n, 1.0)) for n in ("alpha", "beta"))
     first = () if added is None else (Modifier("bias", added, back.scale * beta),)
     contracted = flow.shape(back.contraction.outputs[0])
@@ -212,7 +221,7 @@ def _written_out(flow: Flow, softmax: Node) -> ScorePath:
     return ScorePath(
         softmax, q, k, mixes.v, back.scale * alpha, modifiers, softmax.inputs[0], mixes.output,
         (back.contraction.index, *back.nodes, softmax.index, *mixes.nodes), mixes.zero_nan,
-        back.shifted, roundings, ranks,
+        columns, back.shifted, roundings, ranks,
     )  # fmt: skip
 
 
@@ -268,6 +277,8 @@ class _Backward:
     """
 
     flow: Flow
+    turned: bool = False
+    """Whether scores are [keys, queries] where the walk is."""
     scale: float = 1.0
     modifiers: list[Modifier] = field(default_factory=list)
     nodes: list[int] = field(default_factory=list)
@@ -292,6 +303,8 @@ class _Backward:
                 self.contraction = node
                 return self
             value = self._step(node)
+            if self.turned and len(self.modifiers) > len(self.shapes):
+                raise NotUnderstood(TURNED)
             shape = self.flow.shape(node.outputs[0])
             self.shapes += [shape] * (len(self.modifiers) - len(self.shapes))
             self.ranks += [len(shape)] * (len(self.modifiers) - len(self.ranks))
@@ -340,6 +353,9 @@ class _Backward:
                 self.roundings.append(Rounding(quantize, self.scale, len(self.modifiers)))
             return node.inputs[0]
         if node.op == "Reshape" and _keeps_last_two(self.flow, node):
+            return node.inputs[0]
+        if node.op == "Transpose" and _swaps_last_two(self.flow, node):
+            self.turned = not self.turned
             return node.inputs[0]
         if _flattens_rows(self.flow, node) and not self.modifiers:
             return node.inputs[0]
@@ -577,10 +593,13 @@ class _Mix:
     zero_nan: bool
 
 
-def _context(flow: Flow, value: Value) -> _Mix | str | None:
-    """Follow the attention weights to their contraction with values; a string says why that failed."""
+def _context(flow: Flow, value: Value, turned: bool) -> _Mix | str | None:
+    """Follow the attention weights to their contraction with values; a string says why that failed.
+
+    `turned`: they are [keys, queries].
+    """
     nodes: list[int] = []
-    zero_nan = turned = False
+    zero_nan = False
     while True:
         if value in flow.outputs:
             return "the attention weights are an output of the model"
@@ -729,6 +748,8 @@ def _by_head(flow: Flow, modifier: Modifier, shape: tuple[int, ...]) -> Array:
     array = flow.value(modifier.value)
     if modifier.windows is not None:
         return join_windows(array, modifier.windows, shape[0])
+    if modifier.heads_first:
+        return array.reshape(shape[1], shape[0], *array.shape[1:]).swapaxes(0, 1)
     return unfuse_heads(array, shape) if modifier.apart is None else join_heads(array, modifier.apart)
 
 

@@ -456,6 +456,8 @@ class _Editor:
             return self.write.op(nodes, "Transpose", [value], f"{name}.canonical", perm=[axes.index(a) for a in "bhsd"])
         if axes == ("bh", "s", "d"):
             return self._lead(nodes, value, [-1, heads], [1, 2], f"{name}.canonical")
+        if axes == ("hb", "s", "d"):
+            return self._heads_behind(nodes, value, heads, f"{name}.canonical")
         if axes == ("b", "s", "hd"):
             shape = self.write.ints([0, 0, heads, -1], f"{name}.split_shape")
             split = self.write.op(nodes, "Reshape", [value, shape], f"{name}.split")
@@ -475,10 +477,18 @@ class _Editor:
             return self.write.op(nodes, "Transpose", [value], name, perm=["bhsd".index(a) for a in axes])
         if axes == ("bh", "s", "d"):
             return self._lead(nodes, value, [-1], [2, 3], name)
+        if axes == ("hb", "s", "d"):
+            value = self.write.op(nodes, "Transpose", [value], f"{name}.turned", perm=[1, 0, 2, 3])
+            return self._lead(nodes, value, [-1], [2, 3], name)
         if axes == ("b", "s", "hd"):
             turned = self.write.op(nodes, "Transpose", [value], f"{name}.turned", perm=[0, 2, 1, 3])
             return self.write.op(nodes, "Reshape", [turned, self.write.ints([0, 0, -1], f"{name}.merged")], name)
         raise AssertionError(f"sites whose output is laid out as {axes} are not installed")
+
+    def _heads_behind(self, nodes: list[ir.Node], value: ir.Value, heads: int, name: str) -> ir.Value:
+        """[heads * B, S, D] as [B, heads, S, D]."""
+        value = self._lead(nodes, value, [heads, -1], [1, 2], f"{name}.apart")
+        return self.write.op(nodes, "Transpose", [value], name, perm=[1, 0, 2, 3])
 
     def _lead(self, nodes: list[ir.Node], value: ir.Value, lead: list[int], keep: list[int], name: str) -> ir.Value:
         """Reshape to `lead`, one size of which is -1, followed by the value's own sizes along the axes `keep`."""
@@ -531,6 +541,8 @@ class _Editor:
             return self._joined(nodes, value, self.capture.flow.shape(modifier.value), modifier.apart, name)
         if modifier.windows is not None:
             return value
+        if modifier.heads_first:
+            return self._heads_behind(nodes, value, heads, f"{name}.by_head")
         if len(self.capture.flow.shape(modifier.value)) == 3 and self.capture.flow.shape(modifier.value)[0] != 1:
             value = self._lead(nodes, value, [-1, heads], [1, 2], f"{name}.by_head")
         return value

@@ -52,7 +52,8 @@ class Graph:
         return self.random.standard_normal(shape) / np.sqrt(shape[0])
 
     def model(self, output: str) -> onnx.ModelProto:
-        shape = ["batch", "tokens", WIDTH]
+        batch = "batch" if len(self.inputs["x"]) > 1 else 1
+        shape: list[str | int | None] = [batch, "tokens", WIDTH]
         graph = helper.make_graph(
             self.nodes,
             "by_hand",
