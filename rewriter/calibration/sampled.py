@@ -55,7 +55,7 @@ def _written(model: Any, config: Any, rows: int, length: int, device: torch.devi
     if length == 1:
         return first
     end = getattr(config, "eos_token_id", None)
-    how = GenerationConfig(
+    how = GenerationConfig(  # type: ignore[no-untyped-call]
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0, min_new_tokens=length - 1, max_new_tokens=length - 1,
         eos_token_id=end, pad_token_id=end[0] if isinstance(end, list) else end,
     )  # fmt: skip

@@ -166,6 +166,34 @@ def test_fidelity_of_one_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert "## Fidelity" in (tmp_path / "page.md").read_text()
 
 
+FIDELITY = {
+    "minilm cosine": "MiniLM",
+    "minilm cosine, healed": "MiniLM",
+    "minilm auto, cosine": "MiniLM",
+    "smollm2 mqa perplexity / base": "SmolLM2",
+    "smollm2 turned twin, largest change": "SmolLM2",
+    "smollm2 mqa, KL on another kind of text": "SmolLM2",
+    "smollm2 mqa perplexity / base, healed": "SmolLM2",
+    "smollm2 linear perplexity / base": "SmolLM2",
+    "whisper, KL from the original": "Whisper tiny.en",
+}
+
+
+def test_fidelity_lists_every_row_below_its_model() -> None:
+    more = {"seconds": 1.0, "nearer": 11.5, "uniform": "", "word_error_rate": 0.125}
+    made = [
+        rows.Row(name, f"case {i}", 0.98491, 0.5, "peer", "unit", 2.0, 0.985, False, more)
+        for i, name in enumerate(FIDELITY)
+    ]
+    _, *sections = fidelity.document(made, quick=False).split("\n### ")
+    text = {section.splitlines()[0]: section for section in sections}
+    assert list(text) == ["MiniLM", "SmolLM2", "Whisper tiny.en"]
+    for i, (name, heading) in enumerate(FIDELITY.items()):
+        assert [h for h, section in text.items() if f"| case {i} |" in section] == [heading], name
+    assert "0.9849" in text["MiniLM"], "a healed figure is not rounded up to its goal"
+    assert "11.5" in text["Whisper tiny.en"] and "0.125" in text["Whisper tiny.en"]
+
+
 def test_an_unknown_part_is_a_usage_error() -> None:
     assert fidelity.main(["--only", "no-such-part"]) == 2
 
