@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import product
 from typing import Any
 
@@ -14,12 +14,7 @@ def named(value: Any) -> str:
     return str(getattr(value, "short", None) or getattr(value, "name", None) or value)
 
 
-def covering(
-    names: Sequence[Any],
-    *others: Sequence[Any],
-    also: Iterable[tuple[Any, ...]] = (),
-    called: Callable[[Any], str] = named,
-) -> list[Any]:
+def covering(names: Sequence[Any], *others: Sequence[Any], also: Iterable[tuple[Any, ...]] = ()) -> list[Any]:
     """Parameters (name, other, ...) of all combinations; those not of every run are marked `exhaustive`.
 
     Every run tries each name, and each combination of `others`, with some partner; `also` names more that it tries.
@@ -32,5 +27,5 @@ def covering(
         for rest in rests:
             values = (name, *rest)
             marks = [] if values in soon else [pytest.mark.exhaustive]
-            made.append(pytest.param(*values, id="-".join(map(called, values)), marks=marks))
+            made.append(pytest.param(*values, id="-".join(map(named, values)), marks=marks))
     return made

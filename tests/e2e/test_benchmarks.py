@@ -261,7 +261,11 @@ def test_rows_of_flash_layers_carry_their_goals() -> None:
 
 
 @pytest.mark.slow
-def test_a_real_model_before_and_after(tmp_path: Path) -> None:
+def test_a_real_model_before_and_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sentences = real_models.sentences
+    monkeypatch.setattr(
+        real_models, "sentences", lambda texts, count, seed: sentences(texts, 16 if count == 64 else count, seed)
+    )
     target, page, readme = tmp_path / "rows.json", tmp_path / "benchmarks.md", tmp_path / "README.md"
     readme.write_text("# x\n<!-- real models -->\nold\n<!-- end of real models -->\nkept\n")
     places = ["--json", str(target), "--markdown", str(page), "--readme", str(readme)]

@@ -47,7 +47,6 @@ NAMES = (
     *("bert-sdpa", "bert-eager", "distilbert-sdpa", "vit-sdpa", "modernbert-sdpa", "wav2vec2-sdpa", "dinov2-sdpa"),
     *("mha-batch-first", "mha-sequence-first", "torch-encoder", "torch-encoder-padded", "packed-permute-norm"),
 )
-BIDIRECTIONAL = [pytest.param(ZOO[n], id=n) for n in NAMES]
 TWO_STACKS = ("t5-sdpa", "bart-sdpa", "whisper-sdpa")
 TARGETS = ("fnet", "hartley")
 
