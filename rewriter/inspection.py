@@ -29,6 +29,7 @@ from passes.targets.linear_mixing import LinearMixer
 from passes.targets.sparse import SparseFixed, SparseStrided, Window
 from passes.targets.sparse_mixer import sparse_mixer
 from rewriter.errors import NotExportable, RewriteError, UsageError
+from rewriter.given_path import existing
 from rewriter.model_kinds import is_onnx, is_torch
 
 SPARSE = (sparse_mixer(), sparse_mixer(fast=True))
@@ -104,13 +105,11 @@ def inspect(model: Any, *, example_inputs: Any = None) -> Inspection:
     for a broken one.
     """
     if isinstance(model, (str, Path)):
-        path = Path(model)
+        path = existing(model)
         if path.is_dir():
             from rewriter.install.persistence import load
 
             return _inspect_torch(load(path), example_inputs, str(model))
-        if not path.exists():
-            raise UsageError(f"no such file: {path}", hint="check the path")
         from rewriter.capture.onnx_load import load as load_onnx
 
         return _inspect_onnx(load_onnx(path), str(model))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from passes.dataflow import Array
-from rewriter.errors import UsageError
+from rewriter.errors import UsageError, first_line
 
 WINDOW = 512
 """Tokens of a sequence that is cut out of a long text."""
@@ -34,6 +34,14 @@ class Batch:
     def __post_init__(self) -> None:
         object.__setattr__(self, "args", tuple(map(_on_the_processor, self.args)))
         object.__setattr__(self, "kwargs", {k: _on_the_processor(v) for k, v in dict(self.kwargs).items()})
+
+
+def not_taken(error: Exception) -> UsageError:
+    """What to say of a batch on which the model fails, e.g. for ids beyond its vocabulary."""
+    return UsageError(
+        f"the model does not take a calibration batch: {first_line(error)}",
+        hint="tokenise with the tokenizer of this model",
+    )
 
 
 def _on_the_processor(value: Any) -> Any:

@@ -13,8 +13,9 @@ from torch.fx import GraphModule
 from torch.fx import Node as FxNode
 
 from passes.dataflow import Array, Value
+from rewriter.calibration.batches import not_taken
 from rewriter.capture.torch_export import to_numpy
-from rewriter.errors import UnsupportedModel, UsageError, first_line
+from rewriter.errors import UnsupportedModel
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ class TorchTrial:
                 call = program.calls[i]
                 args, kwargs = (self._filled(a) for a in (call.args, call.kwargs))
                 args = _without_mutation(call.target, args)
-                result = _result(call.target, args, kwargs)
+                result = self._called(call.target, args, kwargs)
                 if call.name in program.last or i == stop:
                     self._held[call.name] = result
                 if call.name in wanted:
@@ -157,6 +158,15 @@ class TorchTrial:
         if missing:
             raise KeyError(f"not computed on the way: {sorted(missing)[0]}")
         return kept
+
+    def _called(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """What fails before the first site has nothing but the batch to go by."""
+        try:
+            return target(*args, **kwargs)
+        except (IndexError, RuntimeError) as error:
+            if self._next:
+                raise
+            raise not_taken(error) from error
 
     def put(self, value: Value, array: Array) -> None:
         old = self._held.get(value)
@@ -174,17 +184,6 @@ class TorchTrial:
             arguments,
             is_leaf=lambda a: isinstance(a, Reference),
         )
-
-
-def _result(target: Any, args: Any, kwargs: Any) -> Any:
-    """What a call gives. Raises UsageError where the batch does not suit the model."""
-    try:
-        return target(*args, **kwargs)
-    except (IndexError, RuntimeError) as error:
-        raise UsageError(
-            f"the model does not run on a calibration batch: {first_line(error)}",
-            hint="use the tokenizer of this model: ids lie below its vocabulary's size",
-        ) from error
 
 
 def _without_mutation(target: Any, args: Any) -> Any:

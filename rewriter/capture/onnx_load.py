@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from rewriter.capture.onnx_functions import require_finite_functions
 from rewriter.errors import InvalidModelFile, UnsupportedModel, UsageError
+from rewriter.given_path import existing
 
 if TYPE_CHECKING:
     import onnx
@@ -132,9 +133,7 @@ def _parse(path: Path) -> onnx.ModelProto:
 
 
 def _check_file(path: Path) -> None:
-    if not path.exists():
-        raise UsageError(f"no such file: {path}", hint="check the path")
-    if not path.is_file():
+    if not existing(path).is_file():
         raise UsageError(f"{path} is no file", hint="give the path of an .onnx file")
     try:
         with path.open("rb") as file:

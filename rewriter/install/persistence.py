@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rewriter.drafts import require_place
 from rewriter.errors import InvalidModelFile, RewriteError, UsageError, first_line
 from rewriter.install import conditional_block, expert_mixer, huggingface, repeated_projection, token_mixer
 from rewriter.install.checkpoint_files import is_own, require_own_files
@@ -73,8 +74,9 @@ def save(
         CannotWrite: if the disk is full.
     """
     target = Path(path)
-    if not target.absolute().parent.is_dir():
+    if not os.path.isdir(target.absolute().parent):
         raise UsageError(f"{target.absolute().parent} is not a folder", hint="Create it first.")
+    require_place(target)
     if target.exists() and not target.is_dir():
         raise UsageError(f"{target} is a file", hint="Give the name of a folder.")
     with whole_folder(target, drop=OURS) as draft:
@@ -95,7 +97,7 @@ def load(path: str | os.PathLike[str], *, module: nn.Module | None = None) -> nn
         InvalidModelFile: if the folder is broken, of an unknown format, or does not fit the module.
     """
     folder = Path(path)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise UsageError(f"{folder} is not a folder", hint="Give the folder that rewriter.save wrote.")
     found = _load(folder, module)
     report = stored.from_text((folder / stored.FILE).read_text("utf-8", "replace")) if _has_report(folder) else None

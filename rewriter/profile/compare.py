@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rewriter.errors import UsageError
+from rewriter.given_path import existing
 from rewriter.model_kinds import is_onnx, is_torch
 from rewriter.optimize import Rewritten
 from rewriter.profile.providers import provider_name
@@ -136,10 +137,7 @@ def _kernels_off(modules: Sequence[Any]) -> Iterator[None]:
 
 def _kind(model: Any) -> str:
     if isinstance(model, str | Path):
-        path = Path(model)
-        if not path.exists():
-            raise UsageError(f"no such file: {path}", hint="check the path")
-        return "torch" if path.is_dir() else "onnx"
+        return "torch" if existing(model).is_dir() else "onnx"
     if is_onnx(model):
         return "onnx"
     if not is_torch(model):

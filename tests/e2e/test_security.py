@@ -24,9 +24,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import rewriter
-from benchmarks import fuzz
+from benchmarks import folder_fuzz, fuzz
 from benchmarks.scale_models import Stack, write
 from rewriter import cli
+from rewriter.calibration.files import read_calibration
+from rewriter.calibration.tokenizer import tokenizer_beside
 from rewriter.errors import InvalidModelFile, UsageError
 from rewriter.install.persistence import copy_side_files
 from rewriter.kernels.folder import library_in
@@ -209,8 +211,6 @@ def test_code_beside_a_checkpoint_is_not_run(tmp_path: Path) -> None:
     edited(folder, "config.json", auto_map=auto)
     (folder / "tokenizer_config.json").write_text(json.dumps({"auto_map": auto, "tokenizer_class": "T"}))
     assert rewriter.load(folder) is not None
-    from rewriter.calibration.tokenizer import tokenizer_beside
-
     tokenizer_beside(folder)
     assert not marker.exists()
     exec((folder / "code.py").read_text())
@@ -255,6 +255,56 @@ def test_a_download_cache_is_followed(folder: Path) -> None:
         file.rename(hub / "blobs" / str(number))
         (hub / "snapshots" / "1" / file.name).symlink_to(f"../../blobs/{number}")
     assert rewriter.load(hub / "snapshots" / "1") is not None
+
+
+def test_data_of_another_vocabulary(folder: Path, tmp_path: Path) -> None:
+    for number, words in (
+        (95, ""),
+        (96, "does not take a calibration batch"),
+        (-1, "does not take a calibration batch"),
+    ):
+        np.save(tmp_path / "ids.npy", np.full((4, 8), number))
+        target, out = str(tmp_path / "ids.npy"), str(tmp_path / "out")
+        code, text = said("rewrite", str(folder), out, "-t", "gqa2", "--calibration", target)
+        assert code == (2 if words else 0) and words in text and "bug" not in text, (number, text[-300:])
+
+
+def test_a_calibration_archive_that_unpacks_to_anything(tmp_path: Path) -> None:
+    def archive(rows: int) -> Path:
+        np.savez_compressed(tmp_path / "x.npz", input_ids=np.zeros((rows, 1 << 12), np.int64))
+        return tmp_path / "x.npz"
+
+    assert len(read_calibration(archive(16))) == 1, "the control"
+    path = archive(1 << 13)
+    assert path.stat().st_size < 1 << 20
+    with pytest.raises(UsageError, match="would take 268,"):
+        read_calibration(path)
+
+
+def test_a_broken_tokenizer_is_none(folder: Path) -> None:
+    folder_fuzz._tokenizer(folder)
+    assert tokenizer_beside(folder) is not None, "the control"
+    for entries in ({"tokenizer_class": [1]}, {"added_tokens_decoder": {"x": 7}}):
+        assert tokenizer_beside(edited(folder, "tokenizer_config.json", **entries)) is None
+    (folder / "tokenizer_config.json").unlink()
+    (folder / "tokenizer.json").write_text("[" * 100_000)
+    assert tokenizer_beside(folder) is None
+
+
+def test_links_of_a_tokenizer(folder: Path) -> None:
+    """Into a download cache they are followed, below a snapshot too; elsewhere they are not."""
+    hub = folder.parent / "models--a--b"
+    place = hub / "snapshots" / "1" / "tokenizer"
+    place.mkdir(parents=True)
+    (hub / "blobs").mkdir()
+    folder_fuzz._tokenizer(place)
+    for file in list(place.iterdir()):
+        file.rename(hub / "blobs" / file.name)
+        file.symlink_to(f"../../../blobs/{file.name}")
+    assert tokenizer_beside(place.parent) is not None
+    (place / "vocab.txt").symlink_to("/etc/passwd")
+    with pytest.raises(InvalidModelFile, match="leads out"):
+        tokenizer_beside(place.parent)
 
 
 @pytest.mark.parametrize("place", ["../elsewhere.safetensors", "{absolute}", "sub/x.safetensors", "x.gguf"])
