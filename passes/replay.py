@@ -67,7 +67,7 @@ def replay(flow: Flow, path: ScorePath, q: Traced, k: Traced, v: Traced) -> Repl
     scores = _as_computed(scores, flow.dtype)
     score_error = 0.0
     if path.scores is not None:
-        seen_scores = np.asarray(flow.value(path.scores), dtype=np.float64).reshape(scores.shape)
+        seen_scores = _by_batch(np.asarray(flow.value(path.scores), dtype=np.float64), q.tokens, scores.shape)
         pair = (_from_top(scores), _from_top(seen_scores)) if path.shifted else (scores, seen_scores)
         score_error = relative(*_shown(*pair))
         scores = seen_scores if rounds else scores
@@ -163,15 +163,19 @@ def recorded(flow: Flow, view: OperandView, tokens: Tokens) -> Array:
     array = view.arranged(array)
     lead, heads = tokens.axes[:-2], len(tokens.columns)
     tail = array.shape[-2:]
-    if lead == ("b", "h"):
-        return array
-    if lead == ("h", "b"):
-        return array.swapaxes(0, 1)
     if lead == ("b",):
         return array[:, None]
-    if lead == ("bh",):
+    if lead in {("b", "h"), ("bh",)}:  # the output may have one axis for both where the query has two, or the reverse
         return array.reshape(-1, heads, *tail)
     return array.reshape(heads, -1, *tail).swapaxes(0, 1)
+
+
+def _by_batch(scores: Array, tokens: Tokens, shape: tuple[int, ...]) -> Array:
+    """Recorded scores as [B, H, S, T], also where heads come before the batch."""
+    if tokens.axes[0] not in {"hb", "h"}:
+        return scores.reshape(shape)
+    batch, heads, *rest = shape
+    return scores.reshape(heads, batch, *rest).swapaxes(0, 1)
 
 
 def products(query: Array, keys: Array, scale: float) -> Array:

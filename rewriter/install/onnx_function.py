@@ -455,6 +455,9 @@ class _Editor:
             return self.write.op(nodes, "Transpose", [value], f"{name}.canonical", perm=[axes.index(a) for a in "bhsd"])
         if axes == ("bh", "s", "d"):
             return self._lead(nodes, value, [-1, heads], [1, 2], f"{name}.canonical")
+        if axes == ("hb", "s", "d"):
+            split = self._lead(nodes, value, [heads, -1], [1, 2], f"{name}.split")
+            return self.write.op(nodes, "Transpose", [split], f"{name}.canonical", perm=[1, 0, 2, 3])
         if axes == ("b", "s", "hd"):
             shape = self.write.ints([0, 0, heads, -1], f"{name}.split_shape")
             split = self.write.op(nodes, "Reshape", [value, shape], f"{name}.split")
@@ -474,6 +477,9 @@ class _Editor:
             return self.write.op(nodes, "Transpose", [value], name, perm=["bhsd".index(a) for a in axes])
         if axes == ("bh", "s", "d"):
             return self._lead(nodes, value, [-1], [2, 3], name)
+        if axes == ("hb", "s", "d"):
+            turned = self.write.op(nodes, "Transpose", [value], f"{name}.turned", perm=[1, 0, 2, 3])
+            return self._lead(nodes, turned, [-1], [2, 3], name)
         if axes == ("b", "s", "hd"):
             turned = self.write.op(nodes, "Transpose", [value], f"{name}.turned", perm=[0, 2, 1, 3])
             return self.write.op(nodes, "Reshape", [turned, self.write.ints([0, 0, -1], f"{name}.merged")], name)

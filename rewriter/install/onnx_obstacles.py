@@ -12,7 +12,7 @@ from rewriter.capture.onnx_file import OnnxCapture, unflattened
 from rewriter.install.onnx_linear import linear_obstacle
 from rewriter.install.onnx_padding import padding_obstacle
 
-_WRITABLE = frozenset({("bh", "s", "d"), ("b", "s", "hd")})
+_WRITABLE = frozenset({("bh", "s", "d"), ("hb", "s", "d"), ("b", "s", "hd")})
 MODULES = "is installed in torch modules only: rewrite the module the file was exported from"
 OLDEST_OPSET = 12
 HEADS_IN_BATCH = frozenset({("bh", "s", "d"), ("bh", "d", "s")})
@@ -141,7 +141,7 @@ def _one_sequence(capture: OnnxCapture, operand: Operand) -> bool:
 
 def laid_freely(operand: Operand) -> bool:
     """Whether attention alone reads the stem, so that new heads may lie there as it wants them."""
-    apart = all(len(a) <= 1 or a == "bh" for a in operand.stem_axes)
+    apart = all(len(a) <= 1 or a in {"bh", "hb"} for a in operand.stem_axes)
     return operand.seam == operand.stem and not operand.presents and apart
 
 
