@@ -163,13 +163,9 @@ def recorded(flow: Flow, view: OperandView, tokens: Tokens) -> Array:
     array = view.arranged(array)
     lead, heads = tokens.axes[:-2], len(tokens.columns)
     tail = array.shape[-2:]
-    if lead == ("b", "h"):
-        return array
-    if lead == ("h", "b"):
-        return array.swapaxes(0, 1)
     if lead == ("b",):
         return array[:, None]
-    if lead == ("bh",):
+    if lead in {("b", "h"), ("bh",)}:  # the output may have one axis for both where the query has two, or the reverse
         return array.reshape(-1, heads, *tail)
     return array.reshape(heads, -1, *tail).swapaxes(0, 1)
 

@@ -15,7 +15,7 @@ from passes.match.names import common_scope, exporter_scope, layer_of
 from passes.match.operands import HeadsApart, Traced
 from passes.match.repeats import trace_repeated
 from passes.match.scores import FreeQuery, NotUnderstood, ScorePath, Unrelated, anchors, score_path, total_bias
-from passes.match.without_softmax import REASON, without_softmax
+from passes.match.without_softmax import without_softmax
 from passes.provenance import PASS_THROUGH, Memory, Tracer
 from passes.replay import TOLERANCES, replay
 from passes.site import AttentionSite, Modifier, NotAttention, Projection, Refusal
@@ -69,9 +69,9 @@ def find_attention(flow: Flow) -> Matches:
             site = names.settled(site)
             sites.append(site)
             evidence[site.name] = proof
-    for node in without_softmax(flow):
+    for node, missing in without_softmax(flow, {n.anchor for n in unrelated}):
         name, layer = names.of(node)
-        refusals.append(Refusal(name, layer, REASON, node.index, node.owner))
+        refusals.append(Refusal(name, layer, missing, node.index, node.owner))
     refusals.sort(key=lambda r: r.anchor)
     return Matches(tuple(sites), tuple(refusals), tuple(unrelated), evidence)
 
@@ -94,6 +94,7 @@ def match_anchor(tracer: Tracer, anchor: Node, name: str, layer: int) -> tuple[A
     k = _named(tracer, path.k, "key", shared=True)
     v = _named(tracer, path.v, "value", shared=True)
     require_groups(flow, path, k, v)
+    _require_masks_by_batch(flow, path, q)
     heads = q.operand.heads
     group = _group(k, heads)
     if group != _group(v, heads):
@@ -123,7 +124,7 @@ def match_anchor(tracer: Tracer, anchor: Node, name: str, layer: int) -> tuple[A
         cross=_is_cross(flow, q, k),
         anchor=anchor.index,
         output=path.output_view.value,
-        output_axes=_output_axes(path, q),
+        output_axes=_output_axes(flow, path, q),
         merged=merged,
         out=out,
         nodes=path.nodes,
@@ -178,6 +179,13 @@ def _checked(site: AttentionSite, v: Traced) -> AttentionSite:
     return site
 
 
+def _require_masks_by_batch(flow: Flow, path: ScorePath, q: Traced) -> None:
+    """A mask for heads that come before the batch on one axis would be read as one for a batch before heads."""
+    values = [m.value for m in path.modifiers if m.value is not None]
+    if q.tokens.axes[0] == "hb" and any(len(flow.shape(v)) == 3 and flow.shape(v)[0] > 1 for v in values):
+        raise NotUnderstood("its masks lie on one axis with heads before the batch, which is not read")
+
+
 def _group(traced: Traced, heads: int) -> tuple[int, ...]:
     """Distinct key/value head of each query head; operators may leave the repetition to themselves."""
     at_anchor = len(traced.group)
@@ -186,10 +194,13 @@ def _group(traced: Traced, heads: int) -> tuple[int, ...]:
     return tuple(traced.group[h * at_anchor // heads] for h in range(heads))
 
 
-def _output_axes(path: ScorePath, q: Traced) -> tuple[str, ...]:
+def _output_axes(flow: Flow, path: ScorePath, q: Traced) -> tuple[str, ...]:
     if path.output_view.heads:
         return ("b", "s", "hd")
     lead = list(q.tokens.axes[:-2])
+    rank = 4 if path.output_view.fold > 1 or path.output_view.apart else len(flow.shape(path.output_view.value))
+    if len(lead) + 2 != rank and (together := "".join(lead)) in {"bh", "hb"}:
+        lead = list(together) if rank == 4 else [together]
     rank = len(lead) + 2
     token, feature = path.output_view.token_axis % rank, path.output_view.feature_axis % rank
     return tuple("s" if a == token else "d" if a == feature else lead.pop(0) for a in range(rank))

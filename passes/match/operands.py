@@ -78,6 +78,11 @@ def trace_operand(tracer: Tracer, view: OperandView, *, shared_heads: bool) -> T
     projection, norm = origin.projection, origin.norm
     to_rows, to_columns = origin.places[source.value]
     flat = ids[0][..., new, :] - source.base
+    if _features_for_tokens(to_rows[flat], to_columns[flat]):
+        raise NotUnderstood(
+            "tokens stand where features should: it weighs features by features (channel or cross-covariance "
+            "attention), or a projection mixes its tokens, and has no heads over tokens to share"
+        )
     lead = _lead_roles(to_rows[flat], to_columns[flat])
     bias = None if form.bias is None else view.arranged(np.broadcast_to(form.bias, form.shape))
     canonical = _Canonical(ids, coefficients, source, bias, new, lead)
@@ -242,6 +247,16 @@ def _main_source(tracer: Tracer, ids: list[Array]) -> Source:
             f"its heads are normalised by {len(learned)} norms, each with weights of its own; merged heads would have "
             "to share one"
         )
+    if len(learned) > 1 and len(ids) > 1 and _sources_apart(tracer, ids):
+        raise NotUnderstood(
+            "it is the sum of two projections (as of a layer and a low-rank adapter beside it); merge the adapter into "
+            "the layer's weights first"
+        )
+    if len(learned) > 1 and _joined_along_tokens(ids[0], learned) and _alike_along_tokens(ids[0], learned):
+        raise NotUnderstood(
+            f"its heads are joined from {len(learned)} projections, one for each; make them by one projection (their "
+            "weights one under the other), which is the same"
+        )
     if len(learned) > 1 and _joined_along_tokens(ids[0], learned):
         raise NotUnderstood(
             f"its tokens are joined from {len(learned)} projections (as of two streams, or of global tokens beside "
@@ -260,12 +275,30 @@ def _main_source(tracer: Tracer, ids: list[Array]) -> Source:
     return learned[0]
 
 
+def _sources_apart(tracer: Tracer, ids: list[Array]) -> bool:
+    """Whether every term has one source, and no two the same."""
+    held = [[s.value for s in tracer.source_of(term) if s.kind != "input"] for term in ids]
+    return all(len(h) == 1 for h in held) and len({h[0] for h in held}) == len(held)
+
+
 def _joined_along_tokens(ids: Array, sources: list[Source]) -> bool:
     """Whether each token has all its features from one source."""
+    number = _numbered(ids, sources)
+    return bool((number == number[..., :1]).all())
+
+
+def _alike_along_tokens(ids: Array, sources: list[Source]) -> bool:
+    """Whether all tokens have the same features from the same source: then it is heads that are joined."""
+    number = _numbered(ids, sources)
+    return bool((number == number[..., :1, :]).all())
+
+
+def _numbered(ids: Array, sources: list[Source]) -> Array:
+    """Which source each element is of, from 1."""
     number = np.zeros(ids.shape, np.int64)
     for count, source in enumerate(sources, 1):
         number[source.holds(ids)] = count
-    return bool((number == number[..., :1]).all())
+    return number
 
 
 def _cache_split(tracer: Tracer, ids: Array, source: Source) -> tuple[slice, Value | None]:
@@ -353,7 +386,12 @@ class _Canonical:
             return
         for c in self.coefficients:
             if np.abs(c - c[:, :1]).max() > 1e-6 * max(1.0, float(np.abs(c).max())):
-                raise NotUnderstood("key or value heads are scaled differently from each other")
+                raise NotUnderstood(
+                    "its heads are rotated by angles of their own (learned positions), so merged heads would have to "
+                    "share them"
+                    if len(self.coefficients) > 1
+                    else "key or value heads are scaled differently from each other"
+                )
         if self.offset is not None and np.abs(self.offset - self.offset[:, :1]).max() > 1e-6:
             raise NotUnderstood("a per-head bias is added to the keys or values after the projection's layout")
 
@@ -398,6 +436,12 @@ def _two_lead_axes(row_of: Array) -> tuple[Array, Array, Axes]:
         raise NotUnderstood("both leading axes of an operand run over sequences")
     index = np.indices(lead).reshape(2, -1)
     return index[batch_axis], index[1 - batch_axis], ("b", "h") if batch_axis == 0 else ("h", "b")
+
+
+def _features_for_tokens(rows: Array, columns: Array) -> bool:
+    """Whether tokens run along the last axis of [lead..., T, D] and columns along the one before it."""
+    turned = _varies(rows, rows.ndim - 1) and _varies(columns, columns.ndim - 2)
+    return turned and not _varies(rows, rows.ndim - 2) and not _varies(columns, columns.ndim - 1)
 
 
 def _varies(array: Array, axis: int) -> bool:

@@ -33,6 +33,10 @@ class NotUnderstood(Exception):
     """An attention with a step that matching does not understand; the message is the refusal's reason."""
 
 
+class SurelyAttention(NotUnderstood):
+    """Scores of pairs of tokens were seen: this is an attention, wherever its weights lead."""
+
+
 class Unrelated(Exception):
     """A softmax that is no attention; the message says what it is instead."""
 
@@ -171,7 +175,7 @@ def _integer_scores(flow: Flow, softmax: Node) -> NotUnderstood | Unrelated:
     node: Node | None = softmax
     while node is not None:
         if flow.projection_operands(node) is not None:
-            return Unrelated("it normalises a learned projection (a router or a classifier)")
+            return Unrelated("it normalises a learned projection (a router, a classifier or weights for pooling)")
         if node.op in CONTRACTIONS:
             break
         node = flow.producer(node.inputs[0])
@@ -199,6 +203,8 @@ def _written_out(flow: Flow, softmax: Node) -> ScorePath:
     except NotUnderstood as error:
         if isinstance(error, FreeQuery) and not isinstance(mixes, _Mix):
             raise error.otherwise from error
+        if isinstance(error, SurelyAttention):
+            raise
         if not isinstance(mixes, _Mix) and not _reaches_contraction(flow, softmax):
             raise Unrelated(f"its result weighs no value tokens ({mixes or 'it reaches no contraction'})") from error
         raise
@@ -293,11 +299,11 @@ class _Backward:
             node = self.flow.producer(value)
             if node is None or not self.flow.data_dependent(value):
                 raise Unrelated("its input does not depend on hidden states")
-            router = Unrelated("it normalises a learned projection (a router or a classifier)")
+            router = Unrelated("it normalises a learned projection (a router, a classifier or weights for pooling)")
             if (free := self._free_operand(node)) is not None:
-                raise FreeQuery(free, router)
+                raise FreeQuery(free, self._asked_by_parameters(node, free) or router)
             if self.flow.projection_operands(node) is not None:
-                self._refuse_mixed_heads(node)
+                self._refuse_scores(node)
                 raise router
             if self._is_contraction(node):
                 self.contraction = node
@@ -310,9 +316,37 @@ class _Backward:
             self.ranks += [len(shape)] * (len(self.modifiers) - len(self.ranks))
             self.nodes.append(node.index)
 
-    def _refuse_mixed_heads(self, projection: Node) -> None:
+    def _asked_by_parameters(self, node: Node, free: Value) -> NotUnderstood | None:
+        """What to say of keys that are compared with stored queries; None of a matrix that tokens are multiplied by."""
+        if free != node.inputs[0] or min(len(self.flow.shape(v)) for v in node.inputs[:2]) < 3:
+            return None
+        return NotUnderstood(
+            "its queries are learned numbers that no projection makes, so it has no query heads to read; project them "
+            "(a linear layer behind the parameter)"
+        )
+
+    def _refuse_scores(self, projection: Node) -> None:
+        """Raises SurelyAttention if what is projected are scores or pairs of tokens, not tokens."""
         if self._projects_scores(projection):
-            raise NotUnderstood("its scores are mixed between heads by learned weights (talking heads)")
+            raise SurelyAttention("its scores are mixed between heads by learned weights (talking heads)")
+        if self._projects_pairs(projection):
+            raise SurelyAttention(
+                "its scores are a learned function of each query and key together (additive attention), not their "
+                "product"
+            )
+
+    def _projects_pairs(self, node: Node) -> bool:
+        """Whether what a projection reads is a function of sums of every query with every key."""
+        operands = self.flow.projection_operands(node)
+        value = node.inputs[operands[0]] if operands is not None else ""
+        while (above := self.flow.producer(value)) is not None and self.flow.data_dependent(value):
+            if _pairs(self.flow, above):
+                return True
+            deep = [v for v in above.inputs if v and self.flow.data_dependent(v)]
+            if len(deep) != 1 or self.flow.projection_operands(above) is not None:
+                return False
+            value = deep[0]
+        return False
 
     def _projects_scores(self, node: Node) -> bool:
         """Whether what a projection reads are scores: two operands contracted, then scaled, masked or laid out."""
@@ -370,10 +404,19 @@ class _Backward:
             return self._clamped(node)
         if node.op == "Concat":
             return self._sinks(node)
+        if node.op == "Neg":
+            self.scale = -self.scale
+            return node.inputs[0]
+        if node.op == "ReduceSum" and (above := self.flow.producer(node.inputs[0])) and _pairs(self.flow, above, "Mul"):
+            raise SurelyAttention(
+                "its scores are products of elements that are summed by hand; written as a matrix product (q @ k.mT), "
+                "which is the same, they are read"
+            )
         if (projection := self._relayed_projection(node)) is not None:
-            self._refuse_mixed_heads(projection)
+            self._refuse_scores(projection)
             raise Unrelated(
-                "it normalises a learned projection (a router, a classifier or the kernel of a convolution)"
+                "it normalises a learned projection (a router, a classifier, weights for pooling or the kernel of a "
+                "convolution)"
             )
         if node.op == "Reshape":
             raise NotUnderstood(
@@ -510,10 +553,26 @@ class _Backward:
         return score
 
 
+def _pairs(flow: Flow, node: Node, *ops: str) -> bool:
+    """Whether every token is combined with every other: two operands of hidden states, each repeated where the other
+    is not."""
+    if node.op not in (ops or ("Add", "Sub", "Mul")) or not all(flow.data_dependent(v) for v in node.inputs[:2]):
+        return False
+    try:
+        a, b = (flow.shape(v) for v in node.inputs[:2])
+    except KeyError:  # above a projection values need not be recorded: told from what spreads them
+        return all(p is not None and p.op == "Unsqueeze" for p in map(flow.producer, node.inputs[:2]))
+    if len(a) != len(b):
+        return False
+    return any(m > n for m, n in zip(a, b, strict=True)) and any(m < n for m, n in zip(a, b, strict=True))
+
+
 def _split_operands(flow: Flow, node: Node) -> tuple[Value, Value]:
     """(score, other); refuses a second operand that depends on hidden states."""
     a, b = node.inputs[:2]
     deep = flow.data_dependent(a), flow.data_dependent(b)
+    if all(deep) and node.op in {"Mul", "Div"}:
+        raise NotUnderstood("scores are multiplied by something computed from hidden states (a learned temperature)")
     if all(deep):
         raise NotUnderstood(
             "the score bias is computed from hidden states (content-dependent positions); "
@@ -538,6 +597,8 @@ def _flattens_rows(flow: Flow, node: Node) -> bool:
 def _qk_operands(flow: Flow, node: Node) -> tuple[OperandView, OperandView, Value | None]:
     if node.op == "Baddbmm":
         bias, a, b = node.inputs[:3]
+        if node.attrs.get("beta", 1.0) == 0:  # whatever stands there, uninitialised memory mostly, is not read
+            return OperandView(a, -2, -1), OperandView(b, -1, -2), None
         if flow.data_dependent(bias):
             raise NotUnderstood("the score bias is computed from hidden states")
         return OperandView(a, -2, -1), OperandView(b, -1, -2), bias
@@ -567,6 +628,11 @@ def _require_projected(flow: Flow, value: Value) -> None:
     """A decoder step reads what was projected once, from the encoder's output, out of its cache inputs."""
     if flow.data_dependent(value) or (fed := cache_root(flow, value)) is None:
         return
+    if len(flow.shape(fed)) == 3 and not any(n.op == "Concat" for n in flow.consumers(fed)):
+        raise NotUnderstood(
+            f"tokens are compared or mixed as they come from an input ({fed}): no projection makes keys or values of "
+            "them whose heads could be shared"
+        )
     raise NotUnderstood(
         f"its keys and values come straight from an input ({fed}), so this file has no projection for them; the file "
         'that fills this cache has: select only its decoder there (layers="decoder") if both are to fit together'

@@ -19,6 +19,7 @@ from torch.fx import GraphModule
 from torch.fx import Node as FxNode
 
 from passes.dataflow import Array, Flow, Node, Value, Weight
+from passes.products import with_products
 from passes.softmaxes import with_softmaxes
 from rewriter.capture.aten_names import Literal, canonical
 from rewriter.capture.torch_trace import trace, writes_through_views
@@ -323,7 +324,7 @@ class _Builder:
         produced = {v for n in self.nodes for v in n.outputs}
         leaves = torch.utils._pytree.tree_leaves(self.outputs)
         outputs = tuple(v for v in leaves if isinstance(v, str) and v in produced)
-        return Flow(with_softmaxes(self.nodes), tuple(self.inputs), outputs, self.weights, read, dtype)
+        return Flow(with_softmaxes(with_products(self.nodes)), tuple(self.inputs), outputs, self.weights, read, dtype)
 
 
 def _guard_mutation(fx: FxNode, args: Any, kwargs: Any) -> tuple[Any, Any]:

@@ -204,14 +204,27 @@ def _edits(model: nn.Module, flow: Flow, replacements: Sequence[Replacement]) ->
             for part, value, axis, where in read:
                 if value is None:
                     continue
-                place = locate(flow, value, axis)
-                if place is None:
+                place, rows = locate(flow, value, axis, where), r.tensors[f"{role}_{part}"]
+                if place is None or not _is_parameter(model, place.key):
+                    if _stays(flow.value(value), axis, where, rows):
+                        continue
                     raise UnsupportedModel(f"its {role} {part} is computed, not stored", hint=HINT)
-                columns = place.positions[where]
-                entry = _Entry(Part(columns, r.grouped.kv_heads), r.tensors[f"{role}_{part}"])
-                entries.setdefault(place.key, {})[columns.tobytes()] = entry
+                entry = _Entry(Part(place.positions, r.grouped.kv_heads), rows)
+                entries.setdefault(place.key, {})[place.positions.tobytes()] = entry
                 places[place.key] = place
     return [_edit_of(model, places[key], list(found.values())) for key, found in entries.items()]
+
+
+def _stays(old: Array, axis: int | None, columns: Array, rows: Array) -> bool:
+    """Whether new `rows` of merged heads are what stands in `columns` [heads, dim] already, as zeros of a bias are."""
+    heads, dim = columns.shape
+    before = (old.reshape(-1) if axis is None else np.moveaxis(old, axis, 0))[columns]
+    after = rows.reshape(-1, dim, *before.shape[2:])
+    return bool(np.array_equal(before, after[np.arange(heads) * len(after) // heads]))
+
+
+def _is_parameter(model: nn.Module, key: str) -> bool:
+    return any(name == key for name, _ in model.named_parameters(remove_duplicate=False))
 
 
 def _edit_of(model: nn.Module, place: Location, entries: Sequence[_Entry]) -> _Edit:

@@ -43,6 +43,10 @@ class Attends(nn.Module):
     def weigh(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         raise NotImplementedError
 
+    def shared(self) -> Iterable[Tensor]:
+        """What keys and values are projected by; heads are the leading axis of each, times their width."""
+        return [*self.key.parameters(), *self.value.parameters()]
+
 
 class Tempered(Attends):
     """Cosines of queries and keys, times a number that each head has learned."""
@@ -103,10 +107,90 @@ class BiasByHead(Attends):
         self.value = nn.Linear(WIDTH, WIDTH, bias=False)
         self.v_bias = nn.Parameter(torch.zeros(WIDTH))
 
+    def shared(self) -> Iterable[Tensor]:
+        return [*super().shared(), self.v_bias]
+
     def weigh(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         v = v + self.v_bias.view(1, 1, HEADS, DIM).permute(0, 2, 1, 3)
         weights: Tensor = (q @ k.transpose(-2, -1) / DIM**0.5).softmax(-1)
         return weights @ v
+
+
+class HeadsBeforeBatch(Attends):
+    """Heads are cut apart and laid out before the batch; scores are [heads * batch, tokens, tokens]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (torch.cat(m(x).chunk(HEADS, dim=-1)) for m in (self.query, self.key, self.value))
+        mixed = torch.bmm((torch.bmm(q, k.transpose(1, 2)) / DIM**0.5).softmax(-1), v)
+        out: Tensor = self.out(torch.cat(mixed.chunk(HEADS), dim=-1))
+        return out
+
+
+class UnreadBias(Attends):
+    """Scores by an operator that could add a bias, whose factor is 0: what stands there is uninitialised memory."""
+
+    def weigh(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k = q.flatten(0, 1), k.flatten(0, 1)
+        scores = torch.baddbmm(
+            torch.full((len(q), TOKENS, TOKENS), 9.0), q, k.transpose(-2, -1), beta=0, alpha=DIM**-0.5
+        )
+        return scores.unflatten(0, (-1, HEADS)).softmax(-1) @ v
+
+
+class ByTensordot(Attends):
+    """Projections are written as tensordot with a stored matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.query, self.key, self.value
+        self.matrices = nn.ParameterList(torch.zeros(WIDTH, WIDTH) for _ in range(3))
+
+    def shared(self) -> Iterable[Tensor]:
+        return [m.T for m in self.matrices[1:]]
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (torch.tensordot(x, m, dims=1).view(*x.shape[:2], HEADS, DIM).transpose(1, 2) for m in self.matrices)
+        mixed = (q @ k.transpose(-2, -1) / DIM**0.5).softmax(-1) @ v
+        out: Tensor = self.out(mixed.transpose(1, 2).reshape(x.shape))
+        return out
+
+
+class ByEinsum(ByTensordot):
+    """Likewise as einsum, with the matrix turned and first."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (
+            torch.einsum("dc,bnc->bnd", m, x).view(*x.shape[:2], HEADS, DIM).transpose(1, 2) for m in self.matrices
+        )
+        mixed = (q @ k.transpose(-2, -1) / DIM**0.5).softmax(-1) @ v
+        out: Tensor = self.out(mixed.transpose(1, 2).reshape(x.shape))
+        return out
+
+    def shared(self) -> Iterable[Tensor]:
+        return list(self.matrices[1:])
+
+
+class JoinedBias(Attends):
+    """One matrix; its bias is joined from a parameter, zeros and a parameter. A bias of positions is in the module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.query, self.key, self.value
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH, bias=False)
+        self.q_bias, self.v_bias = (nn.Parameter(torch.zeros(WIDTH)) for _ in range(2))
+        self.register_buffer("k_bias", torch.zeros(WIDTH), persistent=False)
+        self.places = nn.Parameter(torch.zeros(HEADS, TOKENS, TOKENS))
+
+    def shared(self) -> Iterable[Tensor]:
+        return [*self.qkv.weight.chunk(3)[1:], self.v_bias]
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = torch.cat([self.q_bias, self.k_bias, self.v_bias])
+        heads = nn.functional.linear(x, self.qkv.weight, bias).view(*x.shape[:2], 3, HEADS, DIM)
+        q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = (q @ k.transpose(-2, -1) / DIM**0.5 + self.places).softmax(-1) @ v
+        out: Tensor = self.out(mixed.transpose(1, 2).reshape(x.shape))
+        return out
 
 
 CONVENTIONS: dict[str, Callable[[], Attends]] = {
@@ -115,6 +199,11 @@ CONVENTIONS: dict[str, Callable[[], Attends]] = {
     "masks-by-window": Windowed,
     "masked-twice": Blanked,
     "bias-by-head": BiasByHead,
+    "heads-before-batch": HeadsBeforeBatch,
+    "unread-bias": UnreadBias,
+    "tensordot": ByTensordot,
+    "projections-by-einsum": ByEinsum,
+    "joined-bias": JoinedBias,
 }
 
 
@@ -122,16 +211,14 @@ def _twin(name: str, *, perturbed: bool = False) -> Attends:
     """The module with heads tied in pairs; `perturbed`: all but the last."""
     module = CONVENTIONS[name]()
     randomize(module)
-    bias = getattr(module, "v_bias", None)
-    tied = [*module.key.parameters(), *module.value.parameters(), *([] if bias is None else [bias])]
-    _tie(tied, perturbed=perturbed)
+    _tie(module.shared(), perturbed=perturbed)
     return module
 
 
 @torch.no_grad()
 def _tie(parameters: Iterable[Tensor], *, perturbed: bool) -> None:
     for parameter in parameters:
-        by_head = parameter.view(HEADS // 2, 2, DIM, -1)
+        by_head = parameter.unflatten(0, (HEADS // 2, 2, DIM))
         by_head[:, 1] = by_head[:, 0]
         if perturbed:
             by_head[-1, 1] += 0.5
