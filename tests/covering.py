@@ -10,7 +10,9 @@ import pytest
 
 
 def named(value: Any) -> str:
-    """What a parameter is called: its own short name, or itself."""
+    """What a parameter is called: its own short name, its parts, or itself."""
+    if isinstance(value, tuple):
+        return "-".join(map(named, value))
     return str(getattr(value, "short", None) or getattr(value, "name", None) or value)
 
 

@@ -163,7 +163,7 @@ def test_torch_encoder_padding() -> None:
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, "no_repeat_ngram_size": 2}
 
 
-@pytest.mark.parametrize("case", params(DECODERS))
+@pytest.mark.parametrize("case", one_of_each_family(DECODERS))
 def test_generation_with_the_cache(case: ZooCase) -> None:
     model: Any = tied(case)
     fast = rewriter.optimize(model, target(case))

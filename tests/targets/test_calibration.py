@@ -24,7 +24,9 @@ from tests.zoo.models import ZOO
 from tests.zoo.through import QUICK, through
 
 NAMES = ("bert-sdpa", "llama-sdpa", "gpt2-sdpa", "phi-sdpa", "t5-sdpa", "whisper-sdpa", "vit-sdpa", "albert-sdpa")
-CASES = [pytest.param(ZOO[n], id=n) for n in NAMES if n in ZOO]
+ALIKE = ("phi-sdpa", "gpt2-sdpa")
+"""What llama and bert stand for, in calibration."""
+CASES = [pytest.param(ZOO[n], id=n, marks=[pytest.mark.exhaustive] if n in ALIKE else []) for n in NAMES if n in ZOO]
 IN_FILES = [ZOO[n] for n in ("bert-sdpa", "llama-sdpa", "t5-sdpa", "bart-sdpa")]
 FILES = [pytest.param(c, e, id=f"{c.name}-{e}") for c, e in through(IN_FILES) if e in ("dynamo18", QUICK)]
 LENGTH = 12
