@@ -49,7 +49,7 @@ def replay(flow: Flow, path: ScorePath, q: Traced, k: Traced, v: Traced) -> Repl
     mine = [rebuild(flow, t, view) for view, t in ((path.q, q), (path.k, k), (path.v, v))]
     seen = [recorded(flow, view, t.tokens) for view, t in ((path.q, q), (path.k, k), (path.v, v))]
     errors = [
-        max(relative(m, s[:, :, t.tokens.new]), _norm_error(flow, t))
+        max(relative(m, s[:, :, t.tokens.new]), _norm_error(flow, t), _gains_error(flow, t))
         for m, s, t in zip(mine, seen, (q, k, v), strict=True)
     ]
     rounds = flow.dtype == "int8"  # roundings add up: check link by link, each from what was recorded before it
@@ -148,6 +148,31 @@ def _norm_error(flow: Flow, traced: Traced) -> float:
     tokens, (own, other) = traced.tokens, traced.tokens.turned
     mine = rotated(projected, tokens.columns, replace(traced, tokens=replace(tokens, own=own, other=other)))
     return relative(mine, laid_out[tokens.rows[:, None, :, None], tokens.columns[None, :, None, :]])
+
+
+def _gains_error(flow: Flow, traced: Traced) -> float:
+    """What leaves the norm against what enters it times the gains of each head, at a scale of each token's own."""
+    norm, tokens = traced.operand.norm, traced.tokens
+    if norm is None or norm.gains is None or tokens.normed is None:
+        return 0.0
+    rows, columns = tokens.normed
+    width = int(columns.max()) + 1
+    given, seen = (np.full((int(rows.max()) + 1, width), np.nan) for _ in range(2))
+    given[rows, columns] = np.asarray(flow.value(norm.input), dtype=np.float64).reshape(-1)
+    seen[rows, columns] = np.asarray(flow.value(norm.output), dtype=np.float64).reshape(-1)
+    gain, shift = np.full(width, np.nan), np.zeros(width)
+    own = traced.operand.columns
+    gain[own] = np.asarray(flow.value(norm.gains.gain), dtype=np.float64).reshape(-1)[norm.gains.places]
+    if norm.gains.shift is not None:
+        shift[own] = np.asarray(flow.value(norm.gains.shift), dtype=np.float64).reshape(-1)[norm.gains.places]
+    given, seen = (x[tokens.rows.reshape(-1)][:, own] for x in (given, seen))  # [tokens, heads, dim]
+    axes = (2,) if norm.per_head else (1, 2)
+    if norm.kind == "layer":
+        given = given - given.mean(axis=axes, keepdims=True)
+    mine, wished = given * gain[own], seen - shift[own]
+    energy = (mine * mine).sum(axis=axes, keepdims=True)
+    scale = (mine * wished).sum(axis=axes, keepdims=True) / np.maximum(energy, 1e-30)
+    return relative(scale * mine, wished)
 
 
 def _spread(array: Array, heads: int) -> Array:

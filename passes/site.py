@@ -65,18 +65,37 @@ class Rotary:
 
 
 @dataclass(frozen=True)
+class HeadGains:
+    """What a norm multiplies the features of each head by, and adds to them, where heads differ in that.
+
+    Attributes:
+        gain: the numbers, of any shape; shift: likewise, None if nothing is added.
+        places: [heads, dim], which of the numbers (counted flat) is each feature's; head after head.
+        reader: index of the node that reads them.
+    """
+
+    gain: Value
+    shift: Value | None
+    places: Array
+    reader: int
+
+
+@dataclass(frozen=True)
 class Norm:
     """A norm over each head's features (or over all of them) between projection and score, or a clamp.
 
     Attributes:
         kind: "rms", "layer" or "l2"; "clip" keeps each feature within bounds.
         per_head: False if it spans the features of all heads, so that heads are not independent.
+        output: with `gains` behind the multiplication by them.
+        gains: None where all heads are multiplied by the same numbers, or by none.
     """
 
     kind: Literal["rms", "layer", "l2", "clip"]
     per_head: bool
     input: Value
     output: Value
+    gains: HeadGains | None = None
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from passes.protocols import Probe
 from passes.site import AttentionSite, Operand
 from passes.targets.grouped_query import specification
 from passes.targets.replacement import Replacement
+from passes.weights.head_gains import gains_like, stored_gains
 from rewriter.calibration.batches import batches, is_sampled
 from rewriter.calibration.sampled import sampled_text
 from rewriter.calibration.torch_probe import module_probe
@@ -32,6 +33,7 @@ from rewriter.install.kept import Kept, noted
 from rewriter.install.kernel_choice import choose_kernels
 from rewriter.install.mixer import MixerParameters
 from rewriter.install.repeated_heads import keep_forwards
+from rewriter.install.stored_weight import parameter_of
 from rewriter.install.token_mixing import Recorded, drop_unread_positions, install_mixing
 from rewriter.install.torch_module import install
 from rewriter.placement import device_of, moved, on_processor
@@ -301,10 +303,16 @@ def _install_one(module: torch.nn.Module, flow: Flow, group: _Owned, records: Ma
     turned = "q_weight" in first.tensors
     knob = _keeps_its_form(first) and knob_applies(module, group.path, k_key, v_key) if k_key and v_key else False
     if k_key and v_key and (q_key or not turned) and knob:
-        query = q_key if turned else None
-        apply_knob(module, group.path, k_key, v_key, first.grouped.kv_heads, after, record, q_weight_key=query)
+        query, gains = q_key if turned else None, _new_gains(module, flow, first, group.path)
+        apply_knob(
+            module, group.path, k_key, v_key, first.grouped.kv_heads, after, record, q_weight_key=query, gains=gains
+        )
         _write(output)
         return
+    if any(o.norm is not None and not o.norm.per_head for o in (site.q, site.k, site.v)):
+        raise UnsupportedModel("a norm spans the features of all its heads, which is kept in the module's forward")
+    if any(stored_gains(o) for o in (site.k, site.v)):
+        raise UnsupportedModel("a norm multiplies each of its heads by numbers of their own")
     if first.grouped.sinks:
         raise UnsupportedModel("its attention sinks can only be kept where the model's own config sets the head count")
     if site.temperature is not None:
@@ -354,6 +362,22 @@ def _output_writes(
         new = _like(array if part == "bias" or out.out_first else array.T, parameter)
         writes.append((parameter, new.view_as(parameter)))
     return writes
+
+
+def _new_gains(module: torch.nn.Module, flow: Flow, replacement: Replacement, owner: str) -> dict[str, torch.Tensor]:
+    """New numbers that norms multiply heads by, by the parameter's path from the owner, shaped as that is but for the
+    number of heads. Raises UnsupportedModel if they are no parameters of the owner."""
+    found: dict[str, torch.Tensor] = {}
+    for role, operand in (("k", replacement.site.k), ("v", replacement.site.v)):
+        for part, value in stored_gains(operand).items():
+            weight = parameter_of(flow, value)
+            parameter = None if weight is None else _parameter(module, weight.name)
+            inside = weight is not None and weight.name.startswith(f"{owner}.")
+            if weight is None or parameter is None or not inside or parameter.shape != flow.shape(value):
+                raise UnsupportedModel("what a norm multiplies its heads by is computed, not stored in the module")
+            numbers = gains_like(operand, replacement.tensors[f"{role}_{part}"], flow.shape(value))
+            found[weight.name.removeprefix(f"{owner}.")] = _like(numbers, parameter)
+    return found
 
 
 def _write(writes: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:

@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 
 from passes.dataflow import LAYOUT, Array, Flow, Node, Value
+from passes.match.head_gains import FoundGains, find_gains, require_mergeable
 from passes.match.scores import NotUnderstood, OperandView
 from passes.projections import Layout, layout_of
 from passes.provenance import PASS_THROUGH, Form, Opaque, Source, Tracer, data_operands, projection_at
@@ -73,6 +74,9 @@ def trace_operand(tracer: Tracer, view: OperandView, *, shared_heads: bool) -> T
         view = OperandView(view.value, 1, 3)
     ids, coefficients = _active_terms(form, view)
     source = _main_source(tracer, ids)
+    gains = find_gains(flow, source, ids[0].shape[-1])
+    if gains is not None:
+        coefficients = gains.divided_out(flow, source, ids, coefficients)
     new, past = _cache_split(tracer, ids[0], source)
     origin = _origin(tracer, source)
     projection, norm = origin.projection, origin.norm
@@ -89,14 +93,14 @@ def trace_operand(tracer: Tracer, view: OperandView, *, shared_heads: bool) -> T
     origin, found = _positions(canonical, origin, source)
     own_columns, own, other = found.columns, found.own, found.other
     group, distinct = _distinct_heads(own_columns, shared_heads)
+    head_columns = own_columns[distinct]
     if norm is not None:
-        norm = replace(norm, per_head=norm.kind == "clip" or source.shape[-1] <= own_columns.shape[1])
-    if shared_heads and norm is not None and not norm.per_head:
-        raise NotUnderstood("its norm spans the features of all heads, so merged heads would be normalised differently")
+        norm = _described(norm, gains, origin.places[source.value][1], head_columns, source.shape[-1])
+    if norm is not None and shared_heads:
+        require_mergeable(norm.gains, norm.kind, not norm.per_head, source.shape[-1], *head_columns.shape)
     canonical.require_equal_heads(distinct if shared_heads else None)
     tokens = Tokens(found.rows, own_columns, own, other, canonical.offset, new, canonical.axes,
                     origin.places[source.value] if norm else None, found.turned)  # fmt: skip
-    head_columns = own_columns[distinct]
     lookup = _Lookup(source, origin, found.rows, head_columns)
     seam, axes, factor = _seam(tracer, view.value, lookup)
     path = path_between(flow, projection.output, seam or view.value)
@@ -120,6 +124,14 @@ def trace_operand(tracer: Tracer, view: OperandView, *, shared_heads: bool) -> T
         reshapes=_reshapes(tracer, path_between(flow, stem, seam), lookup) if seam else (),
     )
     return Traced(operand, tokens, group, factor)
+
+
+def _described(norm: Norm, gains: FoundGains | None, to_columns: Array, columns: Array, features: int) -> Norm:
+    """A norm over `features` of a projection's output, with what it multiplies heads with these `columns` by."""
+    per_head = norm.kind == "clip" or features <= columns.shape[1]
+    if gains is None:
+        return replace(norm, per_head=per_head)
+    return replace(norm, per_head=per_head, output=gains.output, gains=gains.of(to_columns, columns))
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from passes.dataflow import Array, Flow, Value
 from passes.site import AttentionSite, Modifier, Operand
 from passes.targets.block import BlockReplacement
 from passes.targets.replacement import Replacement
+from passes.weights.head_gains import gains_like, stored_gains
 from passes.weights.projection import operand_bias, operand_weight
 from rewriter.capture.onnx_file import OnnxCapture
 from rewriter.capture.unfuse import WrittenOut
@@ -150,9 +151,11 @@ class _Editor:
             removed = [*self._sweep(self._old_nodes(site)), *self._sweep(self._release_shapes(site))]
             return Installed(site.name, tuple(n for n in removed if n in self._stored), 0.0, False)
         spec, error = replacement.grouped, 0.0
+        regained: list[str] = []
         for role, operand in () if spec.pattern else (("k", site.k), ("v", site.v)):
             weight, bias = replacement.tensors[f"{role}_weight"], replacement.tensors.get(f"{role}_bias")
             error = max(error, self._reproject(site, role, operand, spec.kv_heads, weight, bias))
+            regained += self._regain(site, role, operand, replacement)
         if not spec.pattern and feeds_queries(replacement):
             flow, tensors = self.capture.flow, replacement.tensors
             weight = tensors["q_weight"] if "q_weight" in tensors else operand_weight(flow, site.q)
@@ -161,7 +164,7 @@ class _Editor:
         self._attend(replacement)
         lost, requantised = self._project_output(replacement)
         error = max(error, requantised)
-        removed = [*lost, *self._sweep(self._old_nodes(site))]
+        removed = [*regained, *lost, *self._sweep(self._old_nodes(site))]
         removed += self._sweep(self._release_shapes(site))
         exact = replacement.exact and error < 1e-6 and not self._rounded
         return Installed(site.name, tuple(n for n in removed if n in self._stored), error, exact)
@@ -215,6 +218,26 @@ class _Editor:
         self.seams[operand.seam] = (out, axes) if operand.seam == operand.stem else (
             self.value(operand.seam), operand.seam_axes)  # fmt: skip
         return error
+
+    def _regain(self, site: AttentionSite, role: str, operand: Operand, replacement: Replacement) -> list[str]:
+        """A norm on the path multiplies the new heads by their own numbers; returns removed initializers."""
+        removed: list[str] = []
+        for part, name in stored_gains(operand).items():
+            assert operand.norm is not None and operand.norm.gains is not None
+            old, reader = self.value(name), self.capture.nodes[operand.norm.gains.reader]
+            shape = self.capture.flow.shape(name)
+            numbers = gains_like(operand, replacement.tensors[f"{role}_{part}"], shape)
+            emitted = emit_like(old, numbers, f"{site.name}.{role}.{part}", self.write.unique)
+            new = emitted.value if emitted.nodes else self._share(emitted.value)
+            self.graph.insert_before(reader, emitted.nodes)
+            for position, value in enumerate(reader.inputs):
+                if value is old:
+                    reader.replace_input_with(position, new)
+            for value in emitted.initializers:
+                if value.name and value.name not in self.graph.initializers and value.uses():
+                    self.graph.register_initializer(value)
+            removed += self._unread(old)
+        return removed
 
     def _project(
         self, operand: Operand, rows: Array, name: str

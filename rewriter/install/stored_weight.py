@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from passes.dataflow import LAYOUT, Array, Flow, Value
+from passes.dataflow import LAYOUT, Array, Flow, Value, Weight
 from passes.provenance import PASS_THROUGH, data_operands
 
 
@@ -25,6 +25,16 @@ class Location:
     axis: int
     features: int
     positions: Array
+
+
+def parameter_of(flow: Flow, value: Value) -> Weight | None:
+    """The stored parameter that `value` is, up to a cast; None if it is another."""
+    while value not in flow.weights:
+        node = flow.producer(value)
+        if node is None or node.op not in PASS_THROUGH:
+            return None
+        value = node.inputs[0]
+    return flow.weights[value]
 
 
 def locate(flow: Flow, value: Value, axis: int | None, columns: Array | None = None) -> Location | None:

@@ -37,6 +37,7 @@ ROTARY = {
             "gemma3",
             "gpt-oss",
             "olmo-",
+            "olmo2",
             "smollm3",
             "esm",
             "hunyuan",
@@ -46,7 +47,7 @@ ROTARY = {
     **dict.fromkeys(("gpt-neox", "gptj", "codegen", "phi-", "stablelm", "x-rotary"), PARTIAL),
     **dict.fromkeys(("cohere", "complex-rotary"), INTERLEAVED),
 }
-QK_NORM = ("gemma3", "packed-permute-norm", "hunyuan")
+QK_NORM = ("gemma3", "packed-permute-norm", "hunyuan", "olmo2", "cohere-norms")
 SINKS = ("gpt-oss",)
 CAPPED = ("gemma2",)
 ROUTERS = {"gpt-oss-eager": 2}
