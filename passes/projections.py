@@ -23,8 +23,9 @@ class Layout:
 
     Attributes:
         out_first: whether the weight is [out, in], where it is a plain matrix.
-        weight_axes: the weight's axes, the contracted one first: transposed so, and all others joined, it is [in, out];
-            None for a plain matrix.
+        weight_axes: the weight's axes, those that are summed over first: transposed so, these joined and all others
+            joined, it is [in, out]; None for a plain matrix.
+        summed: how many axes are summed over.
         factor: what the product is multiplied by.
         rows, columns: token (an index into the input's leading axes, flattened) and feature of each element of the
             output, flattened.
@@ -33,10 +34,17 @@ class Layout:
 
     out_first: bool
     weight_axes: tuple[int, ...] | None
+    summed: int
     factor: float
     rows: Array
     columns: Array
     features: int
+
+    @property
+    def features_last(self) -> bool:
+        """Whether the output's last axis holds all features in order, and tokens run over the others."""
+        index = np.arange(len(self.rows))
+        return np.array_equal(self.rows, index // self.features) and np.array_equal(self.columns, index % self.features)
 
 
 def layout_of(flow: Flow, node: Node) -> Layout | str:
@@ -55,24 +63,27 @@ def layout_of(flow: Flow, node: Node) -> Layout | str:
     x, w, result = (read[0], read[1], read[2])
     x, w = (x, w) if operands == (0, 1) else (w, x)
     contracted = [c for c in w if c in x and c not in result]
-    if len(contracted) != 1 or any(c in x for c in w if c != contracted[0]):
-        return "the projection contracts more than features"
-    if x[-1] != contracted[0]:
+    if not contracted or any(c in x for c in w if c not in contracted):
+        return "the projection's weight differs from one sequence or token to the next"
+    if sorted(x[-len(contracted) :]) != sorted(contracted):
         return "the projection reads features that are not on its input's last axis"
-    return _laid(flow, node, operands, (x, w, result), contracted[0])
+    return _laid(flow, node, operands, (x, w, result), x[-len(contracted) :])
 
 
 def _laid(flow: Flow, node: Node, operands: tuple[int, int], terms: tuple[str, str, str], contracted: str) -> Layout:
     x, w, result = terms
     sizes = dict(zip(x, flow.shape(node.inputs[operands[0]]), strict=True))
     sizes |= dict(zip(w, flow.shape(node.inputs[operands[1]]), strict=True))
-    own = [c for c in w if c != contracted]
+    own = [c for c in w if c not in contracted]
     shape = [sizes[c] for c in result]
-    rows, columns = (_numbers(letters, result, sizes, shape) for letters in ([c for c in x if c != contracted], own))
-    matrix = len(w) == 2
+    rows, columns = (
+        _numbers(letters, result, sizes, shape) for letters in ([c for c in x if c not in contracted], own)
+    )
+    matrix = len(w) == 2 and len(contracted) == 1
     return Layout(
         out_first=matrix and w[1] == contracted,
-        weight_axes=None if matrix else (w.index(contracted), *(w.index(c) for c in own)),
+        weight_axes=None if matrix else tuple(w.index(c) for c in (*contracted, *own)),
+        summed=len(contracted),
         factor=float(node.attrs.get("alpha", 1.0)),
         rows=rows,
         columns=columns,

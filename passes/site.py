@@ -24,8 +24,8 @@ class Projection:
         features: number of output features (all columns, also those of other operands of a fused projection).
         bias_index: [features] flat position in `bias` for each column, -1 where nothing is added; None if they are
             alike.
-        weight_axes: where the weight is no matrix, its axes, the one that is summed over first: transposed so, and all
-            others joined, it is [in, out]; the output then has features on as many axes.
+        weight_axes: where the weight is no matrix, its axes, those that are summed over first: transposed so, these
+            joined and all others joined, it is [in, out]; input and output may have features on as many axes.
         factor: what the product is multiplied by before the bias is added.
     """
 
@@ -43,8 +43,16 @@ class Projection:
     def matrix(self, stored: Array) -> Array:
         """The stored weight as the matrix of this map, [out, in] if `out_first`, else [in, out]."""
         if self.weight_axes is not None:
-            stored = stored.transpose(self.weight_axes).reshape(stored.shape[self.weight_axes[0]], -1)
+            stored = stored.transpose(self.weight_axes).reshape(-1, self.features)
         return stored if self.factor == 1.0 else stored * stored.dtype.type(self.factor)
+
+    def stored(self, rows: Array, shape: tuple[int, ...]) -> Array:
+        """A matrix [out, in] as the weight is stored, with this shape: the inverse of `matrix`."""
+        rows = rows if self.factor == 1.0 else rows / rows.dtype.type(self.factor)
+        if self.weight_axes is None:
+            return rows if self.out_first else rows.T
+        back = [self.weight_axes.index(axis) for axis in range(len(shape))]
+        return rows.T.reshape([shape[axis] for axis in self.weight_axes]).transpose(back)
 
     def bias_positions(self, columns: Array) -> Array:
         """Where in the bias the numbers for these columns stand."""

@@ -10,7 +10,7 @@ from passes.dataflow import LAYOUT, Flow, Node, Value
 from passes.match.folded import unfolded
 from passes.match.groups import joined, require_groups
 from passes.match.learned_query import with_learned_queries
-from passes.match.linear_map import linear_map
+from passes.match.linear_map import output_map
 from passes.match.names import common_scope, exporter_scope, layer_of
 from passes.match.operands import HeadsApart, Traced
 from passes.match.repeats import trace_repeated
@@ -94,7 +94,6 @@ def match_anchor(tracer: Tracer, anchor: Node, name: str, layer: int) -> tuple[A
     k = _named(tracer, path.k, "key", shared=True)
     v = _named(tracer, path.v, "value", shared=True)
     require_groups(flow, path, k, v)
-    _require_masks_by_batch(flow, path, q)
     heads = q.operand.heads
     group = _group(k, heads)
     if group != _group(v, heads):
@@ -179,13 +178,6 @@ def _checked(site: AttentionSite, v: Traced) -> AttentionSite:
     return site
 
 
-def _require_masks_by_batch(flow: Flow, path: ScorePath, q: Traced) -> None:
-    """A mask for heads that come before the batch on one axis would be read as one for a batch before heads."""
-    values = [m.value for m in path.modifiers if m.value is not None]
-    if q.tokens.axes[0] == "hb" and any(len(flow.shape(v)) == 3 and flow.shape(v)[0] > 1 for v in values):
-        raise NotUnderstood("its masks lie on one axis with heads before the batch, which is not read")
-
-
 def _group(traced: Traced, heads: int) -> tuple[int, ...]:
     """Distinct key/value head of each query head; operators may leave the repetition to themselves."""
     at_anchor = len(traced.group)
@@ -244,8 +236,8 @@ def _output_projection(flow: Flow, value: Value) -> tuple[Value | None, Projecti
         node = readers[0]
         operands = flow.projection_operands(node)
         if operands is not None and operands == (0, 1):
-            plain = node.op != "Einsum" and len(flow.shape(node.inputs[1])) == 2
-            return (value, linear_map(flow, node)) if plain else (None, None)
+            out = output_map(flow, node)
+            return (None, None) if out is None else (value, out)
         if node.op not in LAYOUT | PASS_THROUGH:
             return None, None
         value = node.outputs[0]

@@ -297,8 +297,9 @@ def _obstacle(
         return "it is an expert of a mixture: a router chooses the tokens that it reads"
     if any(_weight_position(flow, n) == 0 for n in projections):
         return "a weight stands on the left of its product"
-    if any(n.op in {"Einsum", "FusedMatMul", "QLinearMatMul"} for n in projections):
-        return f"its projections are written as {next(n.op for n in projections if n.op not in {'MatMul', 'Gemm'})}"
+    for node in projections:
+        if node.op in {"Einsum", "QLinearMatMul"} or (node.op == "FusedMatMul" and node.attrs.keys() - {"transB"}):
+            return f"its projections are written as {node.op}"
     norm = next((n for n in inner if n.op in _STATISTICS or n.op.startswith("Reduce")), None)
     if norm is not None:
         return "a norm stands between its projections"

@@ -639,6 +639,8 @@ def _describe(flow: Flow, output: Value) -> tuple[Projection, Layout]:
     layout = layout_of(flow, node)
     if isinstance(layout, str):
         raise NotUnderstood(layout)
+    if layout.summed != 1:
+        raise NotUnderstood("the projection sums over two axes, so its heads would not be found at its input")
     axes, factor = layout.weight_axes, layout.factor
     return Projection(
         node.index, x, output, w, layout.out_first, bias, layout.features, weight_axes=axes, factor=factor

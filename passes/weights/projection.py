@@ -70,7 +70,7 @@ def site_weights(flow: Flow, site: AttentionSite) -> SiteWeights:
     q, k, v = (_homogeneous(flow, o) for o in (site.q, site.k, site.v))
     if site.out is None or not merges_in_order(flow, site):
         return SiteWeights(q, k, v, None, None)
-    weight = np.asarray(flow.value(site.out.weight), dtype=np.float64)
+    weight = np.asarray(site.out.matrix(flow.value(site.out.weight)), dtype=np.float64)
     matrix = weight if site.out.out_first else weight.T
     bias = None if site.out.bias is None else np.asarray(flow.value(site.out.bias), dtype=np.float64).reshape(-1)
     return SiteWeights(q, k, v, matrix.reshape(len(matrix), site.heads, -1).transpose(1, 0, 2), bias)
@@ -90,7 +90,8 @@ def merge_orders(flow: Flow, site: AttentionSite) -> frozenset[str]:
         output, merged = flow.value(site.output), flow.value(site.merged)
     except KeyError:
         return frozenset()
-    if merged.shape[-1] != site.heads * site.value_dim:
+    width = site.heads * site.value_dim
+    if merged.shape[-1] != width and merged.shape[-2:] != (site.heads, site.value_dim):
         return frozenset()
     if site.output_axes == ("b", "s", "hd"):
         by_token = output
@@ -100,7 +101,7 @@ def merge_orders(flow: Flow, site: AttentionSite) -> frozenset[str]:
         by_token = output.transpose([site.output_axes.index(a) for a in "bshd"])
     else:
         return frozenset()
-    rows = merged.reshape(-1, merged.shape[-1])
+    rows = merged.reshape(-1, width)
     wanted = {"batch": by_token, "tokens": by_token.swapaxes(0, 1)}
     return frozenset(
         name for name, w in wanted.items() if np.array_equal(w.reshape(-1, rows.shape[-1]), rows, equal_nan=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -121,6 +122,9 @@ def canonical(fx: FxNode, env: Mapping[str, Any]) -> CanonicalOp:
         attrs["equation"] = fx.args[0]
     elif base == "tensordot" and _last_with_first(fx, env):
         name = "MatMul"
+    elif base == "tensordot":
+        name = "Einsum"
+        attrs["equation"] = _tensordot(fx, env)
     elif name in {"Add", "Sub"} and fx.kwargs.get("alpha", 1) != 1:
         name = f"aten.{base}_alpha"
     elif base == "rsub":  # the other way round: the second argument minus the first
@@ -154,6 +158,20 @@ def _last_with_first(fx: FxNode, env: Mapping[str, Any]) -> bool:
         [d % t.dim() for d in _argument(fx, n, p)] for n, p, t in (("dims_self", 2, a), ("dims_other", 3, b))
     )
     return b.dim() == 2 and mine == [a.dim() - 1] and theirs == [0]
+
+
+def _tensordot(fx: FxNode, env: Mapping[str, Any]) -> str:
+    """The equation of tensordot(a, b, dims of a, dims of b): the other axes of a, then those of b."""
+    a, b, dims, others = fx.args[:4]
+    assert isinstance(a, FxNode) and isinstance(b, FxNode)
+    first = list(string.ascii_lowercase[: env[a.name].dim()])
+    second = list(string.ascii_uppercase[: env[b.name].dim()])
+    summed = []
+    for mine, theirs in zip(dims, others, strict=True):  # type: ignore[arg-type]
+        second[theirs] = first[mine]
+        summed.append(first[mine])
+    rest = [c for c in (*first, *second) if c not in summed]
+    return f"{''.join(first)},{''.join(second)}->{''.join(rest)}"
 
 
 def _operand(position: int, argument: Any, env: Mapping[str, Any]) -> FxNode | Literal:

@@ -673,13 +673,10 @@ class _Editor:
             if array is None or name is None or out is None:
                 continue
             old = self.value(name)
-            shaped = array.reshape(self.capture.flow.shape(name)) if part == "bias" else array
-            emitted = emit_like(
-                old,
-                shaped if part == "bias" or out.out_first else array.T,
-                f"{site.name}.out.{part}",
-                self.write.unique,
-            )
+            shape = self.capture.flow.shape(name)
+            shaped = array.reshape(shape) if part == "bias" else out.stored(array, shape)
+            store = emit_plain if part == "weight" and out.weight_axes is not None else emit_like
+            emitted = store(old, shaped, f"{site.name}.out.{part}", self.write.unique)
             new = emitted.value if emitted.nodes else self._share(emitted.value)
             reader = self.capture.nodes[out.node]
             last = self.value(out.output).producer()

@@ -39,6 +39,17 @@ def keras(graph: Graph, perturbed: bool) -> str:
     return graph.op("Add", graph.op("Einsum", mixed, graph.matrix(HEADS, DIM, WIDTH), equation="abcd,cde->abe"), "x")
 
 
+def keras_by_matrices(graph: Graph, perturbed: bool) -> str:
+    """The same numbers as linear layers."""
+    q, k, v = (
+        by_heads(graph, graph.op("Add", graph.op("MatMul", "x", p.flat[0]), p.flat[1]))
+        for p in projections(graph, perturbed)
+    )
+    mixed = graph.op("Transpose", attended(graph, q, k, v), perm=[0, 2, 1, 3])
+    last = graph.matrix(HEADS, DIM, WIDTH).reshape(WIDTH, WIDTH)
+    return graph.op("Add", graph.op("MatMul", graph.op("Reshape", mixed, ints(0, 0, WIDTH)), last), "x")
+
+
 def heads_first(graph: Graph, perturbed: bool) -> str:
     """Einsum to [batch, heads, tokens, features], by weights [heads, width, features]; one bias for all heads."""
     q, k, v = (
@@ -239,3 +250,26 @@ def test_a_feed_forward_block_whose_residual_and_biases_are_in_fused_operators(s
     result = graph.op("SkipLayerNormalization", down, other, vector, vector, vector, domain="com.microsoft")
     blocks = rewriter.inspect(graph.model(result)).feed_forward.sites
     assert [(b.width, b.hidden, b.activation.name) for b in blocks] == [(WIDTH, 48, "gelu")] * found
+
+
+@pytest.mark.parametrize("target", ["gqa1", "fnet"])
+def test_an_output_projection_that_sums_over_heads_and_features_is_a_matrix_too(target: str) -> None:
+    errors = []
+    for writer in (keras, keras_by_matrices):
+        graph = Graph()
+        model = graph.model(writer(graph, True))
+        done = rewriter.optimize(model, target, calibration=[graph.inputs])
+        errors.append(float(np.abs(run(done, graph.inputs) - run(model, graph.inputs)).max()))
+    assert errors[0] == pytest.approx(errors[1], rel=1e-3)
+    assert errors[0] > MOVED
+
+
+@pytest.mark.parametrize("equation", ["abc,cd->abd", "abc,dc->abd"])
+def test_a_feed_forward_block_of_einsums(equation: str) -> None:
+    graph = Graph()
+    turned = "dc" in equation
+    up, down = (graph.matrix(*shape[::-1] if turned else shape) for shape in ((WIDTH, 48), (48, WIDTH)))
+    hidden = graph.op("Relu", graph.op("Einsum", "x", up, equation=equation))
+    result = graph.op("Einsum", hidden, down, equation=equation)
+    (block,) = rewriter.inspect(graph.model(graph.op("Add", result, "x"))).feed_forward.sites
+    assert (block.width, block.hidden, block.activation.name) == (WIDTH, 48, "relu")
