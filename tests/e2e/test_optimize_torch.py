@@ -57,7 +57,7 @@ def key_value_parameters(module: nn.Module) -> list[nn.Parameter]:
 # ------------------------------------------------------------------ exact, and lossy
 
 
-@pytest.mark.parametrize("case", params(ATTENDING))
+@pytest.mark.parametrize("case", one_of_each_family(ATTENDING))
 def test_a_lossless_twin_comes_out_exact_and_a_perturbed_one_does_not(case: ZooCase) -> None:
     model = tied(case)
     before = state(model)
