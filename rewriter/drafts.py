@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from codegen.scratch import is_alive
 from rewriter.errors import CannotWrite, UsageError, first_line
 
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
@@ -89,16 +90,6 @@ def sweep(target: Path) -> None:
     for draft in drafts_of(target):
         if draft.is_stale:
             draft.remove()
-
-
-def is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OSError, OverflowError):
-        return True
-    return True
 
 
 def sync_folder(folder: Path) -> None:

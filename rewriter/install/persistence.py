@@ -123,6 +123,7 @@ def _load(folder: Path, module: nn.Module | None) -> nn.Module:
     with _fitting(folder / MANIFEST), in_proportion(folder):
         built = _build(manifest, folder) if module is None else module
         _rewrite(built, manifest["owners"])
+        _require_plain(built)
         _share(built, manifest.get("caches", {}))
         _fill(built, folder / Path(str(manifest["weights"])).name, manifest["tied"])
     return built.eval() if module is None else built
@@ -424,6 +425,19 @@ def _rewrite(model: nn.Module, owners: Mapping[str, Any]) -> None:
         else:
             details = {name: value for name, value in description.items() if name != "kind"}
             place(model, path, rebuild(details, original))
+
+
+def _require_plain(model: nn.Module) -> None:
+    """Specs are what kernels are chosen and made by: numbers, flags and enums, whatever a manifest says.
+
+    Raises TypeError or UnsafeInput for anything else.
+    """
+    from codegen.render import numbers
+
+    modules = [m for of in (mixers, token_mixers, expert_mixers, conditional_blocks) for m in of(model).values()]
+    for spec in (module.spec for module in modules):
+        hash(spec)
+        numbers(spec)
 
 
 def _share(model: nn.Module, caches: Mapping[str, Any]) -> None:

@@ -54,7 +54,7 @@ def interrupted(words: list[str | Path], at: str, by: int = signal.SIGINT) -> tu
 )
 def test_a_rewrite_leaves_nothing(file: Path, tmp_path: Path, stage: str, by: signal.Signals) -> None:
     calibration = file.with_name("ids.npy")
-    words = ["rewrite", file, tmp_path / "out.onnx", "-t", "gqa2", "--html", tmp_path / "r.html"]
+    words: list[str | Path] = ["rewrite", file, tmp_path / "out.onnx", "-t", "gqa2", "--html", tmp_path / "r.html"]
     code, rest = interrupted([*words, "--calibration", calibration], stage, by)
     assert code == 128 + by, rest
     assert "error: interrupted" in rest and "Traceback" not in rest

@@ -374,6 +374,8 @@ def _change(**entries: Any) -> Callable[[dict[str, Any]], object]:
         lambda m: m["architecture"]["config"].update(num_hidden_layers=10**9),
         lambda m: m["architecture"]["config"].update(num_hidden_layers=90_000),
         lambda m: m["architecture"].update(attention="flash_attention_2"),
+        lambda m: next(iter(m["owners"].values()))["spec"].update(bias={}),
+        lambda m: next(iter(m["owners"].values()))["spec"].update(scale="1; evil()"),
     ],
     ids=[
         "architecture",
@@ -386,6 +388,8 @@ def _change(**entries: Any) -> Callable[[dict[str, Any]], object]:
         "layers",
         "many layers",
         "attention",
+        "flag",
+        "text",
     ],
 )
 def test_a_manifest_that_makes_no_sense(
