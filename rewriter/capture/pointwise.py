@@ -83,8 +83,8 @@ def _is_pointwise(node: FxNode) -> bool:
         return False
     x, weight = shapes
     assert x is not None and weight is not None
-    steps = [n for name in ("stride", "dilation") for n in given.get(name, [1])]  # type: ignore[attr-defined]
-    still = all(n == 1 for n in steps) and all(n == 0 for n in given.get("padding", [0]))  # type: ignore[attr-defined]
+    steps = [n for name in ("stride", "dilation") for n in given.get(name, [1])]
+    still = all(n == 1 for n in steps) and all(n == 0 for n in given.get("padding", [0]))
     plain = not given.get("transposed") and given.get("groups", 1) == 1 and len(x) == len(weight)
     return still and plain and all(n == 1 for n in weight[2:])
 
