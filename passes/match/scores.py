@@ -300,10 +300,12 @@ class _Backward:
             if node is None or not self.flow.data_dependent(value):
                 raise Unrelated("its input does not depend on hidden states")
             router = Unrelated("it normalises a learned projection (a router, a classifier or weights for pooling)")
+            projects = self.flow.projection_operands(node) is not None
+            if projects:
+                self._refuse_scores(node)
             if (free := self._free_operand(node)) is not None:
                 raise FreeQuery(free, self._asked_by_parameters(node, free) or router)
-            if self.flow.projection_operands(node) is not None:
-                self._refuse_scores(node)
+            if projects:
                 raise router
             if self._is_contraction(node):
                 self.contraction = node

@@ -48,6 +48,19 @@ class TalkingTwice(Projects):
         return self.merged(weights @ v)
 
 
+class TalkingByEinsum(Projects):
+    """Likewise, by einsum with a stored matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.after = (nn.Parameter(torch.randn(HEADS, HEADS)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        scores = torch.einsum("bhij,hg->bgij", q @ k.transpose(-2, -1), self.before)
+        return self.merged(torch.einsum("bhij,hg->bgij", scores.softmax(-1), self.after) @ v)
+
+
 class SummedByHand(Projects):
     """Both products are elementwise, then summed."""
 
@@ -197,6 +210,7 @@ class TalkingOnTop(Projects):
 
 REASONS: dict[type[Projects], str] = {
     TalkingTwice: "mixed between heads",
+    TalkingByEinsum: "mixed between heads",
     SummedByHand: "products of elements that are summed by hand",
     Additive: "additive attention",
     SoftFeatures: "without a softmax of scores",
