@@ -228,6 +228,12 @@ class Tracer:
             return self._masked_fill(node)
         if node.op == "RotaryEmbedding":
             return self._rotary_embedding(node)
+        if node.op == "BatchNormalization":
+            raise Opaque(
+                "a batch normalisation stands between projection and scores; fold it into the projection's weights "
+                "first (torch.nn.utils.fusion), which is the same",
+                node,
+            )
         raise Opaque(f"operator {node.op} between projection and score is not understood", node)
 
     def _norm(self, node: Node, value: Value) -> Form:

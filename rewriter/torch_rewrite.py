@@ -278,6 +278,12 @@ def _mix_one(module: torch.nn.Module, flow: Flow, group: _Owned, records: Mappin
     install_mixing(module, group.path, first.mixing, first.tensors, records, seen, heads=first.site.heads, out=out)
 
 
+def _convolves(flow: Flow, operand: Operand) -> bool:
+    """Whether a projection's matrix is stored as the kernel of a convolution."""
+    node = flow.producer(operand.projection.weight)
+    return node is not None and node.op == "Reshape" and len(flow.shape(node.inputs[0])) > 2
+
+
 def _install_one(module: torch.nn.Module, flow: Flow, group: _Owned, records: Mapping[str, CallRecord]) -> None:
     first, record = group.replacements[0], records.get(group.path)
     weights = {(r.site.k.projection.weight, r.site.v.projection.weight) for r in group.replacements}
@@ -291,6 +297,8 @@ def _install_one(module: torch.nn.Module, flow: Flow, group: _Owned, records: Ma
     if first.mixing is not None:
         _mix_one(module, flow, group, records)
         return
+    if any(_convolves(flow, o) for o in (first.site.q, first.site.k, first.site.v)):
+        raise UnsupportedModel("its projections are convolutions, which a module of its own does not have")
     if record is None:
         raise UnsupportedModel(f"{group.path} was not called by the model's forward")
     if not record.alike:

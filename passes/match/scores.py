@@ -300,10 +300,12 @@ class _Backward:
             if node is None or not self.flow.data_dependent(value):
                 raise Unrelated("its input does not depend on hidden states")
             router = Unrelated("it normalises a learned projection (a router, a classifier or weights for pooling)")
+            projects = self.flow.projection_operands(node) is not None
+            if projects:
+                self._refuse_scores(node)
             if (free := self._free_operand(node)) is not None:
                 raise FreeQuery(free, self._asked_by_parameters(node, free) or router)
-            if self.flow.projection_operands(node) is not None:
-                self._refuse_scores(node)
+            if projects:
                 raise router
             if self._is_contraction(node):
                 self.contraction = node
@@ -567,10 +569,19 @@ def _pairs(flow: Flow, node: Node, *ops: str) -> bool:
     return any(m > n for m, n in zip(a, b, strict=True)) and any(m < n for m, n in zip(a, b, strict=True))
 
 
+def _projects(flow: Flow, value: Value, scores: Value) -> bool:
+    """Whether `value` is a projection of `scores`."""
+    found = projection_at(flow, value)
+    operands = flow.projection_operands(found[0]) if found is not None else None
+    return found is not None and operands is not None and found[0].inputs[operands[0]] == scores
+
+
 def _split_operands(flow: Flow, node: Node) -> tuple[Value, Value]:
     """(score, other); refuses a second operand that depends on hidden states."""
     a, b = node.inputs[:2]
     deep = flow.data_dependent(a), flow.data_dependent(b)
+    if all(deep) and any(_projects(flow, x, y) for x, y in ((a, b), (b, a))):
+        raise SurelyAttention("its scores are mixed between heads by learned weights (talking heads)")
     if all(deep) and node.op in {"Mul", "Div"}:
         raise NotUnderstood("scores are multiplied by something computed from hidden states (a learned temperature)")
     if all(deep):

@@ -62,6 +62,10 @@ _NAMES: Mapping[str, str] = {
     "scaled_dot_product_attention": "Attention",
     **dict.fromkeys(("layer_norm", "native_layer_norm"), "LayerNormalization"),
     **dict.fromkeys(("rms_norm", "_fused_rms_norm"), "RMSNormalization"),
+    **dict.fromkeys(
+        ("batch_norm", "native_batch_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm"),
+        "BatchNormalization",
+    ),
     "tanh": "Tanh",
     "exp": "Exp",
     "sum": "ReduceSum",

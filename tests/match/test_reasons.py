@@ -48,6 +48,19 @@ class TalkingTwice(Projects):
         return self.merged(weights @ v)
 
 
+class TalkingByEinsum(Projects):
+    """Likewise, by einsum with a stored matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.after = (nn.Parameter(torch.randn(HEADS, HEADS)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        scores = torch.einsum("bhij,hg->bgij", q @ k.transpose(-2, -1), self.before)
+        return self.merged(torch.einsum("bhij,hg->bgij", scores.softmax(-1), self.after) @ v)
+
+
 class SummedByHand(Projects):
     """Both products are elementwise, then summed."""
 
@@ -169,8 +182,35 @@ class TurnedByHead(Projects):
         return self.merged((q @ k.transpose(-2, -1)).softmax(-1) @ v)
 
 
+class NormalisedByBatch(Projects):
+    """A batch normalisation behind the keys' projection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, _, v = self.heads(x)
+        k = self.norm(self.k(x).flatten(0, 1)).view(*x.shape[:2], HEADS, DIM).transpose(1, 2)
+        return self.merged((q @ k.transpose(-2, -1)).softmax(-1) @ v)
+
+
+class TalkingOnTop(Projects):
+    """What is mixed between heads is added to the scores."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Conv2d(HEADS, HEADS, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        scores = q @ k.transpose(-2, -1)
+        return self.merged((scores + self.mix(scores)).softmax(-1) @ v)
+
+
 REASONS: dict[type[Projects], str] = {
     TalkingTwice: "mixed between heads",
+    TalkingByEinsum: "mixed between heads",
     SummedByHand: "products of elements that are summed by hand",
     Additive: "additive attention",
     SoftFeatures: "without a softmax of scores",
@@ -181,6 +221,8 @@ REASONS: dict[type[Projects], str] = {
     HeadByHead: "its heads are joined from 4 projections",
     ByChannel: "it weighs features by features",
     Warmed: "scores are multiplied by something computed from hidden states",
+    NormalisedByBatch: "fold it into the projection's weights first",
+    TalkingOnTop: "mixed between heads",
     TurnedByHead: "rotated by angles of their own",
 }
 
