@@ -434,7 +434,7 @@ def _lead_roles(rows: Array, columns: Array) -> tuple[Array, Array, Axes]:
             raise HeadsApart("its heads lie along two axes, the query's do not")
     raise NotUnderstood(
         f"its {len(lead)} leading axes are not a batch and heads, nor a batch, groups and heads, in this order; "
-        "attention in blocks of tokens is read where the blocks lie on the batch axis ([batch * blocks, ...]), which is "
+        "attention in blocks of tokens is read where blocks lie on the batch axis ([batch * blocks, ...]), which is "
         "the same"
     )
 
