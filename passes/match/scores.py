@@ -662,6 +662,10 @@ def _terms(flow: Flow, node: Node) -> tuple[str, str, str]:
         raise NotUnderstood(str(error)) from error
 
 
+_EXPRESSION = 6
+"""Operators one on top of the other that two masks are compared by."""
+
+
 @dataclass(frozen=True)
 class _Mix:
     v: OperandView
@@ -698,6 +702,8 @@ def _context(flow: Flow, value: Value, turned: bool) -> _Mix | str | None:
             turned, value = not turned, node.outputs[0]
         elif node.op in {"Where", "MaskedFill"} and _replaces_nan(flow, node) and (tests or _hides_again(flow, node)):
             zero_nan, value = True, node.outputs[0]
+        elif node.op in {"Where", "MaskedFill"}:
+            return f"some of them are replaced (by {node.op}), and not just where the same mask hid their scores"
         else:
             return f"operator {node.op} reads them"
 
@@ -737,12 +743,54 @@ def _hides_again(flow: Flow, node: Node) -> bool:
     condition, before = (node.inputs[0], node.inputs[2]) if node.op == "Where" else (node.inputs[1], node.inputs[0])
     if flow.data_dependent(condition) or not flow.data_dependent(before):
         return False
+    if _masked_alike(flow, condition, before):
+        return True
     weights, after = flow.value(before), flow.value(node.outputs[0])
     zeroed = np.broadcast_to(flow.value(condition).astype(bool), weights.shape)
     if zeroed.shape != after.shape or not zeroed.any() or zeroed.all(-1).all():
         return False
     alive = zeroed & ~zeroed.all(-1, keepdims=True)
     return not (weights[alive] != 0).any() and bool(np.array_equal(after[~zeroed], weights[~zeroed]))
+
+
+def _masked_alike(flow: Flow, condition: Value, weights: Value) -> bool:
+    """Whether the softmax that gives `weights` had its scores replaced by minus infinity under the same condition.
+
+    Told from how both are computed, since an example may hide nothing.
+    """
+    node = _above_casts(flow, weights)
+    if node is None or node.op != "Softmax" or (mask := _above_casts(flow, node.inputs[0])) is None:
+        return False
+    if mask.op == "MaskedFill":
+        hides, fill = mask.inputs[1:3]
+    elif mask.op == "Where" and flow.data_dependent(mask.inputs[2]):
+        hides, fill = mask.inputs[:2]
+    else:
+        return False
+    lowest = not flow.data_dependent(fill) and bool(np.isneginf(flow.value(fill)).all())
+    return lowest and _computed_alike(flow, condition, hides, _EXPRESSION)
+
+
+def _above_casts(flow: Flow, value: Value) -> Node | None:
+    node = flow.producer(value)
+    while node is not None and node.op in PASS_THROUGH:
+        node = flow.producer(node.inputs[0])
+    return node
+
+
+def _computed_alike(flow: Flow, a: Value, b: Value, depth: int) -> bool:
+    """Whether two values are the same operators on the same values, or on equal constants, up to some depth."""
+    if a == b:
+        return True
+    if flow.is_constant(a) and flow.is_constant(b):
+        return np.array_equal(flow.value(a), flow.value(b))
+    first, second = flow.producer(a), flow.producer(b)
+    if depth == 0 or first is None or second is None or first.op != second.op or first.likeness() is None:
+        return False
+    same = first.likeness() == second.likeness() and len(first.inputs) == len(second.inputs)
+    place = first.outputs.index(a) == second.outputs.index(b)
+    pairs = zip(first.inputs, second.inputs, strict=False)
+    return same and place and all(_computed_alike(flow, x, y, depth - 1) for x, y in pairs)
 
 
 def _swaps_last_two(flow: Flow, node: Node) -> bool:

@@ -115,6 +115,30 @@ def test_what_a_visible_score_feels_is_refused(name: str) -> None:
     assert reason in refusal.reason
 
 
+class Zeroed(nn.Module):
+    """Attention [B, T, E] whose weights are made zero again where a mask [B, T] hid their scores, or elsewhere."""
+
+    def __init__(self, same: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv, self.o, self.same = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH), same
+
+    def forward(self, x: Tensor, shown: Tensor, other: Tensor) -> Tensor:
+        q, k, v = (y.unflatten(-1, (HEADS, DIM)).transpose(1, 2) for y in self.qkv(x).chunk(3, -1))
+        hidden = [m[:, None, None] == torch.tensor(False) for m in (shown, shown if self.same else other)]
+        weights = (q @ k.mT * DIM**-0.5).masked_fill(hidden[0], -torch.inf).softmax(-1).masked_fill(hidden[1], 0.0)
+        out: Tensor = self.o((weights @ v).transpose(1, 2).flatten(2))
+        return out
+
+
+def test_weights_zeroed_by_the_mask_of_their_scores_are_read_though_it_hides_nothing() -> None:
+    everything = torch.ones(2, 6, dtype=torch.bool)
+    (site,) = matches(Zeroed(True), features(), everything, everything).sites
+    assert site.replay_error < REPLAY_LIMIT and site.masked_rows_are_zero
+    (refusal,) = matches(Zeroed(False), features(), everything, everything.clone()).refusals
+    assert "not just where the same mask hid their scores" in refusal.reason
+
+
 class Noisy(nn.Module):
     """Adds noise to what its attention gets."""
 
