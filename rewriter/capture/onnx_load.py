@@ -217,6 +217,8 @@ def _check_structure(proto: onnx.ModelProto, name: str) -> None:
     require_finite_functions(proto, name)
     _check_arity(proto, name)
     _check_inputs(proto.graph, name)
+    for function in proto.functions:
+        _check_function(function, name)
 
 
 def _check_inputs(graph: onnx.GraphProto, name: str) -> None:
@@ -230,6 +232,20 @@ def _check_inputs(graph: onnx.GraphProto, name: str) -> None:
                     f"{name} is malformed: node {node.name[:80]!r} reads {read[:80]!r}, which nothing makes",
                     hint="export the model again",
                 )
+
+
+def _check_function(function: onnx.FunctionProto, name: str) -> None:
+    """What nodes of a body read is an input or made there; as in graphs, control flow within is not looked into."""
+    known = {*function.input, *(output for node in function.node for output in node.output), ""}
+    version = next((x.version for x in function.opset_import if x.domain in ("", "ai.onnx")), None)
+    for node in function.node:
+        missing = next((read for read in node.input if read not in known), None)
+        if missing is not None:
+            raise InvalidModelFile(
+                f"{name} is malformed: the function {function.name[:80]!r} reads {missing[:80]!r}, which nothing makes",
+                hint="export the model again",
+            )
+        _check_node(node, version, name)
 
 
 def _check_supported(proto: onnx.ModelProto, name: str) -> None:
@@ -283,12 +299,23 @@ def _check_arity(proto: onnx.ModelProto, name: str) -> None:
     version = next((x.version for x in proto.opset_import if x.domain in ("", "ai.onnx")), None)
     for graph in _graphs(proto.graph):
         for node in graph.node:
-            most = None if version is None or node.domain not in ("", "ai.onnx") else _arity(node.op_type, version)
-            if most is not None and not most[0] <= len(node.input) <= most[1]:
-                raise InvalidModelFile(
-                    f"{name} is malformed: node {node.name[:80]!r} ({node.op_type}) has {len(node.input)} inputs",
-                    hint="check it with onnx.checker",
-                )
+            _check_node(node, version, name)
+
+
+def _check_node(node: onnx.NodeProto, version: int | None, name: str) -> None:
+    if version is None or node.domain not in ("", "ai.onnx"):
+        return
+    most = _arity(node.op_type, version)
+    if most is not None and not most[0] <= len(node.input) <= most[1]:
+        said = f"{len(node.input)} inputs"
+    elif node.op_type == "Constant" and len(node.attribute) != 1:
+        said = f"{len(node.attribute)} attributes"
+    else:
+        return
+    raise InvalidModelFile(
+        f"{name} is malformed: node {node.name[:80]!r} ({node.op_type[:80]}) has {said}",
+        hint="check it with onnx.checker",
+    )
 
 
 @functools.cache

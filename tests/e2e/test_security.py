@@ -29,9 +29,10 @@ from benchmarks.scale_models import Stack, write
 from rewriter import cli
 from rewriter.calibration.files import read_calibration
 from rewriter.calibration.tokenizer import tokenizer_beside
-from rewriter.errors import InvalidModelFile, UsageError
+from rewriter.errors import InvalidModelFile, RewriteError, UsageError
 from rewriter.install.persistence import copy_side_files
 from rewriter.kernels.folder import library_in
+from rewriter.kernels.needed import needs
 from tests.uptrain.small_models import bert, llama, student_of, token_ids
 
 EVIL = "\x1b[31m\x07</title><script>alert(1)</script>\"'{{7*7}}{% x %}`touch pwned`$(touch pwned)/../../\u202ex\r\n"
@@ -425,6 +426,48 @@ def test_a_library_that_everybody_may_change_is_not_loaded(tmp_path: Path) -> No
     tmp_path.chmod(0o700)
     with pytest.raises(UsageError, match="no library"):
         library_in(tmp_path)
+
+
+# ---------------------------------------------------------------------- rewritten files that were broken since
+
+
+def _in_body(op_type: str, change: Callable[[onnx.NodeProto], object]) -> Callable[[onnx.ModelProto], object]:
+    """Change the first such node of the first function."""
+    return lambda m: change(next(n for f in m.functions for n in f.node if n.op_type == op_type))
+
+
+def _nodes_of_ours(model: onnx.ModelProto) -> list[onnx.NodeProto]:
+    return [node for node in model.graph.node if node.domain == "rewriter.ops"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (_in_body("MatMul", lambda n: n.input.__setitem__(0, EVIL)), "which nothing makes"),
+        (_in_body("MatMul", lambda n: n.input.pop()), "has 1 inputs"),
+        (_in_body("Constant", lambda n: n.attribute.pop()), "has 0 attributes"),
+        (_in_body("MatMul", lambda n: setattr(n, "op_type", "Relu")), "has 2 inputs"),
+        (lambda m: [n.attribute.pop() for n in _nodes_of_ours(m) for _ in range(len(n.attribute))], "wrong attributes"),
+        (lambda m: [m.graph.value_info.pop() for _ in range(len(m.graph.value_info))]
+         and _in_body("MatMul", lambda n: n.input.reverse())(m), "onnxruntime does not open|does not run"),
+    ],
+    ids=["unknown input", "too few", "no constant", "too many", "no attributes", "turned"],
+)  # fmt: skip
+def test_a_rewritten_file_that_was_broken(
+    tmp_path: Path, change: Callable[[onnx.ModelProto], object], words: str
+) -> None:
+    source, out = tmp_path / "in.onnx", tmp_path / "out.onnx"
+    write(Stack(1, hidden=16, inner=16, heads=4), source, external=False)
+    rewriter.optimize(source, "mqa", verify=False).save(out)
+    assert needs(out), "the control"
+    model = onnx.load(out)
+    change(model)
+    onnx.save(model, out)
+    with pytest.raises(RewriteError, match=words):
+        needs(out)
+    for words_of_command in (("inspect", str(out)), ("rewrite", str(out), str(source), "-t", "mqa")):
+        code, text = said(*words_of_command)
+        assert "bug in rewriter" not in text and harmless(text) and (code == 0 or "hint: " in text)
 
 
 # ---------------------------------------------------------------------- loops
