@@ -504,7 +504,7 @@ def _written_out(function: ir.Function) -> bool:
 
 def _canonical_op(node: ir.Node) -> str:
     if node.domain in ("", "ai.onnx"):
-        return node.op_type
+        return "Conv" if node.op_type == "ConvInteger" else node.op_type  # of integers, but a convolution
     known = CONTRACTIONS | {
         "RotaryEmbedding", "SimplifiedLayerNormalization", "GroupedQueryAttention", "QLinearSoftmax",
     }  # fmt: skip

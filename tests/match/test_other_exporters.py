@@ -273,3 +273,18 @@ def test_a_feed_forward_block_of_einsums(equation: str) -> None:
     result = graph.op("Einsum", hidden, down, equation=equation)
     (block,) = rewriter.inspect(graph.model(graph.op("Add", result, "x"))).feed_forward.sites
     assert (block.width, block.hidden, block.activation.name) == (WIDTH, 48, "relu")
+
+
+def test_integer_convolutions_are_projections_too() -> None:
+    graph = Graph()
+    turned = graph.op("Transpose", "x", perm=[0, 2, 1])
+    quantised = graph.op("DynamicQuantizeLinear", turned)
+    graph.nodes[-1].output.extend(["scale", "zero"])
+    heads = []
+    for _ in "qkv":
+        weight = graph.random.integers(-99, 99, (WIDTH, DIM, 1)).astype(np.int8)
+        whole = graph.op("Cast", graph.op("ConvInteger", quantised, weight, "zero", group=HEADS), to=1)
+        made = graph.op("Mul", whole, graph.op("Mul", "scale", 0.01))
+        heads.append(graph.op("Transpose", graph.op("Reshape", made, ints(0, HEADS, DIM, -1)), perm=[0, 1, 3, 2]))
+    seen = rewriter.inspect(graph.model(finished(graph, attended(graph, heads[0], heads[1], heads[2]))))
+    assert ["a convolution in 4 groups" in r.reason for r in seen.refusals] == [True]
