@@ -16,7 +16,7 @@ export MKL_NUM_THREADS ?= 1
 export OPENBLAS_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup test quick lint demo docs bench clean
+.PHONY: setup test exhaustive quick lint demo docs bench clean
 .DEFAULT_GOAL := test
 
 setup: $(STAMP)
@@ -36,6 +36,9 @@ $(STAMP): pyproject.toml constraints.txt requirements-weights.txt requirements-h
 
 test: lint
 	$(BIN)/python -m pytest --numprocesses $(WORKERS)
+
+exhaustive: setup
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --exhaustive
 
 quick: setup
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) -m "not slow"

@@ -5,10 +5,10 @@
 
 Weights are random, batch 1, all tokens shown. In onnxruntime the peer is the fastest of the file as exported (opset
 18), with the standard Attention operator (opset 24), and fused by onnxruntime's and onnxscript's optimizers; ours is
-the faster of two rewritten files, of the export and of the one that onnxruntime's optimizer made. Forms that hold all
-scores are left out where these would take more than an eighth of the memory. In torch the peer is the model with sdpa.
-All are timed by turns in one run; --cpu-time takes processor time of one thread, which the machine's other work
-disturbs less.
+the faster of two rewritten files, of the export and of the one that onnxruntime's optimizer made, once by themselves
+and once with the library that `rewriter kernels` writes for them. Forms that hold all scores are left out where these
+would take more than an eighth of the memory. In torch the peer is the model with sdpa. All are timed by turns in one
+run; --cpu-time takes processor time of one thread, which the machine's other work disturbs less.
 
 Sparse Mixer and its fast variant (`benchmarks/sparse_mixers.py`) stand beside a whole BERT-base at 512 tokens, always
 on one thread; --quick takes all of them at half the width and depth, without goals. FLASH's layers stand beside the
@@ -44,6 +44,10 @@ from benchmarks import colt5_encoders, flash_layers, peers  # noqa: E402
 from benchmarks.machine import machine  # noqa: E402
 from benchmarks.rows import Clock, Row, Times, interleaved, markdown_table, put_section, write_json  # noqa: E402
 from benchmarks.sparse_mixers import sparse_mixer_rows  # noqa: E402
+from codegen.errors import NoCompiler  # noqa: E402
+from codegen.toolchain.cxx import find_compiler  # noqa: E402
+from rewriter.kernels.emit import emit  # noqa: E402
+from rewriter.kernels.folder import LIBRARY  # noqa: E402
 
 Call = Callable[[], Any]
 GOALS: Mapping[int, float] = {512: 1.6, 2048: 1.9, 8192: 3.0}
@@ -51,6 +55,8 @@ GOALS: Mapping[int, float] = {512: 1.6, 2048: 1.9, 8192: 3.0}
 
 ERROR_LIMIT = 1e-4
 """Of the rewritten file against the rewritten module, relative to the largest output."""
+
+PLAIN, WITH_KERNELS = "onnxruntime", "onnxruntime with our kernels"
 
 WHOLE_SCORES = ("as exported", "Attention operator")
 """Forms that hold all scores of a layer at once."""
@@ -118,10 +124,14 @@ def export(shape: Shape, folder: Path, opset: int, *, attention: str = "sdpa", d
 
 @dataclass(frozen=True)
 class Files:
-    """Paths by form: what runs the attention, and what mixes instead."""
+    """Paths by form: what runs the attention, what mixes instead, and the library of kernels for the latter.
+
+    No library without a compiler.
+    """
 
     originals: Mapping[str, Path]
     mixed: Mapping[str, Path]
+    library: Path | None
 
 
 def files(shape: Shape, folder: Path) -> Files:
@@ -140,32 +150,51 @@ def files(shape: Shape, folder: Path) -> Files:
         if form in originals:
             mixed[form] = folder / f"mixed-{len(mixed)}.onnx"
             rewriter.optimize(originals[form], "fnet").save(mixed[form])
-    return Files(originals, mixed)
+    return Files(originals, mixed, library(mixed["as exported"], folder / "kernels"))
 
 
-def session(path: Path, threads: int) -> ort.InferenceSession:
+def library(model: Path, folder: Path) -> Path | None:
+    try:
+        find_compiler()
+    except NoCompiler:
+        return None
+    emit(model, folder, ["cpu"])
+    return folder / LIBRARY
+
+
+def session(path: Path, threads: int, library: Path | None = None) -> ort.InferenceSession:
     options = ort.SessionOptions()
+    if library is not None:
+        options.register_custom_ops_library(str(library))
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def in_onnxruntime(shape: Shape, made: Files, tokens: int, threads: int) -> tuple[dict[str, Call], dict[str, Call]]:
-    """(ours, peers) by form at this length."""
+Forms = tuple[dict[str, Call], dict[str, Call]]
+"""(Ours, peers)."""
+
+
+def in_onnxruntime(shape: Shape, made: Files, tokens: int, threads: int) -> dict[str, Forms]:
+    """By what runs ours: onnxruntime alone, or with the library of kernels."""
     feeds = dict(zip(("input_ids", "attention_mask"), (t.numpy() for t in inputs(tokens)), strict=True))
 
-    def call(path: Path) -> Call:
-        opened = session(path, threads)
+    def call(path: Path, library: Path | None = None) -> Call:
+        opened = session(path, threads, library)
         return lambda: opened.run(None, feeds)
 
     scores = 4 * shape.heads * tokens**2
     fits = scores <= psutil.virtual_memory().total / 8
     wanted = {form: path for form, path in made.originals.items() if fits or form not in WHOLE_SCORES}
-    return {f: call(p) for f, p in made.mixed.items()}, {f: call(p) for f, p in wanted.items()}
+    theirs = {f: call(p) for f, p in wanted.items()}
+    found = {PLAIN: ({f: call(p) for f, p in made.mixed.items()}, theirs)}
+    if made.library is not None:
+        found[WITH_KERNELS] = ({f: call(p, made.library) for f, p in made.mixed.items()}, theirs)
+    return found
 
 
-def in_torch(shape: Shape, tokens: int) -> tuple[dict[str, Call], dict[str, Call]]:
+def in_torch(shape: Shape, tokens: int) -> Forms:
     given = inputs(tokens)
     original = Encoder(shape, "sdpa").eval()
     mixed = rewriter.optimize(original, "fnet", example_inputs=inputs(16))
@@ -199,7 +228,8 @@ def _row(where: str, shape: Shape, tokens: int, form: str, ours: Times, peer: st
     }
     case = f"fnet, {where}, {tokens} tokens"
     met = None if goal is None else ratio >= goal
-    return Row("time", case, ours.minimum * 1e3, theirs.minimum * 1e3, f"{where}, {peer}", "ms", ratio, goal, met, more)
+    peer_name = f"{PLAIN if where == WITH_KERNELS else where}, {peer}"
+    return Row("time", case, ours.minimum * 1e3, theirs.minimum * 1e3, peer_name, "ms", ratio, goal, met, more)
 
 
 def errors(made: Files, shape: Shape, tokens: int) -> list[Row]:
@@ -209,8 +239,11 @@ def errors(made: Files, shape: Shape, tokens: int) -> list[Row]:
         expected = rewriter.optimize(Encoder(shape, "sdpa").eval(), "fnet", example_inputs=inputs(16))(*given).numpy()
     feeds = dict(zip(("input_ids", "attention_mask"), (t.numpy() for t in given), strict=True))
     rows = []
-    for form, path in made.mixed.items():
-        found = np.asarray(session(path, 1).run(None, feeds)[0])
+    tried = {form: session(path, 1) for form, path in made.mixed.items()}
+    if made.library is not None:
+        tried |= {f"{form}, our kernels": session(path, 1, made.library) for form, path in made.mixed.items()}
+    for form, opened in tried.items():
+        found = np.asarray(opened.run(None, feeds)[0])
         error = float(np.abs(found - expected).max() / np.abs(expected).max())
         case = f"fnet file, {form}, {tokens} tokens"
         rows.append(Row("error", case, error, ERROR_LIMIT, "the module", "relative", None, ERROR_LIMIT,
@@ -227,10 +260,7 @@ def encoders(shape: Shape, options: argparse.Namespace, clock: Clock, part: int 
         yield from sparse_mixer_rows(Path(folder), repeated, clock, part or (2 if options.quick else 1))
         for tokens in options.tokens or ([512, 2048] if options.quick else list(GOALS)):
             runs = options.runs or (3 if tokens > 4096 else 5 if options.quick else 11)
-            pairs = {
-                "onnxruntime": in_onnxruntime(shape, made, tokens, options.threads),
-                "torch": in_torch(shape, tokens),
-            }
+            pairs = {**in_onnxruntime(shape, made, tokens, options.threads), "torch": in_torch(shape, tokens)}
             for where, (ours, theirs) in pairs.items():
                 yield from compare(where, shape, tokens, ours, theirs, runs, clock)
 

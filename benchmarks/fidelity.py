@@ -9,7 +9,8 @@ heads are turned copies of each other. Whisper tiny.en: KL divergence from the o
 held-out text are different plays, and no gradient step is taken; text of another kind is in other-text
 (`benchmarks.other_text`), what healing gives back in minilm-healed and smollm2-healed (`benchmarks.healing`), what
 choosing for each layer gives in minilm-auto and smollm2-auto (`benchmarks.auto_choice`), what attention transfer gives
-linear attention in smollm2-linear (`benchmarks.linear_transfer`).
+linear attention in smollm2-linear (`benchmarks.linear_transfer`), and what Fourier mixes come to after healing in
+minilm-mixed (`benchmarks.mixed_healing`).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from benchmarks.auto_choice import auto_table, minilm_auto, smollm2_auto
 from benchmarks.healing import healed_table, minilm_healed, smollm2_healed
 from benchmarks.linear_transfer import linear_table, smollm2_linear
 from benchmarks.machine import machine
+from benchmarks.mixed_healing import minilm_mixed
 from benchmarks.other_text import other_text_rows, other_text_table
 from benchmarks.rows import Row, markdown_table, put_section, write_json
 from benchmarks.speech import speech_table, whisper_rows
@@ -186,34 +188,54 @@ PARTS: dict[str, Callable[[bool], Iterator[Row]]] = {
     "minilm-auto": minilm_auto,
     "smollm2-auto": smollm2_auto,
     "minilm-healed": minilm_healed,
+    "minilm-mixed": minilm_mixed,
     "smollm2-healed": smollm2_healed,
     "smollm2-linear": smollm2_linear,
 }
 
 
+MODELS = {"minilm": "MiniLM", "smollm2": "SmolLM2", "whisper": "Whisper tiny.en"}
+"""Headings, by how the name of what is measured begins."""
+TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
+    "healed": healed_table,
+    "auto": auto_table,
+    "linear": linear_table,
+    "whisper": speech_table,
+    "another kind": other_text_table,
+}
+"""By words in what is measured; `plain_table` where there is none of them."""
+
+
 def document(rows: Sequence[Row], quick: bool) -> str:
+    """Markdown: what was measured how, then for each model what is met and what is not."""
     where = machine()
-    kinds = ("healed", "auto", "linear", "whisper", "another kind")
-    healed, chosen, linear, speech, other = ([r for r in rows if word in r.name] for word in kinds)
-    plain = [r for r in rows if r not in (*healed, *chosen, *linear, *speech, *other)]
-    lines = [[r.name, r.case, r.ours, r.peer, r.goal, r.ok, r.more.get("seconds")] for r in plain]
-    header = ["what", "case", "measured", "attention zeroed", "goal", "met", "s"]
     size = "--quick: small samples" if quick else "all cases"
     note = (
         f"{where['processor']}, {where['cores']} cores, {where['torch_threads']} torch threads, load "
         f"{where['load_before'][0]}; {size}. Calibrated on {', '.join(CALIBRATION)}, measured on {HELD_OUT}; no "
         "gradient step but where it says healed, or after transfer."
     )
-    tables = [markdown_table(header, lines)] if lines else []
-    others = (
-        (speech_table, speech),
-        (other_text_table, other),
-        (auto_table, chosen),
-        (healed_table, healed),
-        (linear_table, linear),
-    )
-    more = [table(found) for table, found in others if found]
-    return "\n\n".join([note, *tables, *more])
+    parts = [note]
+    for first, heading in MODELS.items():
+        own = [r for r in rows if r.name.startswith(first)]
+        if own:
+            tables = [plain_table([r for r in own if _kind(r) is None])]
+            tables += [
+                table([r for r in own if _kind(r) == kind]) for kind, table in TABLES.items() if kind in map(_kind, own)
+            ]
+            parts += [f"### {heading}", *filter(None, tables)]
+    return "\n\n".join(parts)
+
+
+def _kind(row: Row) -> str | None:
+    return next((kind for kind in TABLES if kind in row.name), None)
+
+
+def plain_table(rows: Sequence[Row]) -> str:
+    """Markdown: no step of training; empty without rows."""
+    header = ["what", "case", "measured", "attention zeroed", "goal", "met", "s"]
+    lines = [[r.name, r.case, r.ours, r.peer, r.goal, r.ok, r.more.get("seconds")] for r in rows]
+    return markdown_table(header, lines) if lines else ""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.curves import svg
 from benchmarks.healing import HELD_OUT, training_plays
 from benchmarks.machine import machine
 from benchmarks.rows import Row, markdown_table, put_section, write_json
@@ -177,29 +178,10 @@ def report(found: Mapping[str, Mapping[int, float]], seeds: int) -> str:
     return text + markdown_table(["steps", *found, "flash-quad / transformer", "flash / transformer"], lines)
 
 
-def svg(found: Mapping[str, Mapping[int, float]]) -> str:
-    """The curves, steps to the right, logarithm of the perplexity upwards."""
-    wide, high, edge = 640, 360, 48
-    points = [(step, math.log(value)) for curve in found.values() for step, value in curve.items()]
-    low, top, last = min(v for _, v in points), max(v for _, v in points), max(s for s, _ in points)
-    colours = ("#444444", "#c05a00", "#0060b0")
-
-    def place(step: int, value: float) -> str:
-        x = edge + (wide - 2 * edge) * step / last
-        y = high - edge - (high - 2 * edge) * (math.log(value) - low) / max(top - low, 1e-9)
-        return f"{x:.1f},{y:.1f}"
-
-    view = f'viewBox="0 0 {wide} {high}" font-family="sans-serif" font-size="12"'
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" {view}>']
-    for number, (name, curve) in enumerate(found.items()):
-        line = " ".join(place(step, value) for step, value in curve.items())
-        colour = colours[number % len(colours)]
-        parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        label = f"{name}: {list(curve.values())[-1]:.3f}"
-        parts.append(f'<text x="{wide - 4 * edge}" y="{edge + 16 * number}" fill="{colour}">{label}</text>')
-    told = f"steps, to {last}; perplexity {math.exp(low):.2f} to {math.exp(top):.2f}"
-    parts.append(f'<text x="{edge}" y="{high - edge / 3}">{told}</text>')
-    return "\n".join([*parts, "</svg>\n"])
+def drawing(found: Mapping[str, Mapping[int, float]]) -> str:
+    values = [value for curve in found.values() for value in curve.values()]
+    last = max(step for curve in found.values() for step in curve)
+    return svg(found, f"steps, to {last}; perplexity {min(values):.2f} to {max(values):.2f}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -218,7 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.markdown:
         put_section(options.markdown, "From scratch", report(found, options.seeds))
     if options.svg:
-        options.svg.write_text(svg(found))
+        options.svg.write_text(drawing(found))
     return 0
 
 

@@ -173,7 +173,11 @@ def healed_table(rows: Sequence[Row]) -> str:
         "other text, before": "other_text_before", "after": "other_text", "its KL": "other_text_kl",
     }  # fmt: skip
     header = ["what", "case", "before", "after", "goal", "met", *facts]
-    lines = [[r.name, r.case, r.peer, r.ours, r.goal, r.ok, *map(r.more.get, facts.values())] for r in rows]
+    measured = [[f"{number:.4f}" for number in (r.peer, r.ours)] for r in rows]
+    lines = [
+        [r.name, r.case, *m, r.goal, r.ok, *map(r.more.get, facts.values())]
+        for r, m in zip(rows, measured, strict=True)
+    ]
     return markdown_table(header, lines)
 
 

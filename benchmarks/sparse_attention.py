@@ -1,9 +1,10 @@
 """How sparse attention grows with the length, beside causal attention over all keys, in torch and onnxruntime.
 
-    python -m benchmarks.sparse_attention [--quick] [--json F]
+    python -m benchmarks.sparse_attention [--quick] [--json F] [--markdown F] [--svg F]
 
 Fixed blocks have l = sqrt(n), for which their work is n * sqrt(n); the window has 128 keys and 4 sinks. Processor time
-of one thread, all by turns in one run. Growth is the exponent of n between the shortest and the longest length.
+of one thread, all by turns in one run. Growth is the exponent of n between the shortest and the longest length; --svg
+draws the times, in which it is the slope.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch starts: its threads must not spin
 
-import argparse
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +24,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks.rows import Row, interleaved, write_json
+from benchmarks import options as shared_options
+from benchmarks.curves import svg
+from benchmarks.machine import machine
+from benchmarks.rows import Row, interleaved, markdown_table, put_section, write_json
 from codegen.ops.grouped_query_attention import torch_body
 from codegen.ops.grouped_query_attention.onnx_body import DOMAIN, attributes
 from codegen.ops.grouped_query_attention.onnx_tiles import functions
@@ -100,10 +103,36 @@ def measure(lengths: Sequence[int], runs: int) -> list[Row]:
     return rows
 
 
+def times(rows: Sequence[Row]) -> dict[str, dict[int, float]]:
+    """Milliseconds by what is run and by tokens."""
+    found: dict[str, dict[int, float]] = {}
+    for row in rows:
+        if row.name == "time":
+            name, _, length = row.case.removesuffix(f" tokens, {HEADS} heads, d {DIM}").rpartition(", ")
+            found.setdefault(name, {})[int(length)] = row.ours
+    return found
+
+
+def report(rows: Sequence[Row], drawn: str | None) -> str:
+    """The section in docs/benchmarks.md: milliseconds by length, and how they grow; `drawn` is a picture beside it."""
+    about, taken = machine(), times(rows)
+    lengths = list(next(iter(taken.values())))
+    grown = {r.case.rpartition(", ")[0]: r for r in rows if r.name == "growth"}
+    lines = [
+        [name, *curve.values(), grown[name].ours, grown[name].goal, grown[name].ok] for name, curve in taken.items()
+    ]
+    text = (
+        f"`python -m benchmarks.sparse_attention` on {about['processor']}, load {about['load_before'][0]}: "
+        f"milliseconds of processor time of one thread, {HEADS} heads of {DIM} features, causal. Fixed blocks have "
+        "l = √n, the window 128 keys and 4 sinks. Growth is the exponent of n.\n\n"
+    )
+    table = markdown_table(["attention", *(f"{n:,} tokens" for n in lengths), "growth", "goal", "met"], lines)
+    return text + table + (f"\n\n![Time over length, both on logarithmic scales]({drawn})" if drawn else "")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="up to 8,192 tokens, fewer runs")
-    parser.add_argument("--json", type=Path)
+    parser = shared_options.parser(__doc__, quick="up to 8,192 tokens, fewer runs", markdown=True)
+    parser.add_argument("--svg", type=Path, metavar="F", help="draw the curves there")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     lengths = (2048, 4096, 8192) if options.quick else (2048, 4096, 8192, 16384)
@@ -115,6 +144,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{row.name}: {row.case}: {figures} {row.unit}{ratio}{'' if row.ok is None else f', met: {row.ok}'}")
     if options.json:
         write_json(options.json, rows, threads=1, cpu_time=True)
+    if options.svg:
+        note = f"tokens, {lengths[0]:,} to {lengths[-1]:,}; milliseconds; both logarithmic"
+        options.svg.write_text(svg(times(rows), note, powers=True))
+    if options.markdown:
+        put_section(options.markdown, "Sparse attention", report(rows, options.svg.name if options.svg else None))
     return 0
 
 

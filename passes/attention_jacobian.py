@@ -15,7 +15,7 @@ Shape legend as in passes/activations.py; m D and m Dv are widths of the stacked
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -68,6 +68,7 @@ class Linearised:
         attention: [B, H, S, T]; queries, keys, values: [B, H, tokens, ...], rotated, one for each query head.
         out: [H Dv, E].
         left: [B, S, E], wished less given; zero where no query counts.
+        every: of the queries only each so manieth is there, and S counts these; see `thinned`.
     """
 
     features: Features
@@ -77,6 +78,7 @@ class Linearised:
     values: Array
     out: Array
     left: Array
+    every: int = 1
 
     @staticmethod
     def at(features: Features, weights: SiteWeights) -> Linearised:
@@ -94,6 +96,16 @@ class Linearised:
         left = (features.wished - given) * look.asking[..., None]
         return Linearised(features, attention, queries, keys, values, out, left)
 
+    def thinned(self, every: int) -> Linearised:
+        """The same of each so manieth query: neighbours see nearly the same, and cost as much."""
+        attention, queries = (np.ascontiguousarray(x[:, :, ::every]) for x in (self.attention, self.queries))
+        return replace(self, attention=attention, queries=queries, left=self.left[:, ::every], every=every)
+
+    @property
+    def counted(self) -> Array:
+        """[B, S], queries that count."""
+        return self.features.look.asking[:, :: self.every]
+
     @property
     def missed(self) -> float:
         """Energy of what is left."""
@@ -109,12 +121,13 @@ class Linearised:
         if "q" in narrow or "k" in narrow:
             scores = np.zeros_like(self.attention)
             if "q" in narrow:
-                scores += look.turned_queries(_act(narrow["q"], old.queries)) @ self.keys.swapaxes(-1, -2)
+                turned = look.turned_queries(_act(narrow["q"], old.queries))[:, :, :: self.every]
+                scores += turned @ self.keys.swapaxes(-1, -2)
             if "k" in narrow:
                 turned = repeated(look.turned_keys(_act(narrow["k"], old.keys)), heads)
                 scores += self.queries @ turned.swapaxes(-1, -2)
             attended += self._through_softmax(scores) @ self.values
-        moved: Array = (flat(attended) @ self.out) * look.asking[..., None]
+        moved: Array = (flat(attended) @ self.out) * self.counted[..., None]
         return moved
 
     def pulled(self, left: Array, operands: Collection[str]) -> Vector:
@@ -127,7 +140,9 @@ class Linearised:
         if "q" in operands or "k" in operands:
             scores = self._through_softmax(by_head @ self.values.swapaxes(-1, -2))
             if "q" in operands:
-                found["q"] = _outer(look.turned_queries(scores @ self.keys, back=True), old.queries)
+                turned = np.zeros((*old.queries.shape[:3], self.keys.shape[-1]), np.float32)
+                turned[:, :, :: self.every] = scores @ self.keys
+                found["q"] = _outer(look.turned_queries(turned, back=True), old.queries)
             if "k" in operands:
                 keys = summed(scores.swapaxes(-1, -2) @ self.queries, old.keys.shape[1])
                 found["k"] = _outer(look.turned_keys(keys, back=True), old.keys)

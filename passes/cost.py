@@ -86,7 +86,8 @@ def parameters_removed(flow: Flow, replacements: Sequence[Replacement]) -> int:
             seen.add(key)
             weight, bias = r.tensors[f"{role}_weight"], r.tensors.get(f"{role}_bias")
             rows = operand.columns.size
-            removed += (rows - len(weight)) * weight.shape[1] + (rows - len(weight) if bias is not None else 0)
+            vectors = [bias, *(r.tensors.get(f"{role}_{part}") for part in ("gain", "shift"))]
+            removed += (rows - len(weight)) * (weight.shape[1] + sum(v is not None for v in vectors))
     return removed
 
 

@@ -222,10 +222,19 @@ class Flow:
             if self.is_constant(node.inputs[w]) and self.is_fed(node.inputs[x]):
                 shape = self.shape(node.inputs[w])
                 # an outer product (positions times inverse frequencies) contracts an axis of size 1
-                axes = shape[:2] if node.op == "Conv" else shape[-2:]
-                if len(shape) >= 2 and min(axes) > 1:
+                if len(shape) >= 2 and self._contracted(node, w, shape) > 1:
                     return x, w
         return None
+
+    def _contracted(self, node: Node, w: int, shape: tuple[int, ...]) -> int:
+        """Over how many elements a product with a matrix of this shape sums."""
+        if node.op == "Conv":
+            return min(shape[1], 2)
+        if node.op == "Linear" or (node.attrs.get("transB", 0) and w == 1):
+            return shape[-1]
+        if node.op == "Einsum":
+            return min(shape[-2:])
+        return shape[-2 if w else -1]
 
     def shape(self, value: Value) -> tuple[int, ...]:
         """Shape of a value in this recording."""

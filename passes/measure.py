@@ -121,7 +121,7 @@ def _behind(flow: Flow, replacement: Replacement, new: Array, old: Array) -> tup
     """[B, S, E] each: what the new and the old output projection make of [B, H, S, Dv]."""
     out = replacement.site.out
     assert out is not None
-    before = np.asarray(flow.value(out.weight), dtype=np.float64)
+    before = np.asarray(out.matrix(flow.value(out.weight)), dtype=np.float64)
     before = before if out.out_first else before.T
     after = np.asarray(replacement.tensors["out_weight"], dtype=np.float64)
     results = [

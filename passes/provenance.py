@@ -22,6 +22,7 @@ import numpy as np
 
 from passes.contents import Contents
 from passes.dataflow import CONTRACTIONS, LAYOUT, Array, Flow, Node, Value
+from passes.projections import einsum_features, layout_of
 
 NORMS = frozenset(
     {"LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization", "LpNormalization", "GroupNormalization"}
@@ -227,6 +228,12 @@ class Tracer:
             return self._masked_fill(node)
         if node.op == "RotaryEmbedding":
             return self._rotary_embedding(node)
+        if node.op == "BatchNormalization":
+            raise Opaque(
+                "a batch normalisation stands between projection and scores; fold it into the projection's weights "
+                "first (torch.nn.utils.fusion), which is the same",
+                node,
+            )
         raise Opaque(f"operator {node.op} between projection and score is not understood", node)
 
     def _norm(self, node: Node, value: Value) -> Form:
@@ -339,9 +346,12 @@ class Tracer:
         projection = projection_at(self.flow, sources[0].value)
         if projection is None or projection[1] is not None or (ids == 0).any():
             return None
+        layout = layout_of(self.flow, projection[0])
+        if isinstance(layout, str):
+            return None
         positions = np.broadcast_to(np.arange(np.prod(shape, dtype=np.int64)).reshape(shape), form.shape)
-        columns = (ids - sources[0].base) % sources[0].shape[-1]
-        index = np.full(sources[0].shape[-1], -1)
+        columns = layout.columns[ids - sources[0].base]
+        index = np.full(layout.features, -1)
         index[columns] = positions
         return index if (index[columns] == positions).all() else None
 
@@ -489,6 +499,10 @@ def _features(flow: Flow, node: Node) -> int:
     operands = flow.projection_operands(node)
     assert operands is not None
     shape = flow.shape(node.inputs[operands[1]])
+    if node.op == "Einsum":
+        return einsum_features(node, operands[1], shape)
+    if node.op != "Conv" and len(shape) > 2:  # a stack of matrices, one for each head
+        return int(np.prod(shape)) // shape[-1 if node.attrs.get("transB", 0) else -2]
     return shape[0 if node.op in {"Linear", "Conv"} or node.attrs.get("transB", 0) else -1]
 
 

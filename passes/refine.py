@@ -15,7 +15,9 @@ give of the student's activations. It is made smaller in turns:
 M is what JᵀJ would be if the sides of each matrix had nothing to do with each other, a Kronecker product for each head
 (values: output columns ⊗ attended values; keys: queries ⊗ keys; queries: keys ⊗ queries; as in K-FAC, arXiv
 1503.05671), and both damps and preconditions. Changes of rotated operands are kept to those that commute with the
-rotation. A step is taken in part where all of it does not help, and not at all where no part does.
+rotation. A step is taken in part where all of it does not help, and not at all where no part does. Right side and
+decision are of all queries, JᵀJ and M of some of them where there are many: the gradient tells what to change, the
+curvature how far.
 """
 
 from __future__ import annotations
@@ -41,7 +43,9 @@ STEPS = 8
 """Of conjugate gradients in each."""
 DAMPING = 0.1
 """λ; M is as large as JᵀJ where the sides are independent."""
-LENGTHS = (1.0, 0.5, 0.25)
+CURVED, EACH = 2048, 8
+"""Queries whose JᵀJ stands for that of all: so many, and so many for each feature of a new head's stacked old ones."""
+LENGTHS = (1.0, 0.5, 0.25, 0.1)
 """Parts of a step that are tried."""
 _FLOOR = 1e-4
 """Part of the mean eigenvalue that is added to the sides of M, so that they can be inverted."""
@@ -127,22 +131,36 @@ def tokens(site: AttentionSite, look: Activations, output: Array) -> Array:
 
 def _step(job: Refinement, merged: Merged, features: Sequence[Features]) -> SiteWeights | None:
     """One step of Gauss-Newton; None where no length of it helps."""
-    weights = merged.weights
-    points = [Linearised.at(f, weights) for f in features]
+    weights, every = merged.weights, _every(features)
+    points: list[Linearised] = []
+    pulled: list[Vector] = []
+    missed = 0.0
+    for feature in features:
+        point = Linearised.at(feature, weights)
+        missed += point.missed
+        pulled.append(point.pulled(point.left, job.operands))
+        points.append(point.thinned(every) if every > 1 else point)
     metric = _Metric.at(job, points, weights)
+    share = sum(int(f.look.asking.sum()) for f in features) / sum(int(p.counted.sum()) for p in points)
 
     def system(change: Vector) -> Vector:
         image = _total([p.pulled(p.moved(change), job.operands) for p in points])
         return added(metric.kept(image), metric.kept(metric.forward(change)), DAMPING)
 
-    right = metric.kept(_total([p.pulled(p.left, job.operands) for p in points]))
+    right = metric.kept({name: matrix / share for name, matrix in _total(pulled).items()})
     change = conjugate_gradients(system, right, lambda v: metric.kept(metric.backward(v)), STEPS)
-    missed = sum(p.missed for p in points)
     for length in LENGTHS:
         there = _changed(job, merged, change, length)
         if sum(Linearised.at(f, there).missed for f in features) < missed:
             return there
     return None
+
+
+def _every(features: Sequence[Features]) -> int:
+    """Which queries are enough for the curvature: each so manieth."""
+    asking = sum(int(f.look.asking.sum()) for f in features)
+    widest = max(features[0].keys.shape[-1], features[0].values.shape[-1])
+    return max(1, asking // int(max(CURVED, EACH * widest)))
 
 
 def _total(parts: Sequence[Vector]) -> Vector:
@@ -216,16 +234,21 @@ def _sides(name: str, points: Sequence[Linearised], weights: SiteWeights) -> tup
         assert weights.out is not None
         columns = weights.out.transpose(0, 2, 1) @ weights.out
         return summed(columns[None], len(weights.v))[0], _sum([_attended(p) for p in points])
-    old = _sum([_moment(p.features.queries, p.features.look.asking) for p in points])
+    old = _sum([_moment(_seen(p, p.features.queries), p.counted) for p in points])
     if name == "q":
         keys = _sum([_spread(p, p.features.look.keys(weights)) for p in points])
         return repeated(keys[None], len(old))[0], old
-    queries = _sum([_moment(p.features.look.queries(weights), p.features.look.asking) for p in points])
+    queries = _sum([_moment(_seen(p, p.features.look.queries(weights)), p.counted) for p in points])
     return summed(queries[None], len(weights.k))[0], _sum([_spread(p, p.features.keys) for p in points])
 
 
 def _sum(moments: Sequence[Array]) -> Array:
     return np.asarray(sum(moments[1:], start=moments[0]))
+
+
+def _seen(point: Linearised, queries: Array) -> Array:
+    """[B, H, S, D]: those of the queries that the point has."""
+    return queries[:, :, :: point.every]
 
 
 def _moment(heads: Array, counted: Array) -> Array:
@@ -244,7 +267,7 @@ def _spread(point: Linearised, keys: Array) -> Array:
 def _attended(point: Linearised) -> Array:
     """[N, m Dv, m Dv]: moments of the stacked values as each query head attends to them, added up."""
     values, heads = point.features.values, point.attention.shape[1]
-    moments = _moment(point.attention @ repeated(values, heads), point.features.look.asking)
+    moments = _moment(point.attention @ repeated(values, heads), point.counted)
     return np.asarray(summed(moments[None], values.shape[1])[0])
 
 

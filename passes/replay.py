@@ -49,7 +49,7 @@ def replay(flow: Flow, path: ScorePath, q: Traced, k: Traced, v: Traced) -> Repl
     mine = [rebuild(flow, t, view) for view, t in ((path.q, q), (path.k, k), (path.v, v))]
     seen = [recorded(flow, view, t.tokens) for view, t in ((path.q, q), (path.k, k), (path.v, v))]
     errors = [
-        max(relative(m, s[:, :, t.tokens.new]), _norm_error(flow, t))
+        max(relative(m, s[:, :, t.tokens.new]), _norm_error(flow, t), _gains_error(flow, t))
         for m, s, t in zip(mine, seen, (q, k, v), strict=True)
     ]
     rounds = flow.dtype == "int8"  # roundings add up: check link by link, each from what was recorded before it
@@ -67,7 +67,7 @@ def replay(flow: Flow, path: ScorePath, q: Traced, k: Traced, v: Traced) -> Repl
     scores = _as_computed(scores, flow.dtype)
     score_error = 0.0
     if path.scores is not None:
-        seen_scores = np.asarray(flow.value(path.scores), dtype=np.float64).reshape(scores.shape)
+        seen_scores = _by_head(np.asarray(flow.value(path.scores), dtype=np.float64), path, q.tokens, scores.shape)
         pair = (_from_top(scores), _from_top(seen_scores)) if path.shifted else (scores, seen_scores)
         score_error = relative(*_shown(*pair))
         scores = seen_scores if rounds else scores
@@ -105,7 +105,7 @@ def rotated(projected: Array, columns: Array, traced: Traced) -> Array:
 def project(flow: Flow, projection: Projection, roundings: Iterable[Rounding] = ()) -> Array:
     """[rows, features], float64: the projection applied to its recorded input; `roundings` come before the bias."""
     x = np.asarray(flow.value(projection.input), dtype=np.float64)
-    w = flow.value(projection.weight)
+    w = projection.matrix(flow.value(projection.weight))
     product = widened_product(x.reshape(-1, x.shape[-1]), w.T if projection.out_first else w)
     out = executed(flow, roundings, product)
     if projection.bias is not None:
@@ -150,6 +150,31 @@ def _norm_error(flow: Flow, traced: Traced) -> float:
     return relative(mine, laid_out[tokens.rows[:, None, :, None], tokens.columns[None, :, None, :]])
 
 
+def _gains_error(flow: Flow, traced: Traced) -> float:
+    """What leaves the norm against what enters it times the gains of each head, at a scale of each token's own."""
+    norm, tokens = traced.operand.norm, traced.tokens
+    if norm is None or norm.gains is None or tokens.normed is None:
+        return 0.0
+    rows, columns = tokens.normed
+    width = int(columns.max()) + 1
+    given, seen = (np.full((int(rows.max()) + 1, width), np.nan) for _ in range(2))
+    given[rows, columns] = np.asarray(flow.value(norm.input), dtype=np.float64).reshape(-1)
+    seen[rows, columns] = np.asarray(flow.value(norm.output), dtype=np.float64).reshape(-1)
+    gain, shift = np.full(width, np.nan), np.zeros(width)
+    own = traced.operand.columns
+    gain[own] = np.asarray(flow.value(norm.gains.gain), dtype=np.float64).reshape(-1)[norm.gains.places]
+    if norm.gains.shift is not None:
+        shift[own] = np.asarray(flow.value(norm.gains.shift), dtype=np.float64).reshape(-1)[norm.gains.places]
+    given, seen = (x[tokens.rows.reshape(-1)][:, own] for x in (given, seen))  # [tokens, heads, dim]
+    axes = (2,) if norm.per_head else (1, 2)
+    if norm.kind == "layer":
+        given = given - given.mean(axis=axes, keepdims=True)
+    mine, wished = given * gain[own], seen - shift[own]
+    energy = (mine * mine).sum(axis=axes, keepdims=True)
+    scale = (mine * wished).sum(axis=axes, keepdims=True) / np.maximum(energy, 1e-30)
+    return relative(scale * mine, wished)
+
+
 def _spread(array: Array, heads: int) -> Array:
     """Key/value heads as `heads` query heads read them."""
     return array[:, np.arange(heads) * array.shape[1] // heads]
@@ -163,15 +188,20 @@ def recorded(flow: Flow, view: OperandView, tokens: Tokens) -> Array:
     array = view.arranged(array)
     lead, heads = tokens.axes[:-2], len(tokens.columns)
     tail = array.shape[-2:]
-    if lead == ("b", "h"):
-        return array
-    if lead == ("h", "b"):
-        return array.swapaxes(0, 1)
     if lead == ("b",):
         return array[:, None]
-    if lead == ("bh",):
+    if lead in {("b", "h"), ("bh",)}:  # the output may have one axis for both where the query has two, or the reverse
         return array.reshape(-1, heads, *tail)
     return array.reshape(heads, -1, *tail).swapaxes(0, 1)
+
+
+def _by_head(seen: Array, path: ScorePath, tokens: Tokens, shape: tuple[int, ...]) -> Array:
+    """Recorded scores as [B, H, S, T]."""
+    batch, heads, queries, keys = shape
+    seen = seen.reshape(-1, keys, queries).swapaxes(1, 2) if path.turned else seen
+    if tokens.axes[0] in ("h", "hb"):
+        return seen.reshape(heads, batch, queries, keys).swapaxes(0, 1)
+    return seen.reshape(shape)
 
 
 def products(query: Array, keys: Array, scale: float) -> Array:

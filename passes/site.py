@@ -24,6 +24,9 @@ class Projection:
         features: number of output features (all columns, also those of other operands of a fused projection).
         bias_index: [features] flat position in `bias` for each column, -1 where nothing is added; None if they are
             alike.
+        weight_axes: where the weight is no matrix, its axes, those that are summed over first: transposed so, these
+            joined and all others joined, it is [in, out]; input and output may have features on as many axes.
+        factor: what the product is multiplied by before the bias is added.
     """
 
     node: int
@@ -34,6 +37,22 @@ class Projection:
     bias: Value | None
     features: int
     bias_index: Array | None = None
+    weight_axes: tuple[int, ...] | None = None
+    factor: float = 1.0
+
+    def matrix(self, stored: Array) -> Array:
+        """The stored weight as the matrix of this map, [out, in] if `out_first`, else [in, out]."""
+        if self.weight_axes is not None:
+            stored = stored.transpose(self.weight_axes).reshape(-1, self.features)
+        return stored if self.factor == 1.0 else stored * stored.dtype.type(self.factor)
+
+    def stored(self, rows: Array, shape: tuple[int, ...]) -> Array:
+        """A matrix [out, in] as the weight is stored, with this shape: the inverse of `matrix`."""
+        rows = rows if self.factor == 1.0 else rows / rows.dtype.type(self.factor)
+        if self.weight_axes is None:
+            return rows if self.out_first else rows.T
+        back = [self.weight_axes.index(axis) for axis in range(len(shape))]
+        return rows.T.reshape([shape[axis] for axis in self.weight_axes]).transpose(back)
 
     def bias_positions(self, columns: Array) -> Array:
         """Where in the bias the numbers for these columns stand."""
@@ -54,18 +73,37 @@ class Rotary:
 
 
 @dataclass(frozen=True)
+class HeadGains:
+    """What a norm multiplies the features of each head by, and adds to them, where heads differ in that.
+
+    Attributes:
+        gain: the numbers, of any shape; shift: likewise, None if nothing is added.
+        places: [heads, dim], which of the numbers (counted flat) is each feature's; head after head.
+        reader: index of the node that reads them.
+    """
+
+    gain: Value
+    shift: Value | None
+    places: Array
+    reader: int
+
+
+@dataclass(frozen=True)
 class Norm:
     """A norm over each head's features (or over all of them) between projection and score, or a clamp.
 
     Attributes:
         kind: "rms", "layer" or "l2"; "clip" keeps each feature within bounds.
         per_head: False if it spans the features of all heads, so that heads are not independent.
+        output: with `gains` behind the multiplication by them.
+        gains: None where all heads are multiplied by the same numbers, or by none.
     """
 
     kind: Literal["rms", "layer", "l2", "clip"]
     per_head: bool
     input: Value
     output: Value
+    gains: HeadGains | None = None
 
 
 @dataclass(frozen=True)
@@ -136,6 +174,7 @@ class Modifier:
         windows: W where `value` is broadcastable to [B / W, W, heads, S, T] instead: the batch counts the
             windows of each image, and a mask knows which is which.
         apart: (KV, G) where `value` is broadcastable to [B, KV, G, S, T] instead: its heads lie along two axes.
+        heads_first: whether `value` is [heads * B, S, T], its sequences one after the other for each head.
     """
 
     kind: Literal["temperature", "bias", "mask", "unmask", "causal", "softcap", "sinks"]
@@ -143,6 +182,7 @@ class Modifier:
     number: float | None = None
     apart: tuple[int, int] | None = None
     windows: int | None = None
+    heads_first: bool = False
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,9 @@ import errno
 import json
 import operator
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +25,9 @@ import typer
 
 from codegen.errors import KernelError
 from rewriter import progress as progress_bars
+from rewriter.drafts import DATA_SUFFIX, require_place
 from rewriter.errors import RewriteError, UsageError, VerificationFailed
+from rewriter.given_path import existing
 from rewriter.report.printable import jsonable, printable
 from rewriter.whole_folder import recover
 
@@ -199,7 +203,9 @@ def rewrite(
     ] = None,
     calibration: Annotated[
         Path | None,
-        typer.Option("--calibration", help="Texts (.txt, .jsonl), token ids (.npy) or inputs (.npz, .safetensors)."),
+        typer.Option(
+            "--calibration", help='Texts (.txt, .jsonl), ids (.npy), inputs (.npz, .safetensors), or "sampled".'
+        ),
     ] = None,
     budget: Annotated[
         str | None,
@@ -481,19 +487,19 @@ def demo(as_json: Json = False, progress: Progress = False, debug: Debug = False
 
 
 def _require_model(path: Path) -> None:
-    if not path.exists() and path.absolute().parent.is_dir():
+    if not os.path.exists(path) and os.path.isdir(path.absolute().parent):
         recover(path.absolute())  # a command that was killed may have moved it aside
-    if not path.exists():
-        raise UsageError(f"no such file: {path}", hint="check the path")
+    existing(path)
 
 
 def _require_output(model: Path, output: Path, *, folder: bool = False) -> None:
     """`folder`: a folder is written, whatever the model is. What a killed command left half-written there goes."""
     parent = output.absolute().parent
-    if not parent.is_dir():
+    if not os.path.isdir(parent):
         raise UsageError(f"the output folder {parent} does not exist", hint="create it first")
     if not os.access(parent, os.W_OK):
         raise UsageError(f"the output folder {parent} is not writable", hint="check its permissions")
+    require_place(output, longer=0 if folder or model.is_dir() else len(DATA_SUFFIX))
     recover(output.absolute())
     if folder:
         if output.exists() and not output.is_dir():
@@ -515,7 +521,11 @@ def _require_page(path: Path | None) -> None:
 def _calibration(path: Path | None) -> Any:
     if path is None:
         return None
+    from rewriter.calibration.batches import SAMPLED
     from rewriter.calibration.files import read_calibration
+
+    if str(path) == SAMPLED and not path.exists():
+        return SAMPLED
 
     return read_calibration(path)
 
@@ -661,7 +671,35 @@ def _complain(message: str, hint: str = "", *, label: str = "error") -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The console script: runs a command and leaves with its exit code."""
-    sys.exit(run(arguments))
+    ended: list[int] = []
+    with _ending_signals(ended.append):
+        code = run(arguments)
+    sys.exit(128 + ended[0] if ended and code == _INTERRUPTED else code)
+
+
+@contextlib.contextmanager
+def _ending_signals(note: Callable[[int], None]) -> Iterator[None]:
+    """What asks a process to end (a batch system, a closed terminal) ends a command as Ctrl-C does: tidily.
+
+    A signal that whoever started us has it ignore, as nohup does, stays ignored.
+    """
+
+    def end(number: int, frame: object) -> None:
+        note(number)
+        raise KeyboardInterrupt
+
+    def asked(number: int) -> bool:
+        return signal.getsignal(number) is signal.SIG_DFL
+
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    taken = [n for n in numbers if threading.current_thread() is threading.main_thread() and asked(n)]
+    for number in taken:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def run(arguments: Sequence[str] | None = None) -> int:

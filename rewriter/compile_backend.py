@@ -83,7 +83,9 @@ def _options(options: Mapping[str, Any] | None, mode: Any) -> Options:
     if unknown := sorted(set(given) - set(known)):
         raise UsageError(f"unknown options: {', '.join(unknown)}", hint=f"options: {', '.join(known)}")
     if given.setdefault("target", os.environ.get(TARGET_VARIABLE)) is None:
-        raise UsageError("no target", hint=f'pass options={{"target": "gqa4"}} or set {TARGET_VARIABLE}')
+        # torch shows what an error says, and not its hint
+        hint = f'pass options={{"target": "gqa4"}} or set {TARGET_VARIABLE}'
+        raise UsageError(f"no target: {hint}", hint=hint)
     chosen = Options(**{"backend": None, **given})
     assignment(chosen.target, chosen.layers)
     return chosen if chosen.backend is not None else Options(**{**given, "backend": _default_backend()})

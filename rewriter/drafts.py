@@ -1,25 +1,40 @@
 """Half-written files and folders: their names, whose they are, removing what killed processes left, and full disks.
 
 A draft of `NAME` lies beside it as `.NAME.PROCESS-TOKEN.tmp`, so that a later call can tell whether its writer lives.
+Of a long name a draft has the beginning and a hash, since names end at 255 bytes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from codegen.scratch import is_alive
 from rewriter.errors import CannotWrite, UsageError, first_line
 
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
+_NO_PLACE = {
+    errno.ENAMETOOLONG: ("its name is too long", "choose a shorter one"),
+    errno.ELOOP: ("it is a link that leads to itself", "remove it, or name another place"),
+    errno.ENOTDIR: ("a part of its path is no folder", "name another place"),
+    errno.EISDIR: ("it is a folder", "name another place"),
+}
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+DATA_SUFFIX = ".01234567.data"
+"""The longest that the name of a data file has behind the name of its model: a token and a suffix."""
+
 _NEARLY_NOTHING = 1 << 20
+_LONG, _KEPT = 180, 100
+"""Bytes of a name from which drafts shorten it, and bytes that they keep of it."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +68,19 @@ def new_token() -> str:
 def draft_path(target: Path, token: str, kind: str = "") -> Path:
     """Where a call with this token writes what is to become `target`; `kind` tells several drafts of it apart."""
     middle = f".{kind}" if kind else ""
-    return target.with_name(f".{target.name}.{os.getpid()}-{token}{middle}.tmp")
+    return target.with_name(f".{_stem(target.name)}.{os.getpid()}-{token}{middle}.tmp")
+
+
+def _stem(name: str) -> str:
+    encoded = os.fsencode(name)
+    if len(encoded) <= _LONG:
+        return name
+    return f"{encoded[:_KEPT].decode(errors='ignore')}~{hashlib.sha256(encoded).hexdigest()[:16]}"
 
 
 def drafts_of(target: Path) -> list[Draft]:
     """All drafts of `target` beside it, by whomever."""
-    pattern = re.compile(rf"\.{re.escape(target.name)}\.(\d+)-([0-9a-f]{{8}})(?:\.([a-z]+))?\.tmp")
+    pattern = re.compile(rf"\.{re.escape(_stem(target.name))}\.(\d+)-([0-9a-f]{{8}})(?:\.([a-z]+))?\.tmp")
     found = ((file, pattern.fullmatch(file.name)) for file in sorted(target.parent.iterdir()))
     return [Draft(file, int(match[1]), match[2], match[3] or "") for file, match in found if match is not None]
 
@@ -68,16 +90,6 @@ def sweep(target: Path) -> None:
     for draft in drafts_of(target):
         if draft.is_stale:
             draft.remove()
-
-
-def is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OSError, OverflowError):
-        return True
-    return True
 
 
 def sync_folder(folder: Path) -> None:
@@ -93,6 +105,36 @@ def sync_folder(folder: Path) -> None:
 # ---------------------------------------------------------------------- what the system refuses
 
 
+def require_place(target: Path, *, longer: int = 0) -> None:
+    """What is written replaces what is there: that must be a file, a folder or nothing.
+
+    Args:
+        longer: bytes by which the longest name that is written beside `target` is longer than its own.
+
+    Raises:
+        UsageError: it is a device, a pipe or a socket, which would be gone; or the system takes no such name.
+    """
+    try:
+        os.lstat(os.fspath(target) + "x" * longer)
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        refusal = _refusal(error, target)
+        raise refusal or UsageError(
+            f"{target} cannot be written: {first_line(error)}", hint="name another place"
+        ) from error
+    try:
+        kind = target.stat().st_mode
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise _refusal(error, target) or error from error
+        return  # nothing is there, or a link to nothing
+    if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
+        raise UsageError(
+            f"{target} is a device or a pipe, which a file would take the place of", hint="name a file or a folder"
+        )
+
+
 @contextlib.contextmanager
 def writing(target: Path) -> Iterator[None]:
     """Failures of the system on the way to `target` become errors that say what to do.
@@ -101,6 +143,7 @@ def writing(target: Path) -> Iterator[None]:
         UsageError: the place may not be written to.
         CannotWrite: the disk is full, or failed.
     """
+    require_place(target)
     try:
         yield
     except (OSError, RuntimeError, ValueError) as error:  # libraries in C++ wrap what the system told them
@@ -116,6 +159,9 @@ def writing(target: Path) -> Iterator[None]:
 
 def _refusal(error: Exception, target: Path) -> CannotWrite | UsageError | None:
     number = _errno(error, target)
+    if number in _NO_PLACE:
+        reason, hint = _NO_PLACE[number]
+        return UsageError(f"{target} cannot be written: {reason}", hint=hint)
     if number in _FORBIDDEN:
         return UsageError(f"{target} cannot be written", hint="check the folder's permissions")
     if number in _FULL:

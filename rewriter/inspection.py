@@ -29,6 +29,7 @@ from passes.targets.linear_mixing import LinearMixer
 from passes.targets.sparse import SparseFixed, SparseStrided, Window
 from passes.targets.sparse_mixer import sparse_mixer
 from rewriter.errors import NotExportable, RewriteError, UsageError
+from rewriter.given_path import existing
 from rewriter.model_kinds import is_onnx, is_torch
 
 SPARSE = (sparse_mixer(), sparse_mixer(fast=True))
@@ -104,13 +105,11 @@ def inspect(model: Any, *, example_inputs: Any = None) -> Inspection:
     for a broken one.
     """
     if isinstance(model, (str, Path)):
-        path = Path(model)
+        path = existing(model)
         if path.is_dir():
             from rewriter.install.persistence import load
 
             return _inspect_torch(load(path), example_inputs, str(model))
-        if not path.exists():
-            raise UsageError(f"no such file: {path}", hint="check the path")
         from rewriter.capture.onnx_load import load as load_onnx
 
         return _inspect_onnx(load_onnx(path), str(model))
@@ -149,11 +148,12 @@ def _inspect_torch(model: Any, example_inputs: Any, name: str) -> Inspection:
 
     if isinstance(model, torch.export.ExportedProgram):
         from passes.match.attention import find_attention
+        from passes.match.stacked import without_stacked
         from rewriter.capture.torch_export import view
 
         args, kwargs = model.example_inputs
         flow = view(model, args, kwargs).flow
-        matches = find_attention(flow)
+        matches = without_stacked(find_attention(flow))
         return _inspection(name, "torch", None, None, flow, matches, find_feed_forward(flow, matches.names))
     from rewriter.placement import on_processor
     from rewriter.torch_rewrite import match_torch

@@ -10,6 +10,7 @@ from rewriter.auto_choice import with_budget
 from rewriter.calibration.tokenizer import tokenizer_beside
 from rewriter.decision import assignment, require_supported
 from rewriter.errors import UsageError
+from rewriter.given_path import existing
 from rewriter.model_kinds import is_onnx, is_torch, larger_than_memory
 from rewriter.report.rewrite_report import RewriteReport
 from rewriter.verify.result import Verification
@@ -69,9 +70,10 @@ def optimize(
             1 - cosine, on calibration batches held out).
         calibration: what to take statistics of: token ids (an integer array, [N] or [B, T]), a pair (texts, tokenizer)
             or texts alone where the model's folder holds a tokenizer, a DataLoader, or a list of batches (dicts, tuples
-            or tensors). Heads are then merged jointly unless the target says otherwise, and each site's output
-            projection is refitted; without it the mean is the default. Sequences should be as long as those the model
-            is used on.
+            or tensors); or "sampled", for which a causal language model of transformers writes 8,192 tokens itself
+            (`rewriter.calibration.sampled`). Heads are then merged jointly unless the target says otherwise, and each
+            site's output projection is refitted; without it the mean is the default. Sequences should be as long as
+            those the model is used on.
         example_inputs: inputs to capture a torch model with; Hugging Face models have defaults.
         kernels: at rewritten attentions and routed feed-forward blocks of torch models: "auto" (a generated kernel
             where it is legal and measured to be faster than torch's own operators), "off", or "cpp", "triton" or "cuda"
@@ -128,9 +130,7 @@ def _optimize_path(
     verify: bool,
     streamed: bool | None,
 ) -> Rewritten:
-    if not path.exists():
-        raise UsageError(f"no such file: {path}", hint="check the path")
-    if path.is_dir():
+    if existing(path).is_dir():
         if streamed or (streamed is None and calibration is None and larger_than_memory(path)):
             from rewriter.streamed_rewrite import rewrite_streamed
 
@@ -235,10 +235,7 @@ def verify(after: Any, before: Any, *, example_inputs: Any = None) -> Verificati
     Both are paths, ONNX models or torch modules. Raises UsageError if they are of different kinds.
     """
     if isinstance(after, (str, Path)) and isinstance(before, (str, Path)):
-        missing = [p for p in (after, before) if not Path(p).exists()]
-        if missing:
-            raise UsageError(f"no such file: {missing[0]}", hint="check the path")
-        folders = Path(after).is_dir(), Path(before).is_dir()
+        folders = existing(after).is_dir(), existing(before).is_dir()
         if folders == (True, True):
             return _verify_torch(load(after), load(before), example_inputs)
         if any(folders):

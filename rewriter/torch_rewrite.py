@@ -13,11 +13,14 @@ import torch
 from passes.dataflow import Array, Flow
 from passes.match.attention import Matches, find_attention
 from passes.match.feed_forward import find_feed_forward
+from passes.match.stacked import without_stacked
 from passes.protocols import Probe
 from passes.site import AttentionSite, Operand
 from passes.targets.grouped_query import specification
 from passes.targets.replacement import Replacement
-from rewriter.calibration.batches import batches
+from passes.weights.head_gains import gains_like, stored_gains
+from rewriter.calibration.batches import batches, is_sampled
+from rewriter.calibration.sampled import sampled_text
 from rewriter.calibration.torch_probe import module_probe
 from rewriter.capture.example_inputs import Call, prepare
 from rewriter.capture.torch_export import TorchCapture, capture
@@ -30,6 +33,7 @@ from rewriter.install.kept import Kept, noted
 from rewriter.install.kernel_choice import choose_kernels
 from rewriter.install.mixer import MixerParameters
 from rewriter.install.repeated_heads import keep_forwards
+from rewriter.install.stored_weight import parameter_of
 from rewriter.install.token_mixing import Recorded, drop_unread_positions, install_mixing
 from rewriter.install.torch_module import install
 from rewriter.placement import device_of, moved, on_processor
@@ -41,11 +45,19 @@ def match_torch(module: torch.nn.Module, example_inputs: Any) -> tuple[TorchCapt
     """Capture and match; raises UnsupportedModel, or UsageError where example inputs are missing."""
     require_plain(module)
     captured, call = _captured(module, example_inputs)
-    return captured, find_attention(captured.flow), call
+    return captured, without_stacked(find_attention(captured.flow)), call
 
 
 def require_plain(module: torch.nn.Module) -> None:
-    """Weights must be there as numbers: adapters and library quantisation are refused."""
+    """Weights must be there as numbers, and code as Python: what hides either is refused."""
+    if isinstance(module, torch.jit.ScriptModule):
+        raise UnsupportedModel("the module is compiled to TorchScript", hint="give the module that it was made from")
+    missing = next((n for n, p in module.named_parameters() if p.device.type == "meta"), None)
+    if missing is not None:
+        raise UnsupportedModel(
+            f"{missing} is on the meta device and has no numbers",
+            hint="load the weights first; a checkpoint larger than memory: rewriter rewrite --streamed",
+        )
     if hasattr(module, "merge_and_unload") or hasattr(module, "peft_config"):
         raise UnsupportedModel("the model carries unmerged adapters", hint="call model.merge_and_unload() first")
     if getattr(module, "hf_quantizer", None) is not None or getattr(module, "is_quantized", False):
@@ -73,6 +85,8 @@ def rewrite_torch(
     require_plain(model)
     device_of(model)
     module = model if inplace else copy.deepcopy(model)
+    if is_sampled(calibration):
+        calibration = sampled_text(module)
     with on_processor(module):
         summary, call = _rewritten(module, target, layers, example_inputs, verify, calibration, tokenizer)
     args, kwargs = moved(call, device_of(module))
@@ -96,7 +110,7 @@ def _rewritten(
         example_inputs = example_inputs if calibration is None else _examples(module, example_inputs, calibration)
         captured, (args, kwargs) = _captured(module, example_inputs)
     with watch.stage("match"):
-        matches = find_attention(captured.flow)
+        matches = without_stacked(find_attention(captured.flow))
     with watch.stage("transform"):
 
         def probe(found: Matches) -> Probe:
@@ -264,6 +278,12 @@ def _mix_one(module: torch.nn.Module, flow: Flow, group: _Owned, records: Mappin
     install_mixing(module, group.path, first.mixing, first.tensors, records, seen, heads=first.site.heads, out=out)
 
 
+def _convolves(flow: Flow, operand: Operand) -> bool:
+    """Whether a projection's matrix is stored as the kernel of a convolution."""
+    node = flow.producer(operand.projection.weight)
+    return node is not None and node.op == "Reshape" and len(flow.shape(node.inputs[0])) > 2
+
+
 def _install_one(module: torch.nn.Module, flow: Flow, group: _Owned, records: Mapping[str, CallRecord]) -> None:
     first, record = group.replacements[0], records.get(group.path)
     weights = {(r.site.k.projection.weight, r.site.v.projection.weight) for r in group.replacements}
@@ -277,6 +297,8 @@ def _install_one(module: torch.nn.Module, flow: Flow, group: _Owned, records: Ma
     if first.mixing is not None:
         _mix_one(module, flow, group, records)
         return
+    if any(_convolves(flow, o) for o in (first.site.q, first.site.k, first.site.v)):
+        raise UnsupportedModel("its projections are convolutions, which a module of its own does not have")
     if record is None:
         raise UnsupportedModel(f"{group.path} was not called by the model's forward")
     if not record.alike:
@@ -289,10 +311,16 @@ def _install_one(module: torch.nn.Module, flow: Flow, group: _Owned, records: Ma
     turned = "q_weight" in first.tensors
     knob = _keeps_its_form(first) and knob_applies(module, group.path, k_key, v_key) if k_key and v_key else False
     if k_key and v_key and (q_key or not turned) and knob:
-        query = q_key if turned else None
-        apply_knob(module, group.path, k_key, v_key, first.grouped.kv_heads, after, record, q_weight_key=query)
+        query, gains = q_key if turned else None, _new_gains(module, flow, first, group.path)
+        apply_knob(
+            module, group.path, k_key, v_key, first.grouped.kv_heads, after, record, q_weight_key=query, gains=gains
+        )
         _write(output)
         return
+    if any(o.norm is not None and not o.norm.per_head for o in (site.q, site.k, site.v)):
+        raise UnsupportedModel("a norm spans the features of all its heads, which is kept in the module's forward")
+    if any(stored_gains(o) for o in (site.k, site.v)):
+        raise UnsupportedModel("a norm multiplies each of its heads by numbers of their own")
     if first.grouped.sinks:
         raise UnsupportedModel("its attention sinks can only be kept where the model's own config sets the head count")
     if site.temperature is not None:
@@ -342,6 +370,22 @@ def _output_writes(
         new = _like(array if part == "bias" or out.out_first else array.T, parameter)
         writes.append((parameter, new.view_as(parameter)))
     return writes
+
+
+def _new_gains(module: torch.nn.Module, flow: Flow, replacement: Replacement, owner: str) -> dict[str, torch.Tensor]:
+    """New numbers that norms multiply heads by, by the parameter's path from the owner, shaped as that is but for the
+    number of heads. Raises UnsupportedModel if they are no parameters of the owner."""
+    found: dict[str, torch.Tensor] = {}
+    for role, operand in (("k", replacement.site.k), ("v", replacement.site.v)):
+        for part, value in stored_gains(operand).items():
+            weight = parameter_of(flow, value)
+            parameter = None if weight is None else _parameter(module, weight.name)
+            inside = weight is not None and weight.name.startswith(f"{owner}.")
+            if weight is None or parameter is None or not inside or parameter.shape != flow.shape(value):
+                raise UnsupportedModel("what a norm multiplies its heads by is computed, not stored in the module")
+            numbers = gains_like(operand, replacement.tensors[f"{role}_{part}"], flow.shape(value))
+            found[weight.name.removeprefix(f"{owner}.")] = _like(numbers, parameter)
+    return found
 
 
 def _write(writes: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:

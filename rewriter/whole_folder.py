@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from rewriter.drafts import draft_path, drafts_of, new_token, sync_folder, writing
+from rewriter.drafts import draft_path, drafts_of, new_token, require_place, sync_folder, writing
 
 _ASIDE = "old"
 _EXCHANGE = 2  # RENAME_EXCHANGE of <linux/fs.h>
@@ -32,6 +32,7 @@ def whole_folder(target: Path, *, drop: Sequence[str] = ()) -> Iterator[Path]:
 
     Raises UsageError or CannotWrite if the system does not let it; see `rewriter.drafts.writing`.
     """
+    require_place(target)
     place = Path(os.path.realpath(target))
     inside = _must_stay(place)
     base = place / place.name if inside else place

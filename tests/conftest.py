@@ -10,6 +10,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import gc  # noqa: E402
 from collections.abc import Callable  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import TYPE_CHECKING, Any  # noqa: E402
@@ -18,6 +19,40 @@ import pytest  # noqa: E402
 
 if TYPE_CHECKING:
     from tests.zoo.case import ZooCase
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--exhaustive", action="store_true", help="run what is marked exhaustive, too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is marked exhaustive, unless it is asked for or named by its own id."""
+    if config.getoption("--exhaustive"):
+        return
+    named = {argument.rpartition("/")[2] for argument in config.args if "[" in argument}
+    left = [i for i in items if i.get_closest_marker("exhaustive") and i.nodeid.rpartition("/")[2] not in named]
+    if left:
+        config.hook.pytest_deselected(items=left)
+        gone = set(left)
+        items[:] = [item for item in items if item not in gone]
+
+
+def pytest_collection_finish() -> None:
+    """Look for garbage less often, and not in what was imported: captures make many objects and little garbage.
+
+    Nodes of exports are not told where in a model's source they come from: nothing reads it, and it takes a fifth of an
+    export.
+    """
+    from torch.fx import config
+
+    config.do_not_emit_stack_traces = True
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # or extension modules would report at exit what was never freed
 
 
 @pytest.fixture(scope="session")

@@ -7,11 +7,11 @@ import os
 import re
 import shutil
 import subprocess
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from codegen.errors import NoCompiler
+from codegen.scratch import scratch_folder
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,11 @@ def resources(code: bytes, name: str, shared: int) -> Resources:
 def disassembled(code: bytes) -> tuple[str, str]:
     """(instructions, resource usage) as cuobjdump prints them."""
     tool = _cuobjdump()
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(code)
-        file.flush()
+    with scratch_folder() as folder:
+        file = folder / "kernel.cubin"
+        file.write_bytes(code)
         answers = [
-            subprocess.run([tool, option, file.name], capture_output=True, text=True, timeout=120, check=True).stdout
+            subprocess.run([tool, option, str(file)], capture_output=True, text=True, timeout=120, check=True).stdout
             for option in ("--dump-sass", "--dump-resource-usage")
         ]
     return answers[0], answers[1]

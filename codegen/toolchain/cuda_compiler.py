@@ -9,12 +9,12 @@ import importlib.util
 import os
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from codegen.errors import CompilationFailed, NoCompiler
+from codegen.scratch import scratch_folder
 
 FLAGS = ("--std=c++17",)
 """Passed to either compiler besides the arch; part of every cache key."""
@@ -122,8 +122,8 @@ def _read(size_of: Callable[..., int], content_of: Callable[..., int], program: 
 
 
 def _by_program(place: str, text: str, name: str, arch: str) -> bytes:
-    with tempfile.TemporaryDirectory() as folder:
-        source, output = Path(folder) / f"{name}.cu", Path(folder) / f"{name}.cubin"
+    with scratch_folder() as folder:
+        source, output = folder / f"{name}.cu", folder / f"{name}.cubin"
         source.write_text(text, encoding="utf-8")
         command = [place, *FLAGS, f"--gpu-architecture={arch}", "-cubin", str(source), "-o", str(output)]
         try:

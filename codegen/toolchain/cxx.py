@@ -108,7 +108,7 @@ def build(sources: Sequence[Path], output: Path, isa: Isa, *, timeout: float | N
     if len(sources) == 1:
         _run_all(compiler, [[*flags(isa), str(sources[0]), "-o", str(output)]], timeout)
     else:
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory(dir=output.parent) as folder:
             objects = [str(Path(folder, f"{number}.o")) for number in range(len(sources))]
             alone = [*BASE_FLAGS, *ISA_FLAGS[isa], "-c"]
             _run_all(compiler, [[*alone, str(s), "-o", o] for s, o in zip(sources, objects, strict=True)], timeout)

@@ -10,15 +10,15 @@ from passes.dataflow import LAYOUT, Flow, Node, Value
 from passes.match.folded import unfolded
 from passes.match.groups import joined, require_groups
 from passes.match.learned_query import with_learned_queries
-from passes.match.linear_map import linear_map
+from passes.match.linear_map import output_map
 from passes.match.names import common_scope, exporter_scope, layer_of
 from passes.match.operands import HeadsApart, Traced
 from passes.match.repeats import trace_repeated
 from passes.match.scores import FreeQuery, NotUnderstood, ScorePath, Unrelated, anchors, score_path, total_bias
-from passes.match.without_softmax import REASON, without_softmax
+from passes.match.without_softmax import without_softmax
 from passes.provenance import PASS_THROUGH, Memory, Tracer
 from passes.replay import TOLERANCES, replay
-from passes.site import AttentionSite, NotAttention, Projection, Refusal
+from passes.site import AttentionSite, Modifier, NotAttention, Projection, Refusal
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,9 @@ def find_attention(flow: Flow) -> Matches:
             site = names.settled(site)
             sites.append(site)
             evidence[site.name] = proof
-    for node in without_softmax(flow):
+    for node, missing in without_softmax(flow, {n.anchor for n in unrelated}):
         name, layer = names.of(node)
-        refusals.append(Refusal(name, layer, REASON, node.index, node.owner))
+        refusals.append(Refusal(name, layer, missing, node.index, node.owner))
     refusals.sort(key=lambda r: r.anchor)
     return Matches(tuple(sites), tuple(refusals), tuple(unrelated), evidence)
 
@@ -90,6 +90,7 @@ def match_anchor(tracer: Tracer, anchor: Node, name: str, layer: int) -> tuple[A
     """One anchor. Raises NotUnderstood or Unrelated."""
     flow = tracer.flow
     path, q = _query(tracer, score_path(flow, anchor))
+    path = _heads_first(flow, path, q)
     k = _named(tracer, path.k, "key", shared=True)
     v = _named(tracer, path.v, "value", shared=True)
     require_groups(flow, path, k, v)
@@ -122,7 +123,7 @@ def match_anchor(tracer: Tracer, anchor: Node, name: str, layer: int) -> tuple[A
         cross=_is_cross(flow, q, k),
         anchor=anchor.index,
         output=path.output_view.value,
-        output_axes=_output_axes(path, q),
+        output_axes=_output_axes(flow, path, q),
         merged=merged,
         out=out,
         nodes=path.nodes,
@@ -143,6 +144,19 @@ def _query(tracer: Tracer, path: ScorePath) -> tuple[ScorePath, Traced]:
         if found is None:
             raise
         return found
+
+
+def _heads_first(flow: Flow, path: ScorePath, q: Traced) -> ScorePath:
+    """Where batch and heads are one axis, heads outermost, masks of three axes are laid out like that too."""
+    if q.tokens.axes[0] != "hb":
+        return path
+    lead = len(q.tokens.rows) * q.operand.heads
+
+    def laid(modifier: Modifier) -> Modifier:
+        shape = flow.shape(modifier.value) if modifier.value is not None else ()
+        return replace(modifier, heads_first=len(shape) == 3 and shape[0] == lead)
+
+    return replace(path, modifiers=tuple(laid(m) for m in path.modifiers))
 
 
 def _named(tracer: Tracer, view: object, role: str, *, shared: bool) -> Traced:
@@ -172,10 +186,13 @@ def _group(traced: Traced, heads: int) -> tuple[int, ...]:
     return tuple(traced.group[h * at_anchor // heads] for h in range(heads))
 
 
-def _output_axes(path: ScorePath, q: Traced) -> tuple[str, ...]:
+def _output_axes(flow: Flow, path: ScorePath, q: Traced) -> tuple[str, ...]:
     if path.output_view.heads:
         return ("b", "s", "hd")
     lead = list(q.tokens.axes[:-2])
+    rank = 4 if path.output_view.fold > 1 or path.output_view.apart else len(flow.shape(path.output_view.value))
+    if len(lead) + 2 != rank and (together := "".join(lead)) in {"bh", "hb"}:
+        lead = list(together) if rank == 4 else [together]
     rank = len(lead) + 2
     token, feature = path.output_view.token_axis % rank, path.output_view.feature_axis % rank
     return tuple("s" if a == token else "d" if a == feature else lead.pop(0) for a in range(rank))
@@ -219,7 +236,8 @@ def _output_projection(flow: Flow, value: Value) -> tuple[Value | None, Projecti
         node = readers[0]
         operands = flow.projection_operands(node)
         if operands is not None and operands == (0, 1):
-            return value, linear_map(flow, node)
+            out = output_map(flow, node)
+            return (None, None) if out is None else (value, out)
         if node.op not in LAYOUT | PASS_THROUGH:
             return None, None
         value = node.outputs[0]

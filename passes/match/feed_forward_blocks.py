@@ -26,6 +26,9 @@ _ENOUGH = 64
 """Nodes that are looked at on one walk; blocks in use have a few dozen at most, a norm written out included."""
 
 _STATISTICS = NORMS | {"BatchNormalization", "InstanceNormalization", "aten.mean", "aten.var", "aten.var_mean"}
+_ADDING = frozenset({"Add", "com.microsoft.SkipLayerNormalization", "com.microsoft.SkipSimplifiedLayerNormalization"})
+"""Operators that add their first two inputs, whatever they do to the sum."""
+
 _MIXING = frozenset({"Softmax", "Attention", "MultiHeadAttention", "GroupedQueryAttention", "Scan", "Loop", "If"})
 
 
@@ -218,7 +221,7 @@ def _residual(flow: Flow, source: Value, output: Value) -> _Way:
         value = todo.popleft()
         for reader in flow.readers(value):
             others = [v for v in reader.inputs if v != value]
-            if reader.op == "Add" and len(others) == 1 and (joined := _addend(flow, others[0], above)) is not None:
+            if (added := _added(reader, value)) is not None and (joined := _addend(flow, added, above)) is not None:
                 return _Way(joined, tuple(factors))
             if reader.op == "Mul" or _contracts(reader):
                 factors += [v for v in others if flow.data_dependent(v)]
@@ -228,6 +231,12 @@ def _residual(flow: Flow, source: Value, output: Value) -> _Way:
                         seen.add(after)
                         todo.append(after)
     return _Way(None, ())
+
+
+def _added(node: Node, value: Value) -> Value | None:
+    """What a node adds to `value`; None if it does not."""
+    both = node.inputs[:2]
+    return both[1 - both.index(value)] if node.op in _ADDING and value in both and len(set(both)) == 2 else None
 
 
 def _addend(flow: Flow, value: Value, above: set[Value]) -> Value | None:
@@ -288,8 +297,9 @@ def _obstacle(
         return "it is an expert of a mixture: a router chooses the tokens that it reads"
     if any(_weight_position(flow, n) == 0 for n in projections):
         return "a weight stands on the left of its product"
-    if any(n.op in {"Einsum", "FusedMatMul", "QLinearMatMul"} for n in projections):
-        return f"its projections are written as {next(n.op for n in projections if n.op not in {'MatMul', 'Gemm'})}"
+    for node in projections:
+        if node.op in {"Einsum", "QLinearMatMul"} or (node.op == "FusedMatMul" and node.attrs.keys() - {"transB"}):
+            return f"its projections are written as {node.op}"
     norm = next((n for n in inner if n.op in _STATISTICS or n.op.startswith("Reduce")), None)
     if norm is not None:
         return "a norm stands between its projections"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from passes.dataflow import Flow, Node
+from passes.projections import layout_of
 from passes.provenance import projection_at, rounded
 from passes.site import Projection
 
@@ -15,6 +18,17 @@ def linear_map(flow: Flow, node: Node) -> Projection:
         output = flow.readers(rounded(flow, output))[0].outputs[0]
         found = projection_at(flow, output)
     assert found is not None
+    shape = flow.shape(node.inputs[1])
     out_first = node.op == "Linear" or bool(node.attrs.get("transB", 0))
-    features = flow.shape(node.inputs[1])[0 if out_first else -1]
+    features = shape[0 if out_first else -1]
     return Projection(node.index, node.inputs[0], output, node.inputs[1], out_first, found[1], features)
+
+
+def output_map(flow: Flow, node: Node) -> Projection | None:
+    """The same of an attention's output projection, which may sum over heads and features; None if it is none."""
+    layout = layout_of(flow, node)
+    if isinstance(layout, str) or not layout.features_last:
+        return None
+    found = linear_map(flow, node)
+    found = replace(found, out_first=layout.out_first, features=layout.features)
+    return replace(found, weight_axes=layout.weight_axes, factor=layout.factor)

@@ -13,7 +13,9 @@ from typing import Literal
 import numpy as np
 
 from passes.dataflow import LAYOUT, Array, Flow, Node, Value
+from passes.match.head_gains import FoundGains, find_gains, require_mergeable
 from passes.match.scores import NotUnderstood, OperandView
+from passes.projections import Layout, layout_of
 from passes.provenance import PASS_THROUGH, Form, Opaque, Source, Tracer, data_operands, projection_at
 from passes.site import Norm, Operand, Projection, Rotary
 
@@ -72,25 +74,33 @@ def trace_operand(tracer: Tracer, view: OperandView, *, shared_heads: bool) -> T
         view = OperandView(view.value, 1, 3)
     ids, coefficients = _active_terms(form, view)
     source = _main_source(tracer, ids)
+    gains = find_gains(flow, source, ids[0].shape[-1])
+    if gains is not None:
+        coefficients = gains.divided_out(flow, source, ids, coefficients)
     new, past = _cache_split(tracer, ids[0], source)
     origin = _origin(tracer, source)
     projection, norm = origin.projection, origin.norm
     to_rows, to_columns = origin.places[source.value]
     flat = ids[0][..., new, :] - source.base
+    if _features_for_tokens(to_rows[flat], to_columns[flat]):
+        raise NotUnderstood(
+            "tokens stand where features should: it weighs features by features (channel or cross-covariance "
+            "attention), or a projection mixes its tokens, and has no heads over tokens to share"
+        )
     lead = _lead_roles(to_rows[flat], to_columns[flat])
     bias = None if form.bias is None else view.arranged(np.broadcast_to(form.bias, form.shape))
     canonical = _Canonical(ids, coefficients, source, bias, new, lead)
     origin, found = _positions(canonical, origin, source)
     own_columns, own, other = found.columns, found.own, found.other
     group, distinct = _distinct_heads(own_columns, shared_heads)
+    head_columns = own_columns[distinct]
     if norm is not None:
-        norm = replace(norm, per_head=norm.kind == "clip" or source.shape[-1] <= own_columns.shape[1])
-    if shared_heads and norm is not None and not norm.per_head:
-        raise NotUnderstood("its norm spans the features of all heads, so merged heads would be normalised differently")
+        norm = _described(norm, gains, origin.places[source.value][1], head_columns, source.shape[-1])
+    if norm is not None and shared_heads:
+        require_mergeable(norm.gains, norm.kind, not norm.per_head, source.shape[-1], *head_columns.shape)
     canonical.require_equal_heads(distinct if shared_heads else None)
     tokens = Tokens(found.rows, own_columns, own, other, canonical.offset, new, canonical.axes,
                     origin.places[source.value] if norm else None, found.turned)  # fmt: skip
-    head_columns = own_columns[distinct]
     lookup = _Lookup(source, origin, found.rows, head_columns)
     seam, axes, factor = _seam(tracer, view.value, lookup)
     path = path_between(flow, projection.output, seam or view.value)
@@ -114,6 +124,14 @@ def trace_operand(tracer: Tracer, view: OperandView, *, shared_heads: bool) -> T
         reshapes=_reshapes(tracer, path_between(flow, stem, seam), lookup) if seam else (),
     )
     return Traced(operand, tokens, group, factor)
+
+
+def _described(norm: Norm, gains: FoundGains | None, to_columns: Array, columns: Array, features: int) -> Norm:
+    """A norm over `features` of a projection's output, with what it multiplies heads with these `columns` by."""
+    per_head = norm.kind == "clip" or features <= columns.shape[1]
+    if gains is None:
+        return replace(norm, per_head=per_head)
+    return replace(norm, per_head=per_head, output=gains.output, gains=gains.of(to_columns, columns))
 
 
 @dataclass(frozen=True)
@@ -241,6 +259,16 @@ def _main_source(tracer: Tracer, ids: list[Array]) -> Source:
             f"its heads are normalised by {len(learned)} norms, each with weights of its own; merged heads would have "
             "to share one"
         )
+    if len(learned) > 1 and len(ids) > 1 and _sources_apart(tracer, ids):
+        raise NotUnderstood(
+            "it is the sum of two projections (as of a layer and a low-rank adapter beside it); merge the adapter into "
+            "the layer's weights first"
+        )
+    if len(learned) > 1 and _joined_along_tokens(ids[0], learned) and _alike_along_tokens(ids[0], learned):
+        raise NotUnderstood(
+            f"its heads are joined from {len(learned)} projections, one for each; make them by one projection (their "
+            "weights one under the other), which is the same"
+        )
     if len(learned) > 1 and _joined_along_tokens(ids[0], learned):
         raise NotUnderstood(
             f"its tokens are joined from {len(learned)} projections (as of two streams, or of global tokens beside "
@@ -259,12 +287,30 @@ def _main_source(tracer: Tracer, ids: list[Array]) -> Source:
     return learned[0]
 
 
+def _sources_apart(tracer: Tracer, ids: list[Array]) -> bool:
+    """Whether every term has one source, and no two the same."""
+    held = [[s.value for s in tracer.source_of(term) if s.kind != "input"] for term in ids]
+    return all(len(h) == 1 for h in held) and len({h[0] for h in held}) == len(held)
+
+
 def _joined_along_tokens(ids: Array, sources: list[Source]) -> bool:
     """Whether each token has all its features from one source."""
+    number = _numbered(ids, sources)
+    return bool((number == number[..., :1]).all())
+
+
+def _alike_along_tokens(ids: Array, sources: list[Source]) -> bool:
+    """Whether all tokens have the same features from the same source: then it is heads that are joined."""
+    number = _numbered(ids, sources)
+    return bool((number == number[..., :1, :]).all())
+
+
+def _numbered(ids: Array, sources: list[Source]) -> Array:
+    """Which source each element is of, from 1."""
     number = np.zeros(ids.shape, np.int64)
     for count, source in enumerate(sources, 1):
         number[source.holds(ids)] = count
-    return bool((number == number[..., :1]).all())
+    return number
 
 
 def _cache_split(tracer: Tracer, ids: Array, source: Source) -> tuple[slice, Value | None]:
@@ -352,7 +398,12 @@ class _Canonical:
             return
         for c in self.coefficients:
             if np.abs(c - c[:, :1]).max() > 1e-6 * max(1.0, float(np.abs(c).max())):
-                raise NotUnderstood("key or value heads are scaled differently from each other")
+                raise NotUnderstood(
+                    "its heads are rotated by angles of their own (learned positions), so merged heads would have to "
+                    "share them"
+                    if len(self.coefficients) > 1
+                    else "key or value heads are scaled differently from each other"
+                )
         if self.offset is not None and np.abs(self.offset - self.offset[:, :1]).max() > 1e-6:
             raise NotUnderstood("a per-head bias is added to the keys or values after the projection's layout")
 
@@ -383,7 +434,8 @@ def _lead_roles(rows: Array, columns: Array) -> tuple[Array, Array, Axes]:
             raise HeadsApart("its heads lie along two axes, the query's do not")
     raise NotUnderstood(
         f"its {len(lead)} leading axes are not a batch and heads, nor a batch, groups and heads, in this order; "
-        "attention in blocks of tokens is not read"
+        "attention in blocks of tokens is read where blocks lie on the batch axis ([batch * blocks, ...]), which is "
+        "the same"
     )
 
 
@@ -397,6 +449,12 @@ def _two_lead_axes(row_of: Array) -> tuple[Array, Array, Axes]:
         raise NotUnderstood("both leading axes of an operand run over sequences")
     index = np.indices(lead).reshape(2, -1)
     return index[batch_axis], index[1 - batch_axis], ("b", "h") if batch_axis == 0 else ("h", "b")
+
+
+def _features_for_tokens(rows: Array, columns: Array) -> bool:
+    """Whether tokens run along the last axis of [lead..., T, D] and columns along the one before it."""
+    turned = _varies(rows, rows.ndim - 1) and _varies(columns, columns.ndim - 2)
+    return turned and not _varies(rows, rows.ndim - 2) and not _varies(columns, columns.ndim - 1)
 
 
 def _varies(array: Array, axis: int) -> bool:
@@ -524,9 +582,8 @@ class _Turn:
 def _origin(tracer: Tracer, source: Source) -> _Origin:
     """The projection under a source, and what is done to it first."""
     if source.kind == "projection":
-        index, width = np.arange(source.size), source.shape[-1]
-        places = {source.value: (index // width, index % width)}
-        return _Origin(_describe(tracer.flow, source.value), places, source.value)
+        projection, layout = _describe(tracer.flow, source.value)
+        return _Origin(projection, {source.value: (layout.rows, layout.columns)}, source.value)
     assert source.under is not None
     inner = _form(tracer, source.under)
     if source.kind == "norm" and len(inner.ids) > 1:
@@ -566,7 +623,8 @@ def _turned_origin(tracer: Tracer, source: Source, inner: Form) -> _Origin:
     )
 
 
-def _describe(flow: Flow, output: Value) -> Projection:
+def _describe(flow: Flow, output: Value) -> tuple[Projection, Layout]:
+    """The projection whose complete output this is, and how that is laid out. Raises NotUnderstood."""
     found = projection_at(flow, output)
     assert found is not None
     node, bias = found
@@ -579,12 +637,15 @@ def _describe(flow: Flow, output: Value) -> Projection:
         )
     if node.op == "Conv":
         raise NotUnderstood(_convolved(flow, node, w))
-    if node.op == "Einsum" or operands != (0, 1) or len(flow.shape(w)) != 2:
-        raise NotUnderstood("the projection is not a plain matrix product")
-    out_first = node.op == "Linear" or bool(node.attrs.get("transB", 0))
-    if node.attrs.get("transA", 0) or node.attrs.get("alpha", 1.0) != 1.0:
-        raise NotUnderstood("the projection is a scaled or transposed Gemm")
-    return Projection(node.index, x, output, w, out_first, bias, flow.shape(output)[-1])
+    layout = layout_of(flow, node)
+    if isinstance(layout, str):
+        raise NotUnderstood(layout)
+    if layout.summed != 1:
+        raise NotUnderstood("the projection sums over two axes, so its heads would not be found at its input")
+    axes, factor = layout.weight_axes, layout.factor
+    return Projection(
+        node.index, x, output, w, layout.out_first, bias, layout.features, weight_axes=axes, factor=factor
+    ), layout
 
 
 def _convolved(flow: Flow, node: Node, weight: Value) -> str:
@@ -678,6 +739,8 @@ def _name_axes(code: Array, fields: dict[str, int]) -> Axes:
     for axis, name in enumerate(names):
         if not name and missing:
             names[axis] = missing.pop(0)
+    if missing == ["b"] and names[0] == "h" and sorted(names) == ["d", "h", "s"]:  # one sequence: a batch of one
+        return ("bh", *names[1:])
     for key in missing:  # an axis of size 1 that was squeezed into its neighbour
         minor = next(i for i, n in enumerate(names) if ("d" if key == "h" else "s") in n)
         names[minor] = key + names[minor]
@@ -711,12 +774,23 @@ def _seam(tracer: Tracer, value: Value, lookup: _Lookup) -> tuple[Value, Axes, f
             break
         if node.op in PASS_THROUGH or (node.op in LAYOUT and len(data_operands(node)) == 1):
             value = node.inputs[0]
+        elif node.op == "Concat" and (whole := _taken_apart(flow, node)) is not None:
+            value = whole
         elif node.op in {"Mul", "Div"} and (scalar := _scalar(flow, node)) is not None:
             value, number = scalar
             factor *= number
         else:
             break
     return ("", (), 1.0) if best is None else best
+
+
+def _taken_apart(flow: Flow, node: Node) -> Value | None:
+    """The one value whose parts, or which itself, a node joins (heads are repeated so); None if there are several."""
+    if len(set(node.inputs)) == 1:
+        return node.inputs[0]
+    cuts = [n for v in node.inputs if (n := flow.producer(v)) is not None and n.op in {"Split", "Slice", "Gather"}]
+    whole = {n.inputs[0] for n in cuts}
+    return whole.pop() if len(cuts) == len(node.inputs) and len(whole) == 1 else None
 
 
 def _scalar(flow: Flow, node: Node) -> tuple[Value, float] | None:

@@ -14,7 +14,7 @@ from passes.dataflow import Flow, Value, read_inputs
 from passes.match.operands import Traced, path_between, trace_operand
 from passes.match.scores import OperandView
 from passes.provenance import NORMS, Tracer, cache_root, projection_at
-from passes.site import Operand
+from passes.site import Norm, Operand
 
 _ENOUGH = 200
 """Values between an operand and its projections; more than any attention that is understood has."""
@@ -158,14 +158,23 @@ def _operand_renamed(operand: Operand, values: dict[Value, Value], nodes: dict[i
         weight=values[old.weight],
         bias=None if old.bias is None else values[old.bias],
     )
-    norm = operand.norm
+    norm = None if operand.norm is None else _norm_renamed(operand.norm, values, nodes)
     return replace(
         operand,
         projection=projection,
         seam=values[operand.seam] if operand.seam else "",
         stem=values[operand.stem],
-        norm=None if norm is None else replace(norm, input=values[norm.input], output=values[norm.output]),
+        norm=norm,
         past=None if operand.past is None else values[operand.past],
         presents=tuple((values[v], axis) for v, axis in operand.presents),
         reshapes=tuple((nodes[n], axis) for n, axis in operand.reshapes),
     )
+
+
+def _norm_renamed(norm: Norm, values: dict[Value, Value], nodes: dict[int, int]) -> Norm:
+    """Raises KeyError."""
+    gains = norm.gains
+    if gains is not None:
+        shift = None if gains.shift is None else values[gains.shift]
+        gains = replace(gains, gain=values[gains.gain], shift=shift, reader=nodes[gains.reader])
+    return replace(norm, input=values[norm.input], output=values[norm.output], gains=gains)

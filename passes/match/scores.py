@@ -6,13 +6,13 @@ Nothing here knows where operands come from; that is `operands`. A step that is 
 
 from __future__ import annotations
 
-import string
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from passes.dataflow import CONTRACTIONS, LAYOUT, Array, Flow, Node, Value
 from passes.match.roundings import Rounding, quantizer_of
+from passes.projections import einsum_terms
 from passes.provenance import PASS_THROUGH, cache_root, projection_at
 from passes.site import Modifier
 
@@ -20,6 +20,8 @@ FUSED_ANCHORS = frozenset({"Attention", "GroupedQueryAttention"})
 FOREIGN_ANCHORS = frozenset({"MultiHeadAttention"})
 HIDDEN = 1e4
 """Scores so far down are masked; no score that counts is so far up either."""
+
+TURNED = "something is added to its scores where they are [keys, queries], or masks them there"
 
 INTEGER_SCORES = (
     "its scores are computed in integers (QLinearMatMul); quantise in the QDQ format instead, "
@@ -29,6 +31,10 @@ INTEGER_SCORES = (
 
 class NotUnderstood(Exception):
     """An attention with a step that matching does not understand; the message is the refusal's reason."""
+
+
+class SurelyAttention(NotUnderstood):
+    """Scores of pairs of tokens were seen: this is an attention, wherever its weights lead."""
 
 
 class Unrelated(Exception):
@@ -100,6 +106,8 @@ class ScorePath:
     output_view: OperandView
     nodes: tuple[int, ...]
     masked_rows_are_zero: bool = False
+    turned: bool = False
+    """Whether the softmax is given [keys, queries] and runs over the first of them."""
     shifted: bool = False
     """Whether a number per row is subtracted before the softmax: scores are then known up to it."""
     roundings: tuple[Rounding, ...] = ()
@@ -167,7 +175,7 @@ def _integer_scores(flow: Flow, softmax: Node) -> NotUnderstood | Unrelated:
     node: Node | None = softmax
     while node is not None:
         if flow.projection_operands(node) is not None:
-            return Unrelated("it normalises a learned projection (a router or a classifier)")
+            return Unrelated("it normalises a learned projection (a router, a classifier or weights for pooling)")
         if node.op in CONTRACTIONS:
             break
         node = flow.producer(node.inputs[0])
@@ -182,10 +190,11 @@ def _mask_or_bias(flow: Flow, value: Value) -> Modifier:
 
 def _written_out(flow: Flow, softmax: Node) -> ScorePath:
     rank = len(flow.shape(softmax.inputs[0]))
-    axis = int(softmax.attrs.get("axis", -1))
-    mixes = _context(flow, softmax.outputs[0])
+    axis = int(softmax.attrs.get("axis", -1)) % max(rank, 1)
+    columns = rank >= 2 and axis == rank - 2
+    mixes = _context(flow, softmax.outputs[0], turned=columns)
     try:
-        back = _Backward(flow).run(softmax.inputs[0])
+        back = _Backward(flow, turned=columns).run(softmax.inputs[0])
     except Unrelated as error:
         reason = _learned_alone(flow, softmax) or _samples(flow, softmax)
         if reason is not None:
@@ -194,14 +203,20 @@ def _written_out(flow: Flow, softmax: Node) -> ScorePath:
     except NotUnderstood as error:
         if isinstance(error, FreeQuery) and not isinstance(mixes, _Mix):
             raise error.otherwise from error
+        if isinstance(error, SurelyAttention):
+            raise
         if not isinstance(mixes, _Mix) and not _reaches_contraction(flow, softmax):
             raise Unrelated(f"its result weighs no value tokens ({mixes or 'it reaches no contraction'})") from error
         raise
-    if axis not in (-1, rank - 1):
-        raise NotUnderstood(f"softmax runs over axis {axis} of the scores, not over the last")
+    if axis != rank - 1 and not columns:
+        raise NotUnderstood(f"softmax runs over axis {axis} of the scores, not over one of the last two")
     if mixes is None or isinstance(mixes, str):
         raise NotUnderstood(f"the attention weights do not lead to one contraction with values: {mixes or 'no reader'}")
     q, k, added = _qk_operands(flow, back.contraction)
+    if back.turned:
+        if added is not None:
+            raise NotUnderstood(TURNED)
+        q, k = k, q
     alpha, beta = (float(back.contraction.attrs.get(n, 1.0)) for n in ("alpha", "beta"))
     first = () if added is None else (Modifier("bias", added, back.scale * beta),)
     contracted = flow.shape(back.contraction.outputs[0])
@@ -212,7 +227,7 @@ def _written_out(flow: Flow, softmax: Node) -> ScorePath:
     return ScorePath(
         softmax, q, k, mixes.v, back.scale * alpha, modifiers, softmax.inputs[0], mixes.output,
         (back.contraction.index, *back.nodes, softmax.index, *mixes.nodes), mixes.zero_nan,
-        back.shifted, roundings, ranks,
+        columns, back.shifted, roundings, ranks,
     )  # fmt: skip
 
 
@@ -268,6 +283,8 @@ class _Backward:
     """
 
     flow: Flow
+    turned: bool = False
+    """Whether scores are [keys, queries] where the walk is."""
     scale: float = 1.0
     modifiers: list[Modifier] = field(default_factory=list)
     nodes: list[int] = field(default_factory=list)
@@ -282,24 +299,56 @@ class _Backward:
             node = self.flow.producer(value)
             if node is None or not self.flow.data_dependent(value):
                 raise Unrelated("its input does not depend on hidden states")
-            router = Unrelated("it normalises a learned projection (a router or a classifier)")
+            router = Unrelated("it normalises a learned projection (a router, a classifier or weights for pooling)")
+            projects = self.flow.projection_operands(node) is not None
+            if projects:
+                self._refuse_scores(node)
             if (free := self._free_operand(node)) is not None:
-                raise FreeQuery(free, router)
-            if self.flow.projection_operands(node) is not None:
-                self._refuse_mixed_heads(node)
+                raise FreeQuery(free, self._asked_by_parameters(node, free) or router)
+            if projects:
                 raise router
             if self._is_contraction(node):
                 self.contraction = node
                 return self
             value = self._step(node)
+            if self.turned and len(self.modifiers) > len(self.shapes):
+                raise NotUnderstood(TURNED)
             shape = self.flow.shape(node.outputs[0])
             self.shapes += [shape] * (len(self.modifiers) - len(self.shapes))
             self.ranks += [len(shape)] * (len(self.modifiers) - len(self.ranks))
             self.nodes.append(node.index)
 
-    def _refuse_mixed_heads(self, projection: Node) -> None:
+    def _asked_by_parameters(self, node: Node, free: Value) -> NotUnderstood | None:
+        """What to say of keys that are compared with stored queries; None of a matrix that tokens are multiplied by."""
+        if free != node.inputs[0] or min(len(self.flow.shape(v)) for v in node.inputs[:2]) < 3:
+            return None
+        return NotUnderstood(
+            "its queries are learned numbers that no projection makes, so it has no query heads to read; project them "
+            "(a linear layer behind the parameter)"
+        )
+
+    def _refuse_scores(self, projection: Node) -> None:
+        """Raises SurelyAttention if what is projected are scores or pairs of tokens, not tokens."""
         if self._projects_scores(projection):
-            raise NotUnderstood("its scores are mixed between heads by learned weights (talking heads)")
+            raise SurelyAttention("its scores are mixed between heads by learned weights (talking heads)")
+        if self._projects_pairs(projection):
+            raise SurelyAttention(
+                "its scores are a learned function of each query and key together (additive attention), not their "
+                "product"
+            )
+
+    def _projects_pairs(self, node: Node) -> bool:
+        """Whether what a projection reads is a function of sums of every query with every key."""
+        operands = self.flow.projection_operands(node)
+        value = node.inputs[operands[0]] if operands is not None else ""
+        while (above := self.flow.producer(value)) is not None and self.flow.data_dependent(value):
+            if _pairs(self.flow, above):
+                return True
+            deep = [v for v in above.inputs if v and self.flow.data_dependent(v)]
+            if len(deep) != 1 or self.flow.projection_operands(above) is not None:
+                return False
+            value = deep[0]
+        return False
 
     def _projects_scores(self, node: Node) -> bool:
         """Whether what a projection reads are scores: two operands contracted, then scaled, masked or laid out."""
@@ -341,6 +390,11 @@ class _Backward:
             return node.inputs[0]
         if node.op == "Reshape" and _keeps_last_two(self.flow, node):
             return node.inputs[0]
+        if node.op == "Transpose" and _swaps_last_two(self.flow, node):
+            self.turned = not self.turned
+            return node.inputs[0]
+        if _flattens_rows(self.flow, node) and not self.modifiers:
+            return node.inputs[0]
         if node.op in {"Add", "Sub", "Mul", "Div"}:
             return self._arithmetic(node)
         if node.op in {"Where", "MaskedFill"}:
@@ -352,10 +406,19 @@ class _Backward:
             return self._clamped(node)
         if node.op == "Concat":
             return self._sinks(node)
+        if node.op == "Neg":
+            self.scale = -self.scale
+            return node.inputs[0]
+        if node.op == "ReduceSum" and (above := self.flow.producer(node.inputs[0])) and _pairs(self.flow, above, "Mul"):
+            raise SurelyAttention(
+                "its scores are products of elements that are summed by hand; written as a matrix product (q @ k.mT), "
+                "which is the same, they are read"
+            )
         if (projection := self._relayed_projection(node)) is not None:
-            self._refuse_mixed_heads(projection)
+            self._refuse_scores(projection)
             raise Unrelated(
-                "it normalises a learned projection (a router, a classifier or the kernel of a convolution)"
+                "it normalises a learned projection (a router, a classifier, weights for pooling or the kernel of a "
+                "convolution)"
             )
         if node.op == "Reshape":
             raise NotUnderstood(
@@ -492,10 +555,35 @@ class _Backward:
         return score
 
 
+def _pairs(flow: Flow, node: Node, *ops: str) -> bool:
+    """Whether every token is combined with every other: two operands of hidden states, each repeated where the other
+    is not."""
+    if node.op not in (ops or ("Add", "Sub", "Mul")) or not all(flow.data_dependent(v) for v in node.inputs[:2]):
+        return False
+    try:
+        a, b = (flow.shape(v) for v in node.inputs[:2])
+    except KeyError:  # above a projection values need not be recorded: told from what spreads them
+        return all(p is not None and p.op == "Unsqueeze" for p in map(flow.producer, node.inputs[:2]))
+    if len(a) != len(b):
+        return False
+    return any(m > n for m, n in zip(a, b, strict=True)) and any(m < n for m, n in zip(a, b, strict=True))
+
+
+def _projects(flow: Flow, value: Value, scores: Value) -> bool:
+    """Whether `value` is a projection of `scores`."""
+    found = projection_at(flow, value)
+    operands = flow.projection_operands(found[0]) if found is not None else None
+    return found is not None and operands is not None and found[0].inputs[operands[0]] == scores
+
+
 def _split_operands(flow: Flow, node: Node) -> tuple[Value, Value]:
     """(score, other); refuses a second operand that depends on hidden states."""
     a, b = node.inputs[:2]
     deep = flow.data_dependent(a), flow.data_dependent(b)
+    if all(deep) and any(_projects(flow, x, y) for x, y in ((a, b), (b, a))):
+        raise SurelyAttention("its scores are mixed between heads by learned weights (talking heads)")
+    if all(deep) and node.op in {"Mul", "Div"}:
+        raise NotUnderstood("scores are multiplied by something computed from hidden states (a learned temperature)")
     if all(deep):
         raise NotUnderstood(
             "the score bias is computed from hidden states (content-dependent positions); "
@@ -509,9 +597,19 @@ def _keeps_last_two(flow: Flow, node: Node) -> bool:
     return len(before) >= 2 and before[-2:] == after[-2:]
 
 
+def _flattens_rows(flow: Flow, node: Node) -> bool:
+    """Whether rows of scores are brought onto one axis, as a softmax over two axes wants them, or back."""
+    if node.op not in {"Reshape", "Flatten"}:
+        return False
+    before, after = flow.shape(node.inputs[0]), flow.shape(node.outputs[0])
+    return before[-1:] == after[-1:] and 2 in (len(before), len(after))
+
+
 def _qk_operands(flow: Flow, node: Node) -> tuple[OperandView, OperandView, Value | None]:
     if node.op == "Baddbmm":
         bias, a, b = node.inputs[:3]
+        if node.attrs.get("beta", 1.0) == 0:  # whatever stands there, uninitialised memory mostly, is not read
+            return OperandView(a, -2, -1), OperandView(b, -1, -2), None
         if flow.data_dependent(bias):
             raise NotUnderstood("the score bias is computed from hidden states")
         return OperandView(a, -2, -1), OperandView(b, -1, -2), bias
@@ -521,7 +619,7 @@ def _qk_operands(flow: Flow, node: Node) -> tuple[OperandView, OperandView, Valu
         view_a = OperandView(a, -1, -2) if turned_a else OperandView(a, -2, -1)
         return view_a, OperandView(b, -2, -1) if turned_b else OperandView(b, -1, -2), None
     if node.op == "Einsum":
-        first, second, result = einsum_terms(flow, node)
+        first, second, result = _terms(flow, node)
         shared = [c for c in first if c in second and c not in result]
         for (x, x_term), (y, y_term) in (((a, first), (b, second)), ((b, second), (a, first))):
             if len(shared) == 1 and _asks(x_term, y_term, result):
@@ -541,6 +639,11 @@ def _require_projected(flow: Flow, value: Value) -> None:
     """A decoder step reads what was projected once, from the encoder's output, out of its cache inputs."""
     if flow.data_dependent(value) or (fed := cache_root(flow, value)) is None:
         return
+    if len(flow.shape(fed)) == 3 and not any(n.op == "Concat" for n in flow.consumers(fed)):
+        raise NotUnderstood(
+            f"tokens are compared or mixed as they come from an input ({fed}): no projection makes keys or values of "
+            "them whose heads could be shared"
+        )
     raise NotUnderstood(
         f"its keys and values come straight from an input ({fed}), so this file has no projection for them; the file "
         'that fills this cache has: select only its decoder there (layers="decoder") if both are to fit together'
@@ -551,20 +654,16 @@ def _moves_batch(node: Node) -> bool:
     return bool(node.attrs.get("transBatchA", 0) or node.attrs.get("transBatchB", 0))
 
 
-def einsum_terms(flow: Flow, node: Node) -> tuple[str, str, str]:
-    """The two input terms and the output term of an Einsum's equation, without blanks, ellipses written out."""
-    equation = str(node.attrs.get("equation", "")).replace(" ", "")
-    inputs, _, result = equation.partition("->")
-    terms = inputs.split(",")
-    if len(terms) != 2 or not result:
-        raise NotUnderstood(f"einsum {equation!r} is not understood")
-    if "..." in equation:
-        widths = {len(flow.shape(v)) - len(t.replace("...", "")) for v, t in zip(node.inputs, terms, strict=True)}
-        if len(widths) != 1 or not all("..." in t for t in (*terms, result)):
-            raise NotUnderstood(f"einsum {equation!r} broadcasts its leading axes")
-        free = "".join(c for c in string.ascii_uppercase if c not in equation)[: widths.pop()]
-        terms, result = [t.replace("...", free) for t in terms], result.replace("...", free)
-    return terms[0], terms[1], result
+def _terms(flow: Flow, node: Node) -> tuple[str, str, str]:
+    """As `einsum_terms`. Raises NotUnderstood."""
+    try:
+        return einsum_terms(flow, node)
+    except ValueError as error:
+        raise NotUnderstood(str(error)) from error
+
+
+_EXPRESSION = 6
+"""Operators one on top of the other that two masks are compared by."""
 
 
 @dataclass(frozen=True)
@@ -575,10 +674,13 @@ class _Mix:
     zero_nan: bool
 
 
-def _context(flow: Flow, value: Value) -> _Mix | str | None:
-    """Follow the attention weights to their contraction with values; a string says why that failed."""
+def _context(flow: Flow, value: Value, turned: bool) -> _Mix | str | None:
+    """Follow the attention weights to their contraction with values; a string says why that failed.
+
+    `turned`: they are [keys, queries].
+    """
     nodes: list[int] = []
-    zero_nan = turned = False
+    zero_nan = False
     while True:
         if value in flow.outputs:
             return "the attention weights are an output of the model"
@@ -593,12 +695,15 @@ def _context(flow: Flow, value: Value) -> _Mix | str | None:
         if node.op in CONTRACTIONS:
             return _value_operand(flow, node, value, turned, tuple(nodes), zero_nan)
         kept = node.op in PASS_THROUGH or (node.op == "Reshape" and _keeps_last_two(flow, node))
+        kept = kept or _flattens_rows(flow, node)
         if kept or (node.op == "Slice" and _drops_columns(flow, node)):
             value = node.outputs[0]
         elif node.op == "Transpose" and _swaps_last_two(flow, node):
             turned, value = not turned, node.outputs[0]
         elif node.op in {"Where", "MaskedFill"} and _replaces_nan(flow, node) and (tests or _hides_again(flow, node)):
             zero_nan, value = True, node.outputs[0]
+        elif node.op in {"Where", "MaskedFill"}:
+            return f"some of them are replaced (by {node.op}), and not just where the same mask hid their scores"
         else:
             return f"operator {node.op} reads them"
 
@@ -638,12 +743,54 @@ def _hides_again(flow: Flow, node: Node) -> bool:
     condition, before = (node.inputs[0], node.inputs[2]) if node.op == "Where" else (node.inputs[1], node.inputs[0])
     if flow.data_dependent(condition) or not flow.data_dependent(before):
         return False
+    if _masked_alike(flow, condition, before):
+        return True
     weights, after = flow.value(before), flow.value(node.outputs[0])
     zeroed = np.broadcast_to(flow.value(condition).astype(bool), weights.shape)
     if zeroed.shape != after.shape or not zeroed.any() or zeroed.all(-1).all():
         return False
     alive = zeroed & ~zeroed.all(-1, keepdims=True)
     return not (weights[alive] != 0).any() and bool(np.array_equal(after[~zeroed], weights[~zeroed]))
+
+
+def _masked_alike(flow: Flow, condition: Value, weights: Value) -> bool:
+    """Whether the softmax that gives `weights` had its scores replaced by minus infinity under the same condition.
+
+    Told from how both are computed, since an example may hide nothing.
+    """
+    node = _above_casts(flow, weights)
+    if node is None or node.op != "Softmax" or (mask := _above_casts(flow, node.inputs[0])) is None:
+        return False
+    if mask.op == "MaskedFill":
+        hides, fill = mask.inputs[1:3]
+    elif mask.op == "Where" and flow.data_dependent(mask.inputs[2]):
+        hides, fill = mask.inputs[:2]
+    else:
+        return False
+    lowest = not flow.data_dependent(fill) and bool(np.isneginf(flow.value(fill)).all())
+    return lowest and _computed_alike(flow, condition, hides, _EXPRESSION)
+
+
+def _above_casts(flow: Flow, value: Value) -> Node | None:
+    node = flow.producer(value)
+    while node is not None and node.op in PASS_THROUGH:
+        node = flow.producer(node.inputs[0])
+    return node
+
+
+def _computed_alike(flow: Flow, a: Value, b: Value, depth: int) -> bool:
+    """Whether two values are the same operators on the same values, or on equal constants, up to some depth."""
+    if a == b:
+        return True
+    if flow.is_constant(a) and flow.is_constant(b):
+        return np.array_equal(flow.value(a), flow.value(b))
+    first, second = flow.producer(a), flow.producer(b)
+    if depth == 0 or first is None or second is None or first.op != second.op or first.likeness() is None:
+        return False
+    same = first.likeness() == second.likeness() and len(first.inputs) == len(second.inputs)
+    place = first.outputs.index(a) == second.outputs.index(b)
+    pairs = zip(first.inputs, second.inputs, strict=False)
+    return same and place and all(_computed_alike(flow, x, y, depth - 1) for x, y in pairs)
 
 
 def _swaps_last_two(flow: Flow, node: Node) -> bool:
@@ -676,7 +823,7 @@ def _value_operand(
         return _Mix(OperandView(a, -1, -2), OperandView(node.outputs[0], -1, -2), nodes, zero_nan)
     if node.op == "Einsum":
         try:
-            first, second, result = einsum_terms(flow, node)
+            first, second, result = _terms(flow, node)
         except NotUnderstood as error:
             return str(error)
         mine, theirs = (first, second) if a == weights else (second, first)
@@ -726,6 +873,8 @@ def _by_head(flow: Flow, modifier: Modifier, shape: tuple[int, ...]) -> Array:
     array = flow.value(modifier.value)
     if modifier.windows is not None:
         return join_windows(array, modifier.windows, shape[0])
+    if modifier.heads_first:
+        return array.reshape(shape[1], shape[0], *array.shape[1:]).swapaxes(0, 1)
     return unfuse_heads(array, shape) if modifier.apart is None else join_heads(array, modifier.apart)
 
 

@@ -7,23 +7,31 @@ overlooked.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from passes.dataflow import CONTRACTIONS, LAYOUT, Flow, Node, Value
 from passes.match.scores import FOREIGN_ANCHORS, FUSED_ANCHORS
 from passes.provenance import data_operands
 
 REASON = (
-    "it weighs tokens without a softmax (linear attention, retention, a gated unit or a state-space layer); "
+    "it weighs tokens without a softmax of scores (linear attention, retention, a gated unit or a state-space layer); "
     "what replaces attention here is made for scores that a softmax normalises"
+)
+UNREAD = (
+    "its scores are normalised by hand in a way that is not read as a softmax (after the product with values, with a "
+    "number added to the sum, or block by block); written with softmax, where that is the same, it is read"
 )
 _SOFTMAXES = frozenset({"Softmax", "QLinearSoftmax", "LogSoftmax"}) | FUSED_ANCHORS | FOREIGN_ANCHORS
 _COMBINING = CONTRACTIONS | {"Baddbmm"}
 
 
-def without_softmax(flow: Flow) -> Iterator[Node]:
-    """The second contraction of each such attention, one for each group of contractions that feed one another."""
-    found = _Found(flow)
+def without_softmax(flow: Flow, elsewhere: Collection[int] = ()) -> Iterator[tuple[Node, str]]:
+    """The second contraction of each such attention, one for each group of contractions that feed one another, and
+    what to say of it.
+
+    `elsewhere`: indices of softmaxes that normalise no scores (features of linear attention), and are looked through.
+    """
+    found = _Found(flow, frozenset(elsewhere))
     seen: set[int] = set()
     for node in flow.nodes:
         if node.index in seen or not found.of_states(node) or found.normalised(node):
@@ -31,14 +39,14 @@ def without_softmax(flow: Flow) -> Iterator[Node]:
         later = found.further(node)
         if later:
             seen.update(n.index for n in later)
-            yield later[0]
+            yield later[0], UNREAD if found.exponentials(node, later[0]) else REASON
 
 
 class _Found:
     """What is known of the values of one flow; each is looked at once."""
 
-    def __init__(self, flow: Flow) -> None:
-        self.flow = flow
+    def __init__(self, flow: Flow, elsewhere: frozenset[int]) -> None:
+        self.flow, self.elsewhere = flow, elsewhere
         self._states: dict[Value, bool] = {}
         self._normalised: dict[Value, bool] = {}
 
@@ -87,10 +95,23 @@ class _Found:
                 node = self.flow.producer(name)
                 if node is None or self.flow.projection_operands(node) is not None:
                     continue
-                answer = node.op in _SOFTMAXES or bool(self._normalised.get(name))
+                answer = self._softmax(node) or bool(self._normalised.get(name))
                 todo += [v for v in node.inputs if v]
             self._normalised[value] = answer
         return self._normalised[value]
+
+    def _softmax(self, node: Node) -> bool:
+        return node.op in _SOFTMAXES and node.index not in self.elsewhere
+
+    def exponentials(self, first: Node, later: Node) -> bool:
+        """Whether what `first` gives is raised to a power of e before `later` reads it."""
+        below = {first.index}
+        for node in self.flow.ancestors(*later.inputs, stop=lambda n: n.index <= first.index):
+            if any(p.index in below for v in node.inputs if v and (p := self.flow.producer(v)) is not None):
+                below.add(node.index)
+                if node.op == "Exp":
+                    return True
+        return False
 
     def further(self, first: Node) -> list[Node]:
         """Contractions of states that the result reaches before a projection or a softmax, in order of execution."""
@@ -98,7 +119,7 @@ class _Found:
         while todo:
             value = todo.pop()
             for node in self.flow.readers(value) if value else ():
-                if node.index in met or node.op in _SOFTMAXES or self.flow.projection_operands(node) is not None:
+                if node.index in met or self._softmax(node) or self.flow.projection_operands(node) is not None:
                     continue
                 met.add(node.index)
                 if self.of_states(node):

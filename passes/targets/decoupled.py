@@ -69,6 +69,8 @@ class DecoupledHeads:
         """As `GroupedQuery.refuses`; the door may find more."""
         if site.temperature is not None:
             return "each head's scores have a temperature of their own, which only shared heads can keep"
+        if any(o.norm is not None and (o.norm.gains is not None or not o.norm.per_head) for o in (site.k, site.v)):
+            return "a norm treats its heads apart, and those of keys and values would differ in number: ask for gqaN"
         return GroupedQuery(1).refuses(site)
 
     def misfit(self, site: AttentionSite) -> Misfit | None:

@@ -9,6 +9,7 @@ import numpy as np
 from passes.dataflow import Flow
 from passes.match.attention import Evidence
 from passes.match.operands import Traced
+from passes.projections import layout_of
 from passes.site import AttentionSite, Modifier, Projection
 from passes.weights.merge import Freedom
 
@@ -87,10 +88,8 @@ def _values(flow: Flow, site: AttentionSite, evidence: Evidence, alike: Sequence
 
 
 def _plain(flow: Flow, projection: Projection) -> bool:
-    """Whether the projection is x @ W + b and nothing else."""
-    node = flow.nodes[projection.node]
-    scaled = any(node.attrs.get(name, 1.0) != 1.0 for name in ("alpha", "beta")) or node.attrs.get("transA", 0)
-    return node.op in {"MatMul", "Gemm", "Linear"} and len(flow.shape(projection.weight)) == 2 and not scaled
+    """Whether the projection is x @ W + b and nothing else, however W is stored."""
+    return not isinstance(layout_of(flow, flow.nodes[projection.node]), str)
 
 
 def _even(traced: Traced) -> bool:

@@ -20,6 +20,7 @@ from passes.targets.misfit import Misfit
 from passes.targets.replacement import Replacement
 from passes.weights.group import Moments
 from passes.weights.grouping import Groups, pair_losses, pairs, similar
+from passes.weights.head_gains import operand_gains
 from passes.weights.merge import METHODS, Freedom, Merged, Method, contiguous, merge_heads
 from passes.weights.pooling import legal_head_counts, mean_pool, ties
 from passes.weights.projection import SiteWeights, operand_bias, operand_rows, site_weights
@@ -71,8 +72,6 @@ class GroupedQuery:
     def refuses(self, site: AttentionSite) -> str | None:
         """Why this site cannot be pooled at all, or None. Illegal head counts are wrong usage, not a refusal."""
         for role, operand in (("key", site.k), ("value", site.v)):
-            if operand.norm is not None and not operand.norm.per_head:
-                return f"the {role} norm spans the features of all heads; merged heads would be normalised differently"
             if operand.past is not None and operand.past_head_axis is None and operand.heads > 1:
                 return f"the {role} cache has no axis of its own for heads"
         return misplaced(site)
@@ -123,6 +122,8 @@ class GroupedQuery:
                 if tensor is not None:
                     exact &= ties(tensor, operand.heads, self.kv_heads)
                     tensors[f"{role}_{part}"] = mean_pool(tensor, operand.heads, self.kv_heads)
+            exact &= all(ties(g, operand.heads, self.kv_heads) for g in operand_gains(flow, operand).values())
+        tensors |= pooled_gains(flow, site, self.kv_heads)
         return Replacement(site, specification(site, self.kv_heads), tensors, exact, describe(site), self.name)
 
     def groups(
@@ -144,7 +145,7 @@ class GroupedQuery:
         return Replacement(
             site,
             specification(site, self.kv_heads),
-            as_tensors(flow, site, merged),
+            as_tensors(flow, site, merged) | pooled_gains(flow, site, self.kv_heads),
             merged.exact,
             describe(site),
             self.name,
@@ -202,7 +203,18 @@ def as_tensors(flow: Flow, site: AttentionSite, merged: Merged) -> dict[str, Arr
 def tied(flow: Flow, site: AttentionSite, groups: int) -> bool:
     """Whether the heads of every group are equal bit for bit."""
     tensors = [(o, t(flow, o)) for o in (site.k, site.v) for t in (operand_rows, operand_bias)]
+    tensors += [(o, g) for o in (site.k, site.v) for g in operand_gains(flow, o).values()]
     return all(ties(tensor, operand.heads, groups) for operand, tensor in tensors if tensor is not None)
+
+
+def pooled_gains(flow: Flow, site: AttentionSite, kv_heads: int) -> dict[str, Array]:
+    """What norms multiply the heads of each group by, and add to them, averaged: ``k_gain`` and so on, as
+    `operand_gains`. Heads behind a norm are averaged with their neighbours, whatever the merge."""
+    return {
+        f"{role}_{part}": mean_pool(numbers, operand.heads, kv_heads)
+        for role, operand in (("k", site.k), ("v", site.v))
+        for part, numbers in operand_gains(flow, operand).items()
+    }
 
 
 def specification(site: AttentionSite, kv_heads: int) -> GroupedQueryAttention:

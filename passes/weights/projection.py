@@ -14,16 +14,20 @@ _BLOCK = 128
 
 def operand_weight(flow: Flow, operand: Operand) -> Array:
     """[heads * dim, in]: rows of the projection that feed this operand, head-major."""
-    weight, rows = flow.value(operand.projection.weight), operand.columns.reshape(-1)
+    weight, rows = _matrix(flow, operand), operand.columns.reshape(-1)
     return np.ascontiguousarray(weight[rows]) if operand.projection.out_first else transposed(weight, rows)
 
 
 def operand_rows(flow: Flow, operand: Operand) -> Array:
     """As `operand_weight`, where it lies: not copied if the operand's features are one run of the projection's."""
-    weight, rows = flow.value(operand.projection.weight), operand.columns.reshape(-1)
+    weight, rows = _matrix(flow, operand), operand.columns.reshape(-1)
     matrix = weight if operand.projection.out_first else weight.T
     run = slice(int(rows[0]), int(rows[0]) + len(rows))
     return matrix[run] if np.array_equal(rows, np.arange(run.start, run.stop)) else operand_weight(flow, operand)
+
+
+def _matrix(flow: Flow, operand: Operand) -> Array:
+    return operand.projection.matrix(flow.value(operand.projection.weight))
 
 
 def transposed(matrix: Array, columns: Array) -> Array:
@@ -66,7 +70,7 @@ def site_weights(flow: Flow, site: AttentionSite) -> SiteWeights:
     q, k, v = (_homogeneous(flow, o) for o in (site.q, site.k, site.v))
     if site.out is None or not merges_in_order(flow, site):
         return SiteWeights(q, k, v, None, None)
-    weight = np.asarray(flow.value(site.out.weight), dtype=np.float64)
+    weight = np.asarray(site.out.matrix(flow.value(site.out.weight)), dtype=np.float64)
     matrix = weight if site.out.out_first else weight.T
     bias = None if site.out.bias is None else np.asarray(flow.value(site.out.bias), dtype=np.float64).reshape(-1)
     return SiteWeights(q, k, v, matrix.reshape(len(matrix), site.heads, -1).transpose(1, 0, 2), bias)
@@ -86,7 +90,8 @@ def merge_orders(flow: Flow, site: AttentionSite) -> frozenset[str]:
         output, merged = flow.value(site.output), flow.value(site.merged)
     except KeyError:
         return frozenset()
-    if merged.shape[-1] != site.heads * site.value_dim:
+    width = site.heads * site.value_dim
+    if merged.shape[-1] != width and merged.shape[-2:] != (site.heads, site.value_dim):
         return frozenset()
     if site.output_axes == ("b", "s", "hd"):
         by_token = output
@@ -96,7 +101,7 @@ def merge_orders(flow: Flow, site: AttentionSite) -> frozenset[str]:
         by_token = output.transpose([site.output_axes.index(a) for a in "bshd"])
     else:
         return frozenset()
-    rows = merged.reshape(-1, merged.shape[-1])
+    rows = merged.reshape(-1, width)
     wanted = {"batch": by_token, "tokens": by_token.swapaxes(0, 1)}
     return frozenset(
         name for name, w in wanted.items() if np.array_equal(w.reshape(-1, rows.shape[-1]), rows, equal_nan=True)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from passes.dataflow import Array
-from rewriter.errors import UsageError
+from rewriter.errors import UsageError, first_line
 
 WINDOW = 512
 """Tokens of a sequence that is cut out of a long text."""
@@ -17,6 +17,9 @@ ROWS = 16
 """Padded texts in one batch."""
 LONGEST = 128
 """Tokens at which a padded text is cut off."""
+
+SAMPLED = "sampled"
+"""What to give as calibration so that the model writes it."""
 
 HINT = "give token ids, (texts, tokenizer), a DataLoader, or a list of batches (dicts, tuples or tensors)"
 
@@ -31,6 +34,14 @@ class Batch:
     def __post_init__(self) -> None:
         object.__setattr__(self, "args", tuple(map(_on_the_processor, self.args)))
         object.__setattr__(self, "kwargs", {k: _on_the_processor(v) for k, v in dict(self.kwargs).items()})
+
+
+def not_taken(error: Exception) -> UsageError:
+    """What to say of a batch on which the model fails, e.g. for ids beyond its vocabulary."""
+    return UsageError(
+        f"the model does not take a calibration batch: {first_line(error)}",
+        hint="tokenise with the tokenizer of this model",
+    )
 
 
 def _on_the_processor(value: Any) -> Any:
@@ -54,7 +65,14 @@ def batches(calibration: Any, *, causal: bool, tokenizer: Any = None) -> list[Ba
     return found
 
 
+def is_sampled(calibration: Any) -> bool:
+    """Whether the model is to write its own calibration text."""
+    return isinstance(calibration, str) and calibration == SAMPLED
+
+
 def _batches(calibration: Any, causal: bool, tokenizer: Any) -> list[Batch]:
+    if is_sampled(calibration):
+        raise UsageError("graphs and .onnx files do not write calibration text by themselves", hint=HINT)
     if isinstance(calibration, tuple) and len(calibration) == 2 and callable(calibration[1]):
         calibration, tokenizer = calibration
     if isinstance(calibration, str):

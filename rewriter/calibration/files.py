@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,9 @@ import numpy as np
 from passes.dataflow import Array
 from rewriter.calibration.batches import ROWS
 from rewriter.errors import UsageError, first_line
+
+_UNPACKED, _RATIO = 1 << 28, 100
+"""Bytes, and times the size of the file, that an archive may take: masks and paddings shrink less."""
 
 KINDS = ".txt or .jsonl (texts), .npy (token ids), .npz or .safetensors (named inputs)"
 
@@ -24,7 +29,7 @@ def read_calibration(path: Path, *, what: str = "calibration") -> Any:
 
     Raises UsageError for a missing, broken, empty or unknown file.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UsageError(f"no such {what} file: {path}", hint="check the path")
     try:
         found = _read(path)
@@ -40,6 +45,7 @@ def _read(path: Path) -> Any:
     if path.suffix == ".npy":
         return np.load(path, allow_pickle=False)
     if path.suffix == ".npz":
+        _require_proportion(path)
         with np.load(path, allow_pickle=False) as arrays:
             return _cut(dict(arrays))
     if path.suffix == ".safetensors":
@@ -52,6 +58,14 @@ def _read(path: Path) -> Any:
     if path.suffix == ".txt":
         return lines
     raise ValueError(f"unknown kind {path.suffix!r}")
+
+
+def _require_proportion(path: Path) -> None:
+    """A compressed archive of a few kilobytes can hold any number of zeros."""
+    with zipfile.ZipFile(path) as archive:
+        unpacked = sum(entry.file_size for entry in archive.infolist())
+    if unpacked > _UNPACKED and unpacked > _RATIO * path.stat().st_size:
+        raise ValueError(f"it holds {path.stat().st_size:,} bytes and would take {unpacked:,}")
 
 
 def _text(line: str) -> str:

@@ -15,7 +15,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from passes.dataflow import Array, Value
-from rewriter.calibration.batches import Batch, as_numpy
+from rewriter.calibration.batches import Batch, as_numpy, not_taken
 from rewriter.capture.onnx_file import OnnxCapture, data_folder, open_session, widened
 from rewriter.errors import UsageError
 
@@ -103,7 +103,7 @@ class OnnxTrial:
             session = self._program.session(self._next, stop, frozenset(wanted))
             names = [o.name for o in session.get_outputs()]
             given = {i.name: self._held[i.name] for i in session.get_inputs()}
-            found = dict(zip(names, session.run(names, given), strict=True))
+            found = dict(zip(names, self._run(session, names, given), strict=True))
             self._program.note(found)
             kept.update({name: widened(a) for name, a in found.items() if name in wanted})
             self._held.update(found)
@@ -114,6 +114,16 @@ class OnnxTrial:
         if missing:
             raise KeyError(f"not computed on the way: {sorted(missing)[0]}")
         return kept
+
+    def _run(self, session: ort.InferenceSession, names: list[str], given: Mapping[str, Array]) -> Sequence[Array]:
+        """What fails before the first site has nothing but the batch to go by."""
+        try:
+            found: Sequence[Array] = session.run(names, given)
+        except Exception as error:  # onnxruntime's errors share no public base class
+            if self._next:
+                raise
+            raise not_taken(error) from error
+        return found
 
     def put(self, value: Value, array: Array) -> None:
         if value in self._held:

@@ -13,6 +13,7 @@ from torch.fx import GraphModule
 from torch.fx import Node as FxNode
 
 from passes.dataflow import Array, Value
+from rewriter.calibration.batches import not_taken
 from rewriter.capture.torch_export import to_numpy
 from rewriter.errors import UnsupportedModel
 
@@ -144,7 +145,7 @@ class TorchTrial:
                 call = program.calls[i]
                 args, kwargs = (self._filled(a) for a in (call.args, call.kwargs))
                 args = _without_mutation(call.target, args)
-                result = call.target(*args, **kwargs)
+                result = self._called(call.target, args, kwargs)
                 if call.name in program.last or i == stop:
                     self._held[call.name] = result
                 if call.name in wanted:
@@ -157,6 +158,15 @@ class TorchTrial:
         if missing:
             raise KeyError(f"not computed on the way: {sorted(missing)[0]}")
         return kept
+
+    def _called(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """What fails before the first site has nothing but the batch to go by."""
+        try:
+            return target(*args, **kwargs)
+        except (IndexError, RuntimeError) as error:
+            if self._next:
+                raise
+            raise not_taken(error) from error
 
     def put(self, value: Value, array: Array) -> None:
         old = self._held.get(value)

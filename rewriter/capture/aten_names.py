@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -61,6 +62,10 @@ _NAMES: Mapping[str, str] = {
     "scaled_dot_product_attention": "Attention",
     **dict.fromkeys(("layer_norm", "native_layer_norm"), "LayerNormalization"),
     **dict.fromkeys(("rms_norm", "_fused_rms_norm"), "RMSNormalization"),
+    **dict.fromkeys(
+        ("batch_norm", "native_batch_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm"),
+        "BatchNormalization",
+    ),
     "tanh": "Tanh",
     "exp": "Exp",
     "sum": "ReduceSum",
@@ -119,6 +124,11 @@ def canonical(fx: FxNode, env: Mapping[str, Any]) -> CanonicalOp:
         return _attention(fx, env)
     elif name == "Einsum":
         attrs["equation"] = fx.args[0]
+    elif base == "tensordot" and _last_with_first(fx, env):
+        name = "MatMul"
+    elif base == "tensordot":
+        name = "Einsum"
+        attrs["equation"] = _tensordot(fx, env)
     elif name in {"Add", "Sub"} and fx.kwargs.get("alpha", 1) != 1:
         name = f"aten.{base}_alpha"
     elif base == "rsub":  # the other way round: the second argument minus the first
@@ -143,6 +153,29 @@ def canonical(fx: FxNode, env: Mapping[str, Any]) -> CanonicalOp:
     if raw.endswith("_") and raw not in _NAMES and base == "copy":
         name = "aten.copy_"
     return CanonicalOp(name, attrs, operands)
+
+
+def _last_with_first(fx: FxNode, env: Mapping[str, Any]) -> bool:
+    """Whether a tensordot sums over its first argument's last axis and its matrix's first."""
+    a, b = (env[argument.name] for argument in fx.all_input_nodes[:2])
+    mine, theirs = (
+        [d % t.dim() for d in _argument(fx, n, p)] for n, p, t in (("dims_self", 2, a), ("dims_other", 3, b))
+    )
+    return b.dim() == 2 and mine == [a.dim() - 1] and theirs == [0]
+
+
+def _tensordot(fx: FxNode, env: Mapping[str, Any]) -> str:
+    """The equation of tensordot(a, b, dims of a, dims of b): the other axes of a, then those of b."""
+    a, b, dims, others = fx.args[:4]
+    assert isinstance(a, FxNode) and isinstance(b, FxNode)
+    first = list(string.ascii_lowercase[: env[a.name].dim()])
+    second = list(string.ascii_uppercase[: env[b.name].dim()])
+    summed = []
+    for mine, theirs in zip(dims, others, strict=True):  # type: ignore[arg-type]
+        second[theirs] = first[mine]
+        summed.append(first[mine])
+    rest = [c for c in (*first, *second) if c not in summed]
+    return f"{''.join(first)},{''.join(second)}->{''.join(rest)}"
 
 
 def _operand(position: int, argument: Any, env: Mapping[str, Any]) -> FxNode | Literal:

@@ -378,12 +378,19 @@ def _channels(arrivals: list[Arrival]) -> int | None:
 # --- masks ---------------------------------------------------------------------------------------
 
 
+def _gives_whole_numbers(cast: ir.Node) -> bool:
+    """False as well where a call of a function left the type out, which it then has from nowhere."""
+    to = cast.attributes.get("to")
+    known = to is not None and to.value is not None
+    return known and not ir.DataType(cast.attributes["to"].as_int()).is_floating_point()
+
+
 def _is_binary(arrivals: list[Arrival]) -> bool:
     """True if a float input is read as 0 or 1: 1 - x, a comparison, a cast to bool or integer."""
     for a in arrivals:
         if a.node.op_type in {"Equal", "Greater", "Less", "Not"} or (a.node.op_type == "Sub" and a.slot == 1):
             return True
-        if a.node.op_type == "Cast" and not ir.DataType(a.node.attributes["to"].as_int()).is_floating_point():
+        if a.node.op_type == "Cast" and _gives_whole_numbers(a.node):
             return True
     return False
 

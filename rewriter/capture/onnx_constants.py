@@ -19,6 +19,8 @@ def constant_tensor(value: ir.Value) -> ir.TensorProtocol | None:
     node = value.producer()
     if node is None or node.op_type != "Constant" or node.domain not in ("", "ai.onnx"):
         return None
+    if len(node.attributes) != 1:  # a function's, of which a call left the attribute out
+        return None
     held = node.attributes.get("value")
     if held is not None and not held.is_ref():
         return held.value if held.type == ir.AttributeType.TENSOR else None  # as_tensor() checks a protocol, slowly

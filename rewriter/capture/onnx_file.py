@@ -21,6 +21,7 @@ from codegen.ops.grouped_query_attention.onnx_tiles import masked_name
 from passes.dataflow import CONTRACTIONS, LAYOUT, Array, Flow, Node, Value, Weight, unlike
 from passes.match.feed_forward_blocks import recorded_values
 from passes.match.scores import anchors
+from passes.products import with_products
 from passes.provenance import PASS_THROUGH
 from passes.softmaxes import with_softmaxes
 from rewriter.capture.bounded_run import RunsTooLong, run_within, time_limit
@@ -114,7 +115,7 @@ def capture(model: ir.Model, written_out: Mapping[str, WrittenOut] | None = None
     values = {v.name: v for v in _values(model) if v.name}
     products = {i: p for i, n in enumerate(nodes) if (p := quantised_product(n)) is not None}
     flow = Flow(
-        with_softmaxes(_shown(nodes, products)),
+        with_softmaxes(with_products(_shown(nodes, products))),
         tuple(v.name for v in model.graph.inputs if v.name and v.name not in model.graph.initializers),
         tuple(v.name for v in model.graph.outputs if v.name),
         _weights(model, nodes) | _matrices(products.values()),
@@ -503,7 +504,7 @@ def _written_out(function: ir.Function) -> bool:
 
 def _canonical_op(node: ir.Node) -> str:
     if node.domain in ("", "ai.onnx"):
-        return node.op_type
+        return "Conv" if node.op_type == "ConvInteger" else node.op_type  # of integers, but a convolution
     known = CONTRACTIONS | {
         "RotaryEmbedding", "SimplifiedLayerNormalization", "GroupedQueryAttention", "QLinearSoftmax",
     }  # fmt: skip
@@ -577,7 +578,7 @@ def _wanted(flow: Flow) -> set[Value]:
 
 def unflattened(flow: Flow, value: Value) -> Iterator[Value]:
     """What a projection's input was before its tokens were flattened."""
-    passed = {"Reshape", "Flatten", "Identity", "Cast", "QuantizeLinear", "DequantizeLinear"}
+    passed = {"Reshape", "Flatten", "Unsqueeze", "Squeeze", "Identity", "Cast", "QuantizeLinear", "DequantizeLinear"}
     while (node := flow.producer(value)) is not None and node.op in passed:
         value = node.inputs[0]
         yield value

@@ -14,11 +14,14 @@ import onnx_ir as ir
 
 from rewriter.capture.onnx_functions import require_finite_functions
 from rewriter.errors import InvalidModelFile, UnsupportedModel, UsageError
+from rewriter.given_path import existing
 
 if TYPE_CHECKING:
     import onnx
 
 PROTOBUF_LIMIT = 2**31 - 1
+CHECKPOINTS = frozenset({".safetensors", ".pt", ".pth", ".ckpt", ".bin"})
+"""Files that hold weights and no graph."""
 _GRAPH_FIELD, _OPSET_FIELD = 7, 8
 _LENGTH_DELIMITED = 2
 _FIXED_WIDTH = {1: 8, 5: 4}
@@ -130,9 +133,7 @@ def _parse(path: Path) -> onnx.ModelProto:
 
 
 def _check_file(path: Path) -> None:
-    if not path.exists():
-        raise UsageError(f"no such file: {path}", hint="check the path")
-    if not path.is_file():
+    if not existing(path).is_file():
         raise UsageError(f"{path} is no file", hint="give the path of an .onnx file")
     try:
         with path.open("rb") as file:
@@ -194,6 +195,9 @@ def _not_onnx(path: Path, fields: set[int]) -> InvalidModelFile:
         head = file.read(64)
     if head.startswith(b"version https://git-lfs"):
         return InvalidModelFile(f"{path.name} is a Git LFS pointer, not the model", hint="run: git lfs pull")
+    if path.suffix in CHECKPOINTS:
+        hint = "give the Hugging Face folder it lies in, or the module in Python; pickled weights are never loaded"
+        return InvalidModelFile(f"{path.name} holds weights without a model", hint=hint)
     if 1 in fields or 2 in fields:
         return InvalidModelFile(f"{path.name} is cut off or holds no graph", hint="export or download the model again")
     return InvalidModelFile(f"{path.name} is no ONNX model", hint="give a file that an ONNX exporter wrote")
@@ -213,6 +217,8 @@ def _check_structure(proto: onnx.ModelProto, name: str) -> None:
     require_finite_functions(proto, name)
     _check_arity(proto, name)
     _check_inputs(proto.graph, name)
+    for function in proto.functions:
+        _check_function(function, name)
 
 
 def _check_inputs(graph: onnx.GraphProto, name: str) -> None:
@@ -228,6 +234,20 @@ def _check_inputs(graph: onnx.GraphProto, name: str) -> None:
                 )
 
 
+def _check_function(function: onnx.FunctionProto, name: str) -> None:
+    """What nodes of a body read is an input or made there; as in graphs, control flow within is not looked into."""
+    known = {*function.input, *(output for node in function.node for output in node.output), ""}
+    version = next((x.version for x in function.opset_import if x.domain in ("", "ai.onnx")), None)
+    for node in function.node:
+        missing = next((read for read in node.input if read not in known), None)
+        if missing is not None:
+            raise InvalidModelFile(
+                f"{name} is malformed: the function {function.name[:80]!r} reads {missing[:80]!r}, which nothing makes",
+                hint="export the model again",
+            )
+        _check_node(node, version, name)
+
+
 def _check_supported(proto: onnx.ModelProto, name: str) -> None:
     if proto.training_info:
         raise UnsupportedModel(f"{name} carries training information", hint="export it for inference")
@@ -237,12 +257,29 @@ def _check_supported(proto: onnx.ModelProto, name: str) -> None:
 
 def _deserialize(proto: onnx.ModelProto, name: str) -> ir.Model:
     try:
-        return ir.from_proto(proto)
+        model = ir.from_proto(proto)
+        parts: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+        for part in parts:
+            if not _in_order(part):
+                part.sort()
+        return model
     except Exception as error:  # onnx_ir raises whatever its parts raise on malformed graphs
         cause = error
         while cause.__cause__ is not None and isinstance(cause.__cause__, Exception):
             cause = cause.__cause__
         raise InvalidModelFile(f"{name} is malformed: {cause}", hint="check it with onnx.checker") from error
+
+
+def _in_order(part: ir.Graph | ir.Function) -> bool:
+    """Whether nodes stand behind what they read: converters append some at the end, which runtimes put right silently,
+    and later stages go by the order."""
+    place = {node: index for index, node in enumerate(part)}
+    now = 0
+    for node in ir.traversal.RecursiveGraphIterator(part):  # bodies read what stands before their node
+        now = place.get(node, now)
+        if any(v is not None and (maker := v.producer()) in place and place[maker] > now for v in node.inputs):
+            return False
+    return True
 
 
 def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
@@ -262,12 +299,23 @@ def _check_arity(proto: onnx.ModelProto, name: str) -> None:
     version = next((x.version for x in proto.opset_import if x.domain in ("", "ai.onnx")), None)
     for graph in _graphs(proto.graph):
         for node in graph.node:
-            most = None if version is None or node.domain not in ("", "ai.onnx") else _arity(node.op_type, version)
-            if most is not None and not most[0] <= len(node.input) <= most[1]:
-                raise InvalidModelFile(
-                    f"{name} is malformed: node {node.name[:80]!r} ({node.op_type}) has {len(node.input)} inputs",
-                    hint="check it with onnx.checker",
-                )
+            _check_node(node, version, name)
+
+
+def _check_node(node: onnx.NodeProto, version: int | None, name: str) -> None:
+    if version is None or node.domain not in ("", "ai.onnx"):
+        return
+    most = _arity(node.op_type, version)
+    if most is not None and not most[0] <= len(node.input) <= most[1]:
+        said = f"{len(node.input)} inputs"
+    elif node.op_type == "Constant" and len(node.attribute) != 1:
+        said = f"{len(node.attribute)} attributes"
+    else:
+        return
+    raise InvalidModelFile(
+        f"{name} is malformed: node {node.name[:80]!r} ({node.op_type[:80]}) has {said}",
+        hint="check it with onnx.checker",
+    )
 
 
 @functools.cache

@@ -19,10 +19,15 @@ from torch.fx import GraphModule
 from torch.fx import Node as FxNode
 
 from passes.dataflow import Array, Flow, Node, Value, Weight
+from passes.products import with_products
 from passes.softmaxes import with_softmaxes
 from rewriter.capture.aten_names import Literal, canonical
+from rewriter.capture.pointwise import write_as_linear
 from rewriter.capture.torch_trace import trace, writes_through_views
 from rewriter.errors import NotExportable, UnsupportedModel, first_line
+
+STACK_TRACES_OFF = "do_not_emit_stack_traces"
+"""The setting of torch.fx by which nodes get none."""
 
 
 @dataclass(frozen=True)
@@ -99,10 +104,14 @@ def exported(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
     module.eval()
     try:
         # on failure the exporter prints the graph it has so far
-        with torch.no_grad(), _unchanged(module), contextlib.redirect_stderr(io.StringIO()):
+        with torch.no_grad(), _unchanged(module), _without_stack_traces(), contextlib.redirect_stderr(io.StringIO()):
             program = torch.export.export(module, args, dict(kwargs), strict=False)
             if writes_through_views(program.graph):
                 program = program.run_decompositions({})  # no operator is decomposed, but none works in place any more
+            if not isinstance(module, GraphModule) and write_as_linear(
+                program.graph
+            ):  # a graph is itself what is edited
+                program.graph_module.recompile()
             return program
     except Exception as error:  # torch.export raises many unrelated types
         raise NotExportable(
@@ -111,6 +120,22 @@ def exported(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
         ) from error
     finally:
         module.train(was_training)
+
+
+@contextlib.contextmanager
+def _without_stack_traces() -> Iterator[None]:
+    """Leave out where in the model's source each node was made: nothing here reads it, and it takes long to write."""
+    from torch.fx import config
+
+    before = getattr(config, STACK_TRACES_OFF, None)
+    if before is None:  # torch before this setting
+        yield
+        return
+    setattr(config, STACK_TRACES_OFF, True)
+    try:
+        yield
+    finally:
+        setattr(config, STACK_TRACES_OFF, before)
 
 
 @contextlib.contextmanager
@@ -304,7 +329,7 @@ class _Builder:
         produced = {v for n in self.nodes for v in n.outputs}
         leaves = torch.utils._pytree.tree_leaves(self.outputs)
         outputs = tuple(v for v in leaves if isinstance(v, str) and v in produced)
-        return Flow(with_softmaxes(self.nodes), tuple(self.inputs), outputs, self.weights, read, dtype)
+        return Flow(with_softmaxes(with_products(self.nodes)), tuple(self.inputs), outputs, self.weights, read, dtype)
 
 
 def _guard_mutation(fx: FxNode, args: Any, kwargs: Any) -> tuple[Any, Any]:

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import json as json_module
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import rewriter
+from codegen.scratch import scratch_folder
 from rewriter.demo.perplexity import perplexity
 from rewriter.demo.weights import hamlet, minilm, minilm_int8_onnx, smollm2, smollm2_twin
 from rewriter.errors import VerificationFailed
@@ -143,8 +142,8 @@ def _onnx() -> Act:
     """A third-party file: rewritten, saved, and both files timed in onnxruntime."""
     source = minilm_int8_onnx()
     done = rewriter.optimize(source, "gqa6")
-    with tempfile.TemporaryDirectory() as folder:
-        target = Path(folder) / "minilm-gqa6.onnx"
+    with scratch_folder() as folder:
+        target = folder / "minilm-gqa6.onnx"
         done.save(target)
         shapes = {"input_ids": ONNX_SHAPE, "attention_mask": ONNX_SHAPE}
         timed: Profile = rewriter.profile(source, target, shapes=shapes, runs=30)

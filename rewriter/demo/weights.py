@@ -7,14 +7,14 @@ import copy
 import hashlib
 import io
 import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rewriter.demo.packaged_files import packaged_file
+from rewriter.errors import CannotWrite, UsageError
+from rewriter.whole_folder import whole_folder
 
 if TYPE_CHECKING:
     from transformers import BertModel, LlamaForCausalLM, PreTrainedTokenizerBase
@@ -68,16 +68,9 @@ def _from_gguf(gguf: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
 def _save_whole(folder: Path, *parts: Any) -> None:
     """Write `parts` to `folder` so that it either holds everything or does not exist."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
-    try:
+    with whole_folder(folder) as draft:
         for part in parts:
-            part.save_pretrained(scratch)
-        scratch.rename(folder)
-    except OSError:
-        if not folder.is_dir():  # else another process was first: its copy is as good
-            raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+            part.save_pretrained(draft)
 
 
 @_progress_on_terminals_only()
@@ -86,7 +79,7 @@ def smollm2_folder() -> Path:
 
     Raises:
         UnsupportedModel: the package that carries the weights is not installed.
-        OSError: the cache folder cannot be written.
+        OSError, UsageError, CannotWrite: the cache folder cannot be written.
     """
     gguf = packaged_file(*SMOLLM2)
     folder = cache_folder() / f"smollm2-135m-{_key(gguf)}"
@@ -109,7 +102,7 @@ def smollm2() -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
     tokenizer: Any
     try:
         folder = smollm2_folder()
-    except OSError:  # no writable cache: convert on every call
+    except (OSError, UsageError, CannotWrite):  # no writable cache: convert on every call
         model, tokenizer = _from_gguf(packaged_file(*SMOLLM2))
     else:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

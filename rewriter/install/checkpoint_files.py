@@ -19,7 +19,11 @@ _A_PICKLED_TENSOR = 64
 def is_own(file: Path) -> bool:
     """Whether a file of a checkpoint lies in its folder, or where a download cache keeps what its folders link to."""
     folder = Path(os.path.realpath(file.parent))
-    return Path(os.path.realpath(file)).parent in (folder, folder.parent.parent / "blobs")
+    above = folder.parent.parent
+    allowed = [folder, above / "blobs"]
+    if above.name == "snapshots":  # a folder in a snapshot
+        allowed.append(above.parent / "blobs")
+    return Path(os.path.realpath(file)).parent in allowed
 
 
 def require_own_files(folder: Path) -> None:
@@ -28,14 +32,20 @@ def require_own_files(folder: Path) -> None:
     Raises InvalidModelFile for links that lead elsewhere and indices that name files elsewhere, or are broken.
     """
     for file in sorted(folder.iterdir()):
-        if file.suffix in _READ and file.is_symlink() and not is_own(file):
-            raise InvalidModelFile(
-                f"{file} is unsafe: it is a link that leads out of the checkpoint",
-                hint="put the file itself there, or give the folder that it leads to",
-            )
+        if file.suffix in _READ:
+            require_own(file)
     for name in INDICES:
         if (folder / name).is_file():
             shards(folder / name)
+
+
+def require_own(file: Path) -> None:
+    """Raises InvalidModelFile for a link that leads out of the checkpoint."""
+    if file.is_symlink() and not is_own(file):
+        raise InvalidModelFile(
+            f"{file} is unsafe: it is a link that leads out of the checkpoint",
+            hint="put the file itself there, or give the folder that it leads to",
+        )
 
 
 def shards(index: Path) -> tuple[str, ...]:

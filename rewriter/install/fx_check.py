@@ -27,6 +27,7 @@ from passes.layout import canonical, laid_out
 from passes.match.scores import apply_modifier
 from passes.replay import TOLERANCES, softmax
 from passes.targets.replacement import Replacement
+from passes.weights.head_gains import stored_gains
 from rewriter.capture.torch_export import GraphView
 from rewriter.errors import UnsupportedModel
 
@@ -79,7 +80,10 @@ def _widened(view: GraphView, replacements: Iterable[Replacement]) -> dict[Value
             repeats = operand.heads // heads
             projection = operand.projection
             places = {"weight": operand.columns, "bias": projection.bias_positions(operand.columns)}
-            for part, value in (("weight", projection.weight), ("bias", projection.bias)):
+            gains = stored_gains(operand)
+            if operand.norm is not None and operand.norm.gains is not None:
+                places |= dict.fromkeys(gains, operand.norm.gains.places)
+            for part, value in (("weight", projection.weight), ("bias", projection.bias), *gains.items()):
                 array = r.tensors.get(f"{role}_{part}")
                 if array is None or value is None:
                     continue
@@ -87,7 +91,7 @@ def _widened(view: GraphView, replacements: Iterable[Replacement]) -> dict[Value
                 tensor = changed.setdefault(value, view.tensors[value].detach().clone())
                 rows = torch.from_numpy(places[part].reshape(-1).astype(np.int64))
                 target = tensor.t() if part == "weight" and not projection.out_first else tensor
-                if part == "bias":
+                if part != "weight":
                     target = tensor.view(-1)
                 wide = torch.from_numpy(np.ascontiguousarray(by_head.reshape(-1, *array.shape[1:])))
                 target[rows.to(tensor.device)] = wide.to(dtype=tensor.dtype, device=tensor.device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -17,6 +17,7 @@ from codegen.spec import GroupedQueryAttention
 from passes.dataflow import Array, Value
 from passes.site import AttentionSite, Operand
 from passes.targets.replacement import Replacement
+from passes.weights.head_gains import gains_like, stored_gains
 from passes.weights.projection import operand_bias, operand_weight
 from rewriter.capture.torch_export import GraphView
 from rewriter.errors import UnsupportedModel
@@ -42,6 +43,7 @@ class Reprojection:
         input: the value with batch and tokens on axes of their own.
         weight: [heads * dim, in], head-major; bias [heads * dim] or None.
         resizes: what changes between stem and seam.
+        gains: new numbers that a norm on the path multiplies heads by, and what it adds, by the value they stand for.
     """
 
     role: str
@@ -51,6 +53,7 @@ class Reprojection:
     weight: Array
     bias: Array | None
     resizes: tuple[Resize, ...]
+    gains: Mapping[Value, Array] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -127,15 +130,16 @@ class Editor:
         stay = bool(spec.pattern) or replacement.linear is not None  # the projections do
         if replacement.linear is not None:
             require_linear(self, replacement)
-        if any(m.windows for m in site.modifiers):
-            raise UnsupportedModel("masks meet its scores window by window", hint=HINT)
+        if any(m.windows or m.heads_first for m in site.modifiers):
+            raise UnsupportedModel("masks meet its scores window by window, or heads before sequences", hint=HINT)
         if site.temperature is not None:
             raise UnsupportedModel("each head's scores have a temperature of their own", hint=HINT)
         if spec.pattern and spec.sinks:
             raise UnsupportedModel("it has attention sinks among its scores", hint=HINT)
         for role, operand in () if stay else (("k", site.k), ("v", site.v)):
             weight, bias = tensors[f"{role}_weight"], tensors.get(f"{role}_bias")
-            plans.append(self._plan_operand(site, role, operand, spec.kv_heads, weight, bias))
+            planned = self._plan_operand(site, role, operand, spec.kv_heads, weight, bias)
+            plans.append(replace(planned, gains=self._gains(replacement, role, operand)))
         if stay:
             pass
         elif "q_weight" in tensors:
@@ -165,6 +169,14 @@ class Editor:
             self._require_private(site, role, operand)
         changes = tuple(resizes(self.flow, self._nodes, operand, heads))
         return Reprojection(role, operand, heads, self._three_axes(operand), weight, bias, changes)
+
+    def _gains(self, replacement: Replacement, role: str, operand: Operand) -> dict[Value, Array]:
+        """New numbers of a norm on the operand's path, laid out as the old ones. Raises UnsupportedModel."""
+        found = {}
+        for part, value in stored_gains(operand).items():
+            self.node(value)
+            found[value] = gains_like(operand, replacement.tensors[f"{role}_{part}"], self.flow.shape(value))
+        return found
 
     def _require_private(self, site: AttentionSite, role: str, operand: Operand) -> None:
         """Fewer heads may be seen by this attention only, and by caches that the graph hands out."""
@@ -272,18 +284,42 @@ class Editor:
             wanted = self.view.tensors[operand.stem].dtype  # a cast may lie between projection and stem
             if wanted != self.view.tensors[operand.projection.output].dtype:
                 out = self.emitter.call(like, aten.to.dtype, out, wanted)
-        self._rewire(planned, stem, out)
+        self._rewire(site, planned, stem, out)
         self._stems[operand.stem, heads] = (out, axes)
         return out, axes
 
-    def _rewire(self, planned: Reprojection, stem: FxNode, new: FxNode) -> None:
-        """The path reads the new stem; its sizes follow the number of heads."""
+    def _regain(self, site: AttentionSite, planned: Reprojection) -> None:
+        """A norm on the path multiplies the new heads by their own numbers."""
+        norm = planned.operand.norm
+        for value, numbers in planned.gains.items():
+            assert norm is not None and norm.gains is not None
+            part = "gain" if value == norm.gains.gain else "shift"
+            old, reader = self.node(value), self._of(norm.gains.reader)
+            assert reader is not None  # a path inside a wrapped region is not planned
+            reader.replace_input_with(old, self._gain_parameter(site.name, value, f"{planned.role}_{part}", numbers))
+            self._replaced.append(old)
+
+    def _gain_parameter(self, site: str, value: Value, part: str, array: Array) -> FxNode:
+        """A node for new numbers of a norm; sites that read the same old ones read the same new ones."""
+        key = (value, b"gain", array.tobytes())
+        if key not in self._parameters:
+            recorded = self.view.tensors[value]
+            tensor = torch.from_numpy(np.array(array, order="C")).to(dtype=recorded.dtype, device=recorded.device)
+            node = self.store.read(re.sub(r"\W+", "_", f"{site}_{part}"))
+            self.emitter.stand_for(node, tensor)
+            sources, whole = self._stored(value, recorded.numel()), value in self.flow.weights
+            self._parameters[key] = _NewParameter(node, tensor, part[0], part[2:], site, sources, whole)
+        return self._parameters[key].node
+
+    def _rewire(self, site: AttentionSite, planned: Reprojection, stem: FxNode, new: FxNode) -> None:
+        """The path reads the new stem; its sizes, and what a norm multiplies heads by, follow the number of heads."""
         path = [self._nodes[n.name] for n in below_stem(self.flow, planned.operand)]
+        for change in planned.resizes:  # these hold what a node reads, too, so they come first
+            self._nodes[change.node].args = torch.fx.node.map_arg(change.args, lambda n: self._nodes[n.name])
+        self._regain(site, planned)
         for user in list(stem.users):
             if user in path or (user.op == "output" and planned.operand.presents):
                 user.replace_input_with(stem, new)
-        for change in planned.resizes:
-            self._nodes[change.node].args = torch.fx.node.map_arg(change.args, lambda n: self._nodes[n.name])
         for fx in path:
             if fx.target is aten.view.default:  # the new stem may have other strides
                 fx.target = aten.reshape.default

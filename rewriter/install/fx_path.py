@@ -14,6 +14,7 @@ import torch
 from torch.fx import Node as FxNode
 
 from passes.dataflow import LAYOUT, Array, Flow, Node, Value
+from passes.provenance import NORMS
 from passes.site import Operand
 from rewriter.errors import UnsupportedModel
 from rewriter.install.fx_emit import HINT
@@ -54,7 +55,10 @@ def resizes(flow: Flow, nodes: Mapping[str, FxNode], operand: Operand, heads: in
     if heads == operand.heads:
         return []
     held = {operand.stem: _heads_at_stem(flow, operand)}
-    found = []
+    found: list[Resize] = []
+    norm = operand.norm
+    if norm is not None and (norm.gains is not None or not norm.per_head):
+        found, path = _through_norm(flow, nodes, operand, path, held, heads)
     for node in path:
         for value, numbers in _heads_after(flow, node, held, operand.heads).items():
             held[value] = numbers
@@ -62,6 +66,34 @@ def resizes(flow: Flow, nodes: Mapping[str, FxNode], operand: Operand, heads: in
         if change is not None:
             found.append(change)
     return found
+
+
+def _through_norm(
+    flow: Flow, nodes: Mapping[str, FxNode], operand: Operand, path: list[Node], held: dict[Value, Array], heads: int
+) -> tuple[list[Resize], list[Node]]:
+    """(changes in a norm that treats heads apart, the path behind it); heads behind it lie as before it.
+
+    What multiplies them is given fewer numbers, and an operator that says how many features it normalises fewer.
+    """
+    norm = operand.norm
+    assert norm is not None
+    end = next(i for i, node in enumerate(path) if norm.output in node.outputs)
+    changes: list[Resize] = []
+    for node in path[: end + 1]:
+        if node.op in LAYOUT and flow.shape(node.outputs[0]) != flow.shape(norm.input):
+            raise UnsupportedModel("heads are laid out anew in front of a norm that treats them apart", hint=HINT)
+        fx = nodes[node.name]
+        position = next((i for i, a in enumerate(fx.args) if isinstance(a, (list, tuple)) and node.op in NORMS), None)
+        if position is None:
+            continue
+        sizes = [int(n) for n in fx.args[position]]  # type: ignore[union-attr, arg-type]
+        sizes[0] = sizes[0] // operand.heads * heads  # head after head, so the first size counts them
+        if not norm.per_head:
+            changes.append(Resize(fx.name, (*fx.args[:position], sizes, *fx.args[position + 1 :])))
+    if flow.shape(norm.output) != flow.shape(operand.stem):
+        raise UnsupportedModel("heads are laid out anew in front of a norm that treats them apart", hint=HINT)
+    held[norm.output] = held[operand.stem]
+    return changes, path[end + 1 :]
 
 
 def _heads_at_stem(flow: Flow, operand: Operand) -> Array:
@@ -127,7 +159,7 @@ def _resized(fx: FxNode, node: Node, numbers: Array, before: int, heads: int) ->
     sizes = list(fx.args[position])  # type: ignore[arg-type]
     axis = _axis(numbers)
     if _overload(fx) == "unflatten":
-        axis -= int(fx.args[1]) % numbers.ndim  # type: ignore[arg-type]
+        axis -= int(fx.args[1]) % (numbers.ndim - len(sizes) + 1)  # type: ignore[arg-type]
     elif len(sizes) != numbers.ndim:
         raise UnsupportedModel(f"{node.name} names its sizes in a way that is not understood", hint=HINT)
     if not 0 <= axis < len(sizes) or sizes[axis] == -1:

@@ -26,6 +26,8 @@ MARK = "rewritten_kv_heads"
 """Set on a module whose head count was changed by the knob."""
 PROJECTIONS = "rewritten_projections"
 """Names of its projections that were changed, separated by spaces."""
+GAINS = "rewritten_gains"
+"""Paths of the parameters of its norms that were changed, separated by spaces; not set if there are none."""
 
 
 def is_pretrained(module: Any) -> bool:
@@ -65,11 +67,13 @@ def apply_knob(
     record: CallRecord,
     *,
     q_weight_key: str | None = None,
+    gains: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Give the attention at `owner` `kv_heads` K/V heads by editing its projections, its group size and the config.
 
     Of `after` only the K and V parameters are read, and the Q parameters if `q_weight_key` names a projection to put
-    them in, and cast to the model's dtype. The config is edited once all
+    them in, and cast to the model's dtype. `gains` are new parameters of norms that multiply heads apart, by their
+    paths from the owner, heads along their first axis. The config is edited once all
     attentions that share it have equally many K/V heads; until then the model is saved through rewrite.json. Before
     anything is changed, a copy of the module is edited and must equal another copy that holds each new head repeated
     for its group.
@@ -86,19 +90,29 @@ def apply_knob(
         raise UnsupportedModel(f"{owner} has no plain query projection", hint=HINT)
     query = "" if q_weight_key is None else q_weight_key.removeprefix(f"{owner}.").removesuffix(".weight")
     queries = {query: (after.q_weight, after.q_bias)} if query else {}
-    _prove(module, owner, pairs, kv_heads, record, queries)
-    turn_knob(module, pairs, kv_heads)
+    gains = gains or {}
+    _prove(module, owner, pairs, kv_heads, record, queries, gains)
+    turn_knob(module, pairs, kv_heads, gains)
     for name, (weight, bias) in queries.items():
         _set_rows(module.get_submodule(name), weight, bias)
     settle_config(model, module)
     guard_saving(model, owner)
 
 
-def turn_knob(module: nn.Module, projections: Mapping[str, tuple[Tensor, Tensor | None]], kv_heads: int) -> None:
-    """Edit one attention module: new K/V rows by projection name, head counts, group size."""
+def turn_knob(
+    module: nn.Module,
+    projections: Mapping[str, tuple[Tensor, Tensor | None]],
+    kv_heads: int,
+    gains: Mapping[str, Tensor],
+) -> None:
+    """Edit one attention module: new K/V rows by projection name, gains by path, head counts, group size."""
     before = heads_of(module)
     for name, (weight, bias) in projections.items():
         _set_rows(module.get_submodule(name), weight, bias)
+    for path, numbers in gains.items():
+        _set_gains(module, path, numbers)
+    if gains:
+        setattr(module, GAINS, " ".join(gains))
     for name in HEAD_COUNTS:
         if _integer(module, name) == before:
             setattr(module, name, kv_heads)
@@ -122,7 +136,9 @@ def describe(module: nn.Module) -> dict[str, Any]:
     """What `rebuild` needs to give a fresh module the shape of an edited one, as JSON."""
     projections = {name: module.get_submodule(name) for name in str(getattr(module, PROJECTIONS)).split()}
     shapes = {name: [*layer.weight.shape, layer.bias is not None] for name, layer in projections.items()}  # type: ignore[misc]
-    return {"kind": "knob", "kv_heads": heads_of(module), "shapes": shapes}
+    told = {"kind": "knob", "kv_heads": heads_of(module), "shapes": shapes}
+    paths = str(getattr(module, GAINS, "")).split()
+    return told | ({"gains": {path: [*module.get_parameter(path).shape] for path in paths}} if paths else {})
 
 
 def rebuild(module: nn.Module, description: Mapping[str, Any]) -> None:
@@ -136,7 +152,8 @@ def rebuild(module: nn.Module, description: Mapping[str, Any]) -> None:
         name: (like.new_empty(int(rows), int(columns)), like.new_empty(int(rows)) if bias else None)
         for name, (rows, columns, bias) in description["shapes"].items()
     }
-    turn_knob(module, empty, int(description["kv_heads"]))
+    gains = {path: like.new_empty([int(n) for n in shape]) for path, shape in description.get("gains", {}).items()}
+    turn_knob(module, empty, int(description["kv_heads"]), gains)
 
 
 def heads_of(module: nn.Module) -> int:
@@ -173,17 +190,20 @@ def _prove(
     kv_heads: int,
     record: CallRecord,
     queries: Mapping[str, tuple[Tensor, Tensor | None]],
+    gains: Mapping[str, Tensor],
 ) -> None:
     edited, twin = copy.deepcopy(module), copy.deepcopy(module)
     for copied in (edited, twin):
         for name, (weight, bias) in queries.items():
             _set_rows(copied.get_submodule(name), weight, bias)
     repeats = heads_of(module) // kv_heads
-    turn_knob(edited, pairs, kv_heads)
+    turn_knob(edited, pairs, kv_heads, gains)
     for name, (weight, bias) in pairs.items():
         wide = [None if t is None else repeat_heads(t.detach(), kv_heads, repeats) for t in (weight, bias)]
         assert wide[0] is not None
         _set_rows(twin.get_submodule(name), wide[0], wide[1])
+    for path, numbers in gains.items():
+        _set_gains(twin, path, repeat_heads(numbers.detach(), kv_heads, repeats))
     try:
         with torch.no_grad(), evaluating(edited), evaluating(twin):
             answers = [_replay(m, record) for m in (edited, twin)]
@@ -204,6 +224,16 @@ def _set_rows(projection: nn.Module, weight: Tensor, bias: Tensor | None) -> Non
     if bias is not None:
         projection.bias = owned_parameter(bias, like, like.requires_grad)
     projection.out_features = weight.shape[0]
+
+
+def _set_gains(module: nn.Module, path: str, numbers: Tensor) -> None:
+    """A parameter of a norm, and the shape that the norm was built for where that is the parameter's."""
+    holder, _, name = path.rpartition(".")
+    norm = module.get_submodule(holder)
+    old = norm.get_parameter(name)
+    if getattr(norm, "normalized_shape", None) == tuple(old.shape):
+        setattr(norm, "normalized_shape", tuple(numbers.shape))  # noqa: B010
+    setattr(norm, name, owned_parameter(numbers, old, old.requires_grad))
 
 
 def _projection(module: nn.Module, owner: str, key: str) -> nn.Linear | None:

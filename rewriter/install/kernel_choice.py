@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from codegen.errors import NotLegal
 from codegen.spec import FourierMixing, MixedChunkAttention
 from rewriter.errors import UsageError
 from rewriter.install.attention_interface import attach, detach
@@ -27,7 +28,7 @@ def choose_kernels(
         args, kwargs: a call of the model, by which Hugging Face models prove that they go on answering the same.
         everywhere: also at attentions of a Hugging Face model that were not rewritten.
 
-    Raises UsageError if kernels are asked for by name and nothing in the model can call them.
+    Raises UsageError if kernels are asked for by name that nothing in the model can call, or that are not to be had.
     """
     kinds = (FourierMixing,) if kernels == "cuda" else (FourierMixing, MixedChunkAttention)
     mixes = [m for m in token_mixers(model).values() if isinstance(m.spec, kinds)]  # others have no kernels
@@ -52,7 +53,10 @@ def choose_kernels(
             hint='use kernels="auto" or "off"',
         )
     detach(model)
-    attached = kernels != "off" and attach(model, kernels, args, kwargs, everywhere=everywhere)
+    try:
+        attached = kernels != "off" and attach(model, kernels, args, kwargs, everywhere=everywhere)
+    except NotLegal as error:
+        raise UsageError(f"kernels={kernels!r}: {error}", hint=error.hint) from error
     if kernels not in ("auto", "off") and not found and not attached:
         raise UsageError(
             f"the model goes on with its own attention code, which kernels={kernels!r} cannot reach",

@@ -22,6 +22,7 @@ from passes.dataflow import Array, Flow, Value
 from passes.site import AttentionSite, Modifier, Operand
 from passes.targets.block import BlockReplacement
 from passes.targets.replacement import Replacement
+from passes.weights.head_gains import gains_like, stored_gains
 from passes.weights.projection import operand_bias, operand_weight
 from rewriter.capture.onnx_file import OnnxCapture
 from rewriter.capture.unfuse import WrittenOut
@@ -39,7 +40,7 @@ from rewriter.install.onnx_obstacles import (
     window_size,
 )
 from rewriter.install.onnx_quantised import emit_product
-from rewriter.install.onnx_weights import emit_like
+from rewriter.install.onnx_weights import emit_like, emit_plain
 from rewriter.onnx_nodes import NodeWriter
 
 
@@ -150,9 +151,11 @@ class _Editor:
             removed = [*self._sweep(self._old_nodes(site)), *self._sweep(self._release_shapes(site))]
             return Installed(site.name, tuple(n for n in removed if n in self._stored), 0.0, False)
         spec, error = replacement.grouped, 0.0
+        regained: list[str] = []
         for role, operand in () if spec.pattern else (("k", site.k), ("v", site.v)):
             weight, bias = replacement.tensors[f"{role}_weight"], replacement.tensors.get(f"{role}_bias")
             error = max(error, self._reproject(site, role, operand, spec.kv_heads, weight, bias))
+            regained += self._regain(site, role, operand, replacement)
         if not spec.pattern and feeds_queries(replacement):
             flow, tensors = self.capture.flow, replacement.tensors
             weight = tensors["q_weight"] if "q_weight" in tensors else operand_weight(flow, site.q)
@@ -161,7 +164,7 @@ class _Editor:
         self._attend(replacement)
         lost, requantised = self._project_output(replacement)
         error = max(error, requantised)
-        removed = [*lost, *self._sweep(self._old_nodes(site))]
+        removed = [*regained, *lost, *self._sweep(self._old_nodes(site))]
         removed += self._sweep(self._release_shapes(site))
         exact = replacement.exact and error < 1e-6 and not self._rounded
         return Installed(site.name, tuple(n for n in removed if n in self._stored), error, exact)
@@ -216,6 +219,26 @@ class _Editor:
             self.value(operand.seam), operand.seam_axes)  # fmt: skip
         return error
 
+    def _regain(self, site: AttentionSite, role: str, operand: Operand, replacement: Replacement) -> list[str]:
+        """A norm on the path multiplies the new heads by their own numbers; returns removed initializers."""
+        removed: list[str] = []
+        for part, name in stored_gains(operand).items():
+            assert operand.norm is not None and operand.norm.gains is not None
+            old, reader = self.value(name), self.capture.nodes[operand.norm.gains.reader]
+            shape = self.capture.flow.shape(name)
+            numbers = gains_like(operand, replacement.tensors[f"{role}_{part}"], shape)
+            emitted = emit_like(old, numbers, f"{site.name}.{role}.{part}", self.write.unique)
+            new = emitted.value if emitted.nodes else self._share(emitted.value)
+            self.graph.insert_before(reader, emitted.nodes)
+            for position, value in enumerate(reader.inputs):
+                if value is old:
+                    reader.replace_input_with(position, new)
+            for value in emitted.initializers:
+                if value.name and value.name not in self.graph.initializers and value.uses():
+                    self.graph.register_initializer(value)
+            removed += self._unread(old)
+        return removed
+
     def _project(
         self, operand: Operand, rows: Array, name: str
     ) -> tuple[list[ir.Node], list[ir.Value], ir.Value, float]:
@@ -230,7 +253,8 @@ class _Editor:
             product = emit_product(quantised, x, rows.T, f"{name}.weight", self.write.unique)
             return [*nodes, *product.nodes], product.initializers, product.value, product.error
         old = self.value(projection.weight)
-        emitted = emit_like(old, rows if projection.out_first else rows.T, f"{name}.weight", self.write.unique)
+        store = emit_like if projection.weight_axes is None else emit_plain
+        emitted = store(old, rows if projection.out_first else rows.T, f"{name}.weight", self.write.unique)
         if not emitted.nodes:
             emitted.value = self._share(emitted.value)
         nodes += emitted.nodes
@@ -455,6 +479,8 @@ class _Editor:
             return self.write.op(nodes, "Transpose", [value], f"{name}.canonical", perm=[axes.index(a) for a in "bhsd"])
         if axes == ("bh", "s", "d"):
             return self._lead(nodes, value, [-1, heads], [1, 2], f"{name}.canonical")
+        if axes == ("hb", "s", "d"):
+            return self._heads_behind(nodes, value, heads, f"{name}.canonical")
         if axes == ("b", "s", "hd"):
             shape = self.write.ints([0, 0, heads, -1], f"{name}.split_shape")
             split = self.write.op(nodes, "Reshape", [value, shape], f"{name}.split")
@@ -474,10 +500,18 @@ class _Editor:
             return self.write.op(nodes, "Transpose", [value], name, perm=["bhsd".index(a) for a in axes])
         if axes == ("bh", "s", "d"):
             return self._lead(nodes, value, [-1], [2, 3], name)
+        if axes == ("hb", "s", "d"):
+            value = self.write.op(nodes, "Transpose", [value], f"{name}.turned", perm=[1, 0, 2, 3])
+            return self._lead(nodes, value, [-1], [2, 3], name)
         if axes == ("b", "s", "hd"):
             turned = self.write.op(nodes, "Transpose", [value], f"{name}.turned", perm=[0, 2, 1, 3])
             return self.write.op(nodes, "Reshape", [turned, self.write.ints([0, 0, -1], f"{name}.merged")], name)
         raise AssertionError(f"sites whose output is laid out as {axes} are not installed")
+
+    def _heads_behind(self, nodes: list[ir.Node], value: ir.Value, heads: int, name: str) -> ir.Value:
+        """[heads * B, S, D] as [B, heads, S, D]."""
+        value = self._lead(nodes, value, [heads, -1], [1, 2], f"{name}.apart")
+        return self.write.op(nodes, "Transpose", [value], name, perm=[1, 0, 2, 3])
 
     def _lead(self, nodes: list[ir.Node], value: ir.Value, lead: list[int], keep: list[int], name: str) -> ir.Value:
         """Reshape to `lead`, one size of which is -1, followed by the value's own sizes along the axes `keep`."""
@@ -530,6 +564,8 @@ class _Editor:
             return self._joined(nodes, value, self.capture.flow.shape(modifier.value), modifier.apart, name)
         if modifier.windows is not None:
             return value
+        if modifier.heads_first:
+            return self._heads_behind(nodes, value, heads, f"{name}.by_head")
         if len(self.capture.flow.shape(modifier.value)) == 3 and self.capture.flow.shape(modifier.value)[0] != 1:
             value = self._lead(nodes, value, [-1, heads], [1, 2], f"{name}.by_head")
         return value
@@ -637,13 +673,10 @@ class _Editor:
             if array is None or name is None or out is None:
                 continue
             old = self.value(name)
-            shaped = array.reshape(self.capture.flow.shape(name)) if part == "bias" else array
-            emitted = emit_like(
-                old,
-                shaped if part == "bias" or out.out_first else array.T,
-                f"{site.name}.out.{part}",
-                self.write.unique,
-            )
+            shape = self.capture.flow.shape(name)
+            shaped = array.reshape(shape) if part == "bias" else out.stored(array, shape)
+            store = emit_plain if part == "weight" and out.weight_axes is not None else emit_like
+            emitted = store(old, shaped, f"{site.name}.out.{part}", self.write.unique)
             new = emitted.value if emitted.nodes else self._share(emitted.value)
             reader = self.capture.nodes[out.node]
             last = self.value(out.output).producer()

@@ -12,10 +12,10 @@ from rewriter.capture.onnx_file import OnnxCapture, unflattened
 from rewriter.install.onnx_linear import linear_obstacle
 from rewriter.install.onnx_padding import padding_obstacle
 
-_WRITABLE = frozenset({("bh", "s", "d"), ("b", "s", "hd")})
+_WRITABLE = frozenset({("bh", "s", "d"), ("hb", "s", "d"), ("b", "s", "hd")})
 MODULES = "is installed in torch modules only: rewrite the module the file was exported from"
 OLDEST_OPSET = 12
-HEADS_IN_BATCH = frozenset({("bh", "s", "d"), ("bh", "d", "s")})
+HEADS_IN_BATCH = frozenset({("bh", "s", "d"), ("bh", "d", "s"), ("hb", "s", "d"), ("hb", "d", "s")})
 
 
 def obstacle(capture: OnnxCapture, replacement: Replacement) -> str | None:
@@ -136,12 +136,14 @@ def _one_sequence(capture: OnnxCapture, operand: Operand) -> bool:
     if "bs" in axes:  # no axis of its own
         return True
     recordings = [capture.flow, *([capture.other.flow] if capture.other is not None else [])]
+    if axes[0] == "bh":
+        return all(flow.shape(operand.stem)[0] == operand.heads for flow in recordings)
     return "b" in axes and all(flow.shape(operand.stem)[axes.index("b")] == 1 for flow in recordings)
 
 
 def laid_freely(operand: Operand) -> bool:
     """Whether attention alone reads the stem, so that new heads may lie there as it wants them."""
-    apart = all(len(a) <= 1 or a == "bh" for a in operand.stem_axes)
+    apart = all(len(a) <= 1 or a in ("bh", "hb") for a in operand.stem_axes)
     return operand.seam == operand.stem and not operand.presents and apart
 
 

@@ -38,7 +38,7 @@ def emit_like(old: ir.Value, array: Array, name: str, unique: Callable[[str], st
     """
     node = old.producer()
     if node is None or node.op_type == "Constant":
-        return _initializer(old, array, name, unique)
+        return emit_plain(old, array, name, unique)
     inner = node.inputs[0]
     if node.op_type == "Transpose" and inner is not None:
         perm = node.attributes.get_ints("perm") if "perm" in node.attributes else tuple(range(array.ndim))[::-1]
@@ -53,7 +53,7 @@ def emit_like(old: ir.Value, array: Array, name: str, unique: Callable[[str], st
         return _cast_mul(node, *found, array, name, unique)
     if node.op_type == "DequantizeLinear" and _stored(inner) is not None:
         return _dequantize(node, array, name, unique)
-    return _initializer(old, array, name, unique)
+    return emit_plain(old, array, name, unique)
 
 
 def _stored(value: ir.Value | None) -> ir.TensorProtocol | None:
@@ -86,7 +86,8 @@ def _stored_value(array: Array, dtype: ir.DataType, name: str) -> ir.Value:
     )
 
 
-def _initializer(old: ir.Value, array: Array, name: str, unique: Callable[[str], str]) -> Emitted:
+def emit_plain(old: ir.Value, array: Array, name: str, unique: Callable[[str], str]) -> Emitted:
+    """Store float `array`, whatever its shape, as a tensor of the dtype of `old`."""
     value = _stored_value(array, _dtype(old), unique(name))
     return Emitted(value, [value])
 
@@ -145,7 +146,7 @@ def _dequantize(node: ir.Node, array: Array, name: str, unique: Callable[[str], 
     """DequantizeLinear, per tensor or per axis; zero points are kept at the middle of the range."""
     held, old_scale = _stored(node.inputs[0]), _stored(node.inputs[1])
     if held is None or old_scale is None or held.dtype not in (ir.DataType.INT8, ir.DataType.UINT8):
-        return _initializer(node.outputs[0], array, name, unique)
+        return emit_plain(node.outputs[0], array, name, unique)
     axis = node.attributes.get_int("axis", 1) % array.ndim
     axes = tuple(range(array.ndim)) if old_scale.size == 1 else tuple(a for a in range(array.ndim) if a != axis)
     codes, factors, error = _symmetric(array, axes, 127)

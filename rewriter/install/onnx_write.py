@@ -21,7 +21,7 @@ import onnx_ir as ir
 
 from rewriter import progress
 from rewriter.copy_bytes import copy_range
-from rewriter.drafts import draft_path, drafts_of, new_token, sweep, sync_folder, writing
+from rewriter.drafts import draft_path, drafts_of, new_token, require_place, sweep, sync_folder, writing
 from rewriter.errors import UnsupportedModel, UsageError
 
 if TYPE_CHECKING:
@@ -292,8 +292,9 @@ class _Target:
     @staticmethod
     def at(path: Path) -> _Target:
         folder = path.absolute().parent
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             raise UsageError(f"the output folder {folder} does not exist", hint="create it first")
+        require_place(path)
         if path.is_dir():
             raise UsageError(f"{path} is a folder", hint="name the output file, e.g. out.onnx")
         if not os.access(folder, os.W_OK):

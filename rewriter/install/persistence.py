@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rewriter.drafts import require_place
 from rewriter.errors import InvalidModelFile, RewriteError, UsageError, first_line
 from rewriter.install import conditional_block, expert_mixer, huggingface, repeated_projection, token_mixer
 from rewriter.install.checkpoint_files import is_own, require_own_files
@@ -73,8 +74,9 @@ def save(
         CannotWrite: if the disk is full.
     """
     target = Path(path)
-    if not target.absolute().parent.is_dir():
+    if not os.path.isdir(target.absolute().parent):
         raise UsageError(f"{target.absolute().parent} is not a folder", hint="Create it first.")
+    require_place(target)
     if target.exists() and not target.is_dir():
         raise UsageError(f"{target} is a file", hint="Give the name of a folder.")
     with whole_folder(target, drop=OURS) as draft:
@@ -95,7 +97,7 @@ def load(path: str | os.PathLike[str], *, module: nn.Module | None = None) -> nn
         InvalidModelFile: if the folder is broken, of an unknown format, or does not fit the module.
     """
     folder = Path(path)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise UsageError(f"{folder} is not a folder", hint="Give the folder that rewriter.save wrote.")
     found = _load(folder, module)
     report = stored.from_text((folder / stored.FILE).read_text("utf-8", "replace")) if _has_report(folder) else None
@@ -121,6 +123,7 @@ def _load(folder: Path, module: nn.Module | None) -> nn.Module:
     with _fitting(folder / MANIFEST), in_proportion(folder):
         built = _build(manifest, folder) if module is None else module
         _rewrite(built, manifest["owners"])
+        _require_plain(built)
         _share(built, manifest.get("caches", {}))
         _fill(built, folder / Path(str(manifest["weights"])).name, manifest["tied"])
     return built.eval() if module is None else built
@@ -422,6 +425,19 @@ def _rewrite(model: nn.Module, owners: Mapping[str, Any]) -> None:
         else:
             details = {name: value for name, value in description.items() if name != "kind"}
             place(model, path, rebuild(details, original))
+
+
+def _require_plain(model: nn.Module) -> None:
+    """Specs are what kernels are chosen and made by: numbers, flags and enums, whatever a manifest says.
+
+    Raises TypeError or UnsafeInput for anything else.
+    """
+    from codegen.render import numbers
+
+    modules = [m for of in (mixers, token_mixers, expert_mixers, conditional_blocks) for m in of(model).values()]
+    for spec in (module.spec for module in modules):
+        hash(spec)
+        numbers(spec)
 
 
 def _share(model: nn.Module, caches: Mapping[str, Any]) -> None:

@@ -8,15 +8,17 @@ a view that keeps each of them once.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from passes.dataflow import Array, Flow
+from passes.dataflow import Array, Flow, Value
+from passes.site import Operand
 from passes.targets.replacement import Replacement
+from passes.weights.head_gains import gains_like, stored_gains
 from passes.weights.repetition import Part, repetition
 from rewriter.errors import UnsupportedModel, first_line
 from rewriter.install.call_record import CallRecord, evaluating, record_calls, snapshot
@@ -140,6 +142,7 @@ class _Edit:
         axis: along which its columns lie.
         index: for each old column the new one that it repeats.
         wide: of the old shape, each new head repeated for the heads it stands for.
+        projects: False for what a norm multiplies heads by.
     """
 
     path: str
@@ -147,6 +150,7 @@ class _Edit:
     axis: int
     index: Tensor
     wide: Tensor
+    projects: bool = True
 
 
 def _edit(
@@ -191,9 +195,10 @@ def _compared(run: Run, expected: list[Any]) -> str | None:
 
 
 def _edits(model: nn.Module, flow: Flow, replacements: Sequence[Replacement]) -> list[_Edit]:
-    """One for each stored parameter that keys or values are projected by, biases included."""
+    """One for each stored parameter that keys or values are projected or, in a norm, multiplied by, biases included."""
     entries: dict[str, dict[bytes, _Entry]] = {}
     places: dict[str, Location] = {}
+    norms: set[str] = set()
     for r in replacements:
         for role, operand in (("k", r.site.k), ("v", r.site.v)):
             projection = operand.projection
@@ -204,19 +209,54 @@ def _edits(model: nn.Module, flow: Flow, replacements: Sequence[Replacement]) ->
             for part, value, axis, where in read:
                 if value is None:
                     continue
-                place = locate(flow, value, axis)
-                if place is None:
+                place, rows = locate(flow, value, axis, where), r.tensors[f"{role}_{part}"]
+                if place is None or not _is_parameter(model, place.key):
+                    if _stays(flow.value(value), axis, where, rows):
+                        continue
                     raise UnsupportedModel(f"its {role} {part} is computed, not stored", hint=HINT)
-                columns = place.positions[where]
-                entry = _Entry(Part(columns, r.grouped.kv_heads), r.tensors[f"{role}_{part}"])
-                entries.setdefault(place.key, {})[columns.tobytes()] = entry
+                entry = _Entry(Part(place.positions, r.grouped.kv_heads), rows)
+                entries.setdefault(place.key, {})[place.positions.tobytes()] = entry
                 places[place.key] = place
-    return [_edit_of(model, places[key], list(found.values())) for key, found in entries.items()]
+            for part, value in stored_gains(operand).items():
+                place, entry = _gains_entry(flow, operand, value, r.tensors[f"{role}_{part}"], r.grouped.kv_heads)
+                entries.setdefault(place.key, {})[entry.part.columns.tobytes()] = entry
+                places[place.key] = place
+                norms.add(place.key)
+    edits = [_edit_of(model, places[key], list(found.values())) for key, found in entries.items()]
+    return [replace(edit, projects=key not in norms) for key, edit in zip(entries, edits, strict=True)]
+
+
+def _gains_entry(flow: Flow, operand: Operand, value: Value, numbers: Array, heads: int) -> tuple[Location, _Entry]:
+    """Where what a norm multiplies heads by is stored, and what becomes of it; `numbers` [heads * dim]. Raises
+    UnsupportedModel."""
+    shape = flow.shape(value)
+    long = [axis for axis, size in enumerate(shape) if size > 1]
+    by_head = len(long) > 1  # heads and features have an axis each
+    place = locate(flow, value, long[0] if by_head else None)
+    if place is None or operand.norm is None or operand.norm.gains is None:
+        raise UnsupportedModel("what a norm multiplies its heads by is computed, not stored", hint=HINT)
+    where = np.arange(operand.heads)[:, None] if by_head else operand.norm.gains.places
+    rows = gains_like(operand, numbers, shape).reshape(heads, -1) if by_head else numbers
+    return place, _Entry(Part(place.positions[where], heads), rows)
+
+
+def _stays(old: Array, axis: int | None, columns: Array, rows: Array) -> bool:
+    """Whether new `rows` of merged heads are what stands in `columns` [heads, dim] already, as zeros of a bias are."""
+    heads, dim = columns.shape
+    before = (old.reshape(-1) if axis is None else np.moveaxis(old, axis, 0))[columns]
+    after = rows.reshape(-1, dim, *before.shape[2:])
+    return bool(np.array_equal(before, after[np.arange(heads) * len(after) // heads]))
+
+
+def _is_parameter(model: nn.Module, key: str) -> bool:
+    return any(name == key for name, _ in model.named_parameters(remove_duplicate=False))
 
 
 def _edit_of(model: nn.Module, place: Location, entries: Sequence[_Entry]) -> _Edit:
     path, _, name = place.key.rpartition(".")
     old = _parameter(model, path, name)
+    if old.shape[place.axis] != place.features:
+        raise UnsupportedModel(f"it shares {place.key} with a module that was rewritten by itself", hint=HINT)
     try:
         laid = repetition(place.features, [entry.part for entry in entries])
     except ValueError as error:
@@ -256,7 +296,7 @@ def _widened(model: nn.Module, edits: Sequence[_Edit], run: Run) -> list[Any]:
 def _as_projections(model: nn.Module, edits: Sequence[_Edit]) -> Callable[[], None] | None:
     """Replace whole projection modules; what undoes it, or None if one of them does more than project."""
     by_path: dict[str, list[_Edit]] = {}
-    for edit in edits:
+    for edit in (e for e in edits if e.projects):
         by_path.setdefault(edit.path, []).append(edit)
     modules = {path: model.get_submodule(path) for path in by_path}
     if not all(_projects(modules[path], mine) for path, mine in by_path.items()):
@@ -264,8 +304,10 @@ def _as_projections(model: nn.Module, edits: Sequence[_Edit]) -> Callable[[], No
     new = {path: _projection(modules[path], mine) for path, mine in by_path.items()}
     for path, projection in new.items():
         replace_projection(model, path, projection)
+    unspread = _as_parameters(model, [e for e in edits if not e.projects])
 
     def undo() -> None:
+        unspread()
         for path, projection in new.items():
             swap(model, projection, modules[path])
 

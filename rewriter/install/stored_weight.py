@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from passes.dataflow import LAYOUT, Array, Flow, Node, Value
-from passes.provenance import PASS_THROUGH
+from passes.dataflow import LAYOUT, Array, Flow, Value, Weight
+from passes.provenance import PASS_THROUGH, data_operands
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Location:
         key: the parameter's state-dict key.
         axis: its axis along which the columns lie.
         features: how many there are along it; more than the value's where it is packed with others.
-        positions: the place along it of each of the value's columns.
+        positions: the place along it of each of the value's columns, or of those that were asked for, in their shape.
     """
 
     key: str
@@ -27,35 +27,65 @@ class Location:
     positions: Array
 
 
-def locate(flow: Flow, value: Value, axis: int | None) -> Location | None:
+def parameter_of(flow: Flow, value: Value) -> Weight | None:
+    """The stored parameter that `value` is, up to a cast; None if it is another."""
+    while value not in flow.weights:
+        node = flow.producer(value)
+        if node is None or node.op not in PASS_THROUGH:
+            return None
+        value = node.inputs[0]
+    return flow.weights[value]
+
+
+def locate(flow: Flow, value: Value, axis: int | None, columns: Array | None = None) -> Location | None:
     """Where the columns of `value`, which run along its `axis`, are stored; None if they are not, each in one place.
 
-    Without an axis each element is a column. Slices, transposes and reshapes between the two are run on element
-    numbers.
+    Without an axis each element is a column; of a value that is joined from several parameters (a bias of a parameter,
+    zeros and another parameter) only some `columns` may be asked for. Slices, transposes, reshapes and joins between
+    the two are run on element numbers.
     """
-    steps: list[tuple[Node, Value]] = []
-    name = value
-    while name not in flow.weights or not flow.weights[name].name:
-        node = flow.producer(name)
-        if node is None or node.op not in LAYOUT | PASS_THROUGH:
-            return None
-        steps.append((node, name))
-        name = node.inputs[0]
-    shape = flow.weights[name].shape
-    numbers: Array = np.arange(int(np.prod(shape))).reshape(shape)
-    for node, output in reversed(steps):
-        if node.op in PASS_THROUGH:
-            continue
-        inputs = [numbers, *(flow.value(v) if v else None for v in node.inputs[1:])]
-        numbers = np.asarray(node.evaluate(inputs)[node.outputs.index(output)])
+    stored = _Stored(flow)
+    numbers = stored.numbers(value)
     lines = numbers.reshape(-1, 1) if axis is None else np.moveaxis(numbers, axis, 0).reshape(numbers.shape[axis], -1)
-    return _located(flow.weights[name].name, shape, lines)
+    wanted = np.arange(len(lines)) if columns is None else columns
+    lines = lines[wanted.reshape(-1)]
+    for name, start in stored.starts.items():
+        shape = flow.weights[name].shape
+        if (lines >= start).all() and (lines < start + int(np.prod(shape))).all():
+            return _located(flow.weights[name].name, shape, lines - start, wanted.shape)
+    return None
 
 
-def _located(key: str, shape: tuple[int, ...], numbers: Array) -> Location | None:
+@dataclass
+class _Stored:
+    """Numbers every element of the stored parameters that are met, from 0 on; -1 is an element of none."""
+
+    flow: Flow
+    starts: dict[Value, int] = field(default_factory=dict)
+    total: int = 0
+
+    def numbers(self, value: Value) -> Array:
+        weight, node = self.flow.weights.get(value), self.flow.producer(value)
+        if weight is not None and weight.name:
+            if value not in self.starts:
+                self.starts[value] = self.total
+                self.total += int(np.prod(weight.shape))
+            return self.starts[value] + np.arange(int(np.prod(weight.shape))).reshape(weight.shape)
+        if node is None or node.op not in LAYOUT | PASS_THROUGH:
+            return np.full(self.flow.shape(value), -1)
+        if node.op in PASS_THROUGH:
+            return self.numbers(node.inputs[0])
+        data = data_operands(node)
+        inputs = [
+            None if not v else self.numbers(v) if i in data else self.flow.value(v) for i, v in enumerate(node.inputs)
+        ]
+        return np.asarray(node.evaluate(inputs)[node.outputs.index(value)])
+
+
+def _located(key: str, shape: tuple[int, ...], numbers: Array, wanted: tuple[int, ...]) -> Location | None:
     """From the numbers [columns, rest] of elements that a value takes from a parameter of this shape."""
     for axis, place in enumerate(np.unravel_index(numbers, shape)):
         whole = numbers.shape[1] * shape[axis] == int(np.prod(shape))
         if whole and (place == place[:, :1]).all() and len(np.unique(place[:, 0])) == len(place):
-            return Location(key, axis, shape[axis], place[:, 0])
+            return Location(key, axis, shape[axis], place[:, 0].reshape(wanted))
     return None

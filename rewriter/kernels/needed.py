@@ -121,6 +121,8 @@ def _of_file(path: Path) -> list[Need]:
 
 def _attention_need(node: ir.Node, shapes: Sequence[Shape]) -> Need:
     """Of a node whose q, k and v have these shapes."""
+    if len(shapes) != 3 or any(len(shape) != 4 for shape in shapes):
+        raise _broken(node, ValueError("its operands are not q, k and v"))
     return _linear_need(node, *shapes) if node.op_type in _LINEAR else _need(node, shapes[0][3], shapes[2][3])
 
 
@@ -288,7 +290,12 @@ def _run(model: ir.Model, values: list[ir.Value]) -> dict[str, Shape]:
     sizes = candidate_sizes(model)
     model.graph.outputs.extend(dict.fromkeys(v for v in values if v.name not in present))
     trouble: Exception | None = None
-    session = cpu_session(model)
+    try:
+        session = cpu_session(model)
+    except Exception as error:  # onnxruntime's errors share no public base class
+        raise UnsupportedModel(
+            f"onnxruntime does not open the model: {first_line(error)}", hint="rewrite it again, or export it anew"
+        ) from error
     for batch, length, past in sizes:
         feeds = make_feeds(model, batch=batch, length=length, past=past)
         try:

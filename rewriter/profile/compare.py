@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from codegen.scratch import scratch_folder
 from rewriter.errors import UsageError
+from rewriter.given_path import existing
 from rewriter.model_kinds import is_onnx, is_torch
 from rewriter.optimize import Rewritten
 from rewriter.profile.providers import provider_name
@@ -136,10 +137,7 @@ def _kernels_off(modules: Sequence[Any]) -> Iterator[None]:
 
 def _kind(model: Any) -> str:
     if isinstance(model, str | Path):
-        path = Path(model)
-        if not path.exists():
-            raise UsageError(f"no such file: {path}", hint="check the path")
-        return "torch" if path.is_dir() else "onnx"
+        return "torch" if existing(model).is_dir() else "onnx"
     if is_onnx(model):
         return "onnx"
     if not is_torch(model):
@@ -152,10 +150,8 @@ def _kind(model: Any) -> str:
 @contextlib.contextmanager
 def _files(*models: Any) -> Iterator[list[Path]]:
     """Where the models lie; those in memory are written to a temporary folder."""
-    with tempfile.TemporaryDirectory() as folder:
-        yield [
-            _file(model, Path(folder) / f"{name}.onnx") for model, name in zip(models, ("before", "after"), strict=True)
-        ]
+    with scratch_folder() as folder:
+        yield [_file(model, folder / f"{name}.onnx") for model, name in zip(models, ("before", "after"), strict=True)]
 
 
 def _file(model: Any, place: Path) -> Path:

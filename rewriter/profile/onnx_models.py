@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from codegen.scratch import scratch_folder
 from rewriter import progress
 from rewriter.capture.bounded_run import RunsTooLong, run_within, time_limit
 from rewriter.capture.feeds import candidate_sizes, make_feeds
@@ -189,8 +189,8 @@ def operator_times(path: Path, feeds: Feeds, conditions: Conditions) -> dict[str
     Raises:
         UnsupportedModel: not one operator ran on the provider that was asked for.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        session = conditions.open(path, profile_prefix=Path(folder) / "ort")
+    with scratch_folder() as folder:
+        session = conditions.open(path, profile_prefix=folder / "ort")
         call = session_call(session, feeds, conditions.provider)
         for _ in range(_PROFILED_RUNS + 1):
             call()
@@ -200,8 +200,8 @@ def operator_times(path: Path, feeds: Feeds, conditions: Conditions) -> dict[str
 
 def _generation_operators(path: Path, generation: Generation, conditions: Conditions) -> dict[str, float]:
     """Milliseconds of one new token by operator type or, where a prefill is measured, of one prompt."""
-    with tempfile.TemporaryDirectory() as folder:
-        session = conditions.open(path, profile_prefix=Path(folder) / "ort")
+    with scratch_folder() as folder:
+        session = conditions.open(path, profile_prefix=folder / "ort")
         cache = generation.fill(session)
         if generation.workload.new_tokens:
             generation.go_on(session, cache)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,8 @@ from rewriter.profile.workload import FORWARD, Workload
 
 Shapes = Mapping[str, Sequence[int]]
 
+SILENT_PROFILER = ("KINETO_LOG_LEVEL", "6")
+"""Environment variable that the profiler's library reads when it is first used, and a level above all of its lines."""
 _PROFILED_RUNS = 5
 _HINT = "give inputs that both models take: example_inputs in Python, --shape or a shorter --prompt on the command line"
 
@@ -178,11 +181,18 @@ def _device_growth(call: Callable[[], object], device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) - base
 
 
-def _allocated_at_most(call: Callable[[], object]) -> int | None:
-    """Bytes of tensors alive at once during one call, by the allocator's own record; None if there is no record."""
+def _profiler(*, cuda: bool = False, profile_memory: bool = False) -> Any:
+    """torch's profiler, which would write lines of its own to standard error whenever it starts and stops."""
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+    os.environ.setdefault(*SILENT_PROFILER)
+    activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * cuda]
+    return profile(activities=activities, profile_memory=profile_memory)
+
+
+def _allocated_at_most(call: Callable[[], object]) -> int | None:
+    """Bytes of tensors alive at once during one call, by the allocator's own record; None if there is no record."""
+    with _profiler(profile_memory=True) as seen:
         call()
     results = getattr(seen.profiler, "kineto_results", None)
     if results is None:
@@ -197,12 +207,9 @@ def _allocated_at_most(call: Callable[[], object]) -> int | None:
 
 def _operators(job: Job, device: torch.device) -> dict[str, float]:
     """Milliseconds of one piece of the job by operator, slowest first; what prepares it is left out."""
-    from torch.profiler import ProfilerActivity, profile
-
-    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     runs = _PROFILED_RUNS if job.pieces == 1 else 1
     ready = [job.prepare() for _ in range(runs)]
-    with profile(activities=activities) as seen:
+    with _profiler(cuda=device.type == "cuda") as seen:
         for item in ready:
             job.call(item)
     field = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"

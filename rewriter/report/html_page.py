@@ -7,6 +7,7 @@ control and formatting characters first, and the page forbids itself scripts and
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ import jinja2
 from markupsafe import Markup
 
 from passes.picture import Drawing
+from rewriter.drafts import require_place
 from rewriter.errors import UsageError
 from rewriter.report import site_drawing
 from rewriter.report.printable import printable
@@ -57,8 +59,9 @@ def require_page(path: Path) -> None:
     """Raises UsageError unless `path` ends in .html and its folder exists."""
     if path.suffix not in {".html", ".htm"}:
         raise UsageError(f"{path.name} is no name of a page", hint="end it in .html")
-    if not path.absolute().parent.is_dir():
+    if not os.path.isdir(path.absolute().parent):
         raise UsageError(f"the output folder {path.absolute().parent} does not exist", hint="create it first")
+    require_place(path)
     if path.is_dir():
         raise UsageError(f"{path} is a folder", hint="name a file, e.g. report.html")
 

@@ -5,11 +5,13 @@ Built as an element tree, so that names from a model are text and never markup.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from xml.etree import ElementTree as Tree
 
 from passes.picture import Box, Picture
+from rewriter.drafts import require_place
 from rewriter.errors import UsageError
 from rewriter.report.layered_layout import lay_out
 from rewriter.report.printable import printable
@@ -69,8 +71,9 @@ def require_drawable(path: Path) -> None:
     """Raises UsageError unless `path` ends in .svg or .html and its folder exists."""
     if path.suffix not in {".svg", ".html"}:
         raise UsageError(f"cannot draw to {path.name}", hint="end the name in .svg (one site) or .html (all of them)")
-    if not path.absolute().parent.is_dir():
+    if not os.path.isdir(path.absolute().parent):
         raise UsageError(f"the output folder {path.absolute().parent} does not exist", hint="create it first")
+    require_place(path)
 
 
 def svg(picture: Picture) -> str:

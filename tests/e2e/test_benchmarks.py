@@ -6,10 +6,21 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
-from benchmarks import coverage, end_to_end, fidelity, flash_layers, kernels, real_models, rows
+from benchmarks import (
+    coverage,
+    curves,
+    end_to_end,
+    fidelity,
+    flash_layers,
+    kernels,
+    real_models,
+    rows,
+    sparse_attention,
+)
 from benchmarks.attentions import DOORS, Outcome
 from benchmarks.peers import PeerResult, model_type
 
@@ -139,7 +150,7 @@ def test_kernels_beside_their_peers(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.slow
 def test_fidelity_of_one_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fidelity, "MINILM_CASES", fidelity.MINILM_CASES[:1])
-    monkeypatch.setattr(fidelity, "MINILM_QUICK", 64)
+    monkeypatch.setattr(fidelity, "MINILM_QUICK", 16)
     target = tmp_path / "fidelity.json"
     code = fidelity.main(
         ["--quick", "--only", "minilm", "--json", str(target), "--markdown", str(tmp_path / "page.md")]
@@ -149,10 +160,38 @@ def test_fidelity_of_one_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert set(written["machine"]) >= MACHINE
     found = {r["case"]: r for r in written["rows"]}
     assert all(set(r) >= ROW for r in found.values())
-    merges = ("mean", "aligned", "joint", "joint + refit, 64 sentences")
+    merges = ("mean", "aligned", "joint", "joint + refit, 16 sentences")
     cosines = [found[f"kv 1/2, {merge}"]["ours"] for merge in merges]
     assert cosines == sorted(cosines), "each merge keeps more than the one before"
     assert "## Fidelity" in (tmp_path / "page.md").read_text()
+
+
+FIDELITY = {
+    "minilm cosine": "MiniLM",
+    "minilm cosine, healed": "MiniLM",
+    "minilm auto, cosine": "MiniLM",
+    "smollm2 mqa perplexity / base": "SmolLM2",
+    "smollm2 turned twin, largest change": "SmolLM2",
+    "smollm2 mqa, KL on another kind of text": "SmolLM2",
+    "smollm2 mqa perplexity / base, healed": "SmolLM2",
+    "smollm2 linear perplexity / base": "SmolLM2",
+    "whisper, KL from the original": "Whisper tiny.en",
+}
+
+
+def test_fidelity_lists_every_row_below_its_model() -> None:
+    more = {"seconds": 1.0, "nearer": 11.5, "uniform": "", "word_error_rate": 0.125}
+    made = [
+        rows.Row(name, f"case {i}", 0.98491, 0.5, "peer", "unit", 2.0, 0.985, False, more)
+        for i, name in enumerate(FIDELITY)
+    ]
+    _, *sections = fidelity.document(made, quick=False).split("\n### ")
+    text = {section.splitlines()[0]: section for section in sections}
+    assert list(text) == ["MiniLM", "SmolLM2", "Whisper tiny.en"]
+    for i, (name, heading) in enumerate(FIDELITY.items()):
+        assert [h for h, section in text.items() if f"| case {i} |" in section] == [heading], name
+    assert "0.9849" in text["MiniLM"], "a healed figure is not rounded up to its goal"
+    assert "11.5" in text["Whisper tiny.en"] and "0.125" in text["Whisper tiny.en"]
 
 
 def test_an_unknown_part_is_a_usage_error() -> None:
@@ -171,9 +210,11 @@ def test_mixed_encoders_beside_the_originals(tmp_path: Path) -> None:
     assert {"onnxruntime, as exported", "onnxruntime, Attention operator", "torch, eager, sdpa"} <= {
         r["peer_name"] for r in times
     }
-    for model in ("fnet", "sparse-mixer", "fast-sparse-mixer"):
+    # the fastest peer in onnxruntime, of ours with and without kernels, and the one in torch
+    for model, places in {"fnet": 3, "sparse-mixer": 2, "fast-sparse-mixer": 2}.items():
         best = [r["best_peer"] for r in times if r["case"].startswith(f"{model},")]
-        assert best.count(True) == 2  # one in onnxruntime, one in torch
+        assert best.count(True) == places
+    assert all("kernels" not in r["peer_name"] for r in times)
     assert all(r["goal"] is None for r in times)  # goals are for other lengths
     errors = [r for r in written["rows"] if r["name"] == "error"]
     assert errors and all(r["ok"] for r in errors)
@@ -185,6 +226,27 @@ def test_mixed_encoders_beside_the_originals(tmp_path: Path) -> None:
     conditional = [r for r in written["rows"] if r["name"] == "colt5"]
     assert len(conditional) == 2 and all(r["ratio"] > 0 and r["goal"] is None for r in conditional)
     assert all(f"## {title}" in page.read_text() for title in ("End to end", "FLASH layers", "CoLT5 encoders"))
+
+
+def test_sparse_attention_is_told_by_length_and_drawn() -> None:
+    lengths = {2048: (10.0, 40.0), 8192: (80.0, 640.0)}
+    found = [
+        rows.Row("time", f"{name}, {n} tokens, 8 heads, d 64", taken, 1.0, "torch, all keys", "ms", 1.0, None, None)
+        for n, pair in lengths.items()
+        for name, taken in zip(("torch, fixed", "torch, all keys"), pair, strict=True)
+    ]
+    found += [
+        rows.Row("growth", f"{name}, 2048 to 8192 tokens", grown, None, "work", "exponent of n", None, goal, ok)
+        for name, grown, goal, ok in (("torch, fixed", 1.5, 1.5, True), ("torch, all keys", 2.0, None, None))
+    ]
+    taken = sparse_attention.times(found)
+    assert taken == {"torch, fixed": {2048: 10.0, 8192: 80.0}, "torch, all keys": {2048: 40.0, 8192: 640.0}}
+    text = sparse_attention.report(found, "curves.svg")
+    assert "| torch, fixed | 10 | 80 | 1.5 | 1.5 | yes |" in text and "](curves.svg)" in text
+    drawn = ElementTree.fromstring(curves.svg(taken, "both logarithmic", powers=True))
+    lines = [line.attrib["points"] for line in drawn if line.tag.endswith("polyline")]
+    (fixed, *_), (whole, *_) = ([float(y) for _, y in (p.split(",") for p in points.split())] for points in lines)
+    assert fixed > whole, "what takes less time is lower, and y points down"
 
 
 def test_rows_of_flash_layers_carry_their_goals() -> None:
@@ -199,7 +261,11 @@ def test_rows_of_flash_layers_carry_their_goals() -> None:
 
 
 @pytest.mark.slow
-def test_a_real_model_before_and_after(tmp_path: Path) -> None:
+def test_a_real_model_before_and_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sentences = real_models.sentences
+    monkeypatch.setattr(
+        real_models, "sentences", lambda texts, count, seed: sentences(texts, 16 if count == 64 else count, seed)
+    )
     target, page, readme = tmp_path / "rows.json", tmp_path / "benchmarks.md", tmp_path / "README.md"
     readme.write_text("# x\n<!-- real models -->\nold\n<!-- end of real models -->\nkept\n")
     places = ["--json", str(target), "--markdown", str(page), "--readme", str(readme)]

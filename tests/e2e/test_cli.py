@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import random
 import signal
@@ -9,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -515,17 +518,24 @@ def test_a_closed_pipe_is_no_error(tmp_path: Path) -> None:
     child.stderr.close()
 
 
-# --- the real thing, in a process of its own -----------------------------------------------------
+# --- the real thing ------------------------------------------------------------------------------
 
 
-def rewriter_command(*words: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "rewriter", *(str(word) for word in words)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+def rewriter_command(*words: object, process: bool = False) -> subprocess.CompletedProcess[str]:
+    """A command with nothing faked, here or in a process of its own."""
+    told = [str(word) for word in words]
+    if process:
+        command = [sys.executable, "-m", "rewriter", *told]
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = run(told)
+    return subprocess.CompletedProcess(told, code, out.getvalue(), err.getvalue())
 
 
-def answer(*words: object, code: int = 0) -> dict[str, Any]:
+def answer(*words: object, code: int = 0, process: bool = False) -> dict[str, Any]:
     """The JSON that a real command prints; its exit code must be `code`."""
-    done = rewriter_command(*words, "--json")
+    done = rewriter_command(*words, "--json", process=process)
     assert done.returncode == code, done.stderr
     assert done.stdout.count("\n") == 1
     found = json.loads(done.stdout)
@@ -550,27 +560,31 @@ def export(zoo_onnx: Zoo, tmp_path: Path) -> Callable[..., Path]:
     return copy
 
 
-@pytest.mark.parametrize(("name", "past"), [("bert-sdpa", False), ("gpt2-eager", True)])
-def test_the_whole_job(name: str, past: bool, export: Callable[..., Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "past", "process"),
+    [pytest.param("bert-sdpa", False, True, id="in processes"), pytest.param("gpt2-eager", True, False, id="here")],
+)
+def test_the_whole_job(name: str, past: bool, process: bool, export: Callable[..., Path], tmp_path: Path) -> None:
     model, out = export(name, past=past), tmp_path / "out.onnx"
-    found = answer("inspect", model)
+    ask = partial(answer, process=process)
+    found = ask("inspect", model)
     assert found["format"] == "onnx" and found["opset"] == 18 and len(found["sites"]) == 4
     assert [site["kind"] for site in found["sites"]] == ["attention", "feed_forward"] * 2
     for site in found["sites"][::2]:
         assert set(site) >= set(SITE) and site["status"] == "rewritable" and site["cached"] is past
         assert site["replay_error"] < 1e-4 and "gqa2" in site["targets"]
 
-    done = answer("rewrite", model, out, "--target", "gqa2")
+    done = ask("rewrite", model, out, "--target", "gqa2")
     assert set(done) >= REWRITE_KEYS and done["refused"] == []
     assert [(site["from"], site["to"]) for site in done["sites"]] == [("mha4", "gqa2")] * 2
     assert done["kv_bytes_per_token"]["before"] == 2 * done["kv_bytes_per_token"]["after"]
     assert done["parameters"]["after"] < done["parameters"]["before"]
 
-    checked = answer("verify", out, "--against", model)
+    checked = ask("verify", out, "--against", model)
     assert checked["ok"] and checked["fidelity"]["cosine"] == pytest.approx(done["fidelity"]["cosine"], abs=1e-3)
-    assert not answer("verify", out, "--against", model, "--min-cosine", 0.999999, code=1)["ok"]
+    assert not ask("verify", out, "--against", model, "--min-cosine", 0.999999, code=1)["ok"]
 
-    timed = answer("profile", model, out, "--runs", 3, "--threads", 1)
+    timed = ask("profile", model, out, "--runs", 3, "--threads", 1)
     assert timed["before"]["ms"]["min"] > 0 and timed["after"]["ops"] and timed["before"]["peak_bytes"] > 0
 
 
@@ -595,7 +609,7 @@ def test_the_output_may_replace_the_input(export: Callable[..., Path], tmp_path:
 
 def test_refusals_leave_nothing_behind(export: Callable[..., Path], tmp_path: Path) -> None:
     model, out = export("bert-sdpa"), tmp_path / "out.onnx"
-    done = rewriter_command("rewrite", model, out, "-t", "gqa3")
+    done = rewriter_command("rewrite", model, out, "-t", "gqa3", process=True)
     assert done.returncode == 2 and "1, 2, 4" in done.stderr
     assert rewriter_command("rewrite", model, out, "-t", "nope").returncode == 2
     assert rewriter_command("rewrite", model, out, "-t", "mqa", "--min-cosine", "0.9999").returncode == 1

@@ -166,7 +166,7 @@ def test_torch_lists_the_backend() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "no target"),
+        ({}, "no target: pass options"),
         ({"target": "gqa2", "speed": 3}, "unknown options: speed"),
         ({"target": "nonsense"}, "unknown target"),
     ],

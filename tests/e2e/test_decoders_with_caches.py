@@ -21,13 +21,14 @@ from tests.zoo.feeds import HEADS, LAYERS
 from tests.zoo.models import EXTRA, ZooCase
 
 JOBS = [
-    ("t5-eager", "dynamo18"),
     ("t5-eager", "torchscript17"),
-    ("bart-sdpa", "dynamo23"),
+    ("bart-sdpa", "dynamo18"),
     ("bart-eager", "torchscript17"),
     ("whisper-sdpa", "dynamo24"),
     ("whisper-sdpa", "torchscript17"),
 ]
+MORE = [("t5-eager", "dynamo18"), ("bart-sdpa", "dynamo23")]
+"""Their exports take longest of all."""
 ENCODER = r"(?<!de)encoder\.(block|layers)"
 ABSENT: dict[Step, str] = {"first": ENCODER, "next": rf"{ENCODER}|EncDec|encoder_attn"}
 """Parameters that a step's file lacks: the encoder's, and later those that fill the cross-attention's cache."""
@@ -38,7 +39,11 @@ Array = NDArray[Any]
 DecoderOnnx = Callable[[ZooCase, str, Step], Path]
 
 every_job = pytest.mark.parametrize(
-    ("case", "exporter"), [pytest.param(EXTRA[name], exporter, id=f"{name}-{exporter}") for name, exporter in JOBS]
+    ("case", "exporter"),
+    [
+        pytest.param(EXTRA[job[0]], job[1], id="-".join(job), marks=[pytest.mark.exhaustive] if job in MORE else [])
+        for job in (*JOBS, *MORE)
+    ],
 )
 
 
@@ -133,7 +138,7 @@ def test_both_steps_generate_together(case: ZooCase, exporter: str, decoder_onnx
     assert distance(got, expected) > LOSSY
 
 
-@pytest.mark.parametrize("name", ["bart-sdpa", "whisper-sdpa"])
+@pytest.mark.parametrize("name", ["bart-sdpa", pytest.param("whisper-sdpa", marks=pytest.mark.exhaustive)])
 def test_what_another_optimiser_fused_is_rewritten(name: str, decoder_onnx: DecoderOnnx, tmp_path: Path) -> None:
     """onnxscript's fusions put MultiHeadAttention behind the grown cache, on heads side by side."""
     from onnxscript.rewriter.ort_fusions import optimize_for_ort

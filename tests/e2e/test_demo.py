@@ -120,7 +120,7 @@ def only_the_decoder(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
         monkeypatch.setattr(demo, "smollm2_twin", build)
         monkeypatch.setattr(demo, "_minilm", lambda: empty)
         monkeypatch.setattr(demo, "_onnx", lambda: empty)
-        monkeypatch.setattr(demo, "PERPLEXITY_TOKENS", 512)
+        monkeypatch.setattr(demo, "PERPLEXITY_TOKENS", 128)
         monkeypatch.setattr(demo, "NEW_TOKENS", 4)
 
     return shorten

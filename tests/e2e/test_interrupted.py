@@ -26,8 +26,8 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return model(multi_head(), folder / "in.onnx", tied=False, prepare=with_padding)
 
 
-def interrupted(words: list[str | Path], at: str) -> tuple[int, str]:
-    """(exit code, the rest of standard error) of a command that gets a SIGINT when it prints a line that starts so."""
+def interrupted(words: list[str | Path], at: str, by: int = signal.SIGINT) -> tuple[int, str]:
+    """(exit code, the rest of standard error) of a command that gets a signal when it prints a line that starts so."""
     child = subprocess.Popen(
         [sys.executable, "-c", PROGRAM, *map(str, words), "--progress"], stderr=subprocess.PIPE, text=True, cwd=ROOT
     )
@@ -35,18 +35,28 @@ def interrupted(words: list[str | Path], at: str) -> tuple[int, str]:
     with child.stderr as stream:
         for line in stream:
             if line.startswith(at):
-                child.send_signal(signal.SIGINT)
+                child.send_signal(by)
                 break
         rest = stream.read()
     return child.wait(), rest
 
 
-@pytest.mark.parametrize("stage", ["rewriting", "calibrating", "verify"])
-def test_a_rewrite_leaves_nothing(file: Path, tmp_path: Path, stage: str) -> None:
+@pytest.mark.parametrize(
+    ("stage", "by"),
+    [
+        ("rewriting", signal.SIGINT),
+        ("calibrating", signal.SIGINT),
+        ("verify", signal.SIGINT),
+        ("calibrating", signal.SIGTERM),
+        ("verify", signal.SIGHUP),
+    ],
+    ids=["rewriting-int", "calibrating-int", "verify-int", "calibrating-term", "verify-hup"],
+)
+def test_a_rewrite_leaves_nothing(file: Path, tmp_path: Path, stage: str, by: signal.Signals) -> None:
     calibration = file.with_name("ids.npy")
-    words = ["rewrite", file, tmp_path / "out.onnx", "-t", "gqa2", "--html", tmp_path / "r.html"]
-    code, rest = interrupted([*words, "--calibration", calibration], stage)
-    assert code == 130, rest
+    words: list[str | Path] = ["rewrite", file, tmp_path / "out.onnx", "-t", "gqa2", "--html", tmp_path / "r.html"]
+    code, rest = interrupted([*words, "--calibration", calibration], stage, by)
+    assert code == 128 + by, rest
     assert "error: interrupted" in rest and "Traceback" not in rest
     assert list(tmp_path.iterdir()) == []
 

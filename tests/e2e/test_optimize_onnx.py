@@ -25,17 +25,21 @@ from tests.targets.lossless_twin import distance, feeds, legal_pool, run_file, s
 from tests.targets.padding import padded
 from tests.zoo.exports import EXPORTERS
 from tests.zoo.models import MAIN, ZOO, ZooCase
+from tests.zoo.through import matrix
 
 ATTENDING = [c for c in MAIN.values() if not c.tags & {"none", "refuse"}]
 DECODERS = [c for c in ATTENDING if c.causal and "hf" in c.tags]
 EXACT, LOSSY = 1e-4, 1e-2
-JOBS = [(case, exporter, False) for case in ATTENDING for exporter in EXPORTERS]
-JOBS += [(case, exporter, True) for case in DECODERS for exporter in EXPORTERS]
 ZooOnnx = Callable[..., Path]
 
 every_file = pytest.mark.parametrize(
-    ("case", "exporter", "past"), [pytest.param(c, e, p, id=f"{c.name}{'-past' * p}-{e}") for c, e, p in JOBS]
+    ("case", "exporter", "past"), [*matrix(ATTENDING, told=True), *matrix(DECODERS, past=True, told=True)]
 )
+
+
+def files_of(*names: str, by: tuple[str, ...] = tuple(EXPORTERS)) -> pytest.MarkDecorator:
+    """These models by these exporters."""
+    return pytest.mark.parametrize(("case", "exporter"), matrix([ZOO[name] for name in names], by))
 
 
 def target(case: ZooCase) -> str:
@@ -199,10 +203,8 @@ def check_header(before: onnx.ModelProto, after: onnx.ModelProto) -> None:
 # ------------------------------------------------------------------ other runtimes, other hands
 
 
-@pytest.mark.parametrize("exporter", EXPORTERS)
-@pytest.mark.parametrize("name", ["bert-sdpa", "gpt2-eager", "llama-gqa-sdpa", "mha-sequence-first"])
-def test_the_reference_evaluator_agrees(name: str, exporter: str, zoo_onnx: ZooOnnx, tmp_path: Path) -> None:
-    case = ZOO[name]
+@files_of("bert-sdpa", "gpt2-eager", "llama-gqa-sdpa", "mha-sequence-first")
+def test_the_reference_evaluator_agrees(case: ZooCase, exporter: str, zoo_onnx: ZooOnnx, tmp_path: Path) -> None:
     source = twin(case, exporter, zoo_onnx, tmp_path)
     inputs = feeds(case.inputs(2, 7, 0))
     try:
@@ -229,10 +231,10 @@ def test_every_optimisation_level_of_onnxruntime_agrees(
     assert distance(opened.run(None, feeds(inputs))[0], run_file(source, inputs)) <= EXACT
 
 
-@pytest.mark.parametrize("exporter", EXPORTERS)
-@pytest.mark.parametrize("name", ["bert-sdpa", "gpt2-sdpa", "llama-eager"])
-def test_a_rewritten_file_can_be_rewritten_again(name: str, exporter: str, zoo_onnx: ZooOnnx, tmp_path: Path) -> None:
-    case = ZOO[name]
+@files_of("bert-sdpa", "gpt2-sdpa", "llama-sdpa")
+def test_a_rewritten_file_can_be_rewritten_again(
+    case: ZooCase, exporter: str, zoo_onnx: ZooOnnx, tmp_path: Path
+) -> None:
     source = twin(case, exporter, zoo_onnx, tmp_path)
     direct = rewritten(source, "mqa")[0].rename(tmp_path / "direct.onnx")
     once, first = rewritten(source, "gqa2")
@@ -375,10 +377,8 @@ def half(source: Path) -> Path:
     return out
 
 
-@pytest.mark.parametrize("exporter", ["dynamo18", "torchscript17"])
-@pytest.mark.parametrize("name", ["bert-eager", "gpt2-eager", "nanogpt-softmax"])
-def test_float16_files(name: str, exporter: str, zoo_onnx: ZooOnnx, tmp_path: Path) -> None:
-    case = ZOO[name]
+@files_of("bert-eager", "gpt2-eager", "nanogpt-softmax", by=("dynamo18", "torchscript17"))
+def test_float16_files(case: ZooCase, exporter: str, zoo_onnx: ZooOnnx, tmp_path: Path) -> None:
     source = half(twin(case, exporter, zoo_onnx, tmp_path))
     inputs = feeds(case.inputs(2, 7, 0))
     wide = {k: a.astype(np.float16) if a.dtype == np.float32 else a for k, a in inputs.items()}
@@ -414,17 +414,14 @@ def test_a_bfloat16_file_that_no_cpu_runtime_runs_is_refused_with_the_reason(zoo
 # ------------------------------------------------------------------ padding
 
 
-PADDED = [(n, "right") for n in ("bert-sdpa", "distilbert-eager", "gpt2-sdpa", "llama-gqa-sdpa", "qwen3-eager")]
-PADDED += [(n, "left") for n in ("llama-sdpa", "llama-gqa-eager", "qwen3-sdpa")]
+LEFT = ("llama-sdpa", "llama-gqa-eager", "qwen3-sdpa")
 """Only relative positions make a left-padded row equal to an unpadded one."""
+PADDED = ("bert-sdpa", "distilbert-eager", "gpt2-sdpa", "llama-gqa-sdpa", "qwen3-eager", *LEFT)
 
 
-@pytest.mark.parametrize("exporter", ["dynamo18", "dynamo24", "torchscript17"])
-@pytest.mark.parametrize(("name", "side"), PADDED)
-def test_padded_batches_equal_unpadded_rows(
-    name: str, side: str, exporter: str, zoo_onnx: ZooOnnx, tmp_path: Path
-) -> None:
-    case = ZOO[name]
+@files_of(*PADDED, by=("dynamo18", "dynamo24", "torchscript17"))
+def test_padded_batches_equal_unpadded_rows(case: ZooCase, exporter: str, zoo_onnx: ZooOnnx, tmp_path: Path) -> None:
+    side = "left" if case.name in LEFT else "right"
     out, _ = rewritten(twin(case, exporter, zoo_onnx, tmp_path), target(case))
     lengths, full = [7, 4, 6], case.inputs(3, 7, 5)
     batch = run_file(out, padded(full, lengths, side))
@@ -439,7 +436,7 @@ def test_padded_batches_equal_unpadded_rows(
 
 
 @pytest.mark.parametrize("exporter", ["dynamo18", "torchscript17"])
-@pytest.mark.parametrize("name", ["gpt2-sdpa", "llama-gqa-sdpa"])
+@pytest.mark.parametrize("name", ["gpt2-eager", "llama-gqa-sdpa"])
 def test_decoding_with_the_cache_equals_running_the_whole(
     name: str, exporter: str, zoo_onnx: ZooOnnx, tmp_path: Path
 ) -> None:

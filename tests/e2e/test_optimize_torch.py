@@ -17,6 +17,7 @@ from rewriter.errors import NothingToRewrite, UnknownTarget, UnsupportedModel, U
 from tests.targets.lossless_twin import distance, legal_pool, tied
 from tests.targets.padding import padded
 from tests.zoo.models import MAIN, ZOO, Inputs, ZooCase
+from tests.zoo.through import one_of_each_family
 
 ATTENDING = [c for c in MAIN.values() if not c.tags & {"none", "refuse"}]
 DECODERS = [c for c in ATTENDING if c.causal and "hf" in c.tags]
@@ -56,7 +57,7 @@ def key_value_parameters(module: nn.Module) -> list[nn.Parameter]:
 # ------------------------------------------------------------------ exact, and lossy
 
 
-@pytest.mark.parametrize("case", params(ATTENDING))
+@pytest.mark.parametrize("case", one_of_each_family(ATTENDING))
 def test_a_lossless_twin_comes_out_exact_and_a_perturbed_one_does_not(case: ZooCase) -> None:
     model = tied(case)
     before = state(model)
@@ -83,7 +84,7 @@ def test_a_lossless_twin_comes_out_exact_and_a_perturbed_one_does_not(case: ZooC
     assert all(row.error > 1e-3 for row in lossy.rewrite_report.sites if row.error is not None)
 
 
-@pytest.mark.parametrize("case", params(ATTENDING))
+@pytest.mark.parametrize("case", one_of_each_family(ATTENDING))
 def test_bfloat16(case: ZooCase) -> None:
     model = tied(case).to(torch.bfloat16)
     inputs = cast(case.inputs(2, 7, 0), torch.bfloat16)
@@ -162,7 +163,7 @@ def test_torch_encoder_padding() -> None:
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, "no_repeat_ngram_size": 2}
 
 
-@pytest.mark.parametrize("case", params(DECODERS))
+@pytest.mark.parametrize("case", one_of_each_family(DECODERS))
 def test_generation_with_the_cache(case: ZooCase) -> None:
     model: Any = tied(case)
     fast = rewriter.optimize(model, target(case))
@@ -390,6 +391,36 @@ def test_adapters_and_library_quantisation_are_refused() -> None:
         assert error.value.hint
         with pytest.raises(UnsupportedModel, match=word):
             rewriter.inspect(model)
+
+
+def test_modules_that_hide_their_weights_or_their_code_are_refused() -> None:
+    for model, word in (
+        (ZOO["llama-sdpa"].build().to("meta"), "meta device"),
+        (torch.jit.script(nn.Sequential(nn.Linear(2, 2))), "TorchScript"),
+    ):
+        with pytest.raises(UnsupportedModel, match=word) as error:
+            rewriter.optimize(model, "mqa", example_inputs=(torch.zeros(2, 2),))
+        assert error.value.hint
+
+
+@pytest.mark.parametrize("shared", [("k_proj",), ("k_proj", "v_proj")])
+def test_layers_that_share_one_projection_and_not_the_others(shared: tuple[str, ...]) -> None:
+    """One of them keeps its heads; the model stays whole, as a twin in which nothing is lost shows."""
+    case = ZOO["llama-sdpa"]
+    inputs = case.inputs(2, 9, 0)
+    moved = []
+    for lossless in (True, False):
+        model = case.build().eval()
+        first, second = (model.get_submodule(f"model.layers.{i}.self_attn") for i in range(2))
+        for name in shared:
+            second.get_submodule(name).weight = first.get_submodule(name).weight
+        if lossless:
+            case.tie(model, 2)
+        small = rewriter.optimize(model, "gqa2")
+        (refusal,) = small.rewrite_report.refused
+        assert "shares" in refusal.reason and len(small.rewrite_report.sites) == 1
+        moved.append(float((case.run(small, inputs) - case.run(model, inputs)).abs().max()))
+    assert moved[0] <= 1e-4 < moved[1]
 
 
 def test_missing_or_wrong_example_inputs_are_explained() -> None:

@@ -1,17 +1,23 @@
-"""Every sample runs, from its own file, in under a minute, and says something that is true."""
+"""Every sample runs, from its own file, in under a minute, and says something that is true.
+
+Most run in this process, which has torch and transformers already; the one for files, in a process of its own.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLES = ROOT / "samples"
@@ -19,7 +25,23 @@ SAMPLES = ROOT / "samples"
 pytestmark = pytest.mark.slow
 
 
-def run(name: str, *arguments: str, expect: int = 0) -> str:
+def run(name: str, *arguments: str) -> str:
+    """What a sample prints, run here as ``python samples/NAME`` would."""
+    printed, threads, words = io.StringIO(), torch.get_num_threads(), sys.argv
+    sys.argv = [str(SAMPLES / name), *arguments]
+    try:
+        with contextlib.redirect_stdout(printed), contextlib.chdir(ROOT), torch.random.fork_rng():
+            torch.manual_seed(0)
+            runpy.run_path(sys.argv[0], run_name="__main__")
+    finally:
+        sys.argv = words
+        torch.set_num_threads(threads)
+        gc.collect()
+    return printed.getvalue()
+
+
+def run_alone(name: str, *arguments: str, expect: int = 0) -> str:
+    """The same in a process of its own."""
     done = subprocess.run(
         [sys.executable, str(SAMPLES / name), *arguments],
         cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=240,
@@ -35,7 +57,7 @@ def number(text: str) -> int:
 def test_every_sample_is_tested() -> None:
     files = (Path(__file__), Path(__file__).with_name("test_genai.py"))
     text = "".join(file.read_text(encoding="utf-8") for file in files)
-    tested = set(re.findall(r'(?:run\(|SAMPLES / )"(\w+\.py)"', text))
+    tested = set(re.findall(r'(?:run\(|run_alone\(|SAMPLES / )"(\w+\.py)"', text))
     assert {path.name for path in SAMPLES.glob("*.py")} == tested
 
 
@@ -67,7 +89,7 @@ def test_a_foreign_file_is_inspected_rewritten_verified_and_profiled(tmp_path: P
     from rewriter.demo.weights import minilm_int8_onnx
 
     out = tmp_path / "out.onnx"
-    printed = run("onnx_to_onnx.py", str(minilm_int8_onnx()), str(out), "gqa3")
+    printed = run_alone("onnx_to_onnx.py", str(minilm_int8_onnx()), str(out), "gqa3")
     assert printed.count("12 heads, 12 K/V heads of 32") == 6
     assert "target gqa3: 6 rewritten, 0 refused" in printed
     assert "FAILED" not in printed and re.search(r"^ok +untouched", printed, re.MULTILINE)
@@ -80,7 +102,7 @@ def test_a_foreign_file_is_inspected_rewritten_verified_and_profiled(tmp_path: P
 def test_a_sample_with_an_impossible_target_fails(tmp_path: Path) -> None:
     from rewriter.demo.weights import minilm_int8_onnx
 
-    run("onnx_to_onnx.py", str(minilm_int8_onnx()), str(tmp_path / "out.onnx"), "gqa5", expect=1)
+    run_alone("onnx_to_onnx.py", str(minilm_int8_onnx()), str(tmp_path / "out.onnx"), "gqa5", expect=1)
     assert not list(tmp_path.iterdir())
 
 
@@ -111,13 +133,19 @@ def test_a_budget_is_spent_where_it_costs_least(tmp_path: Path) -> None:
     assert 'id="choice"' in page.read_text(encoding="utf-8")
 
 
+TOKENS = 256
+"""A long text for a window of 128 tokens, and a short one to read."""
+
+
 def test_a_long_text_is_read_with_a_bounded_cache() -> None:
-    printed = run("long_documents.py", "512", "window:128,4", "linear:64")
+    printed = run("long_documents.py", str(TOKENS), "window:128,4", "linear:64")
     rows = {name.strip(): (float(p), number(size)) for name, p, size in re.findall(
         r"^(as it is|\S+:\S+) +(\S+) +([\d,]+)$", printed, re.M)}  # fmt: skip
     whole, window, linear = (rows[name] for name in ("as it is", "window:128,4", "linear:64"))
     assert whole[0] < window[0] < 2 * whole[0], "the window forgets, and not everything"
-    assert window[1] * 3 * 512 == whole[1] * (2 * 512 + 128 - 1 + 4), "a third of the layers hold window and sinks"
+    assert window[1] * 3 * TOKENS == whole[1] * (2 * TOKENS + 128 - 1 + 4), (
+        "a third of the layers hold window and sinks"
+    )
     assert linear[1] < window[1], "two chunks and a sum"
     assert window[0] < linear[0], "what replaces a softmax has to be taught"
 

@@ -24,12 +24,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import rewriter
-from benchmarks import fuzz
+from benchmarks import folder_fuzz, fuzz
 from benchmarks.scale_models import Stack, write
 from rewriter import cli
-from rewriter.errors import InvalidModelFile, UsageError
+from rewriter.calibration.files import read_calibration
+from rewriter.calibration.tokenizer import tokenizer_beside
+from rewriter.errors import InvalidModelFile, RewriteError, UsageError
 from rewriter.install.persistence import copy_side_files
 from rewriter.kernels.folder import library_in
+from rewriter.kernels.needed import needs
 from tests.uptrain.small_models import bert, llama, student_of, token_ids
 
 EVIL = "\x1b[31m\x07</title><script>alert(1)</script>\"'{{7*7}}{% x %}`touch pwned`$(touch pwned)/../../\u202ex\r\n"
@@ -209,8 +212,6 @@ def test_code_beside_a_checkpoint_is_not_run(tmp_path: Path) -> None:
     edited(folder, "config.json", auto_map=auto)
     (folder / "tokenizer_config.json").write_text(json.dumps({"auto_map": auto, "tokenizer_class": "T"}))
     assert rewriter.load(folder) is not None
-    from rewriter.calibration.tokenizer import tokenizer_beside
-
     tokenizer_beside(folder)
     assert not marker.exists()
     exec((folder / "code.py").read_text())
@@ -255,6 +256,56 @@ def test_a_download_cache_is_followed(folder: Path) -> None:
         file.rename(hub / "blobs" / str(number))
         (hub / "snapshots" / "1" / file.name).symlink_to(f"../../blobs/{number}")
     assert rewriter.load(hub / "snapshots" / "1") is not None
+
+
+def test_data_of_another_vocabulary(folder: Path, tmp_path: Path) -> None:
+    for number, words in (
+        (95, ""),
+        (96, "does not take a calibration batch"),
+        (-1, "does not take a calibration batch"),
+    ):
+        np.save(tmp_path / "ids.npy", np.full((4, 8), number))
+        target, out = str(tmp_path / "ids.npy"), str(tmp_path / "out")
+        code, text = said("rewrite", str(folder), out, "-t", "gqa2", "--calibration", target)
+        assert code == (2 if words else 0) and words in text and "bug" not in text, (number, text[-300:])
+
+
+def test_a_calibration_archive_that_unpacks_to_anything(tmp_path: Path) -> None:
+    def archive(rows: int) -> Path:
+        np.savez_compressed(tmp_path / "x.npz", input_ids=np.zeros((rows, 1 << 12), np.int64))
+        return tmp_path / "x.npz"
+
+    assert len(read_calibration(archive(16))) == 1, "the control"
+    path = archive(1 << 13)
+    assert path.stat().st_size < 1 << 20
+    with pytest.raises(UsageError, match="would take 268,"):
+        read_calibration(path)
+
+
+def test_a_broken_tokenizer_is_none(folder: Path) -> None:
+    folder_fuzz._tokenizer(folder)
+    assert tokenizer_beside(folder) is not None, "the control"
+    for entries in ({"tokenizer_class": [1]}, {"added_tokens_decoder": {"x": 7}}):
+        assert tokenizer_beside(edited(folder, "tokenizer_config.json", **entries)) is None
+    (folder / "tokenizer_config.json").unlink()
+    (folder / "tokenizer.json").write_text("[" * 100_000)
+    assert tokenizer_beside(folder) is None
+
+
+def test_links_of_a_tokenizer(folder: Path) -> None:
+    """Into a download cache they are followed, below a snapshot too; elsewhere they are not."""
+    hub = folder.parent / "models--a--b"
+    place = hub / "snapshots" / "1" / "tokenizer"
+    place.mkdir(parents=True)
+    (hub / "blobs").mkdir()
+    folder_fuzz._tokenizer(place)
+    for file in list(place.iterdir()):
+        file.rename(hub / "blobs" / file.name)
+        file.symlink_to(f"../../../blobs/{file.name}")
+    assert tokenizer_beside(place.parent) is not None
+    (place / "vocab.txt").symlink_to("/etc/passwd")
+    with pytest.raises(InvalidModelFile, match="leads out"):
+        tokenizer_beside(place.parent)
 
 
 @pytest.mark.parametrize("place", ["../elsewhere.safetensors", "{absolute}", "sub/x.safetensors", "x.gguf"])
@@ -324,6 +375,8 @@ def _change(**entries: Any) -> Callable[[dict[str, Any]], object]:
         lambda m: m["architecture"]["config"].update(num_hidden_layers=10**9),
         lambda m: m["architecture"]["config"].update(num_hidden_layers=90_000),
         lambda m: m["architecture"].update(attention="flash_attention_2"),
+        lambda m: next(iter(m["owners"].values()))["spec"].update(bias={}),
+        lambda m: next(iter(m["owners"].values()))["spec"].update(scale="1; evil()"),
     ],
     ids=[
         "architecture",
@@ -336,6 +389,8 @@ def _change(**entries: Any) -> Callable[[dict[str, Any]], object]:
         "layers",
         "many layers",
         "attention",
+        "flag",
+        "text",
     ],
 )
 def test_a_manifest_that_makes_no_sense(
@@ -371,6 +426,48 @@ def test_a_library_that_everybody_may_change_is_not_loaded(tmp_path: Path) -> No
     tmp_path.chmod(0o700)
     with pytest.raises(UsageError, match="no library"):
         library_in(tmp_path)
+
+
+# ---------------------------------------------------------------------- rewritten files that were broken since
+
+
+def _in_body(op_type: str, change: Callable[[onnx.NodeProto], object]) -> Callable[[onnx.ModelProto], object]:
+    """Change the first such node of the first function."""
+    return lambda m: change(next(n for f in m.functions for n in f.node if n.op_type == op_type))
+
+
+def _nodes_of_ours(model: onnx.ModelProto) -> list[onnx.NodeProto]:
+    return [node for node in model.graph.node if node.domain == "rewriter.ops"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (_in_body("MatMul", lambda n: n.input.__setitem__(0, EVIL)), "which nothing makes"),
+        (_in_body("MatMul", lambda n: n.input.pop()), "has 1 inputs"),
+        (_in_body("Constant", lambda n: n.attribute.pop()), "has 0 attributes"),
+        (_in_body("MatMul", lambda n: setattr(n, "op_type", "Relu")), "has 2 inputs"),
+        (lambda m: [n.attribute.pop() for n in _nodes_of_ours(m) for _ in range(len(n.attribute))], "wrong attributes"),
+        (lambda m: [m.graph.value_info.pop() for _ in range(len(m.graph.value_info))]
+         and _in_body("MatMul", lambda n: n.input.reverse())(m), "onnxruntime does not open|does not run"),
+    ],
+    ids=["unknown input", "too few", "no constant", "too many", "no attributes", "turned"],
+)  # fmt: skip
+def test_a_rewritten_file_that_was_broken(
+    tmp_path: Path, change: Callable[[onnx.ModelProto], object], words: str
+) -> None:
+    source, out = tmp_path / "in.onnx", tmp_path / "out.onnx"
+    write(Stack(1, hidden=16, inner=16, heads=4), source, external=False)
+    rewriter.optimize(source, "mqa", verify=False).save(out)
+    assert needs(out), "the control"
+    model = onnx.load(out)
+    change(model)
+    onnx.save(model, out)
+    with pytest.raises(RewriteError, match=words):
+        needs(out)
+    for words_of_command in (("inspect", str(out)), ("rewrite", str(out), str(source), "-t", "mqa")):
+        code, text = said(*words_of_command)
+        assert "bug in rewriter" not in text and harmless(text) and (code == 0 or "hint: " in text)
 
 
 # ---------------------------------------------------------------------- loops

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import rewriter
+from tests.covering import covering
 from tests.targets.lossless_twin import legal_pool, tied
 from tests.zoo.models import ZOO
 
@@ -17,9 +18,9 @@ exporters = pytest.importorskip("transformers.exporters")
 
 pytestmark = pytest.mark.slow
 
-AS_IT_COMES: dict[str, Any] = {"optimize": False}
-OPTIMISED: dict[str, Any] = {}
-FUSED: dict[str, Any] = {"ort_fusions": "cpu"}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "as it comes": {"optimize": False}, "optimised": {}, "fused": {"ort_fusions": "cpu"},
+}  # fmt: skip
 
 
 def exported(name: str, settings: dict[str, Any], path: Path, *, perturbed: bool) -> Path:
@@ -34,21 +35,14 @@ def exported(name: str, settings: dict[str, Any], path: Path, *, perturbed: bool
     return path
 
 
-@pytest.mark.parametrize(
-    ("name", "settings"),
-    [
-        ("bert-sdpa", OPTIMISED), ("bert-sdpa", AS_IT_COMES), ("bert-sdpa", FUSED),
-        ("gpt2-sdpa", OPTIMISED), ("gpt2-sdpa", AS_IT_COMES), ("gpt2-sdpa", FUSED),
-        ("llama-sdpa", OPTIMISED), ("llama-sdpa", AS_IT_COMES), ("llama-sdpa", FUSED),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("name", "setting"), covering(("llama-sdpa", "gpt2-sdpa", "bert-sdpa"), tuple(SETTINGS)))
 def test_a_tied_twin_is_rewritten_without_loss_and_a_perturbed_one_is_not(
-    name: str, settings: dict[str, Any], tmp_path: Path
+    name: str, setting: str, tmp_path: Path
 ) -> None:
     target = f"gqa{legal_pool(ZOO[name])}"
     drift = {}
     for perturbed in (False, True):
-        path = exported(name, settings, tmp_path / f"{perturbed}.onnx", perturbed=perturbed)
+        path = exported(name, SETTINGS[setting], tmp_path / f"{perturbed}.onnx", perturbed=perturbed)
         report = rewriter.optimize(path, target).rewrite_report
         assert [row.exact for row in report.sites] == [not perturbed] * 2 and not report.refused
         assert report.fidelity is not None

@@ -141,6 +141,14 @@ def test_what_runs_on_code_of_its_own_choice_is_left_alone(name: str) -> None:
     assert model.config._attn_implementation == "eager"
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for what is not there")
+def test_kernels_that_are_not_to_be_had_are_named() -> None:
+    case = ZOO["llama-gqa-sdpa"]
+    with pytest.raises(UsageError, match="kernels='cuda': there is no cuda kernel") as caught:
+        rewriter.use_kernels(case.build(), "cuda", example_inputs=case.inputs(2, 9, 0))
+    assert '"auto"' in caught.value.hint
+
+
 def test_a_model_that_would_answer_otherwise_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     from rewriter.install import attention_interface
 

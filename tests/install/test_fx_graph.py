@@ -23,6 +23,7 @@ from rewriter.install import fx_editor
 from rewriter.install.fx_graph import Decide, GraphRewrite, is_flat, rewrite_exported_program, rewrite_graph_module
 from tests.zoo.case import ZooCase, main_output
 from tests.zoo.models import ZOO, cases
+from tests.zoo.through import one_of_each_family
 
 FIRST, SECOND = (2, 6, 0), (3, 9, 1)
 """(batch, length, seed): what a program is recorded on, and another size that it must go on taking."""
@@ -109,7 +110,7 @@ def features(batch: int = 2, length: int = 5, seed: int = 3) -> Tensor:
 # ------------------------------------------------------------------ exported programs
 
 
-@pytest.mark.parametrize("case", cases(), ids=lambda c: c.name)
+@pytest.mark.parametrize("case", one_of_each_family(cases()))
 def test_lossless_twins_stay_equal_at_two_sizes(case: ZooCase) -> None:
     _, module, heads = twin(case.name)
     program = exported(case, module)

@@ -16,6 +16,7 @@ from passes.targets import GroupedQuery
 from rewriter.errors import NothingToRewrite, UnsupportedModel
 from rewriter.install.repeated_projection import RepeatedProjection, repeated
 from rewriter.install.shared_cache import CacheView, SharedHeads, sharers
+from tests.covering import covering
 from tests.targets.lossless_twin import distance, legal_pool, tied
 from tests.zoo import heads
 from tests.zoo.case import ZooCase
@@ -203,23 +204,21 @@ def test_generation_goes_on_with_a_smaller_cache(name: str, way: str) -> None:
 PAIRED = ["t5-sdpa", "bart-sdpa", "whisper-sdpa"]
 
 
-@pytest.fixture(params=[False, True], ids=["in mixers", "kept"])
-def kept(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Rewritten as they come, or as if no mixer could reproduce them."""
-    if request.param:
+@pytest.mark.parametrize(("name", "way", "where"), covering(PAIRED, tuple(WAYS), ("in mixers", "kept")))
+def test_encoder_decoders_generate_with_shared_self_and_cross_attention(
+    name: str, way: str, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rewritten as they come, or as if no mixer could reproduce them.
+
+    Their caches come in pairs, and cross-attention reads what it stored at the first step (`is_updated`).
+    """
+    case, kept = ZOO[name], where == "kept"
+    if kept:
 
         def never(*args: Any, **kwargs: Any) -> None:
             raise UnsupportedModel("this test lets no module be rebuilt")
 
         monkeypatch.setattr("rewriter.torch_rewrite.install", never)
-    return bool(request.param)
-
-
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", PAIRED)
-def test_encoder_decoders_generate_with_shared_self_and_cross_attention(name: str, way: str, kept: bool) -> None:
-    """Their caches come in pairs, and cross-attention reads what it stored at the first step (`is_updated`)."""
-    case = ZOO[name]
     module, new = optimized(case)
     report = new.rewrite_report
     assert len(report.sites) == case.sites and all((KEEPS in " ".join(row.notes)) is kept for row in report.sites)

@@ -26,6 +26,7 @@ MODELS = {
     "llama-tied": ("LlamaForCausalLM", {"tie_word_embeddings": True}),
     "qwen2-bias": ("Qwen2ForCausalLM", {}),
     "qwen3-norms": ("Qwen3ForCausalLM", {"head_dim": 24}),
+    "olmo2-norms": ("Olmo2ForCausalLM", {}),
 }
 
 

@@ -17,6 +17,7 @@ from codegen.ops.fourier_mixing import torch_body
 from codegen.ops.fourier_mixing.cpp_kernel import LARGEST_RADIX, kernel_name, legal, source
 from codegen.spec import FourierMixing
 from codegen.toolchain import cxx
+from tests.covering import covering
 from tests.kernels.fourier_problems import IN_SINGLE, distance, draw
 from tests.kernels.golden_source import require_golden
 from tests.kernels.problems import here
@@ -32,10 +33,11 @@ LENGTHS = [1, 2, 3, 7, 8, 16, 30, 31, 33, 64, 65, PRIME, 2 * PRIME, 100, 121, 25
 FULL = FourierMixing(40, gain=True, bias=True)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["f32", "f16", "bf16"])
-@pytest.mark.parametrize("hartley", [False, True], ids=["fourier", "hartley"])
-def test_every_length_is_the_oracle(hartley: bool, dtype: torch.dtype) -> None:
-    spec = replace(FULL, hartley=hartley)
+@pytest.mark.parametrize(
+    ("kind", "dtype"), covering(("fourier", "hartley"), (torch.float32, torch.float16, torch.bfloat16))
+)
+def test_every_length_is_the_oracle(kind: str, dtype: torch.dtype) -> None:
+    spec = replace(FULL, hartley=kind == "hartley")
     for tokens in LENGTHS:
         operands = draw(spec, dtype, 2, tokens)
         found = fourier_host.launch(spec, *operands)

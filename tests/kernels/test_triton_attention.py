@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from itertools import product
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from codegen.device import DType
 from codegen.ops.grouped_query_attention import triton_kernel
 from codegen.spec import GroupedQueryAttention
+from tests.covering import covering
 from tests.kernels.problems import (
     BIASED,
     CAUSAL,
@@ -62,12 +64,13 @@ SPECS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", list(DType), ids=lambda d: d.short)
-@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
-@pytest.mark.parametrize(("queries", "keys", "processors"), [(37, 37, 1), (1, 133, 8)], ids=["prefill", "decode"])
-def test_it_is_within_rounding_of_the_oracle(
-    interpreted: Run, spec: GroupedQueryAttention, dtype: DType, queries: int, keys: int, processors: int
-) -> None:
+KINDS = {"prefill": (37, 37, 1), "decode": (1, 133, 8)}
+"""Queries, keys and processors."""
+
+
+@pytest.mark.parametrize(("problem", "dtype"), covering(tuple(product(SPECS, KINDS)), tuple(DType)))
+def test_it_is_within_rounding_of_the_oracle(interpreted: Run, problem: tuple[str, str], dtype: DType) -> None:
+    spec, (queries, keys, processors) = SPECS[problem[0]], KINDS[problem[1]]
     x = operands(spec, TORCH[dtype], 2, queries, keys)
     found = interpreted(spec, x, processors=processors)
     assert distance(spec, x, found) < K

@@ -16,6 +16,7 @@ from codegen.errors import CompilationFailed, UnsafeInput
 from codegen.ops.grouped_query_attention.triton_kernel import kernel_name, signatures, source, tiling
 from codegen.spec import GroupedQueryAttention
 from codegen.toolchain.triton_aot import Binary, compile_kernel
+from tests.covering import covering
 from tests.kernels.golden_source import CHANGES, require_golden
 from tests.kernels.problems import CAUSAL, EVERYTHING, MULTI_QUERY
 from tests.kernels.test_render import HOSTILE
@@ -33,6 +34,8 @@ SPECS = {
 }  # fmt: skip
 SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 """Bytes of shared memory that one program may take."""
+KINDS = {"prefill": "", "decode": "_split"}
+"""What a kernel is for, and how its name ends."""
 
 
 def build(
@@ -47,11 +50,9 @@ def build(
     return compile_kernel(path, name + suffix, signature, arch, warps=cut.warps, stages=cut.stages)
 
 
-@pytest.mark.parametrize("arch", SHARED)
-@pytest.mark.parametrize("name", SPECS)
-@pytest.mark.parametrize("suffix", ["", "_split"], ids=["prefill", "decode"])
-def test_binaries_fit_and_spill_nothing(tmp_path: Path, name: str, arch: str, suffix: str) -> None:
-    made = build(tmp_path, *SPECS[name], arch, suffix)
+@pytest.mark.parametrize(("name", "arch", "kind"), covering(tuple(SPECS), tuple(SHARED), tuple(KINDS)))
+def test_binaries_fit_and_spill_nothing(tmp_path: Path, name: str, arch: str, kind: str) -> None:
+    made = build(tmp_path, *SPECS[name], arch, KINDS[kind])
     found = made.resources
     assert made.code[:4] == b"\x7fELF"
     assert (found.stack, found.spills) == (0, 0), found
@@ -106,17 +107,21 @@ print(hashlib.sha256(b"".join(made.code for made in (attention, *routed.values()
 """
 
 
-def test_two_builds_in_different_folders_are_identical(tmp_path: Path) -> None:
-    digests = set()
-    for place in ("one", "another/deeper"):
-        folder = tmp_path / place
+def test_two_builds_in_different_folders_and_processes_are_identical(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here, there = tmp_path / "one", tmp_path / "another" / "deeper"
+    for folder in (here, there):
         (folder / "cache").mkdir(parents=True)
-        environment = {**os.environ, "TRITON_CACHE_DIR": str(folder / "cache"), "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(
-            [sys.executable, "-c", BUILD, str(folder)], capture_output=True, text=True, env=environment, check=True
-        )
-        digests.add(done.stdout.strip())
-    assert len(digests) == 1 and len(digests.pop()) == 64
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(here / "cache"))
+    monkeypatch.setattr(sys, "argv", ["build", str(here)])
+    exec(BUILD, {})
+    digest = capsys.readouterr().out.strip()
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(there / "cache"), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", BUILD, str(there)], capture_output=True, text=True, env=environment, check=True
+    )
+    assert done.stdout.strip() == digest and len(digest) == 64
 
 
 def test_a_source_that_does_not_compile_is_a_typed_error(tmp_path: Path) -> None:

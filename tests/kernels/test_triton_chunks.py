@@ -21,6 +21,7 @@ from codegen.ops.mixed_chunk_attention.triton_kernel import kernel_name, legal, 
 from codegen.registry import select
 from codegen.spec import MixedChunkAttention, PositionBias
 from codegen.toolchain.triton_aot import compile_kernel
+from tests.covering import covering
 from tests.kernels.chunk_problems import K, Operands, distance, draw
 from tests.kernels.golden_source import require_golden
 from tests.kernels.problems import TORCH
@@ -137,8 +138,7 @@ BUILT = {
 }
 
 
-@pytest.mark.parametrize("arch", SHARED)
-@pytest.mark.parametrize("name", BUILT)
+@pytest.mark.parametrize(("name", "arch"), covering(tuple(BUILT), tuple(SHARED)))
 def test_binaries_fit_and_spill_nothing(tmp_path: Path, name: str, arch: str) -> None:
     spec, dtype = BUILT[name]
     cut, kernel = tiling(spec, dtype, arch), str(kernel_name(spec, dtype, arch))

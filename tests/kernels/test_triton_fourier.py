@@ -19,6 +19,7 @@ from codegen.ops.fourier_mixing import torch_body
 from codegen.ops.fourier_mixing.triton_kernel import kernel_name, legal, signatures, source, tiling
 from codegen.spec import FourierMixing
 from codegen.toolchain.triton_aot import compile_kernel
+from tests.covering import covering
 from tests.kernels.fourier_problems import K, distance, draw
 from tests.kernels.golden_source import require_golden
 from tests.kernels.test_render import HOSTILE
@@ -88,8 +89,7 @@ SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942":
 BASE = FourierMixing(768, gain=True, bias=True)
 
 
-@pytest.mark.parametrize("arch", SHARED)
-@pytest.mark.parametrize("suffix", ["_features", "_tokens"])
+@pytest.mark.parametrize(("suffix", "arch"), covering(("_features", "_tokens"), tuple(SHARED)))
 def test_binaries_fit_and_spill_nothing(tmp_path: Path, arch: str, suffix: str) -> None:
     name, cut = str(kernel_name(BASE, DType.BFLOAT16, arch)), tiling(arch)
     path = tmp_path / f"{name}.py"

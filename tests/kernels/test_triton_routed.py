@@ -109,14 +109,14 @@ def build(folder: Path, spec: RoutedFeedForward, dtype: DType, arch: str) -> dic
 SOON = {
     ("split block", "sm_90"), ("mixer", "sm_80"), ("heavy branch", "sm_100"), ("heavy branch, float32", "gfx942"),
 }  # fmt: skip
-"""What is compiled in every run; the others are marked slow."""
+"""What is compiled in every run."""
 
 PAIRS = [(name, arch) for name in BUILT for arch in SHARED]
 
 
 @pytest.mark.parametrize(
     ("name", "arch"),
-    [pytest.param(*p, marks=[] if p in SOON else pytest.mark.slow, id=f"{p[0]}-{p[1]}") for p in PAIRS],
+    [pytest.param(*p, marks=[] if p in SOON else pytest.mark.exhaustive, id=f"{p[0]}-{p[1]}") for p in PAIRS],
 )
 def test_binaries_fit_and_spill_nothing(tmp_path: Path, name: str, arch: str) -> None:
     for suffix, made in build(tmp_path, *BUILT[name], arch).items():

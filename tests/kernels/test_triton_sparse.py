@@ -21,11 +21,12 @@ from codegen.registry import select
 from codegen.sight import Pattern, Sight, from_numbers
 from codegen.spec import GroupedQueryAttention
 from codegen.tuning.table import Problem, faster
+from tests.covering import covering
 from tests.kernels.golden_source import require_golden
 from tests.kernels.problems import TORCH, K, operands
 from tests.kernels.test_render import HOSTILE
 from tests.kernels.test_triton_attention import Run, distance, interpreted
-from tests.kernels.test_triton_binaries import SHARED, build
+from tests.kernels.test_triton_binaries import KINDS, SHARED, build
 
 pytest.importorskip("triton")
 
@@ -193,12 +194,10 @@ CUDA_ONLY: dict[str, tuple[GroupedQueryAttention, DType]] = {
 """On gfx942 some of their scalar registers go to vector registers; nothing goes to memory there either."""
 
 
-@pytest.mark.parametrize("suffix", ["", "_split"], ids=["prefill", "decode"])
-@pytest.mark.parametrize("arch", SHARED)
-@pytest.mark.parametrize("name", BUILT | CUDA_ONLY)
-def test_binaries_fit_and_spill_nothing(tmp_path: Path, name: str, arch: str, suffix: str) -> None:
+@pytest.mark.parametrize(("name", "arch", "kind"), covering(tuple(BUILT | CUDA_ONLY), tuple(SHARED), tuple(KINDS)))
+def test_binaries_fit_and_spill_nothing(tmp_path: Path, name: str, arch: str, kind: str) -> None:
     spec, dtype = (BUILT | CUDA_ONLY)[name]
-    found = build(tmp_path, spec, dtype, arch, suffix).resources
+    found = build(tmp_path, spec, dtype, arch, KINDS[kind]).resources
     assert found.stack == 0, found
     assert found.spills == 0 or (name in CUDA_ONLY and arch == "gfx942"), found
     assert found.shared <= SHARED[arch] and found.matrix > 0 and found.vector_copies > 0, found

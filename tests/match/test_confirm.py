@@ -14,7 +14,9 @@ from passes.match.confirm import confirm
 from passes.site import AttentionSite, Refusal, Rotary
 from tests.match.doors import through_torch
 from tests.match.expected import REPLAY_LIMIT
+from tests.zoo.case import ZooCase
 from tests.zoo.models import ZOO
+from tests.zoo.through import one_of_each_family
 
 
 @cache
@@ -32,9 +34,10 @@ def test_two_sizes_of_one_program_confirm_each_other() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [c.name for c in ZOO.values() if c.sites > c.refused and "refuse" not in c.tags])
-def test_every_site_replays_and_reads_the_same_at_two_sizes_of_a_module(name: str) -> None:
-    case = ZOO[name]
+@pytest.mark.parametrize(
+    "case", one_of_each_family(c for c in ZOO.values() if c.sites > c.refused and "refuse" not in c.tags)
+)
+def test_every_site_replays_and_reads_the_same_at_two_sizes_of_a_module(case: ZooCase) -> None:
     first, second = (through_torch(case, *size).matches for size in ((2, 7), (3, 10)))
     confirmed = confirm(first, second)
     assert [s.name for s in confirmed.sites] == [s.name for s in first.sites] != []

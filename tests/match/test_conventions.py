@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import rewriter
 from passes.match.attention import find_attention
+from passes.match.stacked import REASON as STACKED
 from passes.targets.grouped_query import GroupedQuery
 from passes.targets.linear_attention import LinearHeads
 from rewriter.capture.torch_export import capture
@@ -42,6 +43,10 @@ class Attends(nn.Module):
 
     def weigh(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         raise NotImplementedError
+
+    def shared(self) -> Iterable[Tensor]:
+        """What keys and values are projected by; heads are the leading axis of each, times their width."""
+        return [*self.key.parameters(), *self.value.parameters()]
 
 
 class Tempered(Attends):
@@ -103,10 +108,90 @@ class BiasByHead(Attends):
         self.value = nn.Linear(WIDTH, WIDTH, bias=False)
         self.v_bias = nn.Parameter(torch.zeros(WIDTH))
 
+    def shared(self) -> Iterable[Tensor]:
+        return [*super().shared(), self.v_bias]
+
     def weigh(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         v = v + self.v_bias.view(1, 1, HEADS, DIM).permute(0, 2, 1, 3)
         weights: Tensor = (q @ k.transpose(-2, -1) / DIM**0.5).softmax(-1)
         return weights @ v
+
+
+class HeadsBeforeBatch(Attends):
+    """Heads are cut apart and laid out before the batch; scores are [heads * batch, tokens, tokens]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (torch.cat(m(x).chunk(HEADS, dim=-1)) for m in (self.query, self.key, self.value))
+        mixed = torch.bmm((torch.bmm(q, k.transpose(1, 2)) / DIM**0.5).softmax(-1), v)
+        out: Tensor = self.out(torch.cat(mixed.chunk(HEADS), dim=-1))
+        return out
+
+
+class UnreadBias(Attends):
+    """Scores by an operator that could add a bias, whose factor is 0: what stands there is uninitialised memory."""
+
+    def weigh(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k = q.flatten(0, 1), k.flatten(0, 1)
+        scores = torch.baddbmm(
+            torch.full((len(q), TOKENS, TOKENS), 9.0), q, k.transpose(-2, -1), beta=0, alpha=DIM**-0.5
+        )
+        return scores.unflatten(0, (-1, HEADS)).softmax(-1) @ v
+
+
+class ByTensordot(Attends):
+    """Projections are written as tensordot with a stored matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.query, self.key, self.value
+        self.matrices = nn.ParameterList(torch.zeros(WIDTH, WIDTH) for _ in range(3))
+
+    def shared(self) -> Iterable[Tensor]:
+        return [m.T for m in self.matrices[1:]]
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (torch.tensordot(x, m, dims=1).view(*x.shape[:2], HEADS, DIM).transpose(1, 2) for m in self.matrices)
+        mixed = (q @ k.transpose(-2, -1) / DIM**0.5).softmax(-1) @ v
+        out: Tensor = self.out(mixed.transpose(1, 2).reshape(x.shape))
+        return out
+
+
+class ByEinsum(ByTensordot):
+    """Likewise as einsum, with the matrix turned and first."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (
+            torch.einsum("dc,bnc->bnd", m, x).view(*x.shape[:2], HEADS, DIM).transpose(1, 2) for m in self.matrices
+        )
+        mixed = (q @ k.transpose(-2, -1) / DIM**0.5).softmax(-1) @ v
+        out: Tensor = self.out(mixed.transpose(1, 2).reshape(x.shape))
+        return out
+
+    def shared(self) -> Iterable[Tensor]:
+        return list(self.matrices[1:])
+
+
+class JoinedBias(Attends):
+    """One matrix; its bias is joined from a parameter, zeros and a parameter. A bias of positions is in the module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.query, self.key, self.value
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH, bias=False)
+        self.q_bias, self.v_bias = (nn.Parameter(torch.zeros(WIDTH)) for _ in range(2))
+        self.register_buffer("k_bias", torch.zeros(WIDTH), persistent=False)
+        self.places = nn.Parameter(torch.zeros(HEADS, TOKENS, TOKENS))
+
+    def shared(self) -> Iterable[Tensor]:
+        return [*self.qkv.weight.chunk(3)[1:], self.v_bias]
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = torch.cat([self.q_bias, self.k_bias, self.v_bias])
+        heads = nn.functional.linear(x, self.qkv.weight, bias).view(*x.shape[:2], 3, HEADS, DIM)
+        q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = (q @ k.transpose(-2, -1) / DIM**0.5 + self.places).softmax(-1) @ v
+        out: Tensor = self.out(mixed.transpose(1, 2).reshape(x.shape))
+        return out
 
 
 CONVENTIONS: dict[str, Callable[[], Attends]] = {
@@ -115,6 +200,11 @@ CONVENTIONS: dict[str, Callable[[], Attends]] = {
     "masks-by-window": Windowed,
     "masked-twice": Blanked,
     "bias-by-head": BiasByHead,
+    "heads-before-batch": HeadsBeforeBatch,
+    "unread-bias": UnreadBias,
+    "tensordot": ByTensordot,
+    "projections-by-einsum": ByEinsum,
+    "joined-bias": JoinedBias,
 }
 
 
@@ -122,16 +212,14 @@ def _twin(name: str, *, perturbed: bool = False) -> Attends:
     """The module with heads tied in pairs; `perturbed`: all but the last."""
     module = CONVENTIONS[name]()
     randomize(module)
-    bias = getattr(module, "v_bias", None)
-    tied = [*module.key.parameters(), *module.value.parameters(), *([] if bias is None else [bias])]
-    _tie(tied, perturbed=perturbed)
+    _tie(module.shared(), perturbed=perturbed)
     return module
 
 
 @torch.no_grad()
 def _tie(parameters: Iterable[Tensor], *, perturbed: bool) -> None:
     for parameter in parameters:
-        by_head = parameter.view(HEADS // 2, 2, DIM, -1)
+        by_head = parameter.unflatten(0, (HEADS // 2, 2, DIM))
         by_head[:, 1] = by_head[:, 0]
         if perturbed:
             by_head[-1, 1] += 0.5
@@ -213,6 +301,23 @@ def test_initializers_that_layers_share_stay_shared_and_are_not_taken_for_others
     new = onnx.load(tmp_path / "new.onnx")
     halved = [i.dims for i in new.graph.initializer if sorted(i.dims) == [WIDTH // 2, WIDTH]]
     assert len(halved) == 4  # keys and values of two attentions, not of three
+
+
+class ByHead(nn.Linear):
+    """A weight with an axis for heads."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tensordot(x, self.weight.view(HEADS, DIM, WIDTH), dims=([2], [2])).flatten(2)
+
+
+def test_weights_with_an_axis_for_heads_are_refused_in_modules_and_found_in_files(tmp_path: Path) -> None:
+    module = randomize(nn.Sequential(Plain()))
+    module[0].key = ByHead(WIDTH, WIDTH)  # type: ignore[index, union-attr]
+    module[0].key.weight = nn.Parameter(module[0].key.weight.view(HEADS, DIM, WIDTH))  # type: ignore[index, union-attr]
+    assert [r.reason for r in rewriter.inspect(module, example_inputs=(_x(),)).refusals] == [STACKED]
+    path = tmp_path / "file.onnx"
+    torch.onnx.export(module, (_x(),), str(path), dynamo=False, opset_version=17, input_names=["x"])
+    assert len(rewriter.inspect(path).sites) == 1
 
 
 class TemperedLate(Attends):

@@ -19,6 +19,7 @@ from tests.match.expected import REPLAY_LIMIT
 from tests.targets.lossless_twin import distance, legal_pool, run_file, tied, twin_file
 from tests.zoo.exports import export
 from tests.zoo.models import EXTRA, WIDE, ZooCase
+from tests.zoo.through import family_of, matrix, one_of_each_family
 
 DOORS = ("torch", "dynamo18", "torchscript17")
 EXACT, MOVED = 1e-4, 1e-3
@@ -36,6 +37,7 @@ ROTARY = {
             "gemma3",
             "gpt-oss",
             "olmo-",
+            "olmo2",
             "smollm3",
             "esm",
             "hunyuan",
@@ -45,7 +47,7 @@ ROTARY = {
     **dict.fromkeys(("gpt-neox", "gptj", "codegen", "phi-", "stablelm", "x-rotary"), PARTIAL),
     **dict.fromkeys(("cohere", "complex-rotary"), INTERLEAVED),
 }
-QK_NORM = ("gemma3", "packed-permute-norm", "hunyuan")
+QK_NORM = ("gemma3", "packed-permute-norm", "hunyuan", "olmo2", "cohere-norms")
 SINKS = ("gpt-oss",)
 CAPPED = ("gemma2",)
 ROUTERS = {"gpt-oss-eager": 2}
@@ -80,14 +82,11 @@ NOT_IN_FILES = {"falcon": "repeated before they are rotated"}
 
 
 def _jobs(*, rewritable: bool = False) -> list[object]:
-    """Every case through torch; one implementation of each family through the exporters, which is the slow part."""
-    every = [*EXTRA.values(), *WIDE.values()]
-    families = {case.name.removesuffix("-sdpa").removesuffix("-eager"): case for case in reversed(every)}
-    jobs = [(case, "torch") for case in every]
-    jobs += [(case, door) for case in families.values() for door in DOORS[1:]]
-    if rewritable:
-        jobs = [(c, d) for c, d in jobs if c.refused < c.sites and (d == "torch" or not _trait(c, NOT_IN_FILES))]
-    return [pytest.param(case, door, id=f"{case.name}-{door}") for case, door in jobs]
+    """Every case through torch, one implementation of each family through the exporters."""
+    every = [c for c in (*EXTRA.values(), *WIDE.values()) if not rewritable or c.refused < c.sites]
+    families = {family_of(case): case for case in reversed(every)}
+    files = [case for case in families.values() if not (rewritable and _trait(case, NOT_IN_FILES))]
+    return [*one_of_each_family(every, "torch"), *matrix(files, DOORS[1:])]
 
 
 def _matches(case: ZooCase, door: str, zoo_onnx: Callable[..., Path]) -> Matches:
@@ -145,7 +144,13 @@ def test_a_tied_twin_is_rewritten_without_loss_and_a_perturbed_one_is_not(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted({*MODULE_KEEPS, *GRAPH_KEEPS}))
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=[pytest.mark.exhaustive] if n in ("falcon-eager", "x-rotary-sdpa") else [])
+        for n in sorted({*MODULE_KEEPS, *GRAPH_KEEPS})
+    ],
+)
 def test_a_site_that_keeps_its_attention_says_why_in_the_module_and_in_the_graph(name: str) -> None:
     case = WIDE.get(name) or EXTRA[name]
     new = rewriter.optimize(tied(case), _target(case), example_inputs=case.inputs(*RECORDED))

@@ -77,7 +77,7 @@ FILES = [
     ("bert-sdpa", "dynamo18"),
     ("gpt2-sdpa", "torchscript17"),
     ("llama-gqa-sdpa", "dynamo18"),
-    ("phi3-eager", "dynamo18"),
+    ("phi3-sdpa", "dynamo18"),
     ("nanogpt-softmax", "torchscript17"),
 ]
 
@@ -101,7 +101,7 @@ def test_blocks_of_the_zoo(name: str) -> None:
 def test_files_show_the_same_blocks(name: str, exporter: str, zoo_onnx: Callable[..., Path]) -> None:
     captured = onnx_file.capture(onnx_load.load(zoo_onnx(ZOO[name], exporter)))
     found = match_feed_forward(captured, match_capture(captured))
-    _, style, activation, hidden = ZOO_BLOCKS[name.replace("phi3-eager", "phi3-sdpa")]
+    _, style, activation, hidden = ZOO_BLOCKS[name]
     torch_sites = blocks_of(through_torch(ZOO[name])).sites
     assert len(found.sites) == len(torch_sites) == 2 and found.refusals == ()
     for site, other in zip(found.sites, torch_sites, strict=True):

@@ -58,8 +58,8 @@ class PackedNorm(nn.Module):
 def test_a_norm_over_the_heads_of_a_packed_projection_is_told_from_one_by_head() -> None:
     (site,) = matches(PackedNorm(True), features()).sites
     assert site.k.norm is not None and site.k.norm.per_head
-    (refusal,) = matches(PackedNorm(False), features()).refusals
-    assert "its norm spans the features of all heads" in refusal.reason
+    (site,) = matches(PackedNorm(False), features()).sites
+    assert site.k.norm is not None and not site.k.norm.per_head
 
 
 # ------------------------------------------------------------------ scores that are bent
@@ -113,6 +113,30 @@ def test_what_a_visible_score_feels_is_refused(name: str) -> None:
     change, reason = CHANGED[name]
     (refusal,) = matches(Bent(change), features()).refusals
     assert reason in refusal.reason
+
+
+class Zeroed(nn.Module):
+    """Attention [B, T, E] whose weights are made zero again where a mask [B, T] hid their scores, or elsewhere."""
+
+    def __init__(self, same: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv, self.o, self.same = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH), same
+
+    def forward(self, x: Tensor, shown: Tensor, other: Tensor) -> Tensor:
+        q, k, v = (y.unflatten(-1, (HEADS, DIM)).transpose(1, 2) for y in self.qkv(x).chunk(3, -1))
+        hidden = [m[:, None, None] == torch.tensor(False) for m in (shown, shown if self.same else other)]
+        weights = (q @ k.mT * DIM**-0.5).masked_fill(hidden[0], -torch.inf).softmax(-1).masked_fill(hidden[1], 0.0)
+        out: Tensor = self.o((weights @ v).transpose(1, 2).flatten(2))
+        return out
+
+
+def test_weights_zeroed_by_the_mask_of_their_scores_are_read_though_it_hides_nothing() -> None:
+    everything = torch.ones(2, 6, dtype=torch.bool)
+    (site,) = matches(Zeroed(True), features(), everything, everything).sites
+    assert site.replay_error < REPLAY_LIMIT and site.masked_rows_are_zero
+    (refusal,) = matches(Zeroed(False), features(), everything, everything.clone()).refusals
+    assert "not just where the same mask hid their scores" in refusal.reason
 
 
 class Noisy(nn.Module):
@@ -581,21 +605,42 @@ def test_a_module_that_cannot_be_seen_through_is_refused_with_the_exporters_reas
 
 
 class Convolved(nn.Module):
-    """Projections by convolutions of width 1."""
+    """Projections by convolutions of a kernel of one; a strided or grouped one is no projection."""
 
-    def __init__(self) -> None:
+    def __init__(self, **options: int) -> None:
         super().__init__()
-        self.q, self.k, self.v = (nn.Conv1d(WIDTH, WIDTH, 1) for _ in range(3))
+        torch.manual_seed(0)
+        self.q, self.v = (nn.Conv1d(WIDTH, WIDTH, 1) for _ in range(2))
+        self.k = nn.Conv1d(WIDTH, WIDTH, **{"kernel_size": 1, **options})  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (p(x.mT).view(len(x), HEADS, DIM, -1) for p in (self.q, self.k, self.v))
         return ((q.mT @ k * DIM**-0.5).softmax(-1) @ v.mT).transpose(1, 2).flatten(2)
 
 
-def test_projections_by_convolution_are_refused_for_that_and_not_overlooked() -> None:
-    found = matches(Convolved(), features())
-    assert found.not_attention == ()
-    assert ["query: the projection is written as a convolution" in r.reason for r in found.refusals] == [True]
+def test_projections_by_convolution_are_rewritten_where_they_are() -> None:
+    module = nn.Sequential(Convolved()).eval()
+    module[0].requires_grad_(False)
+    for tied in (module[0].k, module[0].v):
+        for parameter in tied.parameters():
+            by_group = parameter.unflatten(0, (2, 2, DIM))
+            by_group[:, 1] = by_group[:, 0]
+    twin = rewriter.optimize(module, "gqa2", example_inputs=(features(),))
+    assert [row.exact for row in twin.rewrite_report.sites] == [True]
+    assert sum(p.numel() for p in twin.parameters()) < sum(p.numel() for p in module.parameters())
+    assert distance(twin(features(3, 9)), module(features(3, 9))) < 1e-5
+    module[0].v.weight[-1] += 1.0
+    other = rewriter.optimize(module, "gqa2", example_inputs=(features(),))
+    assert distance(other(features(3, 9)), module(features(3, 9))) > 1e-3
+
+
+def test_convolutions_are_refused_in_graphs_and_where_they_do_more_than_project() -> None:
+    program = torch.export.export(Convolved().eval(), (features(),), strict=False)
+    assert ["write it as a linear layer" in r.reason for r in rewriter.inspect(program).refusals] == [True]
+    grouped = rewriter.inspect(Convolved(groups=2).eval(), example_inputs=(features(),))
+    assert ["key: the projection is a convolution in 2 groups" in r.reason for r in grouped.refusals] == [True]
+    wide = rewriter.inspect(Convolved(kernel_size=3, padding=1).eval(), example_inputs=(features(),))
+    assert ["key: the projection is a convolution over 3 tokens" in r.reason for r in wide.refusals] == [True]
 
 
 def test_masks_of_the_lowest_number_match_without_a_warning() -> None:

@@ -9,8 +9,8 @@ import pytest
 
 from tests.match.doors import Seen, through_onnx, through_torch
 from tests.match.expected import check_sites
-from tests.zoo.exports import EXPORTERS
 from tests.zoo.models import EXTRA, MAIN, ZooCase, cases
+from tests.zoo.through import exporters, matrix, one_of_each_family
 
 ATTENDING = [c for c in MAIN.values() if not c.tags & {"none", "refuse"}]
 WITHOUT = cases(having="none", without=())
@@ -21,6 +21,10 @@ ZooOnnx = Callable[..., Path]
 
 def params(chosen: list[ZooCase]) -> list[object]:
     return [pytest.param(case, id=case.name) for case in chosen]
+
+
+def in_torch(chosen: list[ZooCase]) -> list[object]:
+    return [pytest.param(case, "torch", id=f"{case.name}-torch") for case in chosen]
 
 
 def check_complete(case: ZooCase, seen: Seen, *, cached: bool = False) -> None:
@@ -39,14 +43,12 @@ def test_torch(case: ZooCase) -> None:
     assert all(site.out is not None for site in seen.matches.sites)
 
 
-@pytest.mark.parametrize("exporter", EXPORTERS)
-@pytest.mark.parametrize("case", params(ATTENDING))
+@pytest.mark.parametrize(("case", "exporter"), matrix(ATTENDING))
 def test_onnx(case: ZooCase, exporter: str, zoo_onnx: ZooOnnx) -> None:
     check_complete(case, through_onnx(zoo_onnx(case, exporter)))
 
 
-@pytest.mark.parametrize("exporter", EXPORTERS)
-@pytest.mark.parametrize("case", params(DECODERS))
+@pytest.mark.parametrize(("case", "exporter"), matrix(DECODERS, past=True))
 def test_onnx_with_past(case: ZooCase, exporter: str, zoo_onnx: ZooOnnx) -> None:
     seen = through_onnx(zoo_onnx(case, exporter, past=True))
     check_complete(case, seen, cached=True)
@@ -56,7 +58,7 @@ def test_onnx_with_past(case: ZooCase, exporter: str, zoo_onnx: ZooOnnx) -> None
             assert operand.presents == ((f"present.{index}.{part}", 1),)
 
 
-@pytest.mark.parametrize("case", params(list(EXTRA.values())))
+@pytest.mark.parametrize("case", one_of_each_family(EXTRA.values()))
 def test_no_attention_of_the_extras_is_lost(case: ZooCase) -> None:
     """An attention is a site as described, or refused with a reason; none vanishes."""
     matches = through_torch(case).matches
@@ -70,8 +72,7 @@ def test_no_attention_of_the_extras_is_lost(case: ZooCase) -> None:
         assert not any(site.causal and site.cross for site in matches.sites)
 
 
-@pytest.mark.parametrize("door", ["torch", *EXPORTERS])
-@pytest.mark.parametrize("case", params(REFUSED))
+@pytest.mark.parametrize(("case", "door"), [*in_torch(REFUSED), *matrix(REFUSED)])
 def test_content_dependent_positions_are_refused_for_that_reason(case: ZooCase, door: str, zoo_onnx: ZooOnnx) -> None:
     matches = (through_torch(case) if door == "torch" else through_onnx(zoo_onnx(case, door))).matches
     assert matches.sites == ()
@@ -80,8 +81,7 @@ def test_content_dependent_positions_are_refused_for_that_reason(case: ZooCase, 
     assert [refusal.layer for refusal in matches.refusals] == list(range(case.sites))
 
 
-@pytest.mark.parametrize("door", ["torch", *EXPORTERS])
-@pytest.mark.parametrize("case", params(WITHOUT))
+@pytest.mark.parametrize(("case", "door"), [*in_torch(WITHOUT), *matrix(WITHOUT)])
 def test_a_softmax_that_is_no_attention_is_called_so(case: ZooCase, door: str, zoo_onnx: ZooOnnx) -> None:
     matches = (through_torch(case) if door == "torch" else through_onnx(zoo_onnx(case, door))).matches
     assert matches.sites == () and matches.refusals == ()
@@ -90,9 +90,9 @@ def test_a_softmax_that_is_no_attention_is_called_so(case: ZooCase, door: str, z
     assert all("learned projection" in n.reason for n in matches.not_attention)
 
 
-@pytest.mark.parametrize("case", params([MAIN["bert-sdpa"], MAIN["llama-gqa-eager"]]))
+@pytest.mark.parametrize("case", params([MAIN["bert-sdpa"], MAIN["llama-gqa-sdpa"]]))
 def test_both_doors_describe_one_model_alike(case: ZooCase, zoo_onnx: ZooOnnx) -> None:
-    through = [through_torch(case), *(through_onnx(zoo_onnx(case, e)) for e in EXPORTERS)]
+    through = [through_torch(case), *(through_onnx(zoo_onnx(case, e)) for e in exporters(case))]
     assert len({_meaning(seen) for seen in through}) == 1
 
 

@@ -21,9 +21,14 @@ from tests.targets.lossless_twin import distance, legal_pool, run_file, session
 from tests.targets.turned_twin import turned
 from tests.zoo.case import Inputs, ZooCase
 from tests.zoo.models import ZOO
+from tests.zoo.through import QUICK, through
 
 NAMES = ("bert-sdpa", "llama-sdpa", "gpt2-sdpa", "phi-sdpa", "t5-sdpa", "whisper-sdpa", "vit-sdpa", "albert-sdpa")
-CASES = [pytest.param(ZOO[n], id=n) for n in NAMES if n in ZOO]
+ALIKE = ("phi-sdpa", "gpt2-sdpa")
+"""What llama and bert stand for, in calibration."""
+CASES = [pytest.param(ZOO[n], id=n, marks=[pytest.mark.exhaustive] if n in ALIKE else []) for n in NAMES if n in ZOO]
+IN_FILES = [ZOO[n] for n in ("bert-sdpa", "llama-sdpa", "t5-sdpa", "bart-sdpa")]
+FILES = [pytest.param(c, e, id=f"{c.name}-{e}") for c, e in through(IN_FILES) if e in ("dynamo18", QUICK)]
 LENGTH = 12
 
 
@@ -88,12 +93,10 @@ def test_wrong_text_is_no_help() -> None:
     assert relative(case, model, bad) > 1.05 * relative(case, model, calibrated(case, model))
 
 
-@pytest.mark.parametrize("exporter", ["torchscript17", "dynamo18"])
-@pytest.mark.parametrize("name", ["bert-sdpa", "llama-sdpa", "t5-sdpa", "whisper-sdpa"])
+@pytest.mark.parametrize(("case", "exporter"), FILES)
 def test_both_doors_give_the_same_weights(
-    name: str, exporter: str, zoo_onnx: Callable[..., Path], tmp_path: Path
+    case: ZooCase, exporter: str, zoo_onnx: Callable[..., Path], tmp_path: Path
 ) -> None:
-    case = ZOO[name]
     path, fresh = zoo_onnx(case, exporter), case.inputs(2, LENGTH, 5)
     if _is_fixed(path):
         pytest.skip("the exporter fixed the sizes")
@@ -138,6 +141,9 @@ def test_graph_modules_and_wrong_calibrations_are_refused() -> None:
     for wrong, said in ((["a text"], "tokenizer"), ([], "no tokens"), (3, "is a int"), ([{"x": 1}], "lack the input")):
         with pytest.raises(UsageError, match=said):
             rewriter.optimize(model, "gqa2", calibration=wrong)
+    with pytest.raises(UsageError, match="index out of range") as foreign:
+        rewriter.optimize(model, "gqa2", calibration=inputs["input_ids"] + 10**6)
+    assert "tokenizer" in foreign.value.hint
     with pytest.raises(UsageError, match="16 shapes"):
         rewriter.optimize(model, "gqa2", calibration=[case.inputs(1, n, 0) for n in range(3, 21)])
 

@@ -17,12 +17,14 @@ from passes.replay import rebuild, recorded
 from passes.site import AttentionSite, Modifier, Norm
 from passes.targets import GroupedQuery
 from passes.targets.catalogue import CATALOGUE, find
+from passes.targets.decoupled import DecoupledHeads
 from passes.targets.grouped_query import describe, specification
 from passes.targets.replacement import Replacement
 from tests.match.doors import Seen, through_torch
 from tests.targets.lossless_twin import legal_pool, tied
 from tests.zoo.case import ZooCase
 from tests.zoo.models import MAIN, ZOO
+from tests.zoo.through import one_of_each_family
 
 ATTENDING = [c for c in MAIN.values() if not c.tags & {"none", "refuse"}]
 
@@ -47,7 +49,7 @@ def heads_of(replacement: Replacement, site: AttentionSite, found: Seen, role: s
     return heads.transpose(0, 2, 1, 3)
 
 
-@pytest.mark.parametrize("case", [pytest.param(c, id=c.name) for c in ATTENDING])
+@pytest.mark.parametrize("case", one_of_each_family(ATTENDING))
 def test_tied_heads_pool_to_themselves_and_perturbed_ones_do_not(case: ZooCase) -> None:
     target = GroupedQuery(legal_pool(case))
     for how in ("tied", "perturbed"):
@@ -144,9 +146,11 @@ def test_legal_counts_divide_both(heads: int, kv_heads: int, legal: list[int]) -
 def test_what_cannot_be_pooled_is_refused() -> None:
     site = seen("llama-sdpa", "free").matches.sites[0]
     assert GroupedQuery(1).refuses(site) is None
+    for per_head in (False, True):
+        normed = replace(site, k=replace(site.k, norm=Norm("rms", per_head, "a", "b")))
+        assert GroupedQuery(1).refuses(normed) is None
     wide = replace(site, k=replace(site.k, norm=Norm("rms", False, "a", "b")))
-    assert "key norm" in str(GroupedQuery(1).refuses(wide))
-    assert GroupedQuery(1).refuses(replace(site, k=replace(site.k, norm=Norm("rms", True, "a", "b")))) is None
+    assert "treats its heads apart" in str(DecoupledHeads(1, 2).refuses(wide))
     headless = replace(site, v=replace(site.v, past="cache", past_head_axis=None))
     assert "value cache" in str(GroupedQuery(1).refuses(headless))
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import passes.merging_fit
+import passes.refine
 import rewriter
 from passes.attention_jacobian import Features, Linearised
 from passes.refine import Refinement, _changed, refined, refitted, tokens
@@ -100,6 +101,39 @@ def test_refined_heads_are_nearer_where_they_were_fitted(given: tuple[Refinement
     plain, better = refitted(job.site, merged, job.seen, job.reference), refined(job, merged)
     missed = [sum(Linearised.at(f, m.weights).missed for f in features(job, merged)) for m in (merged, plain, better)]
     assert missed[2] < 0.97 * missed[1] < missed[0]
+
+
+def test_thinned_products_are_those_of_the_queries_left(given: tuple[Refinement, Merged]) -> None:
+    job, merged = given
+    here = Linearised.at(features(job, merged)[0], merged.weights)
+    thin, change = here.thinned(3), random_change(job, here, 4)
+    np.testing.assert_allclose(thin.moved(change), here.moved(change)[:, ::3], rtol=1e-4, atol=1e-5)
+    only = np.zeros_like(here.left)
+    only[:, ::3] = here.left[:, ::3]
+    some, every = thin.pulled(thin.left, job.operands), here.pulled(here.left, job.operands)
+    for name, matrix in here.pulled(only, job.operands).items():
+        size = np.abs(matrix).max()
+        np.testing.assert_allclose(some[name], matrix, atol=1e-4 * size)
+        assert np.abs(every[name] - matrix).max() > 1e-2 * size, name  # control: the others count
+
+
+def test_some_queries_tell_the_curvature(given: tuple[Refinement, Merged], monkeypatch: pytest.MonkeyPatch) -> None:
+    job, merged = given
+    thinned: list[int] = []
+    whole = Linearised.thinned
+
+    def watched(point: Linearised, every: int) -> Linearised:
+        thinned.append(every)
+        return whole(point, every)
+
+    monkeypatch.setattr(Linearised, "thinned", watched)
+    monkeypatch.setattr(passes.refine, "EACH", 0)
+    monkeypatch.setattr(passes.refine, "CURVED", sum(int(look.asking.sum()) for look in job.seen) // 2)
+    found = refined(job, merged)
+    assert set(thinned) == {2}
+    plain = refitted(job.site, merged, job.seen, job.reference)
+    left = [sum(Linearised.at(f, m.weights).missed for f in features(job, merged)) for m in (plain, found)]
+    assert left[1] < 0.97 * left[0]
 
 
 @pytest.mark.parametrize("name", ["llama-sdpa", "phi-sdpa"])

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from passes.weights.moments import MomentSums
-from passes.weights.refit import NormalEquations
+from passes.weights.refit import RIDGES, Folded, NormalEquations, missed_across
 from rewriter.calibration.batches import LONGEST, ROWS, WINDOW, Batch, batches
 from rewriter.calibration.files import read_calibration
 from rewriter.calibration.torch_probe import completed
@@ -219,3 +219,33 @@ def test_a_constant_is_not_held_by_the_ridge() -> None:
     known = np.zeros((1, 4))
     assert equations.solve(known, ridge=1e3, constant=True)[0, -1] == pytest.approx(7.0, rel=1e-3)
     assert equations.solve(known, ridge=1e3)[0, -1] < 1.0
+
+
+@pytest.mark.parametrize("constant", [False, True], ids=["plain", "constant"])
+def test_all_ridges_from_one_decomposition(constant: bool) -> None:
+    """What each half's solutions miss of the other half is what solving for every ridge by itself gives."""
+    first, second, known = two_halves(constant)
+    plain = [second.missed(first.solve(known, ridge=ridge, constant=constant)) for ridge in RIDGES]
+    shared = missed_across(first, second, known, RIDGES, constant=constant)
+    np.testing.assert_allclose(shared - shared[0], np.array(plain) - plain[0], atol=1e-9 * np.ptp(plain))
+    other = missed_across(second, first, known, RIDGES, constant=constant)  # control: the halves are not alike
+    assert np.abs((other - other[0]) - (shared - shared[0])).max() > 1e-3 * np.ptp(plain)
+    best = RIDGES[int(np.argmin(shared + other))]
+    assert RIDGES[0] < best < RIDGES[-1]
+    whole = NormalEquations(first.gram + second.gram, first.cross + second.cross)
+    solved = Folded((first, second)).solve(known, constant=constant)
+    np.testing.assert_allclose(solved, whole.solve(known, ridge=best / 2, constant=constant))
+
+
+def two_halves(constant: bool) -> tuple[NormalEquations, NormalEquations, Any]:
+    """Noisy targets of features of very different sizes, and a solution [5, 12] that is known roughly."""
+    g = np.random.default_rng(3)
+    known = g.normal(size=(5, 12))
+    truth, mixing = known + 0.3 * g.normal(size=known.shape), g.normal(size=(12, 12)) * np.geomspace(1, 1e-2, 12)
+    halves = NormalEquations(), NormalEquations()
+    for half in halves:
+        x = g.normal(size=(40, 12)) @ mixing
+        if constant:
+            x[:, -1] = 1.0
+        half.add(x, x @ truth.T + 3 * g.normal(size=(40, 5)))
+    return (*halves, known)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -54,10 +55,13 @@ def test_a_conversion_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
         assert not list((tmp_path / "cache").iterdir())
 
 
-def test_a_conversion_is_whole_and_the_first_of_two_wins(tmp_path: Path) -> None:
+def test_a_conversion_is_whole_and_a_second_one_gives_the_same(tmp_path: Path) -> None:
+    """What a killed one left goes, too."""
     folder = tmp_path / "model"
-    weights._save_whole(folder, _Part("a"), _Part("b"))
-    weights._save_whole(folder, _Part("c"))
+    child = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    (tmp_path / f".model.{child.stdout.strip()}-01234567.tmp").mkdir()
+    for _ in range(2):
+        weights._save_whole(folder, _Part("a"), _Part("b"))
     assert sorted(path.name for path in folder.iterdir()) == ["a", "b"]
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 

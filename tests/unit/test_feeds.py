@@ -250,7 +250,7 @@ def test_initializers_that_are_also_inputs_are_not_fed() -> None:
 # --- real exports --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("exporter", ["dynamo18", "dynamo24", "torchscript17"])
+@pytest.mark.parametrize("exporter", ["dynamo18", "torchscript17"])
 @pytest.mark.parametrize(("name", "past"), [("bert-sdpa", False), ("gpt2-eager", True), ("vit-sdpa", False)])
 def test_exports_run_on_their_feeds(name: str, past: bool, exporter: str, zoo_onnx: Callable[..., Path]) -> None:
     import onnxruntime as ort

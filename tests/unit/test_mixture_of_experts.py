@@ -24,6 +24,7 @@ from codegen.ops.mixture_of_experts import microsoft_moe, torch_body
 from codegen.ops.mixture_of_experts.onnx_body import DOMAIN, attributes, function, function_name, stored_as
 from codegen.ops.mixture_of_experts.reference import mixture_of_experts as oracle
 from codegen.spec import Activation, MixtureOfExperts, Routing
+from tests.covering import covering
 
 Array = NDArray[Any]
 CLOSE = 3e-6
@@ -298,8 +299,7 @@ def run(content: bytes, feeds: dict[str, Array]) -> Array:
     return np.asarray(session.run(None, feeds)[0])
 
 
-@pytest.mark.parametrize("opset", [12, 13, 15, 16, 18, 21, 24])
-@pytest.mark.parametrize("routing", Routing, ids=list(ROUTINGS))
+@pytest.mark.parametrize(("routing", "opset"), covering(tuple(Routing), (12, 13, 15, 16, 18, 21, 24)))
 def test_the_function_equals_the_oracle_at_every_opset(routing: Routing, opset: int) -> None:
     selected = 2 if routing is Routing.TOKENS_CHOOSE else 1
     spec = MixtureOfExperts(6, 9, 4, routing, group_limit=30, selected=selected, gated=True, bias=True)

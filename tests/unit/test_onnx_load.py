@@ -86,6 +86,12 @@ def test_other_files(tmp_path: Path, content: bytes, words: str) -> None:
     assert words in refused(tmp_path / "f.onnx")
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "model.pt", "pytorch_model.bin"])
+def test_weights_without_a_model(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"PK\x03\x04" + b"\0" * 100)
+    assert "weights without a model" in refused(tmp_path / name)
+
+
 def test_random_bytes(tmp_path: Path) -> None:
     rng = random.Random(0)
     for _ in range(500):
@@ -330,6 +336,22 @@ def test_protos_go_in_and_out(pair: Path) -> None:
     proto = to_proto(load(pair))
     assert [t.data_location for t in proto.graph.initializer] == [0, 0]
     assert (nh.to_array(proto.graph.initializer[0]).reshape(-1) == np.arange(4096)).all()
+
+
+def test_nodes_that_stand_before_what_they_read() -> None:
+    proto = model()
+    first = proto.graph.node.pop(0)
+    proto.graph.node.append(first)
+    body = oh.make_graph(
+        [oh.make_node("Identity", ["y"], ["inner"])], "body", [], [oh.make_tensor_value_info("inner", 1, None)]
+    )
+    chosen = oh.make_node("If", ["flag"], ["z"], then_branch=body, else_branch=body)
+    proto.graph.node.insert(0, chosen)  # its body reads y, which stands last
+    proto.graph.input.append(oh.make_tensor_value_info("flag", onnx.TensorProto.BOOL, []))
+    assert [n.op_type for n in from_proto(proto).graph] == ["MatMul", "Add", "If"]
+    proto.graph.node[2].input[0] = "y"
+    with pytest.raises(InvalidModelFile, match="cycle"):
+        from_proto(proto)
 
 
 def test_proto_whose_weights_are_elsewhere(pair: Path) -> None:

@@ -66,3 +66,23 @@ def test_an_attention_behind_a_branch_and_a_filled_cast_is_found() -> None:
     captured = capture(_Branching().eval(), (), inputs)
     assert captured.program is None, "it was exported, so that nothing was traced"
     assert len(find_attention(captured.flow).sites) == 1
+
+
+def test_a_capture_writes_no_stack_traces_and_leaves_the_setting_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.fx import config
+
+    if not hasattr(config, "do_not_emit_stack_traces"):
+        pytest.skip("this torch has no such setting")
+    module, args = torch.nn.Linear(3, 3), (torch.ones(2, 3),)
+
+    def traces(program: torch.export.ExportedProgram | None) -> int:
+        assert program is not None
+        return sum(bool(node.stack_trace) for node in program.graph.nodes)
+
+    monkeypatch.setattr(config, "do_not_emit_stack_traces", False)
+    plain = torch.export.export(module, args, strict=False)
+    assert traces(capture(module, args, {}).program) == 0 < traces(plain)
+    for before in (True, False):
+        monkeypatch.setattr(config, "do_not_emit_stack_traces", before)
+        capture(module, args, {})
+        assert config.do_not_emit_stack_traces is before

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from rewriter import drafts
 from rewriter import whole_folder as module
 from rewriter.drafts import writing
 from rewriter.errors import CannotWrite, UsageError
@@ -128,3 +130,47 @@ def test_other_errors_pass(tmp_path: Path, error: Exception) -> None:
     with pytest.raises(type(error)) as told, writing(tmp_path / "out"):
         raise error
     assert told.value is error
+
+
+# ---------------------------------------------------------------------- places that cannot be written
+
+
+@pytest.mark.parametrize("length", [181, 250], ids=["long", "longest"])
+def test_long_names_have_drafts_too(tmp_path: Path, dead: int, length: int) -> None:
+    """What killed calls left is found by the shortened name, and other long names are left alone."""
+    target, other = tmp_path / ("é" * 50 + "x" * (length - 100)), tmp_path / ("é" * 50 + "y" * (length - 100))
+    stale = drafts.draft_path(target, "01234567")
+    stale.write_text("half")
+    stale.rename(left := stale.with_name(stale.name.replace(f".{os.getpid()}-", f".{dead}-")))
+    write_whole("a", other)
+    assert left.exists()
+    write_whole("b", target)
+    assert not left.exists()
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {other.name: "a", target.name: "b"}
+
+
+def test_places_that_take_no_output(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "linked").symlink_to(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "file").write_text("old")
+    for name, words in {
+        "pipe": "a device or a pipe",
+        "linked": "a device or a pipe",
+        "loop": "leads to itself",
+        "x" * 300: "too long",
+        "file/out": "no folder",
+    }.items():
+        for write in (lambda place: write_whole("new", place), _write_folder):
+            with pytest.raises(UsageError, match=words):
+                write(tmp_path / name)
+    assert stat.S_ISFIFO((tmp_path / "pipe").lstat().st_mode) and (tmp_path / "file").read_text() == "old"
+    assert len(list(tmp_path.iterdir())) == 4, "and no draft is left"
+    with pytest.raises(UsageError, match="too long"):
+        drafts.require_place(tmp_path / ("x" * 250), longer=14)
+    drafts.require_place(tmp_path / ("x" * 250), longer=0)
+
+
+def _write_folder(place: Path) -> None:
+    with whole_folder(place):
+        pass

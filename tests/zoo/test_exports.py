@@ -9,6 +9,7 @@ import pytest
 
 from tests.zoo.exports import EXPORTERS, ExportSkipped, exported, exported_with_past
 from tests.zoo.models import EXTRA, MAIN, WIDE, ZOO, ZooCase, cases
+from tests.zoo.through import DYNAMO, DYNAMO_WITH_PAST, QUICK, exporters, known, matrix
 
 FAILS: dict[tuple[str, str], str] = {
     ("torch-encoder-padded", "dynamo23"): "onnxruntime's Attention does not broadcast a mask over queries",
@@ -43,27 +44,23 @@ DECODERS = [
 ]
 
 
-def _jobs() -> list[tuple[ZooCase, bool, str]]:
+def _jobs() -> list[object]:
     """The main list by every exporter (with a cache: one implementation); the extras by the quick one; of the wide list
     one implementation by two."""
-    jobs = [(case, False, exporter) for case in MAIN.values() for exporter in EXPORTERS]
-    jobs += [(case, True, exporter) for case in DECODERS if case in cases(having="sdpa") for exporter in EXPORTERS]
-    jobs += [(case, False, "torchscript17") for case in EXTRA.values()]
-    jobs += [(case, True, "torchscript17") for case in DECODERS if "extra" in case.tags or "eager" in case.tags]
+    cached, quick = cases(having="sdpa"), (QUICK,)
     wide = {case.name.rpartition("-")[0] or case.name: case for case in reversed(WIDE.values())}
-    jobs += [(case, False, exporter) for case in wide.values() for exporter in ("torchscript17", "dynamo18")]
-    return jobs
-
-
-def _id(job: tuple[ZooCase, bool, str]) -> str:
-    case, past, exporter = job
-    return f"{case.name}{'-past' * past}-{exporter}"
+    return [
+        *matrix(MAIN.values(), told=True),
+        *matrix([case for case in DECODERS if case in cached], past=True, told=True),
+        *matrix(EXTRA.values(), quick, told=True),
+        *matrix([c for c in DECODERS if "extra" in c.tags or "eager" in c.tags], quick, past=True, told=True),
+        *matrix(wide.values(), (QUICK, "dynamo18"), told=True),
+    ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("job", [pytest.param(job, id=_id(job)) for job in _jobs()])
-def test_export_succeeds_exactly_where_stated(job: tuple[ZooCase, bool, str], zoo_cache: Path) -> None:
-    case, past, exporter = job
+@pytest.mark.parametrize(("case", "exporter", "past"), _jobs())
+def test_export_succeeds_exactly_where_stated(case: ZooCase, exporter: str, past: bool, zoo_cache: Path) -> None:
     key = (case.name + "-past" * past, exporter)
     try:
         done = (exported_with_past if past else exported)(case, exporter, zoo_cache)
@@ -91,3 +88,23 @@ def test_a_model_without_a_cache_cannot_be_exported_with_past(tmp_path: Path) ->
     with pytest.raises(ExportSkipped, match="not a causal decoder"):
         exported_with_past(ZOO["bert-sdpa"], "torchscript17", tmp_path)
     assert list(tmp_path.glob("*.skipped.txt")), "the refusal is cached"
+
+
+def test_no_exporter_is_left_out_of_a_run() -> None:
+    """The control of what every run exports: a table that lost a line would otherwise only make the suite faster."""
+    assert {*DYNAMO, *DYNAMO_WITH_PAST} <= set(known())
+    attending = [case for case in MAIN.values() if "none" not in case.tags]
+    assert {tag for name in DYNAMO for tag in known()[name].tags} >= {
+        "sdpa",
+        "eager",
+        "torch",
+        "encoder-decoder",
+        "refuse",
+    }
+    for exporter in EXPORTERS:
+        here = [case for case in attending if exporter in exporters(case)]
+        assert any(not case.causal for case in here), f"{exporter} sees no encoder"
+        assert any(case.causal and case.heads == case.kv_heads for case in here), f"{exporter} sees no decoder"
+        assert any(case.kv_heads < case.heads for case in here), f"{exporter} sees no grouped heads"
+        assert any("torch" in case.tags for case in here), f"{exporter} sees no plain torch"
+        assert any(exporter in exporters(case, past=True) for case in DECODERS), f"{exporter} sees no cache"

@@ -49,6 +49,7 @@ def _refused(cases: list[ZooCase], reason: str, sites: int) -> list[ZooCase]:
 
 def decoders() -> list[ZooCase]:
     separate, packed = heads.separate(HEADS, "k_proj", "v_proj"), heads.stacked(HEADS, HEADS, "Wqkv")
+    by_head = heads.separate(HEADS, "k_proj", "v_proj", "k_norm")
     old = {"vocab_size": VOCAB, "n_embd": WIDTH, "n_layer": LAYERS, "n_head": HEADS, "n_positions": POSITIONS}
     gpt_neo = {
         **SPECIAL,
@@ -98,6 +99,8 @@ def decoders() -> list[ZooCase]:
         *_decoder("cohere", "Cohere", DECODER, separate, SDPA),
         *_decoder("hunyuan", "HunYuanDenseV1", {**DECODER, "head_dim": 8}, separate, SDPA),
         *_decoder("olmo", "Olmo", {**DECODER, "clip_qkv": 0.5}, separate, SDPA),
+        *_decoder("olmo2", "Olmo2", DECODER, by_head, SDPA),
+        *_decoder("cohere-norms", "Cohere", {**DECODER, "use_qk_norm": True}, by_head, SDPA),
         *_decoder(
             "smollm3",
             "SmolLM3",
@@ -217,10 +220,8 @@ def refused() -> list[ZooCase]:
         "first_k_dense_replace": 1,
     }
     separate, latent = heads.separate(HEADS, "k_proj", "v_proj"), heads.separate(HEADS, "kv_b_proj")
-    olmo2 = _decoder("olmo2", "Olmo2", DECODER, separate, SDPA)
     stablelm = {**DECODER, "rope_parameters": PARTIAL, "qk_layernorm": True}
     return [
         *_refused(_decoder("stablelm-norms", "StableLm", stablelm, separate, SDPA), "normalised by 4 norms", LAYERS),
-        *_refused(olmo2, "its norm spans the features of all heads", LAYERS),
         *_refused(_decoder("deepseek-v3", "DeepseekV3", deepseek, latent, SDPA), "key: ", LAYERS),
     ]

@@ -1,0 +1,104 @@
+"""Convolutions of kernel size 1 that attentions read, written as the linear layers over channels that they are.
+
+Done to the graph that a module was exported to for analysis. The module keeps its convolution: what is stored has the
+same rows, so the door out finds them there.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch.fx import Graph
+from torch.fx import Node as FxNode
+
+aten = torch.ops.aten
+
+_CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d", "convolution"})
+_PRODUCTS = frozenset({"matmul", "bmm", "mm", "baddbmm", "einsum"})
+_SOFTMAXES = frozenset({"softmax", "_softmax"})
+_FUSED = "scaled_dot_product_attention"
+_ENDS = _CONVOLUTIONS | _PRODUCTS | _SOFTMAXES | {"linear", "addmm", _FUSED}
+
+
+def write_as_linear(graph: Graph) -> bool:
+    """Replace, in place, the convolutions that lie between an attention and what it attends to; whether there were any.
+
+    A product is an attention's if a softmax reads it or it reads one.
+    """
+    found = [n for n in dict.fromkeys(_read_by_attention(graph)) if _is_pointwise(n)]
+    for node in found:
+        _replace(graph, node)
+    if found:
+        graph.lint()
+    return bool(found)
+
+
+def _name(node: FxNode) -> str:
+    schema = getattr(node.target, "_schema", None)
+    return str(schema.name).rpartition("::")[2] if schema is not None else ""
+
+
+def _read_by_attention(graph: Graph) -> Iterator[FxNode]:
+    for node in graph.nodes:
+        if _name(node) == _FUSED:
+            yield from _next(node, _above)
+        elif _name(node) in _SOFTMAXES:
+            for product in (*_next(node, _above), *_next(node, _below)):
+                if _name(product) in _PRODUCTS:
+                    yield from _next(product, _above)
+
+
+def _above(node: FxNode) -> Iterable[FxNode]:
+    return node.all_input_nodes
+
+
+def _below(node: FxNode) -> Iterable[FxNode]:
+    return node.users
+
+
+def _next(start: FxNode, step: Callable[[FxNode], Iterable[FxNode]]) -> Iterator[FxNode]:
+    """The first convolutions, products, softmaxes and linear layers in one direction."""
+    todo, seen = [*step(start)], {start}
+    while todo:
+        node = todo.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if _name(node) in _ENDS:
+            yield node
+        else:
+            todo.extend(step(node))
+
+
+def _is_pointwise(node: FxNode) -> bool:
+    """Whether a convolution multiplies each place by one matrix, and does nothing else."""
+    if _name(node) not in _CONVOLUTIONS:
+        return False
+    shapes = [getattr(n.meta.get("val"), "shape", None) for n in node.all_input_nodes[:2]]
+    schema = node.target._schema  # type: ignore[union-attr]
+    given = dict(zip((a.name for a in schema.arguments), node.args, strict=False)) | dict(node.kwargs)
+    if any(s is None for s in shapes) or isinstance(given.get("padding"), str):
+        return False
+    x, weight = shapes
+    assert x is not None and weight is not None
+    steps = [n for name in ("stride", "dilation") for n in given.get(name, [1])]
+    still = all(n == 1 for n in steps) and all(n == 0 for n in given.get("padding", [0]))
+    plain = not given.get("transposed") and given.get("groups", 1) == 1 and len(x) == len(weight)
+    return still and plain and all(n == 1 for n in weight[2:])
+
+
+def _replace(graph: Graph, node: FxNode) -> None:
+    x, weight = node.args[:2]
+    bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
+    with graph.inserting_before(node):
+        rows = graph.call_function(aten.movedim.int, (x, 1, -1))
+        matrix = graph.call_function(aten.flatten.using_ints, (weight, 1))
+        product = graph.call_function(aten.linear.default, (rows, matrix, bias))
+        result = graph.call_function(aten.movedim.int, (product, -1, 1))
+    for new in (rows, matrix, product, result):
+        new.meta.update({k: copy.copy(node.meta[k]) for k in ("nn_module_stack", "stack_trace") if k in node.meta})
+    result.meta["val"] = node.meta.get("val")
+    node.replace_all_uses_with(result)
+    graph.erase_node(node)

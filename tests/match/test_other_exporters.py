@@ -1,0 +1,290 @@
+"""Attention as Keras, TensorFlow, JAX, Paddle and MXNet exporters write it: found, and rewritten without loss.
+
+Every graph is a lossless twin; its control has one head that is not tied.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import rewriter
+from passes.match.scores import TURNED
+from tests.match.graphs_by_hand import (
+    DIM,
+    HEADS,
+    SCALE,
+    WIDTH,
+    Graph,
+    Writer,
+    attended,
+    by_heads,
+    finished,
+    ints,
+    projections,
+    run,
+)
+
+EXACT, MOVED = 1e-5, 1e-3
+
+
+def keras(graph: Graph, perturbed: bool) -> str:
+    """Einsum everywhere: weights [width, heads, features], biases by head, scores of keys with queries."""
+    q, k, v = (
+        graph.op("Add", graph.op("Einsum", "x", p.weight, equation="abc,cde->abde"), p.bias)
+        for p in projections(graph, perturbed)
+    )
+    scores = graph.op("Einsum", k, graph.op("Mul", q, SCALE), equation="aecd,abcd->acbe")
+    mixed = graph.op("Einsum", graph.op("Softmax", scores, axis=-1), v, equation="acbe,aecd->abcd")
+    return graph.op("Add", graph.op("Einsum", mixed, graph.matrix(HEADS, DIM, WIDTH), equation="abcd,cde->abe"), "x")
+
+
+def keras_by_matrices(graph: Graph, perturbed: bool) -> str:
+    """The same numbers as linear layers."""
+    q, k, v = (
+        by_heads(graph, graph.op("Add", graph.op("MatMul", "x", p.flat[0]), p.flat[1]))
+        for p in projections(graph, perturbed)
+    )
+    mixed = graph.op("Transpose", attended(graph, q, k, v), perm=[0, 2, 1, 3])
+    last = graph.matrix(HEADS, DIM, WIDTH).reshape(WIDTH, WIDTH)
+    return graph.op("Add", graph.op("MatMul", graph.op("Reshape", mixed, ints(0, 0, WIDTH)), last), "x")
+
+
+def heads_first(graph: Graph, perturbed: bool) -> str:
+    """Einsum to [batch, heads, tokens, features], by weights [heads, width, features]; one bias for all heads."""
+    q, k, v = (
+        graph.op("Add", graph.op("Einsum", "x", p.weight.transpose(1, 0, 2), equation="btc,hcd->bhtd"), p.bias[0])
+        for p in projections(graph, perturbed)
+    )
+    return finished(graph, attended(graph, q, k, v))
+
+
+def packed(graph: Graph, perturbed: bool) -> str:
+    """One Einsum whose weight [width, 3, heads, features] holds queries, keys and values."""
+    weight = np.stack([p.weight for p in projections(graph, perturbed)], axis=1)
+    made = graph.op("Einsum", "x", weight, equation="...tc,cnhd->n...htd")
+    q, k, v = (graph.op("Gather", made, np.array(i), axis=0) for i in range(3))
+    return finished(graph, attended(graph, q, k, v))
+
+
+def matrices(graph: Graph, perturbed: bool) -> str:
+    """Einsum with plain matrices: [in, out], [out, in], and the weight first."""
+    q, k, v = projections(graph, perturbed)
+    made = (
+        graph.op("Add", graph.op("Einsum", "x", q.flat[0], equation="btc,cf->btf"), q.flat[1]),
+        graph.op("Add", graph.op("Einsum", "x", k.flat[0].T, equation="btc,fc->btf"), k.flat[1]),
+        graph.op("Add", graph.op("Einsum", v.flat[0], "x", equation="cf,btc->btf"), v.flat[1]),
+    )
+    return finished(graph, attended(graph, *[by_heads(graph, m) for m in made]))
+
+
+def stacks(graph: Graph, perturbed: bool) -> str:
+    """Products with a stack of matrices, one for each head; a stack of one for the values."""
+    q, k, v = projections(graph, perturbed)
+    alone = graph.op("Unsqueeze", "x", ints(1))
+    by_head = [graph.op("Add", graph.op("MatMul", alone, p.weight.transpose(1, 0, 2)), p.bias[:, None]) for p in (q, k)]
+    value = graph.op("Add", graph.op("MatMul", "x", v.flat[0][None]), v.flat[1])
+    return finished(graph, attended(graph, *by_head, by_heads(graph, value)))
+
+
+def scaled(graph: Graph, perturbed: bool) -> str:
+    """Products that are multiplied by a factor: Gemm on flattened tokens, and what onnxruntime makes of a scale."""
+    q, k, v = projections(graph, perturbed)
+    flat = graph.op("Reshape", "x", ints(-1, WIDTH))
+    key = graph.op("Gemm", flat, k.flat[0].T / 2, k.flat[1], alpha=2.0, transB=1)
+    query = graph.op("FusedMatMul", "x", q.flat[0], domain="com.microsoft", alpha=0.5)
+    value = graph.op("FusedMatMul", "x", v.flat[0].T, domain="com.microsoft", alpha=3.0, transB=1)
+    made = (query, graph.op("Reshape", key, graph.op("Shape", "x")), value)
+    return finished(graph, attended(graph, *[by_heads(graph, m) for m in made]))
+
+
+def rows_flattened(graph: Graph, perturbed: bool) -> str:
+    """A softmax of two axes, around which scores are flattened and laid out again."""
+    q, k, v = (
+        by_heads(graph, graph.op("Add", graph.op("MatMul", "x", p.flat[0]), p.flat[1]))
+        for p in projections(graph, perturbed)
+    )
+    scores = graph.op("Mul", graph.op("MatMul", q, graph.op("Transpose", k, perm=[0, 1, 3, 2])), SCALE)
+    last = graph.op("Slice", graph.op("Shape", scores), ints(3), ints(4))
+    rows = graph.op("Reshape", scores, graph.op("Concat", ints(-1), last, axis=0))
+    weights = graph.op("Reshape", graph.op("Softmax", rows, axis=1), graph.op("Shape", scores))
+    return finished(graph, graph.op("MatMul", weights, v))
+
+
+def _linear(graph: Graph, perturbed: bool, x: str = "x") -> list[str]:
+    return [graph.op("Add", graph.op("MatMul", x, p.flat[0]), p.flat[1]) for p in projections(graph, perturbed)]
+
+
+def heads_before_batch(graph: Graph, perturbed: bool) -> str:
+    """Heads are split off, joined on the axis of sequences, and so is a mask that is repeated for each of them."""
+    parts = []
+    for flat in _linear(graph, perturbed):
+        cut = [graph.op("Slice", flat, ints(h * DIM), ints(h * DIM + DIM), ints(2)) for h in range(HEADS)]
+        parts.append(graph.op("Concat", *cut, axis=0))
+    q, k, v = parts
+    scores = graph.op("Div", graph.op("MatMul", q, graph.op("Transpose", k, perm=[0, 2, 1])), DIM**0.5)
+    graph.inputs["y"] = graph.inputs["x"]
+    kept = graph.op("Greater", graph.op("Slice", "y", ints(0), ints(1), ints(2)), 0.0)
+    keys = graph.op("Transpose", graph.op("Tile", kept, ints(HEADS, 1, 1)), perm=[0, 2, 1])
+    mixed = graph.op("MatMul", graph.op("Softmax", graph.op("Where", keys, scores, -1e9), axis=-1), v)
+    batch = graph.op("Slice", graph.op("Shape", "x"), ints(0), ints(1))
+    back = graph.op("Reshape", mixed, graph.op("Concat", ints(HEADS), batch, ints(-1, DIM), axis=0))
+    joined = graph.op("Reshape", graph.op("Transpose", back, perm=[1, 2, 0, 3]), ints(0, 0, WIDTH))
+    return graph.op("Add", graph.op("MatMul", joined, graph.matrix(WIDTH, WIDTH)), "x")
+
+
+def softmax_over_rows(graph: Graph, perturbed: bool) -> str:
+    """Scores of keys with queries; the softmax runs over the last axis but one."""
+    q, k, v = (by_heads(graph, flat) for flat in _linear(graph, perturbed))
+    scores = graph.op("Mul", graph.op("MatMul", k, graph.op("Transpose", q, perm=[0, 1, 3, 2])), SCALE)
+    weights = graph.op("Transpose", graph.op("Softmax", scores, axis=2), perm=[0, 1, 3, 2])
+    return finished(graph, graph.op("MatMul", weights, v))
+
+
+def scores_transposed(graph: Graph, perturbed: bool) -> str:
+    """Scores of keys with queries, transposed before they are masked."""
+    q, k, v = (by_heads(graph, flat) for flat in _linear(graph, perturbed))
+    scores = graph.op("Mul", graph.op("MatMul", k, graph.op("Transpose", q, perm=[0, 1, 3, 2])), SCALE)
+    length = graph.op("Squeeze", graph.op("Slice", graph.op("Shape", "x"), ints(1), ints(2)))
+    place = graph.op("Range", np.array(0), length, np.array(1))
+    later = graph.op("Greater", place, graph.op("Unsqueeze", place, ints(1)))
+    masked = graph.op("Where", later, -1e9, graph.op("Transpose", scores, perm=[0, 1, 3, 2]))
+    return finished(graph, graph.op("MatMul", graph.op("Softmax", masked, axis=-1), v))
+
+
+def one_sequence(graph: Graph, perturbed: bool) -> str:
+    """No axis for a batch: [tokens, heads, features] to [heads, features, tokens] in one step."""
+    graph.inputs["x"] = graph.inputs["x"][:1]
+    split = [
+        graph.op("Reshape", flat, ints(-1, HEADS, DIM))
+        for flat in _linear(graph, perturbed, graph.op("Squeeze", "x", ints(0)))
+    ]
+    q, k, v = (graph.op("Transpose", s, perm=p) for s, p in zip(split, ([1, 0, 2], [1, 2, 0], [1, 0, 2]), strict=True))
+    weights = graph.op("Softmax", graph.op("Mul", graph.op("MatMul", q, k), SCALE), axis=-1)
+    joined = graph.op("Reshape", graph.op("Transpose", graph.op("MatMul", weights, v), perm=[1, 0, 2]), ints(-1, WIDTH))
+    return graph.op("Unsqueeze", graph.op("MatMul", joined, graph.matrix(WIDTH, WIDTH)), ints(0))
+
+
+WRITERS: dict[str, Writer] = {
+    "keras": keras,
+    "heads-first": heads_first,
+    "packed": packed,
+    "matrices": matrices,
+    "stacks": stacks,
+    "scaled": scaled,
+    "rows-flattened": rows_flattened,
+    "heads-before-batch": heads_before_batch,
+    "softmax-over-rows": softmax_over_rows,
+    "scores-transposed": scores_transposed,
+    "one-sequence": one_sequence,
+}
+
+
+def _distances(writer: Writer, target: str) -> list[float]:
+    """How far the result moves when the twin is rewritten, and when the perturbed twin is."""
+    moved = []
+    for perturbed in (False, True):
+        graph = Graph()
+        model = graph.model(writer(graph, perturbed))
+        done = rewriter.optimize(model, target)
+        before, after = (run(m, graph.inputs) for m in (model, done))
+        moved.append(float(np.abs(before - after).max()))
+    return moved
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_twin_is_rewritten_without_loss(name: str) -> None:
+    exact, moved = _distances(WRITERS[name], "gqa2")
+    assert exact < EXACT
+    assert moved > MOVED
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_site_has_its_heads_and_its_scale(name: str) -> None:
+    graph = Graph()
+    (site,) = rewriter.inspect(graph.model(WRITERS[name](graph, False))).sites
+    assert (site.heads, site.kv_heads, site.head_dim, site.value_dim) == (HEADS, HEADS, DIM, DIM)
+    assert site.scale == pytest.approx(SCALE)
+
+
+def repeated_in_parts(graph: Graph, perturbed: bool) -> str:
+    """Two key/value heads, taken apart and joined again twice each."""
+    query, *pair = (by_heads(graph, flat) for flat in _linear(graph, perturbed))
+    repeated = []
+    for heads in pair:
+        two = graph.op("Slice", heads, ints(2), ints(4), ints(1))
+        first, second = (graph.op("Slice", two, ints(i), ints(i + 1), ints(1)) for i in (0, 1))
+        repeated.append(graph.op("Concat", first, first, second, second, axis=1))
+    return finished(graph, attended(graph, query, repeated[0], repeated[1]))
+
+
+def test_heads_that_are_repeated_by_joining_their_parts() -> None:
+    graph = Graph()
+    (site,) = rewriter.inspect(graph.model(repeated_in_parts(graph, False))).sites
+    assert (site.heads, site.kv_heads, site.group) == (HEADS, 2, (0, 0, 1, 1))
+    exact, moved = _distances(repeated_in_parts, "mqa")
+    assert exact < EXACT
+    assert moved > MOVED
+
+
+def test_masks_where_scores_are_keys_by_queries_are_refused() -> None:
+    graph = Graph()
+    q, k, v = (by_heads(graph, flat) for flat in _linear(graph, False))
+    scores = graph.op("MatMul", k, graph.op("Transpose", q, perm=[0, 1, 3, 2]))
+    masked = graph.op("Add", scores, graph.random.standard_normal((1, 1, 1, 1, 6))[0])
+    weights = graph.op("Softmax", graph.op("Transpose", masked, perm=[0, 1, 3, 2]), axis=-1)
+    seen = rewriter.inspect(graph.model(finished(graph, graph.op("MatMul", weights, v))))
+    assert [r.reason for r in seen.refusals] == [TURNED]
+
+
+@pytest.mark.parametrize(("skipped", "found"), [("input", 1), ("another", 0)], ids=["residual", "no-residual"])
+def test_a_feed_forward_block_whose_residual_and_biases_are_in_fused_operators(skipped: str, found: int) -> None:
+    graph = Graph()
+    vector = graph.random.standard_normal(WIDTH)
+    source = graph.op("LayerNormalization", "x", vector, axis=-1)
+    up = graph.op("MatMul", source, graph.matrix(WIDTH, 48))
+    hidden = graph.op("BiasGelu", up, graph.random.standard_normal(48), domain="com.microsoft")
+    down = graph.op("MatMul", hidden, graph.matrix(48, WIDTH))
+    other = {"input": source, "another": "y"}[skipped]
+    graph.inputs["y"] = graph.inputs["x"]
+    result = graph.op("SkipLayerNormalization", down, other, vector, vector, vector, domain="com.microsoft")
+    blocks = rewriter.inspect(graph.model(result)).feed_forward.sites
+    assert [(b.width, b.hidden, b.activation.name) for b in blocks] == [(WIDTH, 48, "gelu")] * found
+
+
+@pytest.mark.parametrize("target", ["gqa1", "fnet"])
+def test_an_output_projection_that_sums_over_heads_and_features_is_a_matrix_too(target: str) -> None:
+    errors = []
+    for writer in (keras, keras_by_matrices):
+        graph = Graph()
+        model = graph.model(writer(graph, True))
+        done = rewriter.optimize(model, target, calibration=[graph.inputs])
+        errors.append(float(np.abs(run(done, graph.inputs) - run(model, graph.inputs)).max()))
+    assert errors[0] == pytest.approx(errors[1], rel=1e-3)
+    assert errors[0] > MOVED
+
+
+@pytest.mark.parametrize("equation", ["abc,cd->abd", "abc,dc->abd"])
+def test_a_feed_forward_block_of_einsums(equation: str) -> None:
+    graph = Graph()
+    turned = "dc" in equation
+    up, down = (graph.matrix(*shape[::-1] if turned else shape) for shape in ((WIDTH, 48), (48, WIDTH)))
+    hidden = graph.op("Relu", graph.op("Einsum", "x", up, equation=equation))
+    result = graph.op("Einsum", hidden, down, equation=equation)
+    (block,) = rewriter.inspect(graph.model(graph.op("Add", result, "x"))).feed_forward.sites
+    assert (block.width, block.hidden, block.activation.name) == (WIDTH, 48, "relu")
+
+
+def test_integer_convolutions_are_projections_too() -> None:
+    graph = Graph()
+    turned = graph.op("Transpose", "x", perm=[0, 2, 1])
+    quantised = graph.op("DynamicQuantizeLinear", turned)
+    graph.nodes[-1].output.extend(["scale", "zero"])
+    heads = []
+    for _ in "qkv":
+        weight = graph.random.integers(-99, 99, (WIDTH, DIM, 1)).astype(np.int8)
+        whole = graph.op("Cast", graph.op("ConvInteger", quantised, weight, "zero", group=HEADS), to=1)
+        made = graph.op("Mul", whole, graph.op("Mul", "scale", 0.01))
+        heads.append(graph.op("Transpose", graph.op("Reshape", made, ints(0, HEADS, DIM, -1)), perm=[0, 1, 3, 2]))
+    seen = rewriter.inspect(graph.model(finished(graph, attended(graph, heads[0], heads[1], heads[2]))))
+    assert ["a convolution in 4 groups" in r.reason for r in seen.refusals] == [True]

@@ -1,0 +1,266 @@
+"""Attentions in spellings that are not read: each is refused, by both doors, with the reason that is true of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import rewriter
+
+WIDTH, HEADS, DIM, TOKENS = 32, 4, 8, 6
+
+
+def _x() -> Tensor:
+    return torch.randn(2, TOKENS, WIDTH, generator=torch.Generator().manual_seed(0))
+
+
+class Projects(nn.Module):
+    """Queries, keys and values [B, heads, T, DIM] of ``x [B, T, 32]``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = (m(x).view(*x.shape[:2], HEADS, DIM).transpose(1, 2) for m in (self.q, self.k, self.v))
+        return q, k, v
+
+    def merged(self, mixed: Tensor) -> Tensor:
+        out: Tensor = self.o(mixed.transpose(1, 2).flatten(2))
+        return out
+
+
+class TalkingTwice(Projects):
+    """Scores and weights are both mixed between heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.after = nn.Linear(HEADS, HEADS), nn.Linear(HEADS, HEADS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        scores = self.before((q @ k.transpose(-2, -1)).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        weights = self.after(scores.softmax(-1).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return self.merged(weights @ v)
+
+
+class TalkingByEinsum(Projects):
+    """Likewise, by einsum with a stored matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.after = (nn.Parameter(torch.randn(HEADS, HEADS)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        scores = torch.einsum("bhij,hg->bgij", q @ k.transpose(-2, -1), self.before)
+        return self.merged(torch.einsum("bhij,hg->bgij", scores.softmax(-1), self.after) @ v)
+
+
+class SummedByHand(Projects):
+    """Both products are elementwise, then summed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        weights = (q[:, :, :, None] * k[:, :, None]).sum(-1).softmax(-1)
+        return self.merged((weights[..., None] * v[:, :, None]).sum(-2))
+
+
+class Additive(Projects):
+    """A learned function of each query and key together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.score = nn.Linear(DIM, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        weights = self.score(torch.tanh(q[:, :, :, None] + k[:, :, None])).squeeze(-1).softmax(-1)
+        return self.merged(weights @ v)
+
+
+class SoftFeatures(Projects):
+    """Linear attention whose features are softmaxes, over the features of queries and over the tokens of keys."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        return self.merged(q.softmax(-1) @ (k.softmax(-2).transpose(-2, -1) @ v))
+
+
+class NormalisedLast(Projects):
+    """Exponentials are divided by their sum behind the product with values."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        raised = (q @ k.transpose(-2, -1)).exp()
+        return self.merged((raised @ v) / raised.sum(-1, keepdim=True))
+
+
+class StoredQueries(Projects):
+    """Queries are parameters, by head, that nothing projects."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(1, HEADS, 3, DIM))
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, k, v = self.heads(x)
+        return self.merged((self.queries @ k.transpose(-2, -1)).softmax(-1) @ v)
+
+
+class Unprojected(Projects):
+    """Tokens are compared with themselves."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.o((x @ x.transpose(-2, -1)).softmax(-1) @ x)
+        return out
+
+
+class Adapted(Projects):
+    """A low-rank adapter beside the queries' projection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Linear(WIDTH, 4, bias=False), nn.Linear(4, WIDTH, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, k, v = self.heads(x)
+        q = (self.q(x) + 0.5 * self.up(self.down(x))).view(*x.shape[:2], HEADS, DIM).transpose(1, 2)
+        return self.merged((q @ k.transpose(-2, -1)).softmax(-1) @ v)
+
+
+class HeadByHead(Projects):
+    """A projection for each head, whose results are stacked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_head = nn.ModuleList(nn.ModuleList(nn.Linear(WIDTH, DIM) for _ in range(HEADS)) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (torch.stack([m(x) for m in heads], dim=1) for heads in self.by_head)  # type: ignore[union-attr]
+        return self.merged((q @ k.transpose(-2, -1)).softmax(-1) @ v)
+
+
+class ByChannel(Projects):
+    """Features are weighed by features."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.transpose(-2, -1) for t in self.heads(x))
+        return self.merged(((q @ k.transpose(-2, -1)).softmax(-1) @ v).transpose(-2, -1))
+
+
+class Warmed(Projects):
+    """Each token has a temperature of its own, computed from it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.warmth = nn.Linear(WIDTH, HEADS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        return self.merged(
+            (q @ k.transpose(-2, -1) * self.warmth(x).transpose(-2, -1)[..., None].exp()).softmax(-1) @ v
+        )
+
+
+class TurnedByHead(Projects):
+    """Each head has rotary frequencies of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pace = nn.Parameter(torch.rand(HEADS, 1, DIM // 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        angle = torch.arange(TOKENS)[:, None] * self.pace
+        cos, sin = angle.cos(), angle.sin()
+        q, k = (torch.cat([a * cos - b * sin, b * cos + a * sin], -1) for a, b in (t.chunk(2, dim=-1) for t in (q, k)))
+        return self.merged((q @ k.transpose(-2, -1)).softmax(-1) @ v)
+
+
+class NormalisedByBatch(Projects):
+    """A batch normalisation behind the keys' projection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, _, v = self.heads(x)
+        k = self.norm(self.k(x).flatten(0, 1)).view(*x.shape[:2], HEADS, DIM).transpose(1, 2)
+        return self.merged((q @ k.transpose(-2, -1)).softmax(-1) @ v)
+
+
+class TalkingOnTop(Projects):
+    """What is mixed between heads is added to the scores."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Conv2d(HEADS, HEADS, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        scores = q @ k.transpose(-2, -1)
+        return self.merged((scores + self.mix(scores)).softmax(-1) @ v)
+
+
+REASONS: dict[type[Projects], str] = {
+    TalkingTwice: "mixed between heads",
+    TalkingByEinsum: "mixed between heads",
+    SummedByHand: "products of elements that are summed by hand",
+    Additive: "additive attention",
+    SoftFeatures: "without a softmax of scores",
+    NormalisedLast: "normalised by hand in a way that is not read",
+    StoredQueries: "its queries are learned numbers that no projection makes",
+    Unprojected: "no projection makes keys or values of them",
+    Adapted: "merge the adapter into the layer's weights first",
+    HeadByHead: "its heads are joined from 4 projections",
+    ByChannel: "it weighs features by features",
+    Warmed: "scores are multiplied by something computed from hidden states",
+    NormalisedByBatch: "fold it into the projection's weights first",
+    TalkingOnTop: "mixed between heads",
+    TurnedByHead: "rotated by angles of their own",
+}
+
+
+@pytest.mark.parametrize("kind", REASONS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("door", ["torch", "file"])
+def test_what_is_not_read_is_refused_with_what_is_true_of_it(kind: type[Projects], door: str, tmp_path: Path) -> None:
+    module = kind().eval()
+    if door == "torch":
+        seen = rewriter.inspect(module, example_inputs=(_x(),))
+    else:
+        path = tmp_path / "model.onnx"
+        torch.onnx.export(module, (_x(),), str(path), dynamo=False, opset_version=17, input_names=["x"])
+        seen = rewriter.inspect(path)
+    assert not seen.sites and [REASONS[kind] in r.reason for r in seen.refusals] == [True]
+
+
+class Pools(nn.Module):
+    """Tokens weighed by a number that is computed from each alone."""
+
+    def __init__(self, in_channels: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.weight = nn.Conv1d(WIDTH, 1, 1) if in_channels else nn.Linear(WIDTH, 1)
+        self.value, self.in_channels = nn.Linear(WIDTH, WIDTH), in_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = (
+            self.weight(x.transpose(-2, -1)).softmax(-1)
+            if self.in_channels
+            else self.weight(x).softmax(1).transpose(-2, -1)
+        )
+        out: Tensor = weights @ self.value(x)
+        return out
+
+
+@pytest.mark.parametrize("in_channels", [False, True], ids=["linear", "convolution"])
+def test_pooling_compares_no_tokens(in_channels: bool) -> None:
+    seen = rewriter.inspect(Pools(in_channels).eval(), example_inputs=(_x(),))
+    assert not seen.sites and not seen.refusals
+    assert ["weights for pooling" in n.reason for n in seen.not_attention] == [True]
