@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from passes.dataflow import Flow
 from passes.plan import PlanError, make_plan, select
-from passes.site import AttentionSite, Modifier, Norm
+from passes.site import AttentionSite, Modifier
 from passes.targets import GroupedQuery
 from tests.match.doors import Seen, through_torch
 from tests.zoo.models import ZOO
@@ -148,12 +148,11 @@ def test_a_long_list_of_sites_is_cut_short_and_says_so() -> None:
 
 def test_what_a_target_refuses_is_refused_with_its_reason_and_the_rest_goes_on() -> None:
     good, bad = stack(2)
-    wide = Norm("rms", False, "x", "y")
-    bad = replace(bad, k=replace(bad.k, norm=wide))
+    bad = replace(bad, k=replace(bad.k, past="past", past_head_axis=None))
     plan = make_plan(flow(), [good, bad], {"all": GroupedQuery(1)})
     assert [s.site.name for s in plan.steps] == [good.name]
     ((name, reason),) = plan.refused
-    assert name == bad.name and "all heads" in reason
+    assert name == bad.name and "no axis of its own" in reason
 
 
 def test_a_softcap_after_a_mask_is_refused() -> None:
@@ -177,11 +176,11 @@ def test_sites_that_share_weights_go_together_or_not_at_all() -> None:
 def test_a_refusal_carries_over_to_all_that_share_the_weights() -> None:
     """Else one of them would be rewritten and weights that the model ties would come apart."""
     first, second = (site(f"layers.{i}", i, weight="the-only-one") for i in range(2))
-    second = replace(second, k=replace(second.k, norm=Norm("rms", False, "x", "y")))
+    second = replace(second, k=replace(second.k, past="past", past_head_axis=None))
     plan = make_plan(flow(), [first, second, site("other", 2)], {"all": GroupedQuery(1)})
     assert [s.site.name for s in plan.steps] == ["other"]
     reasons = dict(plan.refused)
-    assert "shares its weights with layers.1" in reasons["layers.0"] and "all heads" in reasons["layers.1"]
+    assert "shares its weights with layers.1" in reasons["layers.0"] and "no axis of its own" in reasons["layers.1"]
 
 
 def test_sharing_does_not_hold_back_others() -> None:

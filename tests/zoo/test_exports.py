@@ -21,6 +21,7 @@ FAILS: dict[tuple[str, str], str] = {
     ("deepseek-v3-sdpa", "dynamo18"): "no grouped matrix product in this exporter",
     ("deepseek-v3-sdpa", "torchscript17"): "no aten::histc in this exporter",
     ("cohere-sdpa", "torchscript17"): "repeat_interleave gets a wrong shape",
+    ("cohere-norms-sdpa", "torchscript17"): "repeat_interleave gets a wrong shape",
     ("beit-sdpa", "dynamo18"): "a view of what sdpa returns transposed",
     ("complex-rotary", "dynamo18"): "no complex unsqueeze in this exporter",
     ("complex-rotary", "torchscript17"): "no rms_norm in this exporter",
