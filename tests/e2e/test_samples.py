@@ -156,7 +156,7 @@ def test_every_architecture_learns_from_scratch(tmp_path: Path) -> None:
     assert len(lines) == 7
     for course in lines:
         first, *_, last = map(float, course)
-        assert last < first + 0.1 and last < 4.7, "no worse than early on but for noise, and better than guessing (4.86)"
+        assert last < first + 0.1 and last < 4.7, "no worse than early on, and better than guessing (4.86)"
     assert (tmp_path / "curves.svg").read_text(encoding="utf-8").count("<polyline") == 7
 
 
