@@ -11,28 +11,24 @@ minute, or a file left behind is a fault of ours: `--first SEED --count 1` repea
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import functools
 import json
 import os
-import resource
 import shutil
 import signal
 import sys
 import tempfile
-import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import rewriter
-from benchmarks.fuzz import MEMORY, NAMES, NUMBERS, Random
-from benchmarks.options import parser, quick_or, seeds
-from benchmarks.rows import Row, write_json
-from codegen.errors import KernelError
-from rewriter.errors import RewriteError
+from benchmarks import fuzzing
+from benchmarks.fuzz import NAMES, NUMBERS, Random
+from benchmarks.fuzzing import Found, attempted
+from benchmarks.options import parser, seeds
 
 REWRITTEN = ("mqa", "dha:2,1", "fnet", "toeplitz", "sparse-mixer", "colt5", "flash", "window", "linear")
 """Targets whose manifests are broken."""
@@ -213,24 +209,19 @@ def _link_away(folder: Path, r: Random) -> None:
 # ---------------------------------------------------------------------- what comes of it
 
 
-def outcome(seed: int, scratch: Path) -> tuple[str, str]:
-    """("result" or the name of a typed error, ""), or ("fault", what was raised and where)."""
+def outcome(seed: int, scratch: Path) -> Found:
+    """What using the broken folder comes to; what it leaves behind is a fault too."""
     folder = scratch / str(seed)
     kind = broken(seed, folder)
     before = sorted(scratch.rglob("*"))
-    try:
+
+    def work() -> None:
         with _within(SECONDS):
             use(folder, kind, seed)
-    except (RewriteError, KernelError) as error:
-        found = type(error).__name__, "" if error.hint else "an error without a hint"
-    except Exception as error:
-        ours = [f for f in traceback.extract_tb(error.__traceback__) if "site-packages" not in f.filename]
-        where = f"{Path(ours[-1].filename).name}:{ours[-1].lineno}"
-        return "fault", f"{type(error).__name__} at {where}: {str(error)[:200]}"
-    else:
-        found = "result", ""
+
+    found = attempted(work)
     after = [path for path in sorted(scratch.rglob("*")) if path not in before]
-    if after:
+    if found[0] != "fault" and after:
         return "fault", f"something was left behind: {after[:3]}"
     shutil.rmtree(folder)
     return found
@@ -267,7 +258,7 @@ def _within(seconds: int) -> Iterator[None]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = seeds(parser(__doc__, quick="300 seeds"), count=2000).parse_args(arguments)
+    options = seeds(parser(__doc__, quick=f"{fuzzing.QUICK} seeds"), count=2000).parse_args(arguments)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "critical")
     warnings.simplefilter("ignore")
     import torch
@@ -275,22 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     for kind in KINDS:
         sound(kind)
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    count = quick_or(options, 300, options.count)
-    found: collections.Counter[str] = collections.Counter()
-    with tempfile.TemporaryDirectory() as scratch:
-        for seed in range(options.first, options.first + count):
-            kind, text = outcome(seed, Path(scratch))
-            found[kind] += 1
-            if text:
-                print(f"seed {seed}: {text}", flush=True)
-    print(", ".join(f"{kind} {times}" for kind, times in found.most_common()))
-    if options.json:
-        case = f"seeds {options.first} to {options.first + count - 1}"
-        faults = found["fault"]
-        row = Row("folder fuzz", case, faults, 0, "none", "faults", None, 0, not faults, {"outcomes": dict(found)})
-        write_json(options.json, [row])
-    return 1 if found["fault"] else 0
+    return fuzzing.run("folder fuzz", outcome, options)
 
 
 if __name__ == "__main__":

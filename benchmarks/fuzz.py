@@ -4,19 +4,16 @@
 
 A seed takes one of a few small models and breaks it: in its bytes, or in its structure (nodes removed, doubled or wired
 otherwise, absurd attributes, shapes, types and versions, hostile names, weights that lie elsewhere). It is then
-inspected and rewritten under a limit on memory. Anything but a `RewriteError` is a fault of ours, and is printed with
+inspected and rewritten under a limit on memory. Anything but a typed error is a fault of ours, and is printed with
 its seed: `--first SEED --count 1` repeats it.
 """
 
 from __future__ import annotations
 
-import collections
 import functools
 import random
-import resource
 import sys
 import tempfile
-import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,16 +23,15 @@ import onnx
 import torch
 
 import rewriter
+from benchmarks import fuzzing
 from benchmarks.campaign import export
-from benchmarks.options import parser, quick_or, seeds
+from benchmarks.fuzzing import Found, attempted
+from benchmarks.options import parser, seeds
 from benchmarks.random_attention import Net, draw
-from benchmarks.rows import Row, write_json
-from rewriter.errors import RewriteError
 
 MODELS = (0, 4, 5, 7)
 """Seeds of the architectures whose exports are broken."""
 
-MEMORY = 8 << 30
 NUMBERS = (-1, 0, 1, 3, 7, 10**12, -(10**12), 2**62)
 OPERATORS = ("Identity", "Softmax", "MatMul", "Reshape", "Transpose", "Unknown", "If", "Loop", "Shape", "Gather",
              "Attention", "Split", "Concat", "Expand", "Range", "ConstantOfShape", "Einsum")  # fmt: skip
@@ -187,44 +183,25 @@ STRUCTURE: tuple[Callable[[onnx.ModelProto, Random], None], ...] = (
 # ---------------------------------------------------------------------- what comes of it
 
 
-def outcome(seed: int, folder: Path) -> tuple[str, str]:
-    """("result" or the name of a typed error, ""), or ("fault", what was raised and where)."""
+def outcome(seed: int, folder: Path) -> Found:
+    """What inspecting and rewriting the broken file comes to."""
     path, output = folder / f"{seed}.onnx", folder / f"{seed}.out.onnx"
     path.write_bytes(broken(seed))
-    try:
+
+    def work() -> None:
         rewriter.inspect(path).to_dict()
         rewriter.optimize(path, "mqa").save(output)
-    except RewriteError as error:
-        return type(error).__name__, "" if error.hint else "an error without a hint"
-    except Exception as error:
-        ours = [f for f in traceback.extract_tb(error.__traceback__) if "site-packages" not in f.filename]
-        where = f"{Path(ours[-1].filename).name}:{ours[-1].lineno}"
-        return "fault", f"{type(error).__name__} at {where}: {str(error)[:200]}"
-    return "result", ""
+
+    return attempted(work)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = seeds(parser(__doc__, quick="300 seeds"), count=1500).parse_args(arguments)
+    options = seeds(parser(__doc__, quick=f"{fuzzing.QUICK} seeds"), count=1500).parse_args(arguments)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     for seed in MODELS:
         sound(seed)
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    count = quick_or(options, 300, options.count)
-    found: collections.Counter[str] = collections.Counter()
-    with tempfile.TemporaryDirectory() as folder:
-        for seed in range(options.first, options.first + count):
-            kind, text = outcome(seed, Path(folder))
-            found[kind] += 1
-            if text:
-                print(f"seed {seed}: {text}", flush=True)
-    print(", ".join(f"{kind} {times}" for kind, times in found.most_common()))
-    if options.json:
-        case = f"seeds {options.first} to {options.first + count - 1}"
-        faults = found["fault"]
-        row = Row("fuzz", case, faults, 0, "none", "faults", None, 0, not faults, {"outcomes": dict(found)})
-        write_json(options.json, [row])
-    return 1 if found["fault"] else 0
+    return fuzzing.run("fuzz", outcome, options)
 
 
 if __name__ == "__main__":

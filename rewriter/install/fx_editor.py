@@ -244,26 +244,13 @@ class Editor:
             assert out is not None
             array = replacement.tensors[f"out_{part}"]
             old = self.node(value)
-            new = self._output_parameter(site.name, value, part, array if part == "bias" or out.out_first else array.T)
+            array = array if part == "bias" or out.out_first else array.T
+            new = self._new_numbers(site.name, value, "out", part, array)
             for index in (out.node, getattr(self.flow.producer(out.output), "index", out.node)):
                 reader = self._of(index)
                 if reader is not None:
                     reader.replace_input_with(old, new)
             self._replaced.append(old)
-
-    def _output_parameter(self, site: str, value: Value, part: str, array: Array) -> FxNode:
-        """A node for a new output weight; sites that read one old weight read one new weight."""
-        key = (value, b"out", array.tobytes())
-        if key not in self._parameters:
-            recorded = self.view.tensors[value]
-            tensor = torch.from_numpy(np.array(array, order="C")).to(dtype=recorded.dtype, device=recorded.device)
-            tensor = tensor.view(recorded.shape)
-            node = self.store.read(re.sub(r"\W+", "_", f"{site}_out_{part}"))
-            self.emitter.stand_for(node, tensor)
-            sources = self._stored(value, recorded.numel())
-            whole = value in self.flow.weights
-            self._parameters[key] = _NewParameter(node, tensor, "out", part, site, sources, whole)
-        return self._parameters[key].node
 
     def _reproject(self, site: AttentionSite, planned: Reprojection) -> Laid:
         """Feed the path from its stem on with a projection to the new heads."""
@@ -296,19 +283,23 @@ class Editor:
             part = "gain" if value == norm.gains.gain else "shift"
             old, reader = self.node(value), self._of(norm.gains.reader)
             assert reader is not None  # a path inside a wrapped region is not planned
-            reader.replace_input_with(old, self._gain_parameter(site.name, value, f"{planned.role}_{part}", numbers))
+            reader.replace_input_with(old, self._new_numbers(site.name, value, planned.role, part, numbers))
             self._replaced.append(old)
 
-    def _gain_parameter(self, site: str, value: Value, part: str, array: Array) -> FxNode:
-        """A node for new numbers of a norm; sites that read the same old ones read the same new ones."""
-        key = (value, b"gain", array.tobytes())
+    def _new_numbers(self, site: str, value: Value, role: str, part: str, array: Array) -> FxNode:
+        """A node for what takes a parameter's place, in its shape unless heads are fewer.
+
+        Sites that read one old parameter read one new one.
+        """
+        key = (value, role.encode(), array.tobytes())
         if key not in self._parameters:
             recorded = self.view.tensors[value]
             tensor = torch.from_numpy(np.array(array, order="C")).to(dtype=recorded.dtype, device=recorded.device)
-            node = self.store.read(re.sub(r"\W+", "_", f"{site}_{part}"))
+            tensor = tensor.view(recorded.shape) if tensor.numel() == recorded.numel() else tensor
+            node = self.store.read(re.sub(r"\W+", "_", f"{site}_{role}_{part}"))
             self.emitter.stand_for(node, tensor)
             sources, whole = self._stored(value, recorded.numel()), value in self.flow.weights
-            self._parameters[key] = _NewParameter(node, tensor, part[0], part[2:], site, sources, whole)
+            self._parameters[key] = _NewParameter(node, tensor, role, part, site, sources, whole)
         return self._parameters[key].node
 
     def _rewire(self, site: AttentionSite, planned: Reprojection, stem: FxNode, new: FxNode) -> None:
