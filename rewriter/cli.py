@@ -524,10 +524,7 @@ def _calibration(path: Path | None) -> Any:
     from rewriter.calibration.batches import SAMPLED
     from rewriter.calibration.files import read_calibration
 
-    if str(path) == SAMPLED and not path.exists():
-        return SAMPLED
-
-    return read_calibration(path)
+    return SAMPLED if str(path) == SAMPLED and not path.exists() else read_calibration(path)
 
 
 def _target(name: str, merge: Merge | None, grouping: Grouping | None) -> Any:

@@ -67,10 +67,8 @@ def find_gains(flow: Flow, source: Source, dim: int) -> FoundGains | None:
         return None
     node = flow.producer(source.value)
     if node is not None and node.op in NORMS:
-        vectors = [v for v in node.inputs[1:3] if v]
-        return (
-            _found(flow, source, node, vectors[0], vectors[1] if len(vectors) > 1 else None, dim) if vectors else None
-        )
+        gain, shift, *_ = (*(v for v in node.inputs[1:3] if v), None, None)
+        return None if gain is None else _found(flow, source, node, gain, shift, dim)
     name = source.value
     while len(readers := flow.live_readers(name)) == 1:
         reader = readers[0]

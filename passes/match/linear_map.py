@@ -18,9 +18,8 @@ def linear_map(flow: Flow, node: Node) -> Projection:
         output = flow.readers(rounded(flow, output))[0].outputs[0]
         found = projection_at(flow, output)
     assert found is not None
-    shape = flow.shape(node.inputs[1])
     out_first = node.op == "Linear" or bool(node.attrs.get("transB", 0))
-    features = shape[0 if out_first else -1]
+    features = flow.shape(node.inputs[1])[0 if out_first else -1]
     return Projection(node.index, node.inputs[0], output, node.inputs[1], out_first, found[1], features)
 
 
@@ -29,6 +28,10 @@ def output_map(flow: Flow, node: Node) -> Projection | None:
     layout = layout_of(flow, node)
     if isinstance(layout, str) or not layout.features_last:
         return None
-    found = linear_map(flow, node)
-    found = replace(found, out_first=layout.out_first, features=layout.features)
-    return replace(found, weight_axes=layout.weight_axes, factor=layout.factor)
+    return replace(
+        linear_map(flow, node),
+        out_first=layout.out_first,
+        features=layout.features,
+        weight_axes=layout.weight_axes,
+        factor=layout.factor,
+    )

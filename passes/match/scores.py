@@ -21,6 +21,7 @@ FOREIGN_ANCHORS = frozenset({"MultiHeadAttention"})
 HIDDEN = 1e4
 """Scores so far down are masked; no score that counts is so far up either."""
 
+TALKING_HEADS = "its scores are mixed between heads by learned weights (talking heads)"
 TURNED = "something is added to its scores where they are [keys, queries], or masks them there"
 
 INTEGER_SCORES = (
@@ -330,7 +331,7 @@ class _Backward:
     def _refuse_scores(self, projection: Node) -> None:
         """Raises SurelyAttention if what is projected are scores or pairs of tokens, not tokens."""
         if self._projects_scores(projection):
-            raise SurelyAttention("its scores are mixed between heads by learned weights (talking heads)")
+            raise SurelyAttention(TALKING_HEADS)
         if self._projects_pairs(projection):
             raise SurelyAttention(
                 "its scores are a learned function of each query and key together (additive attention), not their "
@@ -581,7 +582,7 @@ def _split_operands(flow: Flow, node: Node) -> tuple[Value, Value]:
     a, b = node.inputs[:2]
     deep = flow.data_dependent(a), flow.data_dependent(b)
     if all(deep) and any(_projects(flow, x, y) for x, y in ((a, b), (b, a))):
-        raise SurelyAttention("its scores are mixed between heads by learned weights (talking heads)")
+        raise SurelyAttention(TALKING_HEADS)
     if all(deep) and node.op in {"Mul", "Div"}:
         raise NotUnderstood("scores are multiplied by something computed from hidden states (a learned temperature)")
     if all(deep):
@@ -823,8 +824,8 @@ def _value_operand(
         return _Mix(OperandView(a, -1, -2), OperandView(node.outputs[0], -1, -2), nodes, zero_nan)
     if node.op == "Einsum":
         try:
-            first, second, result = _terms(flow, node)
-        except NotUnderstood as error:
+            first, second, result = einsum_terms(flow, node)
+        except ValueError as error:
             return str(error)
         mine, theirs = (first, second) if a == weights else (second, first)
         query, key = (mine[-1], mine[-2]) if turned else (mine[-2], mine[-1])

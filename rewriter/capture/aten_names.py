@@ -124,8 +124,6 @@ def canonical(fx: FxNode, env: Mapping[str, Any]) -> CanonicalOp:
         return _attention(fx, env)
     elif name == "Einsum":
         attrs["equation"] = fx.args[0]
-    elif base == "tensordot" and _last_with_first(fx, env):
-        name = "MatMul"
     elif base == "tensordot":
         name = "Einsum"
         attrs["equation"] = _tensordot(fx, env)
@@ -153,15 +151,6 @@ def canonical(fx: FxNode, env: Mapping[str, Any]) -> CanonicalOp:
     if raw.endswith("_") and raw not in _NAMES and base == "copy":
         name = "aten.copy_"
     return CanonicalOp(name, attrs, operands)
-
-
-def _last_with_first(fx: FxNode, env: Mapping[str, Any]) -> bool:
-    """Whether a tensordot sums over its first argument's last axis and its matrix's first."""
-    a, b = (env[argument.name] for argument in fx.all_input_nodes[:2])
-    mine, theirs = (
-        [d % t.dim() for d in _argument(fx, n, p)] for n, p, t in (("dims_self", 2, a), ("dims_other", 3, b))
-    )
-    return b.dim() == 2 and mine == [a.dim() - 1] and theirs == [0]
 
 
 def _tensordot(fx: FxNode, env: Mapping[str, Any]) -> str:

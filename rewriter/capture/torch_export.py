@@ -108,9 +108,8 @@ def exported(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
             program = torch.export.export(module, args, dict(kwargs), strict=False)
             if writes_through_views(program.graph):
                 program = program.run_decompositions({})  # no operator is decomposed, but none works in place any more
-            if not isinstance(module, GraphModule) and write_as_linear(
-                program.graph
-            ):  # a graph is itself what is edited
+            is_edited = isinstance(module, GraphModule)  # in place of a module, which keeps its convolutions
+            if not is_edited and write_as_linear(program.graph):
                 program.graph_module.recompile()
             return program
     except Exception as error:  # torch.export raises many unrelated types

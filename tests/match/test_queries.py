@@ -16,6 +16,7 @@ from passes.match.attention import Matches, find_attention
 from rewriter.capture.torch_export import capture
 from tests.match.doors import through_torch
 from tests.match.expected import REPLAY_LIMIT
+from tests.targets.head_norms import Normed
 from tests.targets.lossless_twin import distance
 from tests.zoo.models import ZOO
 
@@ -33,26 +34,14 @@ def features(batch: int = 2, length: int = 6) -> Tensor:
 # ------------------------------------------------------------------ packed and normalised
 
 
-class PackedNorm(nn.Module):
+class PackedNorm(Normed):
     """Queries and keys out of a packed projection, normalised by head or over all heads."""
 
     def __init__(self, by_head: bool) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.qkv, self.o = nn.Linear(WIDTH, 3 * WIDTH, bias=False), nn.Linear(WIDTH, WIDTH)
-        self.q_norm, self.k_norm = (nn.LayerNorm(DIM if by_head else WIDTH) for _ in range(2))
+        super().__init__("layer", packed=True)
         self.by_head = by_head
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).chunk(3, dim=-1)
-        if not self.by_head:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (y.unflatten(-1, (HEADS, DIM)) for y in (q, k, v))
-        if self.by_head:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (y.transpose(1, 2) for y in (q, k, v))
-        out: Tensor = self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        return out
+        if by_head:
+            self.q_norm, self.k_norm = nn.LayerNorm(DIM), nn.LayerNorm(DIM)
 
 
 def test_a_norm_over_the_heads_of_a_packed_projection_is_told_from_one_by_head() -> None:
