@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from passes.dataflow import Array, Flow
-from passes.match.attention import Matches, find_attention
+from passes.match.attention import Matches
 from passes.match.feed_forward import find_feed_forward
-from passes.match.stacked import without_stacked
+from passes.match.stacked import find_plain_attention
 from passes.protocols import Probe
 from passes.site import AttentionSite, Operand
 from passes.targets.grouped_query import specification
@@ -45,7 +45,7 @@ def match_torch(module: torch.nn.Module, example_inputs: Any) -> tuple[TorchCapt
     """Capture and match; raises UnsupportedModel, or UsageError where example inputs are missing."""
     require_plain(module)
     captured, call = _captured(module, example_inputs)
-    return captured, without_stacked(find_attention(captured.flow)), call
+    return captured, find_plain_attention(captured.flow), call
 
 
 def require_plain(module: torch.nn.Module) -> None:
@@ -110,7 +110,7 @@ def _rewritten(
         example_inputs = example_inputs if calibration is None else _examples(module, example_inputs, calibration)
         captured, (args, kwargs) = _captured(module, example_inputs)
     with watch.stage("match"):
-        matches = without_stacked(find_attention(captured.flow))
+        matches = find_plain_attention(captured.flow)
     with watch.stage("transform"):
 
         def probe(found: Matches) -> Probe:

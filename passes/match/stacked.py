@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from passes.match.attention import Matches
+from passes.dataflow import Flow
+from passes.match.attention import Matches, find_attention
 from passes.site import Projection, Refusal
 
 REASON = (
@@ -13,8 +14,10 @@ REASON = (
 )
 
 
-def without_stacked(matches: Matches) -> Matches:
-    """`matches` with a refusal for each attention whose heads are stored so; an output projection is left aside."""
+def find_plain_attention(flow: Flow) -> Matches:
+    """As `find_attention`, with a refusal for each attention whose heads are stored so; such an output projection is
+    left aside."""
+    matches = find_attention(flow)
     stacked = [s for s in matches.sites if any(_is_stacked(o.projection) for o in (s.q, s.k, s.v))]
     refused = [Refusal(s.name, s.layer, REASON, s.anchor, s.owner, s.heads, s.head_dim) for s in stacked]
     kept = tuple(

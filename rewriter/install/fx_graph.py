@@ -20,8 +20,8 @@ from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
 from passes.dataflow import Flow
-from passes.match.attention import Matches, find_attention
-from passes.match.stacked import without_stacked
+from passes.match.attention import Matches
+from passes.match.stacked import find_plain_attention
 from passes.targets.replacement import Replacement
 from rewriter.capture.torch_export import view_graph_module, view_program
 from rewriter.errors import UnsupportedModel, UsageError, first_line
@@ -79,7 +79,7 @@ def rewrite_exported_program(
         args, kwargs = program.example_inputs
     args, kwargs = _as_exported(program.call_spec.in_spec, args or (), kwargs or {})
     view = view_program(program, args, kwargs)
-    matches = without_stacked(find_attention(view.flow))
+    matches = find_plain_attention(view.flow)
     store = ProgramStore(program)
     done = _edit(Editor(view, store), decide(view.flow, matches))
     if not done.replacements:
@@ -107,7 +107,7 @@ def rewrite_graph_module(
     """
     flat = module if is_flat(module) else _exported(module, args, kwargs)
     view = view_graph_module(flat, _bound(flat, args, kwargs))
-    matches = without_stacked(find_attention(view.flow))
+    matches = find_plain_attention(view.flow)
     store = ModuleStore(flat)
     done = _edit(Editor(view, store), decide(view.flow, matches))
     if not done.replacements:
