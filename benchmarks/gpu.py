@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
+from benchmarks import card_files
 from benchmarks.kernels import Case, error_beside_double
 from benchmarks.machine import machine
 from benchmarks.routed_kernels import Case as RoutedCase
@@ -42,7 +43,7 @@ DTYPE = "bfloat16"
 ERROR_LIMIT = 2e-2
 """Of bfloat16 results, relative to the largest: two roundings of the result and one of the weights."""
 
-PARTS = ("attention", "sparse", "linear", "chunks", "routed", "fourier")
+PARTS = ("attention", "sparse", "linear", "chunks", "routed", "fourier", "onnxruntime")
 
 Call = Callable[[], Tensor]
 
@@ -261,7 +262,10 @@ def _flex(spec: GroupedQueryAttention, q: Tensor, k: Tensor, v: Tensor) -> Call:
 
 def _beside(case: str, works: dict[str, Call], error: float, clock: Clock, runs: int) -> list[Row]:
     """Rows of "ours" among the works beside each other one, and of its error."""
-    times = dict(zip(works, clock.times(runs, *works.values()), strict=True))
+    return _times_beside(case, dict(zip(works, clock.times(runs, *works.values()), strict=True)), error)
+
+
+def _times_beside(case: str, times: dict[str, list[float]], error: float) -> list[Row]:
     mine = times.pop("ours")
     more: dict[str, Any] = {"ours_median": statistics.median(mine), "error": error}
     rows = [
@@ -379,6 +383,15 @@ def run_mixing(size: tuple[int, int, int], clock: Clock, runs: int) -> list[Row]
     return rows
 
 
+# ---------------------------------------------------------------------- files
+
+
+def run_file(case: Case, runs: int) -> list[Row]:
+    """onnxruntime's CUDA provider with our library, beside the file's own function and onnxruntime's operator."""
+    works, error = card_files.works(case)
+    return _times_beside(f"onnxruntime, {case}", card_files.times(works, runs), error)
+
+
 # ---------------------------------------------------------------------- report
 
 
@@ -403,6 +416,7 @@ def _works(
         "chunks": [functools.partial(run_chunks, t, clock, runs) for t in chunked_cases(quick=quick)],
         "routed": [functools.partial(run_routed, c, clock, runs) for c in card_cases(quick=quick)],
         "fourier": [functools.partial(run_mixing, size, clock, runs) for size in mixing_cases(quick=quick)],
+        "onnxruntime": [functools.partial(run_file, c, runs) for c in card_files.cases(quick=quick)],
     }
     return [work for part in PARTS if part in parts for work in found[part]]
 

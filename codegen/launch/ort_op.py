@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from codegen import cache
-from codegen.device import DType, Isa
+from codegen.device import DType, Isa, host
 from codegen.errors import NotLegal
 from codegen.hooks import Lowered
+from codegen.launch import ort_card
 from codegen.ops.fourier_mixing import onnx_body as mixing_body
 from codegen.ops.grouped_query_attention import onnx_tiles as attention_body
 from codegen.ops.grouped_query_attention.onnx_sight import sparse_numbers
@@ -31,10 +32,10 @@ from codegen.spec import (
     MixedChunkAttention,
     PositionBias,
 )
-from codegen.toolchain import cxx
+from codegen.toolchain import cxx, triton_aot
 
 TEMPLATE = "ort/library.cpp.j2"
-LIBRARY_SOURCE, LIBRARY = "library.cpp", "rewriter_ops.so"
+LIBRARY_SOURCE, LIBRARY, BINARIES_SOURCE = "library.cpp", "rewriter_ops.so", "card_binaries.cpp"
 
 _ONNX_TYPES: Mapping[DType, int] = {DType.FLOAT32: 1, DType.FLOAT16: 10, DType.BFLOAT16: 16}
 
@@ -74,59 +75,82 @@ def source(choices: Sequence[Choice]) -> str:
     """The library's own file; kernels are linked to it.
 
     Raises:
-        NotLegal: a kernel is not for CPUs, or there is none at all.
+        NotLegal: a kernel is neither for x86 CPUs nor what `ort_card.why_not` lets through, or there is none at all.
     """
-    if not choices or any(c.device.kind != "cpu" or type(c.spec) not in KINDS for c in choices):
-        raise NotLegal("an ONNX Runtime library takes kernels for CPUs, one at least")
-    values: dict[str, Any] = {"name": Lowered("rewriter_ops")}
+    cards = _on_cards(choices)
+    if not choices or any(c.device.kind != "cpu" or type(c.spec) not in KINDS for c in choices if c not in cards):
+        raise NotLegal("an ONNX Runtime library takes kernels for CPUs or cards, one at least")
+    for choice in cards:
+        if reason := ort_card.why_not(choice):
+            raise NotLegal(reason)
+    values: dict[str, Any] = {"name": Lowered("rewriter_ops"), "cards": bool(cards)}
     for spec, kind in KINDS.items():
         values[kind.name] = _part([c for c in choices if type(c.spec) is spec], kind)
     return render(TEMPLATE, values)
 
 
 def build(choices: Sequence[Choice]) -> OrtLibrary:
-    """The library of these kernels, built if it is not in the cache; all are for one instruction set.
+    """The library of these kernels, built if it is not in the cache; those for CPUs are for one instruction set.
+
+    Kernels for NVIDIA cards (see `ort_card.why_not`) become operators of onnxruntime's CUDA provider.
 
     Raises NotLegal, NoCompiler, CompilationFailed, UnsafeCache, CorruptBinary.
     """
     choices = sorted({c.name: c for c in choices}.values(), key=lambda c: c.name)
-    sources = {LIBRARY_SOURCE: source(choices), **{f"{c.name}.cpp": c.source() for c in choices}}
-    if len({c.device for c in choices}) != 1:
+    cards = _on_cards(choices)
+    own = [c for c in choices if c not in cards]
+    sources = {LIBRARY_SOURCE: source(choices), **{f"{c.name}.cpp": c.source() for c in own}}
+    if len({c.device for c in own}) > 1:
         raise NotLegal("the kernels of one library are for one instruction set")
-    isa = Isa(choices[0].device.arch)
+    isa = Isa((own[0].device if own else host()).arch or Isa.AVX2)
     compiler = cxx.find_compiler()
     parts = {
-        "source": "\0".join(sources.values()),
-        "compiler": " ".join((*compiler.command, compiler.version)),
+        "source": "\0".join([*sources.values(), *ort_card.sources(cards).values()]),
+        "compiler": " ".join((*compiler.command, compiler.version, *([triton_aot.version()] if cards else []))),
         "flags": " ".join(cxx.flags(isa)),
     }
 
     def make(folder: Path) -> None:
         print(f"rewriter: compiling {len(choices)} kernels for ONNX Runtime …", file=sys.stderr, end="", flush=True)
         start = time.perf_counter()
-        for name, text in sources.items():
+        written = {**sources, **({BINARIES_SOURCE: ort_card.compiled(cards, folder)} if cards else {})}
+        for name, text in written.items():
             (folder / name).write_text(text)
-        cxx.build([folder / name for name in sources], folder / LIBRARY, isa)
+        cxx.build([folder / name for name in written], folder / LIBRARY, isa)
         print(f" {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
 
     entry = cache.load_or_build(cache.address(f"ort_{isa.value}", parts), make)
     return OrtLibrary(entry.file(LIBRARY), {Path(name).stem: entry.file(name) for name in sources})
 
 
+def _on_cards(choices: Sequence[Choice]) -> list[Choice]:
+    return [c for c in choices if c.device.kind == "cuda"]
+
+
 def _part(choices: Sequence[Choice], kind: Kind) -> dict[str, Any]:
-    """Operators and kernels of one kind: all kernels of the same function and number format are one operator's."""
-    places = [((name, c.dtype), c) for c in choices for name in kind.function_names(c.spec)]
+    """Operators and kernels of one kind: all kernels of the same function, number format and kind of device are one
+    operator's."""
+    places = [((name, c.dtype, c.device.kind), c) for c in choices for name in kind.function_names(c.spec)]
     ops = {key: choice.spec for key, choice in places}
     numbers = {key: number for number, key in enumerate(ops)}
+    cards = [choice for _, choice in places if choice.device.kind == "cuda"]
     return {
         "name": word(kind.name),
         **kind.of_all([c.spec for c in choices]),
         "ops": [
-            {"name": word(name), "type": _ONNX_TYPES[dtype], **kind.of_operator(name, spec)}
-            for (name, dtype), spec in ops.items()
+            {"name": word(name), "type": _ONNX_TYPES[dtype], "on_card": on != "cpu", **kind.of_operator(name, spec)}
+            for (name, dtype, on), spec in ops.items()
         ],
         "kernels": [
-            {"name": word(c.name), "op": numbers[key], "number": number, **kind.of_kernel(c.spec)}
+            {
+                "name": word(c.name),
+                "op": numbers[key],
+                "number": number,
+                "on_card": c in cards,
+                "card": cards.index(c) if c in cards else -1,
+                **(ort_card.values(c) if c in cards else {}),
+                **kind.of_kernel(c.spec),
+            }
             for number, (key, c) in enumerate(places)
         ],
     }

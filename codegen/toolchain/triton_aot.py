@@ -23,13 +23,20 @@ _WARP = {"cuda": 32, "hip": 64}
 
 @dataclass(frozen=True)
 class Binary:
-    """A cubin or an hsaco with the name of its kernel."""
+    """A cubin or an hsaco with the name of its kernel.
+
+    Attributes:
+        threads: of a block.
+        scratch: bytes of the card's memory that each block wants, where tensor descriptors lie.
+    """
 
     name: str
     arch: str
     code: bytes
     suffix: str
     resources: Resources
+    threads: int
+    scratch: int
 
 
 def version() -> str:
@@ -63,7 +70,9 @@ def compile_kernel(path: Path, name: str, signature: Signature, arch: str, *, wa
         raise CompilationFailed(f"Triton refused {name} for {arch}: {first}", hint="report the spec") from error
     suffix = "hsaco" if backend == "hip" else "cubin"
     code = compiled.asm[suffix]
-    return Binary(name, arch, code, suffix, _resources(compiled, code, backend))
+    told = compiled.metadata
+    threads, scratch = told.num_warps * _WARP[backend], int(getattr(told, "global_scratch_size", 0))
+    return Binary(name, arch, code, suffix, _resources(compiled, code, backend), threads, scratch)
 
 
 def load_source(path: Path) -> ModuleType:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from codegen.device import Device, Isa, host
-from codegen.errors import KernelError
+from codegen.errors import KernelError, NoCompiler
 from codegen.launch import host as host_kernels
-from codegen.launch import ort_op
+from codegen.launch import ort_card, ort_op
 from codegen.ops.grouped_query_attention.triton_kernel import ARCHS as CARDS
 from codegen.registry import Choice, select, why_not
 from codegen.toolchain import triton_aot
@@ -77,9 +77,9 @@ def _choice(need: Need, device: Device) -> Choice:
 def _write(choices: Mapping[str, Sequence[Choice]], output: Path, *, ort: bool) -> dict[str, Any]:
     """All files, and the manifest that vouches for them."""
     kernels: list[dict[str, Any]] = []
-    library: dict[str, Any] | None = None
     tools: dict[str, str] = {}
     with progress.task("building", sum(map(len, choices.values())), "kernels") as advance:
+        libraries = _libraries(choices, output) if ort else {}
         for arch, own in choices.items():
             if own[0].device.kind != "cpu":
                 cuda = cuda_files.compiler()
@@ -92,21 +92,50 @@ def _write(choices: Mapping[str, Sequence[Choice]], output: Path, *, ort: bool) 
                     tools["cuda"] = cuda.version
                 continue
             tools["compiler"] = find_compiler().version
-            if ort:
-                built = ort_op.build(own)
-                name = LIBRARY if library is None else f"rewriter_ops.{own[0].device.arch}.so"
-                binary = copy(built.path, output / name)
-                copy(built.sources["library"], output / f"{name.removesuffix('.so')}.cpp")
-                library = library or {"file": name, "arch": arch, "sha256": digest(binary)}
             for choice in own:
                 source = write_whole(choice.source(), output / f"{choice.name}.cpp")
-                if not ort:
+                if ort:
+                    binary = libraries[arch]
+                else:
                     binary = copy(host_kernels.built(choice).file(host_kernels.BINARY), output / f"{choice.name}.so")
                 kernels.append(_row(arch, choice, source, binary))
                 advance(len(kernels))
-    found: dict[str, Any] = {"kernels": kernels, "library": library, **tools}
+    found: dict[str, Any] = {"kernels": kernels, "library": _described(libraries, choices), **tools}
     write_whole(json.dumps(found, indent=1) + "\n", output / MANIFEST)
     return found
+
+
+def _libraries(choices: Mapping[str, Sequence[Choice]], output: Path) -> dict[str, Path]:
+    """Libraries for onnxruntime by arch: one for each kind of processor, or one of operators for cards alone; operators
+    for cards are in all of them."""
+    cards = [c for own in choices.values() for c in own if ort_card.why_not(c) is None]
+    wanted = {arch: [*own, *cards] for arch, own in choices.items() if own[0].device.kind == "cpu"}
+    if not wanted and cards and _there_is_a_compiler():
+        wanted = {cards[0].device.arch: cards}
+    made: dict[str, Path] = {}
+    for arch, own in wanted.items():
+        built = ort_op.build(own)
+        name = LIBRARY if not made else f"rewriter_ops.{own[0].device.arch}.so"
+        made[arch] = copy(built.path, output / name)
+        copy(built.sources["library"], output / f"{name.removesuffix('.so')}.cpp")
+    return made
+
+
+def _there_is_a_compiler() -> bool:
+    try:
+        find_compiler()
+    except NoCompiler:
+        return False
+    return True
+
+
+def _described(libraries: Mapping[str, Path], choices: Mapping[str, Sequence[Choice]]) -> dict[str, Any] | None:
+    """What the manifest says of the library that sessions register, which is the first."""
+    if not libraries:
+        return None
+    arch, path = next(iter(libraries.items()))
+    cards = [a for a, own in choices.items() if any(ort_card.why_not(c) is None for c in own)]
+    return {"file": path.name, "arch": arch, "cards": cards, "sha256": digest(path)}
 
 
 def _row(arch: str, choice: Choice, source: Path, binary: Path) -> dict[str, Any]:
