@@ -52,7 +52,7 @@ def test_mixed_chunks(name: str, dtype: DType) -> None:
         heads = [h.cuda() for h in x.heads]
         found = chunk_triton.launch(spec, x.gate.cuda(), x.value.cuda(), heads, bias, shown, arch=arch).cpu()
         assert chunk_problems.distance(spec, x, found) < chunk_problems.K
-        other = replace(x, heads=(*x.heads[:3], x.heads[3] * 1.5))
+        other = replace(x, heads=(*x.heads[:3], x.heads[3] * 3))
         assert chunk_problems.distance(spec, other, found) > chunk_problems.K, "the control: other linear keys"
 
 

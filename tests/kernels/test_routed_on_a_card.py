@@ -38,7 +38,7 @@ def test_numbers(name: str, dtype: DType) -> None:
         found = routed_triton.launch(spec, *operands, arch=arch)
         assert torch.equal(found, routed_triton.launch(spec, *operands, arch=arch)), "sums have one order"
         assert distance(spec, x, found.cpu()) < K
-        assert distance(spec, replace(x, weights=x.weights * 1.05), found.cpu()) > K, "the control"
+        assert distance(spec, replace(x, weights=x.weights * 1.2), found.cpu()) > K, "the control"
 
 
 @pytest.mark.parametrize("name", MIXTURES)
