@@ -237,6 +237,7 @@ def tune_card(output: Path, runs: int, *, routed: bool) -> int:
 def write_table(
     path: Path, about: dict[str, object], rows: Sequence[Measured | RoutedMeasured], key: str = "measured"
 ) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(_compact(about, key, [json.dumps(asdict(row)) for row in rows]))
     print(f"{path.name}: {len(rows)} problems, faster in {sum(r.speedup > MARGIN for r in rows)}")
 
