@@ -7,7 +7,7 @@ strings; recorded values and weights are numpy arrays (bfloat16 and float16 are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -253,3 +253,11 @@ class Flow:
             if stop is None or not stop(node):
                 todo.extend(v for v in node.inputs if v)
         return [seen[i] for i in sorted(seen)]
+
+
+def unflattened(flow: Flow, value: Value) -> Iterator[Value]:
+    """What a projection's input was before its tokens were flattened."""
+    passed = {"Reshape", "Flatten", "Unsqueeze", "Squeeze", "Identity", "Cast", "QuantizeLinear", "DequantizeLinear"}
+    while (node := flow.producer(value)) is not None and node.op in passed:
+        value = node.inputs[0]
+        yield value

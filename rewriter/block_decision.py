@@ -17,12 +17,13 @@ from passes.stacks import stacks
 from passes.targets.block import BlockReplacement, block_error, surroundings
 from passes.targets.conditional_feed_forward import ConditionalBlocks
 from passes.targets.experts import Experts
+from passes.targets.gated_pair import UnitBlocks
 from rewriter.report.rewrite_report import SiteRow
 
 MOST_TOKENS = 2048
 """Calibration tokens that a fit looks at."""
 
-BlockTarget = Experts | ConditionalBlocks
+BlockTarget = Experts | ConditionalBlocks | UnitBlocks
 """What a feed-forward block can become."""
 
 

@@ -18,10 +18,11 @@ from passes.picture import Picture, feed_forward_picture, refusal_picture, site_
 from passes.site import AttentionSite, NotAttention, Refusal
 from passes.sublayer import NoSublayer, sublayer
 from passes.targets.block import surroundings
-from passes.targets.catalogue import CATALOGUE
+from passes.targets.catalogue import CATALOGUE, Layered
 from passes.targets.colt5 import Colt5
 from passes.targets.decoupled import DecoupledHeads
 from passes.targets.fourier import HYBRID, Fourier
+from passes.targets.gated_pair import gated_pair
 from passes.targets.gated_unit import Form, GatedUnit
 from passes.targets.grouped_query import GroupedQuery
 from passes.targets.linear_attention import LinearHeads
@@ -33,6 +34,7 @@ from rewriter.given_path import existing
 from rewriter.model_kinds import is_onnx, is_torch
 
 SPARSE = (sparse_mixer(), sparse_mixer(fast=True))
+PAIRS = tuple(gated_pair(form) for form in get_args(Form))
 
 
 @dataclass(frozen=True)
@@ -290,7 +292,8 @@ def _conditional(flow: Flow, matches: Matches, site: AttentionSite) -> tuple[str
 
 def _block_targets(flow: Flow, matches: Matches, site: FeedForwardSite) -> tuple[str, ...]:
     around = surroundings(flow, matches, site)
-    return tuple(t.name for t in (*SPARSE, Colt5()) if t.blocks.refuses(site, around) is None)
+    targets: tuple[Layered, ...] = (*SPARSE, *PAIRS, Colt5())
+    return tuple(t.name for t in targets if t.blocks.refuses(site, around) is None)
 
 
 def _layout(site: AttentionSite) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from codegen.spec import GatedAttention, MixedChunkAttention
 from passes.dataflow import Array, Flow
 from passes.match.attention import Matches
 from passes.match.feed_forward import find_feed_forward
@@ -27,15 +28,17 @@ from rewriter.capture.torch_export import TorchCapture, capture
 from rewriter.decision import Decision, Stopwatch, decide, is_causal, report, rows
 from rewriter.errors import NothingToRewrite, UnsupportedModel, UsageError, VerificationFailed
 from rewriter.install.call_record import CallRecord, record_calls
-from rewriter.install.expert_mixing import install_blocks, prove_blocks
+from rewriter.install.expert_mixing import Proved, install_blocks, prove_blocks
 from rewriter.install.huggingface import apply_knob, knob_applies
 from rewriter.install.kept import Kept, noted
 from rewriter.install.kernel_choice import choose_kernels
 from rewriter.install.mixer import MixerParameters
 from rewriter.install.repeated_heads import keep_forwards
 from rewriter.install.stored_weight import parameter_of
+from rewriter.install.token_mixer import TokenMixer
 from rewriter.install.token_mixing import Recorded, drop_unread_positions, install_mixing
 from rewriter.install.torch_module import install
+from rewriter.install.unit_block import NO_UNIT, follow
 from rewriter.placement import device_of, moved, on_processor
 from rewriter.report.rewrite_report import RewriteReport
 from rewriter.verify.torch_pair import run, verify_torch
@@ -138,7 +141,10 @@ def _rewritten(
             decision, blocks=decision.blocks.without(unproved), refused=(*decision.refused, *unproved.items())
         )
         decision, kept = _install(module, captured.flow, decision, args, kwargs)
+        blocks, alone = _behind_units(module, captured.flow, decision, blocks)
+        decision = replace(decision, blocks=decision.blocks.without(alone), refused=(*decision.refused, *alone.items()))
         install_blocks(module, blocks)
+        follow(module)
         drop_unread_positions(module)
     fidelity = None
     if verify:
@@ -223,6 +229,26 @@ def _install(
             hint="a module that cannot be replaced can be rewritten as a graph: pass torch.export.export(model, ...)",
         )
     return replace(decision, replacements=tuple(done), refused=refused), kept
+
+
+def _behind_units(
+    module: torch.nn.Module, flow: Flow, decision: Decision, blocks: Sequence[Proved]
+) -> tuple[list[Proved], dict[str, str]]:
+    """Blocks with the paths of units before them, where causal units need one; the reason by name of the others."""
+    owners = {r.site.name: owner_of(flow, r.site) for r in decision.replacements}
+    found: list[Proved] = []
+    failed: dict[str, str] = {}
+    for block in blocks:
+        spec = block.replacement.spec
+        if not isinstance(spec, (GatedAttention, MixedChunkAttention)) or not spec.causal:
+            found.append(block)
+            continue
+        path = owners.get(block.replacement.behind or "", "")
+        if path and isinstance(module.get_submodule(path), TokenMixer):
+            found.append(replace(block, behind=path))
+        else:
+            failed[block.replacement.site.name] = NO_UNIT
+    return found, failed
 
 
 def _keeps_its_form(replacement: Replacement) -> bool:

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from passes.dataflow import LAYOUT, Flow, Node, Value
+from passes.dataflow import LAYOUT, Flow, Node, Value, unflattened
 from passes.provenance import CHOOSERS, NORMS, PASS_THROUGH, projection_at
 
 MIXTURES = frozenset(
@@ -69,7 +69,8 @@ def recorded_values(flow: Flow) -> set[Value]:
     wanted: set[Value] = set()
     for block in blocks(flow):
         if block.obstacle is None:
-            wanted.update(flow.nodes[i].inputs[0] for i in block.projections)
+            given = {flow.nodes[i].inputs[0] for i in block.projections}
+            wanted.update(given, *(unflattened(flow, v) for v in given))
             wanted.add(block.output)
             wanted.update(v for i in block.inner for v in flow.nodes[i].inputs if v and not flow.is_fed(v))
     return {v for v in wanted if not flow.is_constant(v)}

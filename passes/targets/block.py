@@ -14,8 +14,9 @@ from codegen.activation import Activation
 from codegen.conditional import ConditionalFeedForward
 from codegen.ops.conditional_feed_forward.reference import conditional_feed_forward
 from codegen.ops.mixture_of_experts.reference import mixture_of_experts
-from codegen.spec import MixtureOfExperts
-from passes.dataflow import Array, Flow
+from codegen.ops.token_mixing import token_mixing
+from codegen.spec import GatedAttention, GatedUnit, MixedChunkAttention, MixtureOfExperts
+from passes.dataflow import Array, Flow, Value, unflattened
 from passes.feed_forward_site import FeedForwardSite
 from passes.match.attention import Matches
 from passes.site import AttentionSite
@@ -32,7 +33,7 @@ ACTIVATIONS: Mapping[str, Activation] = {
 }
 """What such blocks can apply, by the names of `passes.nonlinearities`."""
 
-BlockSpec = MixtureOfExperts | ConditionalFeedForward
+BlockSpec = MixtureOfExperts | ConditionalFeedForward | GatedUnit
 """Everything that can take a feed-forward block's place."""
 
 
@@ -45,11 +46,15 @@ class Surroundings:
         causal: such an attention lies above this block, so that its tokens must not look at later ones; None where all
             that lie above are not understood.
         batch_first: whether hidden states are [B, S, H]; False for [S, B, H], None where they run otherwise.
+        cached: some attention of the model keeps a cache on the recorded call.
+        attention: name of the nearest attention above.
     """
 
     causal_model: bool = False
     causal: bool | None = False
     batch_first: bool | None = True
+    cached: bool = False
+    attention: str | None = None
 
 
 def surroundings(flow: Flow, matches: Matches, site: FeedForwardSite) -> Surroundings:
@@ -62,8 +67,18 @@ def surroundings(flow: Flow, matches: Matches, site: FeedForwardSite) -> Surroun
     return Surroundings(
         causal_model=any(s.causal for s in own),
         causal=None if unclear else any(s.causal for s in near),
-        batch_first=_batch_first(flow.shape(site.up.projection.input), matches, near[-1]) if near else None,
+        batch_first=_batch_first(flow.shape(given_to(flow, site)), matches, near[-1]) if near else None,
+        cached=any(s.cached or s.k.presents or s.v.presents for s in own),
+        attention=near[-1].name if near and near[-1].anchor in above else None,
     )
+
+
+def given_to(flow: Flow, site: FeedForwardSite) -> Value:
+    """A block's hidden states, before their tokens were flattened where they were."""
+    given = site.up.projection.input
+    width = flow.shape(given)[-1]
+    wide = (v for v in unflattened(flow, given) if flow.shape(v)[-1:] == (width,) and len(flow.shape(v)) == 3)
+    return given if len(flow.shape(given)) == 3 else next(wide, given)
 
 
 def _batch_first(shape: tuple[int, ...], matches: Matches, near: AttentionSite) -> bool | None:
@@ -86,6 +101,7 @@ class BlockReplacement:
         before, after: short descriptions, e.g. ``"ffn3072"`` and ``"moe16"``.
         merge: how it was made: "split", "split, fitted" or "copies" for experts, "selected" or "fitted" for branches.
         batch_first: as in `Surroundings`, where that matters.
+        behind: name of the attention before the block, whose replacement is given the cache; of units.
     """
 
     site: FeedForwardSite
@@ -97,10 +113,11 @@ class BlockReplacement:
     exact: bool = False
     notes: tuple[str, ...] = ()
     batch_first: bool = True
+    behind: str | None = None
 
     def flops(self, flow: Flow) -> int:
         """On the recorded inputs, two for each multiplication."""
-        shape = flow.shape(self.site.up.projection.input)[:-1]
+        shape = flow.shape(given_to(flow, self.site))[:-1]
         tokens = int(np.prod(shape, dtype=np.int64))
         if isinstance(self.spec, MixtureOfExperts):
             return self.spec.flops(tokens)
@@ -113,7 +130,10 @@ class BlockReplacement:
             flat = x.reshape(1, -1, self.site.width)
             return np.asarray(mixture_of_experts(self.spec, flat, **self.tensors).output).reshape(x.shape)
         ordered = x if self.batch_first else x.swapaxes(0, 1)
-        found = conditional_feed_forward(self.spec, ordered, soft=False, **self.tensors)
+        if isinstance(self.spec, (GatedAttention, MixedChunkAttention)):
+            found = np.asarray(token_mixing(self.spec, ordered, **self.tensors))
+        else:
+            found = conditional_feed_forward(self.spec, ordered, soft=False, **self.tensors)
         return np.asarray(found if self.batch_first else found.swapaxes(0, 1))
 
 
@@ -121,7 +141,7 @@ def block_error(flow: Flow, replacement: BlockReplacement) -> tuple[float, float
     """(error, floor): relative root-mean-square error of the block's output on the recording, and of zeros."""
     site = replacement.site
     reference = np.asarray(flow.value(site.output), dtype=np.float64).reshape(-1, site.width)
-    x = np.asarray(flow.value(site.up.projection.input), dtype=np.float64)
+    x = np.asarray(flow.value(site.up.projection.input), dtype=np.float64).reshape(flow.shape(given_to(flow, site)))
     got = replacement.output(x).reshape(-1, site.width)
     size = max(float(np.linalg.norm(reference)), 1e-30)
     return float(np.linalg.norm(got - reference)) / size, 1.0

@@ -12,6 +12,7 @@ from passes.targets.colt5 import EVERY, Colt5, colt5
 from passes.targets.conditional_attention import ConditionalHeads
 from passes.targets.decoupled import DecoupledHeads
 from passes.targets.fourier import HYBRID, Fourier
+from passes.targets.gated_pair import GatedPair, gated_pair
 from passes.targets.gated_unit import CHUNK, GatedUnit
 from passes.targets.grouped_query import GroupedQuery
 from passes.targets.linear_attention import CHUNK as LINEAR_CHUNK
@@ -26,7 +27,7 @@ Mixer = Fourier | LinearMixer | GatedUnit | ConditionalHeads
 AttentionTarget = GroupedQuery | DecoupledHeads | Mixer | Window | SparseFixed | SparseStrided | LinearHeads
 """What an attention can become."""
 
-Layered = SparseMixer | Colt5
+Layered = SparseMixer | Colt5 | GatedPair
 """Targets for attentions and feed-forward blocks together."""
 
 Target = AttentionTarget | Layered
@@ -100,17 +101,25 @@ def _parse_linear(structure: Structure) -> Callable[[str], Target | None]:
 
 
 def _parse_gau(name: str) -> Target | None:
+    if name == "gau:pair":
+        return gated_pair("gau")
     return GatedUnit("gau") if name == "gau" else None
 
 
 def _parse_quad(name: str) -> Target | None:
+    if name == "flash-quad:pair":
+        return gated_pair("flash-quad")
     return GatedUnit("flash-quad") if name == "flash-quad" else None
 
 
 def _parse_flash(name: str) -> Target | None:
-    found = re.fullmatch(r"flash(?::(\d{1,6}))?", name)
-    chunk = int(found.group(1) or CHUNK) if found else 0
-    return GatedUnit("flash", chunk) if chunk else None
+    found = re.fullmatch(r"flash(?::(?:(\d{1,6})|(?:(\d{1,6}),)?(pair)))?", name)
+    if found is None:
+        return None
+    chunk = int(found.group(1) or found.group(2) or CHUNK)
+    if not chunk:
+        return None
+    return gated_pair("flash", chunk) if found.group(3) else GatedUnit("flash", chunk)
 
 
 def _parse_colt5(name: str) -> Target | None:
@@ -265,16 +274,17 @@ CATALOGUE: tuple[Entry, ...] = (
         _parse_colt5,
     ),
     Entry(
-        "gau",
-        "one gated attention unit with one score for all heads, fitted to their mean",
+        "gau[:pair]",
+        "one gated attention unit with one score for all heads, fitted to their mean; of a pair, another one behind it",
         "arXiv 2202.10447",
-        "the attention with all its projections; with calibration the output projection is refitted",
+        "the attention with all its projections; with calibration the output projection is refitted; of a pair, "
+        "feed-forward blocks too, which the second unit computes as they were",
         "self-attention without a cache, causal or not; pre-trained so or uptrained: " + _STRUCTURE,
         _parse_gau,
     ),
-    Entry("flash-quad", "as gau, by the name of its model", "arXiv 2202.10447", "as gau", "as gau", _parse_quad),
+    Entry("flash-quad[:pair]", "as gau, by the name of its model", "arXiv 2202.10447", "as gau", "as gau", _parse_quad),
     Entry(
-        "flash[:chunk]",
+        "flash[:chunk,pair]",
         "as gau, in linear time: quadratic within chunks (of 256 tokens), a sum between them",
         "arXiv 2202.10447",
         "as gau",

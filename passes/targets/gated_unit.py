@@ -3,8 +3,9 @@
 The attention's whole sublayer, output projection included, becomes one unit on its own input. Its values are the heads'
 values side by side, its gate is 1, its output projection the attention's; in the place of all heads' scores stands one
 score, whose base spans the best subspace of their mean (`passes/weights/gated.py` derives it). A feed-forward is a unit
-already, of which the attention is the identity, so the layer's other half stays as it is, and norms and residuals stay
-where the block has them: a post-norm block becomes one of post-norm units.
+already, of which the attention is the identity, so the layer's other half stays as it is, unless it is asked for
+(`passes/targets/gated_pair.py`). Norms and residuals stay where the block has them: a post-norm block becomes one of
+post-norm units.
 
 How weights fall with distance is not taken from the model: they fall with 1 / (1 + distance), of sum 1 over `REACH`
 tokens. Rotations of queries and keys go. With calibration the output projection is refitted by least squares to what
@@ -40,6 +41,17 @@ CHUNK, BASE = 256, 128
 Form = Literal["gau", "flash-quad", "flash"]
 
 
+def named(form: Form, chunk: int) -> str:
+    """What a person types for units of this form."""
+    return form if form != "flash" or chunk == CHUNK else f"flash:{chunk}"
+
+
+def by_chunks(quadratic: GatedAttention, chunk: int) -> MixedChunkAttention:
+    """The same unit in linear time; distances have numbers of their own within a chunk."""
+    names = ("hidden", "expanded", "base", "causal", "bias", "rotary", "gate", "value", "latent")
+    return MixedChunkAttention(**{n: getattr(quadratic, n) for n in names}, chunk=chunk, span=chunk)
+
+
 @dataclass(frozen=True)
 class GatedUnit(Whole):
     """One gated attention unit for each attention.
@@ -58,7 +70,7 @@ class GatedUnit(Whole):
 
     @property
     def name(self) -> str:
-        return self.form if self.form != "flash" or self.chunk == CHUNK else f"flash:{self.chunk}"
+        return named(self.form, self.chunk)
 
     def refuses(self, site: AttentionSite) -> str | None:
         """Why this site cannot become a unit, as far as its description tells; `transform` may find more."""
@@ -79,10 +91,7 @@ class GatedUnit(Whole):
             value=None,
             latent=None,
         )
-        if self.form != "flash":
-            return quadratic
-        fields = {n: getattr(quadratic, n) for n in ("hidden", "expanded", "base", "causal", "bias", "rotary")}
-        return MixedChunkAttention(**fields, chunk=self.chunk, span=self.chunk, gate=None, value=None, latent=None)
+        return quadratic if self.form != "flash" else by_chunks(quadratic, self.chunk)
 
     def transform(
         self, flow: Flow, site: AttentionSite, evidence: Evidence, sharing: Sequence[AttentionSite] = ()

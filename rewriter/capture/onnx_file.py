@@ -18,7 +18,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from codegen.ops.grouped_query_attention.onnx_tiles import masked_name
-from passes.dataflow import CONTRACTIONS, LAYOUT, Array, Flow, Node, Value, Weight, unlike
+from passes.dataflow import CONTRACTIONS, LAYOUT, Array, Flow, Node, Value, Weight, unflattened, unlike
 from passes.match.feed_forward_blocks import recorded_values
 from passes.match.scores import anchors
 from passes.products import with_products
@@ -574,14 +574,6 @@ def _wanted(flow: Flow) -> set[Value]:
         wanted.update(v for v in (*above.inputs, *above.outputs) if v)
         wanted.update(unflattened(flow, above.inputs[0]) if stop(above) else ())
     return wanted
-
-
-def unflattened(flow: Flow, value: Value) -> Iterator[Value]:
-    """What a projection's input was before its tokens were flattened."""
-    passed = {"Reshape", "Flatten", "Unsqueeze", "Squeeze", "Identity", "Cast", "QuantizeLinear", "DequantizeLinear"}
-    while (node := flow.producer(value)) is not None and node.op in passed:
-        value = node.inputs[0]
-        yield value
 
 
 def _downstream(flow: Flow, anchor: Node) -> list[Node]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from codegen.conditional import ConditionalFeedForward
+from codegen.spec import GatedAttention, MixedChunkAttention
 from passes.dataflow import Array, Flow, Value
 from passes.targets.block import BlockReplacement
 from rewriter.errors import UnsupportedModel
@@ -25,6 +26,7 @@ from rewriter.install.expert_mixer import ExpertMixer, parameters_like
 from rewriter.install.reproduction import TOLERANCE
 from rewriter.install.token_mixer import Absorbed
 from rewriter.install.torch_module import place
+from rewriter.install.unit_block import UnitBlock
 
 NO_MODULE = "no module of its own computes it"
 
@@ -36,11 +38,13 @@ class Proved:
     Attributes:
         path: of the module whose place it takes.
         projection: path of the output projection's module where that lies outside, else None.
+        behind: path of the attention's module before a causal unit, "" elsewhere.
     """
 
     replacement: BlockReplacement
     path: str
     projection: str | None
+    behind: str = ""
 
 
 def prove_blocks(
@@ -74,15 +78,18 @@ def install_blocks(model: nn.Module, proved: Sequence[Proved]) -> None:
         like = next(original.parameters(), None)
         if like is None:
             raise UnsupportedModel(f"{one.path} holds no parameters of its own")
-        place(model, one.path, _module(one.replacement, parameters_like(one.replacement.tensors, like)))
+        place(model, one.path, _module(one, parameters_like(one.replacement.tensors, like)))
         if one.projection is not None:
             place(model, one.projection, Absorbed())
 
 
-def _module(replacement: BlockReplacement, parameters: Mapping[str, nn.Parameter]) -> ExpertMixer | ConditionalBlock:
-    if isinstance(replacement.spec, ConditionalFeedForward):
-        return ConditionalBlock(replacement.spec, parameters, batch_first=replacement.batch_first)
-    return ExpertMixer(replacement.spec, parameters)
+def _module(one: Proved, parameters: Mapping[str, nn.Parameter]) -> ExpertMixer | ConditionalBlock | UnitBlock:
+    spec, batch_first = one.replacement.spec, one.replacement.batch_first
+    if isinstance(spec, (GatedAttention, MixedChunkAttention)):
+        return UnitBlock(spec, parameters, batch_first=batch_first, behind=one.behind)
+    if isinstance(spec, ConditionalFeedForward):
+        return ConditionalBlock(spec, parameters, batch_first=batch_first)
+    return ExpertMixer(spec, parameters)
 
 
 def _paths(model: nn.Module, flow: Flow, replacement: BlockReplacement) -> tuple[str | None, str | None, str | None]:

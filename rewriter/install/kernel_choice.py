@@ -16,6 +16,7 @@ from rewriter.install.conditional_block import conditional_blocks
 from rewriter.install.expert_mixer import expert_mixers
 from rewriter.install.token_mixer import token_mixers
 from rewriter.install.torch_module import mixers
+from rewriter.install.unit_block import unit_blocks
 
 
 def choose_kernels(
@@ -31,7 +32,8 @@ def choose_kernels(
     Raises UsageError if kernels are asked for by name that nothing in the model can call, or that are not to be had.
     """
     kinds = (FourierMixing,) if kernels == "cuda" else (FourierMixing, MixedChunkAttention)
-    mixes = [m for m in token_mixers(model).values() if isinstance(m.spec, kinds)]  # others have no kernels
+    units = [*token_mixers(model).values(), *unit_blocks(model).values()]
+    mixes = [m for m in units if isinstance(m.spec, kinds)]  # others have no kernels
     found: list[Any] = [*mixers(model).values(), *mixes]
     for mixer in found:
         mixer.kernels = kernels

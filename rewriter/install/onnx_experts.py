@@ -1,8 +1,9 @@
-"""Experts, or a light and a heavy branch, in a file: a block becomes one call of a function on its input."""
+"""Experts, light and heavy branches, or gated units in a file: a block becomes one call of a function on its input."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -11,10 +12,13 @@ import onnx_ir as ir
 from codegen.conditional import ConditionalFeedForward
 from codegen.ops.conditional_feed_forward import onnx_body as conditional
 from codegen.ops.conditional_routing import onnx_body as routing
+from codegen.ops.gated_attention import onnx_body as unit
+from codegen.ops.mixed_chunk_attention import onnx_body as chunked
 from codegen.ops.mixture_of_experts import onnx_body as mixture
 from codegen.ops.mixture_of_experts.onnx_body import DOMAIN
-from passes.dataflow import Value
-from passes.targets.block import BlockReplacement, BlockSpec
+from codegen.spec import GatedAttention, MixedChunkAttention, MixtureOfExperts
+from passes.dataflow import Array, Value
+from passes.targets.block import BlockReplacement, BlockSpec, given_to
 from rewriter.capture.onnx_file import OnnxCapture
 from rewriter.onnx_nodes import NodeWriter
 
@@ -33,23 +37,37 @@ class Editing(Protocol):
 
 @dataclass(frozen=True)
 class _Declared:
-    """A function, and what calls of it need.
+    """Functions, the first of which is called, and what calls of it need.
 
     Attributes:
         word: that names of calls end with.
-        attributes: of a call, by x's dtype. stored_as: a parameter's dtype, by its name and x's dtype.
+        attributes: of a call, by x's dtype. stored: parameters as they are written, by name, for x's dtype.
     """
 
-    function: ir.Function
+    functions: Sequence[ir.Function]
     word: str
     attributes: Callable[[ir.DataType], list[ir.Attr]]
-    stored_as: Callable[[str, ir.DataType], ir.DataType]
+    stored: Callable[[Mapping[str, Array], ir.DataType], Mapping[str, Array]]
 
 
 def _declared(spec: BlockSpec, opset: int) -> _Declared:
+    if isinstance(spec, GatedAttention):
+        held = functools.partial(unit.stored, spec)
+        return _Declared([unit.function(spec, opset)], "unit", functools.partial(unit.attributes, spec), held)
+    if isinstance(spec, MixedChunkAttention):
+        held = functools.partial(unit.stored, spec)
+        return _Declared(chunked.functions(spec, opset), "unit", functools.partial(chunked.attributes, spec), held)
     if isinstance(spec, ConditionalFeedForward):
-        return _Declared(conditional.function(spec, opset), "branches", routing.attributes, routing.stored_as)
-    return _Declared(mixture.function(spec, opset), "experts", mixture.attributes, mixture.stored_as)
+        body, described, types = conditional.function(spec, opset), routing.attributes, routing.stored_as
+        return _Declared([body], "branches", described, functools.partial(_as, types))
+    body, described, types = mixture.function(spec, opset), mixture.attributes, mixture.stored_as
+    return _Declared([body], "experts", described, functools.partial(_as, types))
+
+
+def _as(
+    stored_as: Callable[[str, ir.DataType], ir.DataType], tensors: Mapping[str, Array], kind: ir.DataType
+) -> Mapping[str, Array]:
+    return {part: tensor.astype(stored_as(part, kind).numpy()) for part, tensor in tensors.items()}
 
 
 @dataclass
@@ -67,25 +85,27 @@ class ExpertWriter:
         """Put the function's call in the place of the block's output; returns the node that gave it, now unread."""
         editor, site = self.editor, replacement.site
         declared = _declared(replacement.spec, self.editor.opset)
-        name = Value(site.up.projection.input)
+        flow = editor.capture.flow
+        by_sequence = not isinstance(replacement.spec, MixtureOfExperts)
+        name = given_to(flow, site) if by_sequence else Value(site.up.projection.input)
         x, output = editor.value(name), editor.value(site.output)
         producer = output.producer()
         assert producer is not None
         kind = editor.capture.element_type(name) or x.dtype or ir.DataType.FLOAT
         nodes: list[ir.Node] = []
-        flat = len(editor.capture.flow.shape(name)) != 3
-        if flat:
+        if len(flow.shape(name)) != 3:
             x = editor.write.op(
                 nodes, "Reshape", [x, self._sizes([1, -1, site.width], site.name)], f"{site.name}.batch"
             )
-        self._declare(declared.function)
+        for function in declared.functions:
+            self._declare(function)
         weights = [
-            editor.write.constant(tensor.astype(declared.stored_as(part, kind).numpy()), f"{site.name}.{part}")
-            for part, tensor in replacement.tensors.items()
+            editor.write.constant(tensor, f"{site.name}.{part}")
+            for part, tensor in declared.stored(replacement.tensors, kind).items()
         ]
         call = ir.Node(
             DOMAIN,
-            declared.function.name,
+            declared.functions[0].name,
             [x, *weights],
             declared.attributes(kind),
             num_outputs=1,
@@ -94,7 +114,7 @@ class ExpertWriter:
         call.outputs[0].name = editor.write.unique(f"{site.name}.mixed")
         nodes.append(call)
         mixed = call.outputs[0]
-        if flat:
+        if len(flow.shape(site.output)) != 3:
             mixed = editor.write.op(
                 nodes, "Reshape", [mixed, self._sizes([-1, site.width], site.name)], f"{site.name}.flat"
             )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from codegen.conditional import ConditionalAttention, ConditionalFeedForward
+from codegen.conditional import ConditionalAttention
 from codegen.sight import Pattern, Sight
-from passes.dataflow import Flow, Value
+from codegen.spec import MixtureOfExperts
+from passes.dataflow import Flow, Value, unflattened
 from passes.site import AttentionSite, Operand
 from passes.targets.block import BlockReplacement
 from passes.targets.replacement import Replacement
-from rewriter.capture.onnx_file import OnnxCapture, unflattened
+from rewriter.capture.onnx_file import OnnxCapture
 from rewriter.install.onnx_linear import linear_obstacle
 from rewriter.install.onnx_padding import padding_obstacle
 
@@ -61,9 +62,10 @@ def obstacle(capture: OnnxCapture, replacement: Replacement) -> str | None:
 def block_obstacle(capture: OnnxCapture, replacement: BlockReplacement) -> str | None:
     """The same of a feed-forward block."""
     opset = capture.model.opset_imports.get("", 1)
-    if isinstance(replacement.spec, ConditionalFeedForward) and not replacement.batch_first:
+    by_sequence = not isinstance(replacement.spec, MixtureOfExperts)
+    if by_sequence and not replacement.batch_first:
         return "its sequences do not come one after the other"
-    if isinstance(replacement.spec, ConditionalFeedForward) and opset < OLDEST_OPSET:
+    if by_sequence and opset < OLDEST_OPSET:
         return f"the file's opset is {opset}, and functions for what replaces it need {OLDEST_OPSET} or later"
     return None
 

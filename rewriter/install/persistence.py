@@ -12,7 +12,7 @@ import importlib.metadata
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,14 @@ from torch import Tensor, nn
 
 from rewriter.drafts import require_place
 from rewriter.errors import InvalidModelFile, RewriteError, UsageError, first_line
-from rewriter.install import conditional_block, expert_mixer, huggingface, repeated_projection, token_mixer
+from rewriter.install import (
+    conditional_block,
+    expert_mixer,
+    huggingface,
+    repeated_projection,
+    token_mixer,
+    unit_block,
+)
 from rewriter.install.checkpoint_files import is_own, require_own_files
 from rewriter.install.conditional_block import conditional_blocks
 from rewriter.install.expert_mixer import expert_mixers
@@ -32,6 +39,7 @@ from rewriter.install.proportion import in_proportion, require_sane_counts
 from rewriter.install.shared_cache import share, sharers
 from rewriter.install.token_mixer import Absorbed, absorbed, token_mixers
 from rewriter.install.torch_module import mixers, place
+from rewriter.install.unit_block import follow, unit_blocks
 from rewriter.json_files import read_object
 from rewriter.report import stored
 from rewriter.report.rewrite_report import RewriteReport
@@ -46,6 +54,11 @@ CONFIG = "config.json"
 GENERATION = "generation_config.json"
 EXPLANATION = "this folder holds a rewritten model; load it with rewriter.load(path)"
 
+
+REPLACED: tuple[Callable[[nn.Module], Mapping[str, Any]], ...] = (
+    mixers, token_mixers, expert_mixers, conditional_blocks, unit_blocks,
+)  # fmt: skip
+"""What finds modules of ours in a model, each kind by dotted path."""
 
 OURS = (MANIFEST, stored.FILE, "rewritten*.safetensors", "model*.safetensors*", "pytorch_model*.bin*")
 """Files of an older checkpoint that a new one takes the place of."""
@@ -124,6 +137,7 @@ def _load(folder: Path, module: nn.Module | None) -> nn.Module:
         built = _build(manifest, folder) if module is None else module
         _rewrite(built, manifest["owners"])
         _require_plain(built)
+        follow(built)
         _share(built, manifest.get("caches", {}))
         _fill(built, folder / Path(str(manifest["weights"])).name, manifest["tied"])
     return built.eval() if module is None else built
@@ -181,7 +195,7 @@ def _write(model: nn.Module, folder: Path, state_dict: Mapping[str, Tensor] | No
 def _write_weights_and_config(
     model: nn.Module, folder: Path, state_dict: Mapping[str, Tensor] | None, kwargs: Mapping[str, Any]
 ) -> None:
-    replaced = mixers(model) or token_mixers(model) or expert_mixers(model) or conditional_blocks(model)
+    replaced = any(of(model) for of in REPLACED)
     plain = not replaced and not repeated_projection.repeated(model)
     if huggingface.is_pretrained(model) and plain and huggingface.config_tells_all(model):
         model_class: Any = type(model)
@@ -200,6 +214,7 @@ def _manifest(model: nn.Module, weights: str, tied: Mapping[str, str]) -> dict[s
     owners |= {path: {"kind": "token mixer", **m.describe()} for path, m in token_mixers(model).items()}
     owners |= {path: {"kind": "experts", **m.describe()} for path, m in expert_mixers(model).items()}
     owners |= {path: {"kind": "light and heavy", **m.describe()} for path, m in conditional_blocks(model).items()}
+    owners |= {path: {"kind": "unit"} | m.describe() for path, m in unit_blocks(model).items()}
     owners |= {path: {"kind": "absorbed"} for path in absorbed(model)}
     for path, module in huggingface.turned(model).items():
         owners[path] = huggingface.describe(module)
@@ -422,6 +437,8 @@ def _rewrite(model: nn.Module, owners: Mapping[str, Any]) -> None:
             place(model, path, expert_mixer.rebuild(description, original))
         elif description["kind"] == "light and heavy":
             place(model, path, conditional_block.rebuild(description, original))
+        elif description["kind"] == "unit":
+            place(model, path, unit_block.rebuild(description, original))
         else:
             details = {name: value for name, value in description.items() if name != "kind"}
             place(model, path, rebuild(details, original))
@@ -434,7 +451,7 @@ def _require_plain(model: nn.Module) -> None:
     """
     from codegen.render import numbers
 
-    modules = [m for of in (mixers, token_mixers, expert_mixers, conditional_blocks) for m in of(model).values()]
+    modules = [m for of in REPLACED for m in of(model).values()]
     for spec in (module.spec for module in modules):
         hash(spec)
         numbers(spec)

@@ -19,7 +19,7 @@ from rewriter.install.mimicry import mimic_attributes
 from rewriter.install.mixer import stripped
 from rewriter.install.padding import shown_tokens
 from rewriter.install.protocol import Protocol
-from rewriter.install.unit_cache import resumed
+from rewriter.install.unit_cache import advanced, resumed
 
 
 class TokenMixer(nn.Module):
@@ -49,6 +49,7 @@ class TokenMixer(nn.Module):
         for name, parameter in parameters.items():
             self.register_parameter(name, parameter)
         self.input_norm, self.output_norm, self.position = input_norm, output_norm, position
+        self.followers: list[Any] = []  # units in feed-forward blocks' places, which are told of the cache
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -81,11 +82,16 @@ class TokenMixer(nn.Module):
 
     def _mixed(self, x: Tensor, parameters: Mapping[str, Tensor], call: Mapping[str, Any]) -> Tensor:
         cache = call.get("cache")
+        for follower in self.followers:
+            follower.step = None
         if isinstance(self.spec, ConditionalAttention):
             shown = shown_tokens(self.protocol, call, *x.shape[:2])
             return mix(self.spec, x, parameters, shown=shown, soft=self.training)
         if cache is not None and isinstance(self.spec, (GatedAttention, MixedChunkAttention)):
-            return resumed(self, self.spec, cache, x, parameters)
+            step = advanced(self, cache, x)
+            for follower in self.followers:
+                follower.step = step
+            return resumed(self, self.spec, step, x, parameters)
         return mix(self.spec, x, parameters, kernels=self.kernels)
 
     def _element(self, name: str, call: Mapping[str, Any], output: Tensor) -> Any:

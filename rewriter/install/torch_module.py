@@ -26,6 +26,7 @@ from rewriter.install.protocol import Protocol, read_protocol
 from rewriter.install.reproduction import HINT, disagreement, settle
 from rewriter.install.tensors import owned_parameter, repeat_heads
 from rewriter.install.token_mixer import Absorbed, TokenMixer
+from rewriter.install.unit_block import UnitBlock
 
 LAYER_INDEX = ("layer_idx", "layer_index", "layer_id", "layer_number")
 
@@ -101,7 +102,9 @@ def _make_linear(
 
 
 def place(
-    model: nn.Module, owner: str, mixer: RewrittenMixer | TokenMixer | ExpertMixer | ConditionalBlock | Absorbed
+    model: nn.Module,
+    owner: str,
+    mixer: RewrittenMixer | TokenMixer | ExpertMixer | ConditionalBlock | UnitBlock | Absorbed,
 ) -> None:
     """Put `mixer` wherever `model.<owner>` stands, with its hooks, and keep surrounding code working."""
     original = _owned(model, owner)

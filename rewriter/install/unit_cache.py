@@ -9,6 +9,7 @@ order since (beams, several answers to one prompt); the state then follows.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,10 +25,24 @@ from codegen.spec import GatedAttention, GatedUnit
 STATES = "gated_unit_states"
 
 
-def resumed(mixer: nn.Module, spec: GatedUnit, cache: Any, x: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
-    """[B, S, E] for the tokens x [B, S, E] behind those in the cache, which then holds these too.
+@dataclass(frozen=True)
+class Step:
+    """Tokens that a cache has just been told of.
 
-    Where gradients are wanted the cache counts the tokens only, and cannot be gone on with.
+    Attributes:
+        states: of the cache, by the unit that they belong to.
+        seen: tokens before these. order: rows of the batch that the present ones were then, [B]; None of none.
+        tokens: (B, S).
+    """
+
+    states: dict[int, GatedState | ChunkState]
+    seen: int
+    order: Tensor | None
+    tokens: tuple[int, int]
+
+
+def advanced(mixer: nn.Module, cache: Any, x: Tensor) -> Step:
+    """Count the tokens x [B, S, E] in the cache, behind those that are there.
 
     Raises:
         TypeError: the cache is of a kind that does not grow, was filled by something else, or cut.
@@ -44,13 +59,27 @@ def resumed(mixer: nn.Module, spec: GatedUnit, cache: Any, x: Tensor, parameters
     held, _ = cache.update(tags, tags, layer)
     if held.shape[2] != seen + x.shape[1]:
         raise TypeError("a gated attention unit needs a cache that grows, as transformers' DynamicCache")
+    return Step(states, seen, held[:, 0, seen - 1, 0].long() if seen else None, (x.shape[0], x.shape[1]))
+
+
+def resumed(unit: nn.Module, spec: GatedUnit, step: Step, x: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+    """[B, S, E] for the tokens x [B, S, E] of a step.
+
+    Where gradients are wanted no state is kept, so that the cache cannot be gone on with.
+
+    Raises:
+        TypeError: the unit has not seen the tokens before these.
+    """
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters.values())):
         return mix(spec, x, parameters)
+    state = step.states.get(id(unit))
+    if step.seen != (0 if state is None else state.position):
+        raise TypeError("the cache was cut, or filled by something else than this model's decoding without gradients")
     if state is None:
         state = _start(spec, x)
-    else:
-        state.select(held[:, 0, seen - 1, 0].long())
-    states[id(mixer)] = state
+    elif step.order is not None:
+        state.select(step.order)
+    step.states[id(unit)] = state
     if isinstance(spec, GatedAttention):
         assert isinstance(state, GatedState)
         return quadratic.resume(spec, x, parameters, state)

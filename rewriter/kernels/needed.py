@@ -82,6 +82,7 @@ def _of_module(path: Path) -> list[Need]:
     from rewriter.install.persistence import load
     from rewriter.install.token_mixer import token_mixers
     from rewriter.install.torch_module import mixers
+    from rewriter.install.unit_block import unit_blocks
 
     found: list[Need] = []
     model = load(path)
@@ -94,7 +95,7 @@ def _of_module(path: Path) -> list[Need]:
         elif mixer.linear_term.spec.features is not FeatureMap.FAVOR:
             found.append(Need(mixer.linear_term.spec, dtype))
     dtype = DTYPES.get(next(model.parameters()).dtype)
-    mixes = (mixing.spec for mixing in token_mixers(model).values())
+    mixes = (module.spec for of in (token_mixers, unit_blocks) for module in of(model).values())
     specs: list[FourierMixing | MixedChunkAttention | RoutedFeedForward] = [
         s for s in mixes if isinstance(s, FourierMixing | MixedChunkAttention)
     ]

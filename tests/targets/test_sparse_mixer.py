@@ -214,7 +214,7 @@ def test_the_command_line_makes_a_sparse_mixer(
     rows = json.loads(capsys.readouterr().out)["sites"]
     assert all({"sparse-mixer", "fast-sparse-mixer"} <= set(row["targets"]) for row in rows)
     assert [row["targets"] for row in rows if row["kind"] == "feed_forward"] == [
-        ["sparse-mixer", "fast-sparse-mixer", "colt5"]
+        ["sparse-mixer", "fast-sparse-mixer", "gau:pair", "flash-quad:pair", "flash:pair", "colt5"]
     ] * 2
 
 
