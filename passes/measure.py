@@ -45,7 +45,10 @@ def site_error(flow: Flow, evidence: Evidence, replacement: Replacement) -> tupl
         )
     )
     reference = recorded(flow, evidence.path.output_view, evidence.q.tokens)
-    keys, values = (x[:, np.arange(heads) * x.shape[1] // heads] for x in (keys, values))
+    decoupled = replacement.decoupled is not None
+    keys, values = (
+        x[:, np.arange(heads) * x.shape[1] // heads if decoupled else list(replacement.reads)] for x in (keys, values)
+    )
     scores = products(query, keys, evidence.path.scale)
     for modifier in evidence.path.modifiers:
         scores = apply_modifier(flow, modifier, scores)

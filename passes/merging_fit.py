@@ -50,7 +50,11 @@ def merge_calibrated(
 
     `pooled` holds what sites that share weights have become so far; `steps` are all that are taken.
     """
-    if _equal(pair.flow, site, target):
+    if isinstance(target, GroupedQuery) and site.interleaved:
+        order = pair.freedom(site)
+        if order.order is not None or _equal(pair.flow, site, target):
+            return target.pooled(pair.flow, site, order)
+    elif _equal(pair.flow, site, target):
         return target.pooled(pair.flow, site)
     method = target.method(True)
     weights, freedom = site_weights(pair.flow, site), pair.freedom(site)

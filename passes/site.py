@@ -227,6 +227,11 @@ class AttentionSite:
     owner: str = ""
 
     @property
+    def interleaved(self) -> bool:
+        """Whether query heads that read one key/value head are no neighbours."""
+        return tuple(sorted(self.group)) != self.group
+
+    @property
     def cached(self) -> bool:
         return self.k.past is not None
 

@@ -120,16 +120,25 @@ def _in_body(operator: str) -> str:
 
 def _installable(captured: OnnxCapture, decision: Decision) -> Decision:
     """Sites that this door cannot write become refusals, before anything is edited."""
-    reasons = {r.site.name: obstacle(captured, r) for r in decision.replacements}
-    refused = [(name, reason) for name, reason in reasons.items() if reason is not None]
-    kept = tuple(r for r in decision.replacements if reasons[r.site.name] is None)
+    reasons, kept = {}, []
+    for replacement in decision.replacements:
+        try:
+            written = replacement.together()
+            reason = obstacle(captured, written)
+        except ValueError as error:
+            reason = str(error)
+        if reason is None:
+            kept.append(written)
+        else:
+            reasons[replacement.site.name] = reason
+    refused = list(reasons.items())
     failed = {
         b.site.name: reason for b in decision.blocks.replacements if (reason := block_obstacle(captured, b)) is not None
     }
     blocks, refused = decision.blocks.without(failed), [*refused, *failed.items()]
     if not kept and not blocks.replacements:
         raise NothingToRewrite("; ".join(f"{n}: {r}" for n, r in (*decision.refused, *refused)[:3]), hint=LISTS)
-    return replace(decision, replacements=kept, refused=(*decision.refused, *refused), blocks=blocks)
+    return replace(decision, replacements=tuple(kept), refused=(*decision.refused, *refused), blocks=blocks)
 
 
 def rewrite_onnx(

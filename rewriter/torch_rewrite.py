@@ -330,6 +330,10 @@ def _install_one(module: torch.nn.Module, flow: Flow, group: _Owned, records: Ma
     if not record.alike:
         raise UnsupportedModel(f"{group.path} is called with different kinds of arguments in one forward")
     site = first.site
+    if site.interleaved:
+        raise UnsupportedModel(
+            "query heads that share a key/value head are no neighbours, as its forward lays them out"
+        )
     output = _output_writes(module, flow, first)
     before = _original_parameters(module, flow, site)
     after = _new_parameters(before, first)

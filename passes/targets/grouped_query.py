@@ -21,13 +21,15 @@ from passes.targets.replacement import Replacement
 from passes.weights.group import Moments
 from passes.weights.grouping import Groups, pair_losses, pairs, similar
 from passes.weights.head_gains import operand_gains
-from passes.weights.merge import METHODS, Freedom, Merged, Method, contiguous, merge_heads
+from passes.weights.merge import METHODS, Freedom, Merged, Method, contiguous, merge_heads, readers
 from passes.weights.pooling import legal_head_counts, mean_pool, ties
 from passes.weights.projection import SiteWeights, operand_bias, operand_rows, site_weights
 
 Grouping = Literal["contiguous", "similar"]
 
 GROUPINGS: tuple[Grouping, ...] = ("contiguous", "similar")
+
+INTERLEAVED = "query heads that share a key/value head are no neighbours; gqaN brings them together first"
 
 
 @dataclass(frozen=True)
@@ -107,14 +109,20 @@ class GroupedQuery:
         """
         plain = self.method(False) == "mean" and self.grouping == "contiguous"
         if plain or tied(flow, site, self.kv_heads):
-            return self.pooled(flow, site)
+            free = freedom_of(flow, site, evidence, sharing) if evidence is not None and site.interleaved else None
+            return self.pooled(flow, site, free)
         if evidence is None:
             raise ValueError(f"merge {self.merge!r} and grouping {self.grouping!r} need the site's evidence")
         freedom = freedom_of(flow, site, evidence, sharing)
+        if site.interleaved and freedom.order is not None:
+            return self.pooled(flow, site, freedom)
         return self.merged(flow, site, merge_site(flow, site, self, freedom), self.method(False))
 
-    def pooled(self, flow: Flow, site: AttentionSite) -> Replacement:
-        """The mean of each group; exact where its heads are equal."""
+    def pooled(self, flow: Flow, site: AttentionSite, freedom: Freedom | None = None) -> Replacement:
+        """The mean of each group; exact where its heads are equal.
+
+        `freedom` is needed at interleaved sites, to bring query heads of a group together.
+        """
         tensors: dict[str, Array] = {}
         exact = True
         for role, operand in (("k", site.k), ("v", site.v)):
@@ -124,7 +132,10 @@ class GroupedQuery:
                     tensors[f"{role}_{part}"] = mean_pool(tensor, operand.heads, self.kv_heads)
             exact &= all(ties(g, operand.heads, self.kv_heads) for g in operand_gains(flow, operand).values())
         tensors |= pooled_gains(flow, site, self.kv_heads)
-        return Replacement(site, specification(site, self.kv_heads), tensors, exact, describe(site), self.name)
+        done = Replacement(site, specification(site, self.kv_heads), tensors, exact, describe(site), self.name)
+        if not site.interleaved or self.kv_heads == 1:
+            return done
+        return gathering(flow, done, "nothing was recorded of it" if freedom is None else freedom.order)
 
     def groups(
         self,
@@ -178,6 +189,20 @@ def merge_site(
     if target.grouping == "similar" and freedom.order is not None:
         return replace(merged, notes={**merged.notes, "order": freedom.order})
     return merged
+
+
+def gathering(flow: Flow, pooled: Replacement, obstacle: str | None) -> Replacement:
+    """With what brings query heads of one group together, if nothing (`obstacle`) keeps them from changing places."""
+    site, kv_heads = pooled.site, pooled.grouped.kv_heads
+    if obstacle is None and (weights := site_weights(flow, site)).out is None:
+        obstacle = "no output projection reads the heads in order"
+    if obstacle is not None:
+        return replace(pooled, scattered=obstacle)
+    order = [h for heads in readers(contiguous(site.kv_heads, kv_heads), site.group) for h in heads]
+    assert weights.out is not None
+    moved = replace(weights, q=weights.q[order], out=weights.out[order])
+    found = as_tensors(flow, site, Merged(moved, tuple(order), None, None))
+    return replace(pooled, gathered={role: found[role] for role in found if role.startswith(("q_", "out_"))})
 
 
 def as_tensors(flow: Flow, site: AttentionSite, merged: Merged) -> dict[str, Array]:

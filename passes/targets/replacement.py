@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from codegen.sight import Pattern
 from codegen.spec import DecoupledAttention, GroupedQueryAttention, LinearAttention, Spec, TokenMixing
@@ -30,6 +30,9 @@ class Replacement:
         merge: how heads became one: "mean", "aligned" or "joint"; for mixing how its result was fitted to the
             attention's: "none", "initialised", "diagonal", "matrices" or "output", for light and heavy heads
             "selected" or "fitted". "none" too where only what queries see changes.
+        gathered: where `tensors` leave query heads in places where those of one group are no neighbours, the roles that
+            are added to bring them together: ``q_weight``, ``out_weight``... with heads in another order.
+        scattered: why there are no such roles, where they would be needed.
         notes: what was done otherwise than `merge` says, and why.
         sublayer: for mixing what it takes the place of.
         shown: for conditional attention bool [B, S], the recorded tokens that are no padding.
@@ -42,6 +45,8 @@ class Replacement:
     before: str
     after: str
     merge: str = "mean"
+    gathered: Mapping[str, Array] = field(default_factory=dict)
+    scattered: str | None = None
     notes: tuple[str, ...] = ()
     sublayer: Sublayer | None = None
     shown: Array | None = None
@@ -90,6 +95,25 @@ class Replacement:
     def pattern(self) -> Pattern:
         """What queries see after the step; empty where that does not change."""
         return self.spec.pattern if isinstance(self.spec, GroupedQueryAttention) else ()
+
+    @property
+    def reads(self) -> tuple[int, ...]:
+        """For each query head, as `tensors` place them, the new key/value head that it reads."""
+        heads, kv_heads = self.grouped.heads, self.grouped.kv_heads
+        if self.turned or (self.scattered is None and not self.gathered):
+            return tuple(h * kv_heads // heads for h in range(heads))
+        return tuple(g * kv_heads // self.site.kv_heads for g in self.site.group)
+
+    def together(self) -> Replacement:
+        """For doors that write the attention anew: heads of one group are neighbours, as specs have them.
+
+        Raises ValueError if they cannot be.
+        """
+        if self.scattered is not None:
+            raise ValueError(
+                "query heads that share a key/value head are no neighbours, and cannot change places: " + self.scattered
+            )
+        return replace(self, tensors={**self.tensors, **self.gathered}, gathered={}) if self.gathered else self
 
     @property
     def turned(self) -> bool:

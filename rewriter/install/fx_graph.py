@@ -171,8 +171,8 @@ def _plan(
     failed: dict[str, str] = {}
     for replacement in replacements:
         try:
-            plans.append(editor.plan(replacement))
-        except UnsupportedModel as error:
+            plans.append(editor.plan(replacement.together()))
+        except (UnsupportedModel, ValueError) as error:
             failed[replacement.site.name] = str(error)
     failed = _spread_over_shared(replacements, failed, "it shares its weights with {}, which cannot be written anew")
     repeats: list[RepeatPlan] = []
