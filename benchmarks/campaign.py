@@ -1,6 +1,6 @@
 """Random architectures through both doors: twins exact, pooled models as predicted, refusals alike.
 
-    python -m benchmarks.campaign [--first SEED] [--count N] [--json F]
+    python -m benchmarks.campaign [--first SEED] [--count N] [--json F] [--markdown F]
 
 Each seed is an architecture (benchmarks/random_attention.py). It must be found in PyTorch and in its ONNX export alike;
 a twin with equal heads must come back with the same outputs; and the rewritten original must compute what the original
@@ -29,6 +29,7 @@ import torch
 from numpy.typing import NDArray
 
 import rewriter
+from benchmarks.fuzzing import put_counts
 from benchmarks.options import parser, quick_or, seeds
 from benchmarks.random_attention import Architecture, Net, draw, inputs
 from benchmarks.rows import Row, write_json
@@ -201,7 +202,7 @@ def _distance(found: NDArray[Any], right: NDArray[Any]) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = seeds(parser(__doc__, quick="60 seeds"), count=500).parse_args(arguments)
+    options = seeds(parser(__doc__, quick="60 seeds", markdown=True), count=500).parse_args(arguments)
     torch.set_num_threads(1)
     failed: list[Outcome] = []
     count = quick_or(options, 60, options.count)
@@ -221,6 +222,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         case = f"seeds {options.first} to {options.first + count - 1}"
         row = Row("campaign", case, rewritten, count, "all", "architectures", rewritten / count, None, not failed)
         write_json(options.json, [row])
+    if options.markdown:
+        case = f"seeds {options.first} to {options.first + count - 1}"
+        counts = {"rewritten alike": rewritten, "refused alike": count - rewritten - len(failed), "fault": len(failed)}
+        put_counts(options.markdown, "campaign", case, count, counts)
     return 1 if failed else 0
 
 
