@@ -239,7 +239,7 @@ def _check_attributes(proto: onnx.ModelProto, name: str) -> None:
 
 
 def _check_inputs(graph: onnx.GraphProto, name: str) -> None:
-    """What the main graph and its nodes read is made somewhere: runtimes open no other file, later stages count on it."""
+    """What the main graph and its nodes read is made somewhere: runtimes open no other file, and we count on it."""
     known = {x.name for x in (*graph.input, *graph.initializer)} | {x.values.name for x in graph.sparse_initializer}
     known.update(output for node in graph.node for output in node.output)
     for node in graph.node:
