@@ -1,6 +1,6 @@
 """Random architectures through both doors: twins exact, pooled models as predicted, refusals alike.
 
-    python -m benchmarks.campaign [--first SEED] [--count N] [--json F]
+    python -m benchmarks.campaign [--first SEED] [--count N] [--json F] [--markdown F]
 
 Each seed is an architecture (benchmarks/random_attention.py). It must be found in PyTorch and in its ONNX export alike;
 a twin with equal heads must come back with the same outputs; and the rewritten original must compute what the original
@@ -29,6 +29,7 @@ import torch
 from numpy.typing import NDArray
 
 import rewriter
+from benchmarks.fuzzing import put_counts
 from benchmarks.options import parser, quick_or, seeds
 from benchmarks.random_attention import Architecture, Net, draw, inputs
 from benchmarks.rows import Row, write_json
@@ -38,7 +39,9 @@ OPSET = 17
 LIMIT = 1e-4
 """Of the largest output; both sides are computed in single precision."""
 
-Feeds = dict[str, torch.Tensor]
+Array = NDArray[Any]
+Feeds = dict[str, Any]
+"""A call of the net by keyword; \"past\" is a list."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,8 @@ def in_torch(a: Architecture) -> Finding:
     for mean in (False, True):
         before, right = _pair(a, kv_heads, mean)
         after = rewriter.optimize(before, _target(kv_heads), example_inputs=given)
-        errors.append(_distance(_torch(after, other), _torch(right, other)))
+        same = _equal(a, other, kv_heads)  # a module that is handed its cache goes on being handed all heads of it
+        errors.append(_distance(_torch(after, same), _torch(right, same)))
     return Finding("rewritable", "", *errors)
 
 
@@ -130,7 +134,9 @@ def in_file(a: Architecture) -> Finding:
                 return finding
             done = path.with_suffix(".out.onnx")
             rewriter.optimize(path, _target(kv_heads)).save(done)
-            errors.append(_distance(_onnx(done, other), _torch(right, other)))
+            output, *present = _torch(right, _equal(a, other, kv_heads))
+            held_once = [t[:, :: a.kv_heads // kv_heads] for t in present]
+            errors.append(_distance(_onnx(done, _narrow(a, other, kv_heads)), [output, *held_once]))
     return Finding("rewritable", "", *errors)
 
 
@@ -160,12 +166,33 @@ def _found(inspection: dict[str, Any]) -> Finding:
     return Finding("refused", str(refused[0])) if refused else Finding("rewritable")
 
 
+def _narrow(a: Architecture, given: Feeds, kv_heads: int) -> Feeds:
+    """A call of a rewritten file: what is cached has as many heads as it has now."""
+    if "past" not in given:
+        return given
+    return {**given, "past": [t[:, :: a.kv_heads // kv_heads] for t in given["past"]]}
+
+
+def _equal(a: Architecture, given: Feeds, kv_heads: int) -> Feeds:
+    """The same call of a net whose heads are equal, group by group."""
+    if "past" not in given:
+        return given
+    once = _narrow(a, given, kv_heads)["past"]
+    return {**given, "past": [t.repeat_interleave(a.kv_heads // kv_heads, 1) for t in once]}
+
+
 def export(a: Architecture, net: Net, path: Path) -> None:
     """By the TorchScript exporter: it takes a second a file."""
     given = inputs(a, BATCH, TOKENS)
-    axes = {name: {0: "batch", 1: "keys" if a.cross and name != "x" else "tokens"} for name in given}
+    axes = {name: {0: "batch", 1: "keys" if a.cross and name != "x" else "tokens"} for name in given if name != "past"}
+    if a.padding and a.cached:
+        axes["padding"][1] = "total"
+    past = given.get("past", [])
+    kinds = [f"{i}.{kind}" for i in range(len(past) // 2) for kind in ("key", "value")]
+    names, presents = [f"past_key_values.{x}" for x in kinds], [f"present.{x}" for x in kinds]
+    axes |= {name: {0: "batch", 2: "past"} for name in names} | {name: {0: "batch", 2: "total"} for name in presents}
     buffer = io.BytesIO()
-    arguments = (given["x"], given.get("padding"), given.get("context"))
+    arguments = (given["x"], given.get("padding"), given.get("context"), given.get("past"))
     with contextlib.redirect_stdout(io.StringIO()):  # where it cannot, the exporter prints the whole graph
         torch.onnx.export(
             net,
@@ -173,35 +200,42 @@ def export(a: Architecture, net: Net, path: Path) -> None:
             buffer,
             dynamo=False,
             opset_version=OPSET,
-            input_names=list(given),
+            input_names=[*(name for name in given if name != "past"), *names],
+            output_names=["y", *presents],
             dynamic_axes=axes,
         )
     path.write_bytes(buffer.getvalue())
 
 
-def _torch(net: Any, given: Feeds) -> NDArray[Any]:
+def _torch(net: Any, given: Feeds) -> list[Array]:
     with torch.no_grad():
-        found: NDArray[Any] = net(**given).numpy()
-    return found
+        found = net(**given)
+    return [t.numpy() for t in ([found] if isinstance(found, torch.Tensor) else found)]
 
 
-def _onnx(path: Path, given: Feeds) -> NDArray[Any]:
+def _onnx(path: Path, given: Feeds) -> list[Array]:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    past = given.get("past", [])
+    fed = {k: v for k, v in given.items() if k != "past"}
+    fed |= {f"past_key_values.{i // 2}.{('key', 'value')[i % 2]}": t for i, t in enumerate(past)}
     names = {i.name for i in session.get_inputs()}
-    return np.asarray(session.run(None, {k: v.numpy() for k, v in given.items() if k in names})[0])
+    return [np.asarray(x) for x in session.run(None, {k: v.numpy() for k, v in fed.items() if k in names})]
 
 
-def _distance(found: NDArray[Any], right: NDArray[Any]) -> float:
-    return float(np.abs(found - right).max() / np.abs(right).max()) if found.shape == right.shape else float("inf")
+def _distance(found: Sequence[Array], right: Sequence[Array]) -> float:
+    """The largest difference, as a part of the largest number of the output or cache."""
+    if [f.shape for f in found] != [r.shape for r in right]:
+        return float("inf")
+    return max(float(np.abs(f - r).max() / np.abs(r).max()) for f, r in zip(found, right, strict=True))
 
 
 # ---------------------------------------------------------------------- command line
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = seeds(parser(__doc__, quick="60 seeds"), count=500).parse_args(arguments)
+    options = seeds(parser(__doc__, quick="60 seeds", markdown=True), count=500).parse_args(arguments)
     torch.set_num_threads(1)
     failed: list[Outcome] = []
     count = quick_or(options, 60, options.count)
@@ -221,6 +255,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         case = f"seeds {options.first} to {options.first + count - 1}"
         row = Row("campaign", case, rewritten, count, "all", "architectures", rewritten / count, None, not failed)
         write_json(options.json, [row])
+    if options.markdown:
+        case = f"seeds {options.first} to {options.first + count - 1}"
+        counts = {"rewritten alike": rewritten, "refused alike": count - rewritten - len(failed), "fault": len(failed)}
+        put_counts(options.markdown, "campaign", case, count, counts)
     return 1 if failed else 0
 
 

@@ -1,6 +1,6 @@
 """Coverage-guided fuzzing of loader, provenance and writer: what reaches new code is kept and changed further.
 
-    python -m benchmarks.coverage_fuzz [--seconds N] [--corpus DIR] [--json F] [--quick]
+    python -m benchmarks.coverage_fuzz [--seconds N] [--corpus DIR] [--json F] [--markdown F] [--quick]
 
 Needs atheris (the extra "fuzz"). Inputs are changed as bytes, and as models (the ways of benchmarks/fuzz.py). Each is
 opened, matched and written; anything but a `RewriteError`, a crash, a minute or 4 GB is a fault, and is kept in
@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.fuzzing import put_counts
 from benchmarks.options import parser, quick_or
 from benchmarks.rows import Row, write_json
 
@@ -159,7 +160,7 @@ def small_models() -> list[bytes]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options_parser = parser(__doc__, quick="two minutes")
+    options_parser = parser(__doc__, quick="two minutes", markdown=True)
     options_parser.add_argument("--seconds", type=int, default=600)
     options_parser.add_argument("--seed", type=int, default=0)
     options_parser.add_argument("--corpus", type=Path, metavar="DIR", help="kept and grown; a fresh copy without it")
@@ -184,6 +185,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write_json(
             options.json, [Row("coverage fuzz", "faults", count, None, None, "faults", None, 0, not count, more)]
         )
+    if options.markdown:
+        case = f"{quick_or(options, 120, options.seconds)} s, seed {options.seed}"
+        counts = {f"edges of {found.corpus} kept inputs": found.edges, "fault": len(found.faults)}
+        put_counts(options.markdown, "coverage_fuzz", case, found.tried, counts)
     return 1 if found.faults else 0
 
 

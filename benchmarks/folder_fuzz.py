@@ -1,6 +1,6 @@
 """Broken checkpoint folders: every one must end in a typed error or in a model, whatever was done to its files.
 
-    python -m benchmarks.folder_fuzz [--first SEED] [--count N] [--json F] [--quick]
+    python -m benchmarks.folder_fuzz [--first SEED] [--count N] [--json F] [--markdown F] [--quick]
 
 A seed takes one of a few small folders (an ordinary checkpoint, one in shards, and rewritten ones whose manifests say
 how to rebuild each kind of module) and breaks it: an entry of config.json, rewrite.json, an index or a tokenizer
@@ -107,10 +107,10 @@ def change_entry(files: dict[str, bytes], r: Random) -> None:
         document = json.loads(files[name])
     except (ValueError, RecursionError):  # broken already
         return
-    places = list(_places(document))
-    if not places:
+    known = list(places(document))
+    if not known:
         return
-    holder, key = r.choice(places)
+    holder, key = r.choice(known)
     action = r.random()
     if action < 0.8:
         holder[key] = r.choice(VALUES)
@@ -123,12 +123,12 @@ def change_entry(files: dict[str, bytes], r: Random) -> None:
     files[name] = json.dumps(document).encode()
 
 
-def _places(document: Any) -> Iterator[tuple[Any, Any]]:
+def places(document: Any) -> Iterator[tuple[Any, Any]]:
     """Every (container, key) in a document."""
     if isinstance(document, dict | list):
         for key in list(document) if isinstance(document, dict) else range(len(document)):
             yield document, key
-            yield from _places(document[key])
+            yield from places(document[key])
 
 
 def damage_bytes(files: dict[str, bytes], r: Random) -> None:
@@ -258,7 +258,7 @@ def _within(seconds: int) -> Iterator[None]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = seeds(parser(__doc__, quick=f"{fuzzing.QUICK} seeds"), count=2000).parse_args(arguments)
+    options = seeds(parser(__doc__, quick=f"{fuzzing.QUICK} seeds", markdown=True), count=2000).parse_args(arguments)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "critical")
     warnings.simplefilter("ignore")
     import torch
@@ -266,7 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     for kind in KINDS:
         sound(kind)
-    return fuzzing.run("folder fuzz", outcome, options)
+    return fuzzing.run("folder_fuzz", outcome, options)
 
 
 if __name__ == "__main__":

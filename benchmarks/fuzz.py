@@ -1,6 +1,6 @@
 """Broken .onnx files: every one must end in a typed error or in a result, whatever was done to it.
 
-    python -m benchmarks.fuzz [--first SEED] [--count N] [--json F]
+    python -m benchmarks.fuzz [--first SEED] [--count N] [--json F] [--markdown F]
 
 A seed takes one of a few small models and breaks it: in its bytes, or in its structure (nodes removed, doubled or wired
 otherwise, absurd attributes, shapes, types and versions, hostile names, weights that lie elsewhere). It is then
@@ -121,8 +121,10 @@ def change_name(model: onnx.ModelProto, r: Random) -> None:
 
 
 def change_attribute(model: onnx.ModelProto, r: Random) -> None:
-    attributes = [a for node in model.graph.node for a in node.attribute]
-    a = r.choice(attributes)
+    break_attribute(r.choice([a for node in model.graph.node for a in node.attribute]), r)
+
+
+def break_attribute(a: onnx.AttributeProto, r: Random) -> None:
     match a.type:
         case onnx.AttributeProto.INT:
             a.i = r.choice(NUMBERS)
@@ -196,7 +198,7 @@ def outcome(seed: int, folder: Path) -> Found:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = seeds(parser(__doc__, quick=f"{fuzzing.QUICK} seeds"), count=1500).parse_args(arguments)
+    options = seeds(parser(__doc__, quick=f"{fuzzing.QUICK} seeds", markdown=True), count=1500).parse_args(arguments)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     for seed in MODELS:

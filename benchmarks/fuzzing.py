@@ -7,11 +7,11 @@ import collections
 import resource
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from benchmarks.options import quick_or
-from benchmarks.rows import Row, write_json
+from benchmarks.rows import Row, markdown_table, put_lines, write_json
 from codegen.errors import KernelError
 from rewriter.errors import RewriteError
 
@@ -37,7 +37,10 @@ def attempted(work: Callable[[], None]) -> Found:
 
 
 def run(name: str, outcome: Callable[[int, Path], Found], options: argparse.Namespace) -> int:
-    """Try seeds in a scratch folder within `MEMORY`, print what is wrong and the counts; 1 if there was a fault."""
+    """Try seeds in a scratch folder within `MEMORY`, print what is wrong and the counts; 1 if there was a fault.
+
+    `name` is what is run ("folder fuzz"), which is also its row in the table of all such runs.
+    """
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     count = quick_or(options, QUICK, options.count)
     found: collections.Counter[str] = collections.Counter()
@@ -52,4 +55,20 @@ def run(name: str, outcome: Callable[[int, Path], Found], options: argparse.Name
         case, faults = f"seeds {options.first} to {options.first + count - 1}", found["fault"]
         row = Row(name, case, faults, 0, "none", "faults", None, 0, not faults, {"outcomes": dict(found)})
         write_json(options.json, [row])
+    if options.markdown:
+        put_counts(options.markdown, name, f"seeds {options.first} to {options.first + count - 1}", count, found)
     return 1 if found["fault"] else 0
+
+
+SECTION = "Broken input and random architectures"
+
+
+def put_counts(path: Path, name: str, case: str, tried: int, found: Mapping[str, int]) -> None:
+    """Put what a run over many inputs came to into docs/benchmarks.md; `found` counts outcomes, "fault" is one."""
+    outcomes = ", ".join(f"{n} {kind}" for kind, n in sorted(found.items(), key=lambda x: -x[1]) if kind != "fault")
+    line = (name, case, tried, outcomes, found.get("fault", 0))
+    text = (
+        "`python -m benchmarks.NAME --markdown docs/benchmarks.md`. An outcome is a result or a typed error with a "
+        "hint; anything else is a fault."
+    )
+    put_lines(path, SECTION, text, markdown_table(("benchmark", "inputs", "tried", "outcomes", "faults"), [line]), 1)

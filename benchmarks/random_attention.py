@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-POSITIONS = 64
+LAYERS, POSITIONS, WINDOW, PAST = 2, 64, 5, 6
 
 
 @dataclass(frozen=True)
@@ -25,16 +26,21 @@ class Architecture:
     Attributes:
         packing: "separate"; "packed" (q, k, v one after another in one projection), "kv" (k and v so), "group" (each
             group's queries, key and value together).
+        order: in which a packed projection holds them, e.g. "kqv".
         transposed: weights are [in, out], as in GPT-2.
-        norm: of q and k over each head's features: "", "layer" or "l2".
-        rotary: "", "half", "interleaved" or "partial" (half, on the first half of the features).
+        q_bias, kv_bias: of projections; k_bias: keys have one where values do (where they are projected apart).
+        norm: of q and k over each head's features: "", "layer", "rms" or "l2"; over those of all heads: "all layer" or
+            "all rms"; "own rms" is over each head's with numbers of its own.
+        rotary: "", "half", "interleaved", or "partial" and "partial interleaved" (on the first half of the features).
         tokens_first: activations are [tokens, batch, features] inside.
         repeat: how K/V heads reach their queries: "interleave", "expand" or "grouped" (never repeated).
         scale_at: "score", "divide", "q", "k", "both" or "none".
-        causal: "", "tril", "compare" or "sdpa" (torch's flag); padding: "", "boolean" or "additive", an input.
+        causal: "", "tril", "compare", "window" (the last few keys) or "sdpa" (torch's flag).
+        padding: "", "boolean" or "additive", an input.
         bias: "", "table" (learned, by distance and head) or "alibi".
-        spelling: "matmul", "einsum" or "sdpa".
+        spelling: "matmul", "einsum", "sdpa" or "bmm" (batch and heads are one axis).
         cross: keys and values come from a second input.
+        cached: keys and values of earlier tokens are inputs, and those of all tokens outputs.
     """
 
     seed: int
@@ -60,6 +66,21 @@ class Architecture:
     sinks: bool
     out_bias: bool
     cross: bool
+    order: str
+    k_bias: bool
+    cached: bool
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Features of each projection."""
+        return {"q": self.heads * self.dim, "k": self.kv_heads * self.dim, "v": self.kv_heads * self.value_dim}
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What each projection holds, in order."""
+        return {"separate": ("q", "k", "v"), "kv": ("q", self.order), "group": ("qkv",)}.get(
+            self.packing, (self.order,)
+        )
 
     def __str__(self) -> str:
         words = [f"{f.name}={v}" for f in fields(self) if (v := getattr(self, f.name)) not in ("", False)]
@@ -86,7 +107,7 @@ def draw(seed: int) -> Architecture:
     value_dim = dim if packing == "group" or r.random() < 0.8 else dim + r.choice([1, 2, 4])
     plain = spelling != "sdpa"
     causal = "" if cross else r.choice(["", "tril", "compare", "tril" if plain else "sdpa"])
-    return Architecture(
+    drawn = Architecture(
         seed=seed, heads=kv_heads * group, kv_heads=kv_heads, dim=dim, value_dim=value_dim,
         width=r.choice([20, 24, 32, 36]), packing=packing, transposed=r.random() < 0.3, q_bias=r.random() < 0.5,
         kv_bias=r.random() < 0.5, norm=r.choice(["", "", "", "layer", "l2"]), rotary=rotary,
@@ -96,7 +117,26 @@ def draw(seed: int) -> Architecture:
         softcap=plain and r.random() < 0.15, causal=causal,
         padding="" if causal == "sdpa" else r.choice(["", "", "boolean", "additive"]),
         bias="" if causal == "sdpa" else r.choice(["", "", "", "table", "alibi"]), spelling=spelling,
-        sinks=plain and r.random() < 0.1, out_bias=r.random() < 0.5, cross=cross,
+        sinks=plain and r.random() < 0.1, out_bias=r.random() < 0.5, cross=cross, order="", k_bias=True, cached=False,
+    )  # fmt: skip
+    return _varied(drawn, random.Random(-1 - seed))
+
+
+def _varied(a: Architecture, r: random.Random) -> Architecture:
+    """What came to be drawn later, by numbers of its own, so that what a seed drew before stays."""
+    norm = a.norm
+    if r.random() < (0.5 if norm == "layer" else 0.15):
+        norm = r.choice(["rms", "all layer", "all rms", "own rms"])
+    plain_scores = a.spelling == "matmul" and a.repeat != "grouped"
+    return replace(
+        a, norm=norm, order={"packed": r.choice(["qkv", "qkv", "kqv", "vqk", "vkq"]), "kv": r.choice(["kv", "vk"])}.get(
+            a.packing, ""
+        ),
+        rotary="partial interleaved" if a.rotary == "partial" and r.random() < 0.5 else a.rotary,
+        causal="window" if a.causal in ("tril", "compare") and r.random() < 0.25 else a.causal,
+        k_bias=a.packing != "separate" or not a.kv_bias or r.random() < 0.6,
+        spelling="bmm" if plain_scores and r.random() < 0.2 else a.spelling,
+        cached=not a.cross and not a.tokens_first and a.causal != "sdpa" and r.random() < 0.2,
     )  # fmt: skip
 
 
@@ -122,33 +162,57 @@ class Projection(nn.Module):
         return [weight] if self.bias is None else [weight, self.bias.data]
 
 
+class Norm(nn.Module):
+    """A norm of [..., heads, dim] by an architecture's word; `gains` are numbers for each head apart, if there are."""
+
+    def __init__(self, kind: str, heads: int, dim: int) -> None:
+        super().__init__()
+        scope, _, self.kind = kind.rpartition(" ")
+        self.over_all, self.heads, self.dim = scope == "all", heads, dim
+        shape = {"all": (heads * dim,), "own": (heads, dim)}.get(scope, (dim,))
+        self.gain = nn.Parameter(1 + 0.3 * torch.randn(shape))
+        self.shift = nn.Parameter(0.3 * torch.randn(shape)) if self.kind == "layer" else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.over_all:
+            x = x.flatten(-2)
+        if self.shift is not None:
+            found = functional.layer_norm(
+                x, (self.heads * self.dim if self.over_all else self.dim,), self.gain, self.shift
+            )
+        else:
+            found = self.gain * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+        return _split(found, -1, self.heads, self.dim) if self.over_all else found
+
+    def by_head(self, heads: int) -> Iterator[Tensor]:
+        """Views [heads, dim] of what heads have apart."""
+        if self.over_all or self.gain.dim() == 2:
+            yield from (p.data.view(heads, -1) for p in self.parameters())
+
+
 class Attention(nn.Module):
     def __init__(self, a: Architecture) -> None:
         super().__init__()
         self.a = a
-        sizes = {"q": a.heads * a.dim, "k": a.kv_heads * a.dim, "v": a.kv_heads * a.value_dim}
-        parts = {"separate": ("q", "k", "v"), "packed": ("qkv",), "kv": ("q", "kv"), "group": ("qkv",)}[a.packing]
         self.projections = nn.ModuleDict()
-        for part in parts:
-            bias = a.q_bias if part == "q" else a.kv_bias
-            self.projections[part] = Projection(a.width, sum(sizes[x] for x in part), bias, a.transposed)
+        for part in a.parts:
+            bias = {"q": a.q_bias, "k": a.kv_bias and a.k_bias}.get(part, a.kv_bias)
+            self.projections[part] = Projection(a.width, sum(a.sizes[x] for x in part), bias, a.transposed)
         self.out = nn.Linear(a.heads * a.value_dim, a.width, bias=a.out_bias)
-        if a.norm == "layer":
-            self.q_norm, self.k_norm = nn.LayerNorm(a.dim), nn.LayerNorm(a.dim)
+        if a.norm not in ("", "l2"):
+            self.q_norm, self.k_norm = Norm(a.norm, a.heads, a.dim), Norm(a.norm, a.kv_heads, a.dim)
         if a.bias == "table":
             self.table = nn.Parameter(torch.randn(a.heads, 2 * POSITIONS))
         if a.sinks:
             self.sinks = nn.Parameter(torch.randn(a.heads))
-        for parameter in self.parameters():
-            if parameter.dim() == 1 and parameter.numel() == a.dim:
-                parameter.data += 0.3 * torch.randn_like(parameter)
 
     # ------------------------------------------------------------ heads
 
     def head_views(self) -> Iterator[Tensor]:
         """Every key and value parameter as a writable view [kv_heads, features, ...]."""
         a = self.a
-        sizes = {"q": a.heads * a.dim, "k": a.kv_heads * a.dim, "v": a.kv_heads * a.value_dim}
+        if a.norm not in ("", "l2"):
+            yield from self.k_norm.by_head(a.kv_heads)
         for part, projection in self.projections.items():
             assert isinstance(projection, Projection)
             for rows in projection.rows():
@@ -156,25 +220,32 @@ class Attention(nn.Module):
                     grouped = rows.unflatten(0, (a.kv_heads, a.group + 2, a.dim))
                     yield from (grouped[:, a.group], grouped[:, a.group + 1])
                     continue
-                for name, piece in zip(part, rows.split([sizes[x] for x in part]), strict=True):
+                for name, piece in zip(part, rows.split([a.sizes[x] for x in part]), strict=True):
                     if name != "q":
                         yield piece.unflatten(0, (a.kv_heads, -1))
 
     # ------------------------------------------------------------ forward
 
-    def forward(self, x: Tensor, padding: Tensor | None = None, context: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, padding: Tensor | None, context: Tensor | None, past: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """The output, and the keys and values of all tokens, [B, kv_heads, T, features]."""
         a = self.a
         source = x if context is None else context
         if a.tokens_first:
             x, source = x.transpose(0, 1), source.transpose(0, 1)
-        q, k, v = (self._by_head(t) for t in self._projected(x, source))
+        q, k, v = self._projected(x, source)
         q, k = self._normed(q, "q_norm"), self._normed(k, "k_norm")
+        q, k, v = (self._by_head(t) for t in (q, k, v))
+        start = 0 if past is None else past[0].shape[2]
         if a.rotary:
-            q, k = _rotated(q, a.rotary), _rotated(k, a.rotary)
+            q, k = _rotated(q, a.rotary, start), _rotated(k, a.rotary, start)
+        if past is not None:
+            k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
         out = self._mixed(q, k, v, self._mask(q, k, padding))
         out = out.permute(2, 0, 1, 3) if a.tokens_first else out.transpose(1, 2)
         y: Tensor = self.out(out.flatten(2))
-        return y.transpose(0, 1) if a.tokens_first else y
+        return y.transpose(0, 1) if a.tokens_first else y, (k, v)
 
     def _projected(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[.., .., heads, features] of each."""
@@ -183,16 +254,12 @@ class Attention(nn.Module):
             packed = _split(self.projections["qkv"](x), -1, a.kv_heads, a.group + 2, a.dim)
             q, k, v = packed.split([a.group, 1, 1], dim=-2)
             return q.flatten(-3, -2), k.squeeze(-2), v.squeeze(-2)
-        sizes = [a.heads * a.dim, a.kv_heads * a.dim, a.kv_heads * a.value_dim]
-        if a.packing == "packed":
-            q, k, v = self.projections["qkv"](x).split(sizes, dim=-1)
-        elif a.packing == "kv":
-            q = self.projections["q"](x)
-            k, v = self.projections["kv"](source).split(sizes[1:], dim=-1)
-        else:
-            q, k, v = self.projections["q"](x), self.projections["k"](source), self.projections["v"](source)
-        counts = (a.heads, a.kv_heads, a.kv_heads)
-        return tuple(_split(t, -1, n, -1) for t, n in zip((q, k, v), counts, strict=True))  # type: ignore[return-value]
+        found: dict[str, Tensor] = {}
+        for part in a.parts:
+            projected = self.projections[part](x if "q" in part else source)
+            found |= zip(part, projected.split([a.sizes[x] for x in part], dim=-1), strict=True)
+        counts = {"q": a.heads, "k": a.kv_heads, "v": a.kv_heads}
+        return tuple(_split(found[t], -1, counts[t], -1) for t in "qkv")  # type: ignore[return-value]
 
     def _by_head(self, x: Tensor) -> Tensor:
         """[B, heads, tokens, features]."""
@@ -206,10 +273,14 @@ class Attention(nn.Module):
     def _mask(self, q: Tensor, k: Tensor, padding: Tensor | None) -> Tensor | None:
         """Added to the scores: [B or 1, H or 1, S, T]."""
         a, s, t = self.a, q.shape[2], k.shape[2]
-        rows, columns = torch.arange(s)[:, None], torch.arange(t)[None, :]
+        before = t - s if a.cached else 0
+        rows, columns = torch.arange(s)[:, None] + before, torch.arange(t)[None, :]
         found: Tensor | None = None
-        if a.causal == "tril":
-            seen = torch.ones(s, t, dtype=torch.bool).tril()
+        if a.causal in ("tril", "window"):
+            if a.causal == "tril":
+                seen = torch.ones(s, t, dtype=torch.bool).tril(before)
+            else:
+                seen = (columns <= rows) & (columns > rows - WINDOW)
             found = torch.zeros(s, t).masked_fill(~seen, float("-inf"))[None, None]
         elif a.causal == "compare":
             found = torch.where(columns <= rows, 0.0, torch.finfo(torch.float32).min)[None, None]
@@ -240,11 +311,15 @@ class Attention(nn.Module):
             q, k, v = _split(q, 1, a.kv_heads, a.group), k[:, :, None], v[:, :, None]
         else:
             k, v = self._repeated(k), self._repeated(v)
+        if a.spelling == "bmm":
+            batch, q, k, v = q.shape[0], q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
         einsum = a.spelling == "einsum" and not grouped
         scores = torch.einsum("bhid,bhjd->bhij", q, k) if einsum else q @ k.transpose(-1, -2)
         scores = scores * scale if a.scale_at == "score" else scores / a.dim**0.5 if a.scale_at == "divide" else scores
         if grouped:
             scores = scores.flatten(1, 2)
+        if a.spelling == "bmm":
+            scores = _split(scores, 0, batch, a.heads)
         if a.softcap:
             scores = 3.0 * torch.tanh(scores / 3.0)
         if mask is not None:
@@ -256,6 +331,8 @@ class Attention(nn.Module):
             weights = scores.softmax(-1)
         if grouped:
             return (_split(weights, 1, a.kv_heads, a.group) @ v).flatten(1, 2)
+        if a.spelling == "bmm":
+            return _split(weights.flatten(0, 1) @ v, 0, batch, a.heads)
         return torch.einsum("bhij,bhjd->bhid", weights, v) if einsum else weights @ v
 
     def _repeated(self, x: Tensor) -> Tensor:
@@ -273,13 +350,14 @@ def _split(x: Tensor, axis: int, *sizes: int) -> Tensor:
     return x.reshape(*x.shape[:axis], *sizes, *x.shape[axis + 1 :])
 
 
-def _rotated(x: Tensor, kind: str) -> Tensor:
-    """Rotary embedding of [B, heads, tokens, features], positions from 0."""
-    if kind == "partial":
+def _rotated(x: Tensor, kind: str, start: int) -> Tensor:
+    """Rotary embedding of [B, heads, tokens, features], positions from `start`."""
+    if kind.startswith("partial"):
         half = x.shape[-1] // 2
-        return torch.cat([_rotated(x[..., :half], "half"), x[..., half:]], dim=-1)
+        inner = kind.removeprefix("partial").strip() or "half"
+        return torch.cat([_rotated(x[..., :half], inner, start), x[..., half:]], dim=-1)
     pairs = x.shape[-1] // 2
-    angles = torch.arange(x.shape[2])[:, None] * 100.0 ** (-torch.arange(pairs) / pairs)[None]
+    angles = torch.arange(start, start + x.shape[2])[:, None] * 100.0 ** (-torch.arange(pairs) / pairs)[None]
     cos, sin = angles.cos(), angles.sin()
     if kind == "interleaved":
         even, odd = x[..., 0::2], x[..., 1::2]
@@ -294,17 +372,29 @@ class Net(nn.Module):
     def __init__(self, a: Architecture) -> None:
         super().__init__()
         torch.manual_seed(a.seed)
-        self.norms = nn.ModuleList(nn.LayerNorm(a.width) for _ in range(2))
-        self.attentions = nn.ModuleList(Attention(a) for _ in range(2))
+        self.norms = nn.ModuleList(nn.LayerNorm(a.width) for _ in range(LAYERS))
+        self.attentions = nn.ModuleList(Attention(a) for _ in range(LAYERS))
         self.forwards = nn.ModuleList(
-            nn.Sequential(nn.Linear(a.width, 2 * a.width), nn.GELU(), nn.Linear(2 * a.width, a.width)) for _ in range(2)
+            nn.Sequential(nn.Linear(a.width, 2 * a.width), nn.GELU(), nn.Linear(2 * a.width, a.width))
+            for _ in range(LAYERS)
         )
 
-    def forward(self, x: Tensor, padding: Tensor | None = None, context: Tensor | None = None) -> Tensor:
-        for norm, attention, forward in zip(self.norms, self.attentions, self.forwards, strict=True):
-            x = x + attention(norm(x), padding, context)
+    def forward(
+        self,
+        x: Tensor,
+        padding: Tensor | None = None,
+        context: Tensor | None = None,
+        past: Sequence[Tensor] | None = None,
+    ) -> Tensor | tuple[Tensor, ...]:
+        """With `past`, a key and a value for each layer, those of all tokens come behind the output."""
+        present: list[Tensor] = []
+        for i, (norm, attention, forward) in enumerate(zip(self.norms, self.attentions, self.forwards, strict=True)):
+            before = None if past is None else (past[2 * i], past[2 * i + 1])
+            y, cache = attention(norm(x), padding, context, before)
+            present += cache
+            x = x + y
             x = x + forward(x)
-        return x
+        return x if past is None else (x, *present)
 
     @torch.no_grad()
     def pool(self, kv_heads: int, *, mean: bool) -> Net:
@@ -317,11 +407,12 @@ class Net(nn.Module):
         return self
 
 
-def inputs(a: Architecture, batch: int, tokens: int, seed: int = 0) -> dict[str, Tensor]:
+def inputs(a: Architecture, batch: int, tokens: int, seed: int = 0) -> dict[str, Any]:
     """A call of the net by keyword; a third of the keys of the last sequence are padding."""
     generator = torch.Generator().manual_seed(seed)
-    given = {"x": torch.randn(batch, tokens, a.width, generator=generator)}
-    keys = tokens + 3 if a.cross else tokens
+    given: dict[str, Any] = {"x": torch.randn(batch, tokens, a.width, generator=generator)}
+    before = PAST + seed if a.cached else 0
+    keys = tokens + 3 if a.cross else tokens + before
     if a.padding:
         keep = torch.ones(batch, keys, dtype=torch.bool)
         keep[-1, keys - keys // 3 :] = False
@@ -329,4 +420,7 @@ def inputs(a: Architecture, batch: int, tokens: int, seed: int = 0) -> dict[str,
         given["padding"] = keep if a.padding == "boolean" else torch.zeros(batch, keys).masked_fill(~keep, lowest)
     if a.cross:
         given["context"] = torch.randn(batch, keys, a.width, generator=generator)
+    if a.cached:
+        sizes = [(batch, a.kv_heads, before, n) for _ in range(LAYERS) for n in (a.dim, a.value_dim)]
+        given["past"] = [torch.randn(size, generator=generator) for size in sizes]
     return given

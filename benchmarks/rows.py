@@ -104,6 +104,14 @@ def put_section(path: Path, title: str, text: str) -> None:
     path.write_text("\n## ".join([head.rstrip() + "\n", *(s.rstrip() + "\n" for s in kept), f"{title}\n\n{text}\n"]))
 
 
+def put_lines(path: Path, title: str, text: str, table: str, keys: int) -> None:
+    """Put `text` and `table` into the section ``## title``; its lines with other keys stay (`merged_table`)."""
+    sections = path.read_text().split("\n## ") if path.exists() else []
+    before = next((s for s in sections if s.splitlines()[0] == title), "")
+    old = "\n".join(line for line in before.splitlines() if line.startswith("|"))
+    put_section(path, title, f"{text}\n\n{merged_table(old, table, keys)}")
+
+
 def put_between(path: Path, mark: str, text: str) -> None:
     """Replace what stands between ``<!-- mark -->`` and ``<!-- end of mark -->``; raises ValueError without these."""
     head, _, tail = _parts(path, mark)

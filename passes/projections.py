@@ -131,9 +131,10 @@ def _terms(flow: Flow, node: Node) -> tuple[str, str, str] | None:
 def einsum_features(node: Node, weight: int, shape: tuple[int, ...]) -> int:
     """Output features of an Einsum whose input number `weight` is a constant of this shape; told from it alone."""
     inputs, _, result = str(node.attrs.get("equation", "")).replace(" ", "").partition("->")
-    term = inputs.split(",")[weight]
-    if len(term) != len(shape):  # an ellipsis: nothing of features
+    terms = inputs.split(",")
+    if weight >= len(terms) or len(terms[weight]) != len(shape):  # broken, or an ellipsis: nothing of features
         return 0
+    term = terms[weight]
     return int(np.prod([n for c, n in zip(term, shape, strict=True) if c in result], dtype=np.int64))
 
 

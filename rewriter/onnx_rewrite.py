@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -150,13 +151,14 @@ def rewrite_onnx(
     verify: bool,
     calibration: Any = None,
     tokenizer: Any = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> RewriteReport:
     """Rewrite `model` in place; `original` is the same model, untouched, to verify against.
-    `calibration` is as in `optimize`.
+    `calibration` is as in `optimize`; `clock` tells the report's seconds.
 
     Raises UnsupportedModel, NothingToRewrite, UsageError, VerificationFailed.
     """
-    watch = Stopwatch()
+    watch = Stopwatch(clock)
     done = _edited(model, original, target, layers, calibration, tokenizer, watch)  # what was recorded goes here
     fidelity = None
     if verify:

@@ -277,10 +277,8 @@ class _Constants:
         node = self._producers.get(name)
         if node is None or name not in self._unfed:
             raise KeyError(name)
-        if node.op_type == "Constant":
-            tensor = constant_tensor(node.outputs[0])
-            if tensor is None:
-                raise KeyError(name)
+        tensor = constant_tensor(node.outputs[0])
+        if tensor is not None:
             return _numpy(tensor)
         inner = self._subgraph(node)
         proto = onnx.helper.make_model(
@@ -359,7 +357,13 @@ def _inline_functions(model: ir.Model) -> None:
     if any(_written_out(f) for f in model.functions.values()):
         from onnx_ir.passes.common import InlinePass
 
-        InlinePass(criteria=_written_out)(model)
+        try:
+            InlinePass(criteria=_written_out)(model)
+        except Exception as error:  # onnx_ir raises unrelated types, at versions that differ and at wrong calls
+            raise UnsupportedModel(
+                f"a function of the model cannot be written out: {first_line(error)}",
+                hint="export it again without functions, or write them out with onnx.inliner",
+            ) from error
 
 
 def _name_everything(model: ir.Model) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import mmap
 import os
 from collections import defaultdict
@@ -25,6 +26,9 @@ CHECKPOINTS = frozenset({".safetensors", ".pt", ".pth", ".ckpt", ".bin"})
 _GRAPH_FIELD, _OPSET_FIELD = 7, 8
 _LENGTH_DELIMITED = 2
 _FIXED_WIDTH = {1: 8, 5: 4}
+_CONSTANTS = {"value": 4, "sparse_value": 11, "value_float": 1, "value_floats": 6, "value_int": 2, "value_ints": 7,
+              "value_string": 3, "value_strings": 8}  # fmt: skip
+"""What a Constant node may hold, with the AttributeProto.AttributeType of each."""
 
 
 def load(path: str | Path) -> ir.Model:
@@ -214,6 +218,7 @@ def _check_structure(proto: onnx.ModelProto, name: str) -> None:
     for text in _names(proto):
         if not isinstance(text, str):  # protobuf hands out bytes where they are no UTF-8
             raise InvalidModelFile(f"{name} holds a name that is no text: {text!r:.60}", hint=hint)
+    _check_attributes(proto, name)
     require_finite_functions(proto, name)
     _check_arity(proto, name)
     _check_inputs(proto.graph, name)
@@ -221,8 +226,20 @@ def _check_structure(proto: onnx.ModelProto, name: str) -> None:
         _check_function(function, name)
 
 
+def _check_attributes(proto: onnx.ModelProto, name: str) -> None:
+    """Attributes say of what type they are: readers take one that does not for empty, and writers raise."""
+    graphs = (graph.node for graph in _graphs(proto))
+    for node in itertools.chain(*graphs, *(function.node for function in proto.functions)):
+        for attribute in node.attribute:
+            if not attribute.type:
+                raise InvalidModelFile(
+                    f"{name} is malformed: {attribute.name[:80]!r} of node {node.name[:80]!r} has no type",
+                    hint="check it with onnx.checker",
+                )
+
+
 def _check_inputs(graph: onnx.GraphProto, name: str) -> None:
-    """What a node of the main graph reads is made somewhere: runtimes open no other file, later stages count on it."""
+    """What the main graph and its nodes read is made somewhere: runtimes open no other file, and we count on it."""
     known = {x.name for x in (*graph.input, *graph.initializer)} | {x.values.name for x in graph.sparse_initializer}
     known.update(output for node in graph.node for output in node.output)
     for node in graph.node:
@@ -232,6 +249,11 @@ def _check_inputs(graph: onnx.GraphProto, name: str) -> None:
                     f"{name} is malformed: node {node.name[:80]!r} reads {read[:80]!r}, which nothing makes",
                     hint="export the model again",
                 )
+    missing = next((output.name for output in graph.output if output.name not in known), None)
+    if missing is not None:
+        raise InvalidModelFile(
+            f"{name} is malformed: nothing makes its output {missing[:80]!r}", hint="export the model again"
+        )
 
 
 def _check_function(function: onnx.FunctionProto, name: str) -> None:
@@ -245,13 +267,14 @@ def _check_function(function: onnx.FunctionProto, name: str) -> None:
                 f"{name} is malformed: the function {function.name[:80]!r} reads {missing[:80]!r}, which nothing makes",
                 hint="export the model again",
             )
+    for node in (*function.node, *(node for body in _bodies(function.node) for node in body.node)):
         _check_node(node, version, name)
 
 
 def _check_supported(proto: onnx.ModelProto, name: str) -> None:
     if proto.training_info:
         raise UnsupportedModel(f"{name} carries training information", hint="export it for inference")
-    if any(graph.sparse_initializer for graph in _graphs(proto.graph)):
+    if any(graph.sparse_initializer for graph in _graphs(proto)):
         raise UnsupportedModel(f"{name} stores weights in sparse form", hint="export it with dense weights")
 
 
@@ -282,22 +305,28 @@ def _in_order(part: ir.Graph | ir.Function) -> bool:
     return True
 
 
-def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    todo = [graph]
+def _graphs(proto: onnx.ModelProto) -> Iterator[onnx.GraphProto]:
+    """Every graph of a model: its own, and the bodies of control flow there and in functions."""
+    yield proto.graph
+    yield from _bodies(proto.graph.node)
+    for function in proto.functions:
+        yield from _bodies(function.node)
+
+
+def _bodies(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.GraphProto]:
+    """The graphs that nodes hold, and those that nodes of these hold."""
+    todo = list(nodes)
     while todo:
-        current = todo.pop()
-        yield current
-        for node in current.node:
-            for attribute in node.attribute:
-                if attribute.HasField("g"):
-                    todo.append(attribute.g)
-                todo.extend(attribute.graphs)
+        for attribute in todo.pop().attribute:
+            for graph in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+                yield graph
+                todo.extend(graph.node)
 
 
 def _check_arity(proto: onnx.ModelProto, name: str) -> None:
     """Nodes of the standard operators have as many inputs as the standard says: later stages count on it."""
     version = next((x.version for x in proto.opset_import if x.domain in ("", "ai.onnx")), None)
-    for graph in _graphs(proto.graph):
+    for graph in (proto.graph, *_bodies(proto.graph.node)):
         for node in graph.node:
             _check_node(node, version, name)
 
@@ -310,6 +339,8 @@ def _check_node(node: onnx.NodeProto, version: int | None, name: str) -> None:
         said = f"{len(node.input)} inputs"
     elif node.op_type == "Constant" and len(node.attribute) != 1:
         said = f"{len(node.attribute)} attributes"
+    elif node.op_type == "Constant" and node.attribute[0].type != _CONSTANTS.get(node.attribute[0].name):
+        said = f"no value, but {node.attribute[0].name[:80]!r}"
     else:
         return
     raise InvalidModelFile(
@@ -334,7 +365,7 @@ def _names(proto: onnx.ModelProto) -> Iterator[object]:
     """Every name that something in the model is known by, and what it says of itself."""
     yield from (proto.producer_name, proto.producer_version, proto.domain, proto.graph.name)
     yield from (text for entry in proto.metadata_props for text in (entry.key, entry.value))
-    for graph in _graphs(proto.graph):
+    for graph in _graphs(proto):
         yield from (x.name for x in (*graph.input, *graph.output, *graph.initializer, *graph.value_info))
         yield from _node_names(graph.node)
     for function in proto.functions:
@@ -353,7 +384,7 @@ def _node_names(nodes: Iterable[onnx.NodeProto]) -> Iterator[object]:
 
 
 def _tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
-    for graph in _graphs(proto.graph):
+    for graph in _graphs(proto):
         yield from graph.initializer
         yield from _attribute_tensors(graph.node)
     for function in proto.functions:
@@ -501,7 +532,9 @@ def _expected_bytes(tensor: onnx.TensorProto, model: str) -> int | None:
         raise InvalidModelFile(
             f"{model} is damaged: {tensor.name!r} has the unknown type {tensor.data_type}", hint="export it again"
         ) from error
-    if dtype in {ir.DataType.STRING, ir.DataType.UNDEFINED}:
+    if dtype == ir.DataType.UNDEFINED:
+        raise InvalidModelFile(f"{model} is damaged: {tensor.name!r} has no type", hint="export it again")
+    if dtype == ir.DataType.STRING:
         return None
     count = 1
     for dim in tensor.dims:

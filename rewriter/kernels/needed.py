@@ -305,4 +305,7 @@ def _run(model: ir.Model, values: list[ir.Value]) -> dict[str, Shape]:
             trouble = trouble or error
             continue
         return {name: np.shape(array) for name, array in zip(names, outputs, strict=True)}
-    raise UnsupportedModel(f"the model does not run: {first_line(trouble) if trouble else 'no size fits'}")
+    raise UnsupportedModel(
+        f"the model does not run: {first_line(trouble) if trouble else 'no size fits'}",
+        hint="check that the file runs in onnxruntime with inputs of any size",
+    )

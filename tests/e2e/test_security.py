@@ -470,6 +470,33 @@ def test_a_rewritten_file_that_was_broken(
         assert "bug in rewriter" not in text and harmless(text) and (code == 0 or "hint: " in text)
 
 
+def test_a_function_of_another_version_is_refused(tmp_path: Path) -> None:
+    """What is written out to be looked at has to speak the version of the file."""
+    path = write(Stack(1, hidden=16, inner=16, heads=4), tmp_path / "m.onnx", external=False)
+    rewriter.optimize(path, "window", verify=False).save(path)
+    model = onnx.load(path)
+    for function in model.functions:
+        function.opset_import[0].version = 16
+    onnx.save(model, path)
+    with pytest.raises(RewriteError, match="cannot be written out") as caught:
+        rewriter.inspect(path).to_dict()
+    assert caught.value.hint
+
+
+def test_a_constant_of_an_unknown_domain(tmp_path: Path) -> None:
+    """To onnxruntime it is a constant; what it makes of one is read, not what the standard says."""
+    path = write(Stack(1, hidden=16, inner=16, heads=4), tmp_path / "m.onnx", external=False)
+    sound, model = rewriter.inspect(path).to_dict()["sites"], onnx.load(path)
+    for weight in list(model.graph.initializer):
+        model.graph.initializer.remove(weight)
+        made = onnx.helper.make_node("Constant", [], [weight.name], value=weight)
+        made.domain = "elsewhere" if weight.name == "layers.0.q" else ""
+        model.graph.node.insert(0, made)
+    onnx.save(model, path)
+    found = rewriter.inspect(path).to_dict()["sites"]
+    assert [(s["name"], s["status"]) for s in found] == [(s["name"], s["status"]) for s in sound]
+
+
 # ---------------------------------------------------------------------- loops
 
 

@@ -132,6 +132,11 @@ def _broken(change: Callable[[onnx.ModelProto], object], tmp_path: Path) -> Path
         (lambda p: p.graph.node[0].ClearField("input"), "has 0 inputs"),
         (lambda p: p.graph.node[0].input.__setitem__(0, "nowhere"), "which nothing makes"),
         (lambda p: p.graph.node[0].input.extend("abcdefghij"), "inputs"),
+        (lambda p: setattr(p.graph.initializer[0], "data_type", 0), "'w' has no type"),
+        (lambda p: p.graph.node[0].attribute.add(name="axis", i=1), "'axis' of node '' has no type"),
+        (lambda p: setattr(p.graph.output[0], "name", "nowhere"), "nothing makes its output 'nowhere'"),
+        (lambda p: p.graph.node.append(oh.make_node("Constant", [], ["c"], falue=1)), "no value, but 'falue'"),
+        (lambda p: p.graph.node.append(oh.make_node("Constant", [], ["c"], value_int="1")), "no value, but"),
     ],
 )
 def test_structure(tmp_path: Path, change: Callable[[onnx.ModelProto], object], words: str) -> None:
@@ -263,6 +268,35 @@ def test_data_missing_or_short(pair: Path) -> None:
 def test_places_that_lead_astray(pair: Path, entries: dict[str, str], words: str) -> None:
     _relocate(pair, **entries)
     assert words in refused(pair)
+
+
+def test_weights_in_a_function_that_lie_outside(tmp_path: Path) -> None:
+    """A branch in a function holds weights as the graph does, and is held to the same."""
+    (tmp_path / "secret").write_bytes(bytes(8))
+    folder = tmp_path / "model"
+    folder.mkdir()
+
+    def written(location: str) -> Path:
+        tensor = onnx.TensorProto(name="w", dims=[2], data_type=1, data_location=onnx.TensorProto.EXTERNAL)
+        tensor.external_data.add(key="location", value=location)
+        output = oh.make_tensor_value_info("z", 1, [2])
+        branch = oh.make_graph([oh.make_node("Identity", ["w"], ["z"])], "branch", [], [output], [tensor])
+        choose = oh.make_node("If", ["c"], ["y"], then_branch=branch, else_branch=branch)
+        opset = oh.make_opsetid("", 17)
+        function = oh.make_function("own", "Chosen", ["c"], ["y"], [choose], [opset])
+        graph = oh.make_graph(
+            [oh.make_node("Chosen", ["c"], ["y"], domain="own")], "g",
+            [oh.make_tensor_value_info("c", 9, [])], [oh.make_tensor_value_info("y", 1, [2])],
+        )  # fmt: skip
+        opsets = [opset, oh.make_opsetid("own", 1)]
+        made = oh.make_model(graph, opset_imports=opsets, functions=[function], ir_version=8)
+        (folder / "m.onnx").write_bytes(made.SerializeToString())
+        return folder / "m.onnx"
+
+    assert "outside" in refused(written("../secret"))
+    assert "outside" in refused(written(str(tmp_path / "secret")))
+    (folder / "data").write_bytes(bytes(8))
+    assert load(written("data")) is not None, "the control"
 
 
 @pytest.mark.parametrize(("offset", "length"), [("4096", "256"), ("0", "256"), ("16380", "256")])
