@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from passes.dataflow import Array, Flow
-from passes.match.operands import Tokens, Traced
+from passes.match.operands import Tokens, Traced, in_blocks
 from passes.match.roundings import Rounding, executed, operand_roundings
 from passes.match.scores import OperandView, ScorePath, apply_modifier
 from passes.site import Projection
@@ -190,6 +190,8 @@ def recorded(flow: Flow, view: OperandView, tokens: Tokens) -> Array:
     tail = array.shape[-2:]
     if lead == ("b",):
         return array[:, None]
+    if in_blocks(lead):
+        return np.moveaxis(array, lead.index("h"), 2).reshape(-1, heads, *tail)
     if lead in {("b", "h"), ("bh",)}:  # the output may have one axis for both where the query has two, or the reverse
         return array.reshape(-1, heads, *tail)
     return array.reshape(heads, -1, *tail).swapaxes(0, 1)
@@ -199,6 +201,8 @@ def _by_head(seen: Array, path: ScorePath, tokens: Tokens, shape: tuple[int, ...
     """Recorded scores as [B, H, S, T]."""
     batch, heads, queries, keys = shape
     seen = seen.reshape(-1, keys, queries).swapaxes(1, 2) if path.turned else seen
+    if in_blocks(tokens.axes):
+        return np.moveaxis(seen, tokens.axes.index("h"), 2).reshape(shape)
     if tokens.axes[0] in ("h", "hb"):
         return seen.reshape(heads, batch, queries, keys).swapaxes(0, 1)
     return seen.reshape(shape)

@@ -227,6 +227,11 @@ class AttentionSite:
     owner: str = ""
 
     @property
+    def by_blocks(self) -> bool:
+        """Whether its sequences are blocks of tokens, which have an axis of their own behind the batch's."""
+        return self.output_axes.count("b") > 1
+
+    @property
     def interleaved(self) -> bool:
         """Whether query heads that read one key/value head are no neighbours."""
         return tuple(sorted(self.group)) != self.group

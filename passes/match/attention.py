@@ -12,7 +12,7 @@ from passes.match.groups import joined, require_groups
 from passes.match.learned_query import with_learned_queries
 from passes.match.linear_map import output_map
 from passes.match.names import common_scope, exporter_scope, layer_of
-from passes.match.operands import HeadsApart, Traced
+from passes.match.operands import HeadsApart, Traced, in_blocks
 from passes.match.repeats import trace_repeated
 from passes.match.scores import FreeQuery, NotUnderstood, ScorePath, Unrelated, anchors, score_path, total_bias
 from passes.match.without_softmax import without_softmax
@@ -90,7 +90,7 @@ def match_anchor(tracer: Tracer, anchor: Node, name: str, layer: int) -> tuple[A
     """One anchor. Raises NotUnderstood or Unrelated."""
     flow = tracer.flow
     path, q = _query(tracer, score_path(flow, anchor))
-    path = _heads_first(flow, path, q)
+    path = _by_blocks(flow, _heads_first(flow, path, q), q)
     k = _named(tracer, path.k, "key", shared=True)
     v = _named(tracer, path.v, "value", shared=True)
     require_groups(flow, path, k, v)
@@ -157,6 +157,24 @@ def _heads_first(flow: Flow, path: ScorePath, q: Traced) -> ScorePath:
         return replace(modifier, heads_first=len(shape) == 3 and shape[0] == lead)
 
     return replace(path, modifiers=tuple(laid(m) for m in path.modifiers))
+
+
+def _by_blocks(flow: Flow, path: ScorePath, q: Traced) -> ScorePath:
+    """Where blocks of tokens have an axis of their own, masks meet scores of five axes.
+
+    Raises NotUnderstood for masks that tell blocks apart which heads lie before.
+    """
+    if not in_blocks(q.tokens.axes):
+        return path
+    masks = [m for m in path.modifiers if m.value is not None and len(flow.shape(m.value)) > 2]
+    if masks and q.tokens.axes.index("h") != 2:
+        raise NotUnderstood(
+            "its scores are [batch, heads, blocks, ...] with masks or biases by block; they are read where blocks come "
+            "before heads, or lie on the batch axis"
+        )
+    blocks = flow.shape(path.q.value)[1]
+    modifiers = (replace(m, windows=blocks) if m in masks else m for m in path.modifiers)
+    return replace(path, modifiers=tuple(modifiers))
 
 
 def _named(tracer: Tracer, view: object, role: str, *, shared: bool) -> Traced:

@@ -22,6 +22,11 @@ from passes.site import Norm, Operand, Projection, Rotary
 Axes = tuple[str, ...]
 
 
+def in_blocks(axes: Axes) -> bool:
+    """Whether sequences are blocks of tokens, which have an axis of their own behind the batch's."""
+    return axes.count("b") > 1
+
+
 @dataclass(frozen=True)
 class Tokens:
     """An operand's elements in canonical order; what replay recomputes it from.
@@ -432,11 +437,26 @@ def _lead_roles(rows: Array, columns: Array) -> tuple[Array, Array, Axes]:
         row_of = row_of.reshape(lead)
         if not (_varies(row_of, 1) or _varies(row_of, 2)):
             raise HeadsApart("its heads lie along two axes, the query's do not")
+        if (found := _blocks(row_of)) is not None:
+            return found
     raise NotUnderstood(
-        f"its {len(lead)} leading axes are not a batch and heads, nor a batch, groups and heads, in this order; "
-        "attention in blocks of tokens is read where blocks lie on the batch axis ([batch * blocks, ...]), which is "
-        "the same"
+        f"its {len(lead)} leading axes are not a batch and heads, nor a batch, groups and heads, nor a batch, blocks "
+        "of tokens and heads; attention in blocks of tokens is also read where blocks lie on the batch axis "
+        "([batch * blocks, ...]), which is the same"
     )
+
+
+def _blocks(row_of: Array) -> tuple[Array, Array, Axes] | None:
+    """Where two of three leading axes run over sequences, which are blocks of tokens then; else None."""
+    same = [axis for axis in range(3) if not _varies(row_of, axis)]
+    wide = [axis for axis in same if row_of.shape[axis] > 1]
+    if not same or len(wide) > 1:
+        return None
+    by_head = (wide or same)[-1]
+    index = np.indices(row_of.shape).reshape(3, -1)
+    outer, inner = (axis for axis in range(3) if axis != by_head)
+    names = tuple("h" if axis == by_head else "b" for axis in range(3))
+    return index[outer] * row_of.shape[inner] + index[inner], index[by_head], names
 
 
 def _two_lead_axes(row_of: Array) -> tuple[Array, Array, Axes]:

@@ -18,7 +18,7 @@ from passes.dataflow import Array, Flow
 from passes.match.attention import Evidence
 from passes.site import AttentionSite
 from passes.targets.freedom import freedom_of
-from passes.targets.grouped_query import INTERLEAVED, GroupedQuery, as_tensors, describe, specification
+from passes.targets.grouped_query import BY_BLOCKS, INTERLEAVED, GroupedQuery, as_tensors, describe, specification
 from passes.targets.misfit import Misfit
 from passes.targets.replacement import Replacement
 from passes.weights.group import Moments
@@ -69,6 +69,8 @@ class DecoupledHeads:
         """As `GroupedQuery.refuses`; the door may find more."""
         if site.interleaved:
             return INTERLEAVED
+        if site.by_blocks:
+            return BY_BLOCKS
         if site.temperature is not None:
             return "each head's scores have a temperature of their own, which only shared heads can keep"
         if any(o.norm is not None and (o.norm.gains is not None or not o.norm.per_head) for o in (site.k, site.v)):

@@ -30,6 +30,7 @@ Grouping = Literal["contiguous", "similar"]
 GROUPINGS: tuple[Grouping, ...] = ("contiguous", "similar")
 
 INTERLEAVED = "query heads that share a key/value head are no neighbours; gqaN brings them together first"
+BY_BLOCKS = "it attends within blocks of tokens, which have an axis of their own; only gqaN keeps that as it is"
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from passes.dataflow import Array, Flow
 from passes.site import AttentionSite
 from passes.stacks import stacks
 from passes.sublayer import NoSublayer, Sublayer
-from passes.targets.grouped_query import describe
+from passes.targets.grouped_query import BY_BLOCKS, describe
 from passes.targets.replacement import Replacement
 from passes.weights.projection import SiteWeights, site_weights
 
@@ -52,6 +52,8 @@ class Fitting(Protocol):
 
 def refusal(site: AttentionSite, *, causal: bool = False) -> str | None:
     """Why a site cannot be mixed, as far as its description tells; with `causal`, a causal one can."""
+    if site.by_blocks:
+        return BY_BLOCKS
     if site.cross:
         return "it is cross-attention, and mixing has one sequence"
     if site.cached or site.k.presents or site.v.presents:

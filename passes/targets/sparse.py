@@ -21,7 +21,7 @@ from codegen.sight import Pattern, Sight, visible
 from passes.dataflow import Flow
 from passes.match.attention import Evidence
 from passes.site import AttentionSite
-from passes.targets.grouped_query import INTERLEAVED, describe, misplaced, specification
+from passes.targets.grouped_query import BY_BLOCKS, INTERLEAVED, describe, misplaced, specification
 from passes.targets.replacement import Replacement
 from passes.targets.whole import Whole
 
@@ -52,6 +52,8 @@ class Sparse(Whole):
         """Why this site cannot follow a pattern of positions, or None."""
         if site.interleaved:
             return INTERLEAVED
+        if site.by_blocks:
+            return BY_BLOCKS
         if site.cross:
             return "it is cross-attention: positions of two sequences do not correspond"
         if getattr(self, "form", "") == "alternating" and "#" in site.name:

@@ -28,6 +28,8 @@ def obstacle(capture: OnnxCapture, replacement: Replacement) -> str | None:
             f"the file's opset is {opset}, and functions for what replaces attention need {OLDEST_OPSET} or later; "
             f"convert it first (onnx.version_converter.convert_version(model, {OLDEST_OPSET}))"
         )
+    if site.by_blocks:
+        return f"its blocks of tokens have an axis of their own, and attention like that {MODULES}"
     if replacement.linear is not None:
         return laid_otherwise(site) or linear_obstacle(capture, replacement)
     if isinstance(replacement.spec, ConditionalAttention):

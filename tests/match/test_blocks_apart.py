@@ -1,0 +1,153 @@
+"""Attention within blocks of tokens that have an axis of their own: Twins ([batch, blocks, heads, ...]), Hiera
+([batch, heads, blocks, ...]), with masks by block, fused or not."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+import rewriter
+from passes.match.attention import find_attention
+from passes.replay import TOLERANCES, replay
+from passes.targets.grouped_query import BY_BLOCKS
+from rewriter.capture.torch_export import capture
+from rewriter.errors import NothingToRewrite
+
+WIDTH, HEADS, SIDE = 32, 4, 4
+ROWS, COLUMNS = 8, 12
+
+
+class Blocks(nn.Module):
+    """Square blocks of a picture, each of which attends to itself."""
+
+    def __init__(self, *, fused: bool = True, heads_first: bool = False, masked: bool = False) -> None:
+        super().__init__()
+        self.fused, self.heads_first, self.masked = fused, heads_first, masked
+        self.qkv, self.proj = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, rows, columns = x.shape[0], ROWS // SIDE, COLUMNS // SIDE
+        blocks = x.reshape(batch, rows, SIDE, columns, SIDE, WIDTH).transpose(2, 3)
+        heads = self.qkv(blocks).reshape(batch, rows * columns, SIDE * SIDE, 3, HEADS, WIDTH // HEADS)
+        q, k, v = heads.permute(3, 0, 4, 1, 2, 5) if self.heads_first else heads.permute(3, 0, 1, 4, 2, 5)
+        mask = self._mask(rows * columns) if self.masked else None
+        if self.fused:
+            mixed = scaled_dot_product_attention(q, k, v, mask)
+        else:
+            scores = (q * (WIDTH // HEADS) ** -0.5) @ k.transpose(-2, -1)
+            mixed = (scores if mask is None else scores + mask).softmax(-1) @ v
+        mixed = mixed.permute(0, 2, 3, 1, 4) if self.heads_first else mixed.transpose(2, 3)
+        laid = mixed.reshape(batch, rows, columns, SIDE, SIDE, WIDTH).transpose(2, 3)
+        out: Tensor = self.proj(laid.reshape(batch, ROWS * COLUMNS, WIDTH))
+        return out
+
+    def _mask(self, blocks: int) -> Tensor:
+        """Block n does not see its first n tokens."""
+        hidden = torch.arange(SIDE * SIDE) < torch.arange(blocks)[:, None]
+        return torch.where(hidden, -1e9, 0.0)[:, None, None]
+
+
+CASES: dict[str, dict[str, bool]] = {
+    "blocks before heads": {},
+    "written out": {"fused": False},
+    "heads before blocks": {"heads_first": True},
+    "heads before blocks, written out": {"heads_first": True, "fused": False},
+    "masked by block": {"masked": True},
+    "masked by block, written out": {"masked": True, "fused": False},
+}
+
+
+def built(**options: bool) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(Blocks(**options), Blocks(**options)).eval()
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """With equal key and value heads in each pair."""
+    found = copy.deepcopy(model)
+    with torch.no_grad():
+        for layer in found.children():
+            for part in (1, 2):
+                rows = slice(part * WIDTH, (part + 1) * WIDTH)
+                for stored in (layer.qkv.weight[rows], layer.qkv.bias[rows]):
+                    heads = stored.view(HEADS, WIDTH // HEADS, -1)
+                    heads[1::2] = heads[::2]
+    return found
+
+
+def batch(size: int, seed: int = 1) -> Tensor:
+    return torch.randn(size, ROWS * COLUMNS, WIDTH, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("options", CASES.values(), ids=CASES)
+def test_equal_heads_are_shared_without_loss(options: dict[str, bool]) -> None:
+    model = built(**options)
+    same, x = twin(model), batch(2)
+    small = rewriter.optimize(same, "gqa2", example_inputs=(x,))
+    assert all(row.exact and row.after == "gqa2" for row in small.rewrite_report.sites)
+    program = rewriter.optimize(torch.export.export(same, (x,), strict=False), "gqa2")
+    with torch.no_grad():
+        for found in (small, program.module()):
+            assert torch.allclose(found(x), same(x), atol=1e-5)
+        assert torch.allclose(small(batch(3, 2)), same(batch(3, 2)), atol=1e-5)
+        assert not torch.allclose(small(x), model(x), atol=1e-2), "the control: other heads"
+    shrunk = [sum(p.numel() for p in m.parameters()) for m in (small, same)]
+    assert shrunk[1] - shrunk[0] == 2 * (2 * (HEADS // 2) * (WIDTH // HEADS) * (WIDTH + 1))
+
+
+@pytest.mark.parametrize("name", ["blocks before heads", "heads before blocks", "masked by block"])
+def test_a_shifted_map_does_not_replay(name: str) -> None:
+    flow = capture(built(**CASES[name]), (batch(2),), {}).flow
+    matches = find_attention(flow)
+    assert len(matches.sites) == 2 and all(s.by_blocks for s in matches.sites)
+    for proof in matches.evidence.values():
+        limit = TOLERANCES[flow.dtype]
+        assert replay(flow, proof.path, proof.q, proof.k, proof.v).worst < limit
+        shifted = replace(proof.k, tokens=replace(proof.k.tokens, rows=np.roll(proof.k.tokens.rows, 1, axis=0)))
+        assert replay(flow, proof.path, proof.q, shifted, proof.v).worst > limit
+
+
+def test_heads_are_merged_by_their_mean() -> None:
+    model, x = built(), batch(2)
+    small = rewriter.optimize(model, "mqa", example_inputs=(x,))
+    for old, new in zip(model.children(), small.children(), strict=True):
+        keys = old.qkv.weight[WIDTH : 2 * WIDTH].view(HEADS, WIDTH // HEADS, WIDTH).mean(0)
+        stored = [p for p in new.parameters() if p.shape[-1] == WIDTH and p.shape[0] == WIDTH + 2 * WIDTH // HEADS]
+        assert len(stored) == 1 and torch.allclose(stored[0][WIDTH : WIDTH + WIDTH // HEADS], keys, atol=1e-6)
+
+
+def test_masks_by_block_behind_heads_are_refused() -> None:
+    class Other(Blocks):
+        def _mask(self, blocks: int) -> Tensor:
+            return super()._mask(blocks).transpose(0, 1)[None]
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Other(heads_first=True, masked=True)).eval()
+    with pytest.raises(NothingToRewrite, match="blocks come before heads"):
+        rewriter.optimize(model, "gqa2", example_inputs=(batch(2),))
+
+
+def test_other_targets_say_why_not_and_inspect_lists_none() -> None:
+    model, x = built(), batch(2)
+    for target in ("fnet", "window:4", "linear", "gau", "dha"):
+        with pytest.raises(NothingToRewrite, match=BY_BLOCKS.split(";")[0]):
+            rewriter.optimize(model, target, example_inputs=(x,))
+    sites = rewriter.inspect(model, example_inputs=(x,)).to_dict()["sites"]
+    assert [site["targets"] for site in sites] == [["mqa", "gqa2"]] * 2
+
+
+def test_a_file_says_which_door_is_open(tmp_path: Path) -> None:
+    path = tmp_path / "blocks.onnx"
+    torch.onnx.export(
+        built(fused=False), (batch(2),), str(path), dynamo=False, opset_version=17, input_names=["x"],
+        output_names=["y"], dynamic_axes={"x": {0: "b"}, "y": {0: "b"}},
+    )  # fmt: skip
+    with pytest.raises(NothingToRewrite, match="rewrite the module the file was exported from"):
+        rewriter.optimize(path, "gqa2")
