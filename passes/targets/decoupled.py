@@ -18,7 +18,7 @@ from passes.dataflow import Array, Flow
 from passes.match.attention import Evidence
 from passes.site import AttentionSite
 from passes.targets.freedom import freedom_of
-from passes.targets.grouped_query import INTERLEAVED, GroupedQuery, as_tensors, describe, specification
+from passes.targets.grouped_query import INTERLEAVED, JOINED, GroupedQuery, as_tensors, describe, specification
 from passes.targets.misfit import Misfit
 from passes.targets.replacement import Replacement
 from passes.weights.group import Moments
@@ -67,6 +67,8 @@ class DecoupledHeads:
 
     def refuses(self, site: AttentionSite) -> str | None:
         """As `GroupedQuery.refuses`; the door may find more."""
+        if site.joined:
+            return JOINED
         if site.interleaved:
             return INTERLEAVED
         if site.temperature is not None:
