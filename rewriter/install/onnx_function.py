@@ -320,6 +320,7 @@ class _Editor:
             self._recount(self.capture.nodes[index], axis, operand.heads, heads)
         for index in operand.path:
             node = self.capture.nodes[index]
+            self._narrow_gain(node)
             if node.op_type == "RotaryEmbedding" and node.attributes.get_int("num_heads", 0) == operand.heads:
                 node.attributes["num_heads"] = ir.AttrInt64("num_heads", heads)
             for value in node.outputs:
@@ -329,6 +330,18 @@ class _Editor:
             _resize(self.value(operand.past), operand.past_head_axis, heads)
         for name, axis in operand.presents:
             _resize(new if name == operand.stem else self.value(name), axis, heads)
+
+    def _narrow_gain(self, node: ir.Node) -> None:
+        """A norm whose numbers are spread over heads, and the same for all of them, is given those of one."""
+        if node.op_type not in {"RMSNormalization", "LayerNormalization", "SimplifiedLayerNormalization"}:
+            return
+        for position, value in enumerate(node.inputs[1:3], 1):
+            name = value.name if value is not None else None
+            if name is None or len(self.capture.flow.shape(name)) < 2:
+                continue
+            numbers = np.asarray(self.capture.flow.value(name))
+            row = numbers.reshape(-1, numbers.shape[-1])[0].copy()
+            node.replace_input_with(position, self.write.constant(row, f"{name}_of_one_head"))
 
     def _recount(self, node: ir.Node, axis: int, before: int, heads: int) -> None:
         """Write the new number of heads into a shape that is written out."""
