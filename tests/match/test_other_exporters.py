@@ -324,3 +324,18 @@ def test_scores_with_heads_behind_the_keys_are_refused_with_what_to_do() -> None
     last = graph.op("MatMul", graph.op("Reshape", mixed, ints(0, 0, WIDTH)), graph.matrix(WIDTH, WIDTH))
     seen = rewriter.inspect(graph.model(last))
     assert ["write it so that heads come before them" in r.reason for r in seen.refusals] == [True]
+
+
+@pytest.mark.parametrize("perturbed", [False, True], ids=["twin", "one-head-untied"])
+def test_keys_that_learned_queries_of_a_fixed_batch_meet_are_found(perturbed: bool) -> None:
+    """Scores are then a product of hidden states and a constant, as a projection is."""
+    graph = Graph()
+    latents = graph.constant(np.tile(graph.matrix(1, 5, WIDTH), (2, 1, 1)))
+    q, k, v = projections(graph, perturbed)
+    query = by_heads(graph, graph.op("Add", graph.op("MatMul", latents, q.flat[0]), q.flat[1]))
+    key, value = (by_heads(graph, graph.op("Add", graph.op("MatMul", "x", p.flat[0]), p.flat[1])) for p in (k, v))
+    mixed = graph.op("Transpose", attended(graph, query, key, value), perm=[0, 2, 1, 3])
+    last = graph.op("MatMul", graph.op("Reshape", mixed, ints(0, 0, WIDTH)), graph.matrix(WIDTH, WIDTH))
+    model = graph.model(last)
+    moved = np.abs(run(rewriter.optimize(model, "gqa2"), graph.inputs) - run(model, graph.inputs)).max()
+    assert moved > MOVED if perturbed else moved < EXACT
