@@ -79,7 +79,7 @@ def parameters_removed(flow: Flow, replacements: Sequence[Replacement]) -> int:
             removed -= sum(tensor.size for tensor in r.tensors.values()) if fresh else 0
             seen.update(fresh)
             continue
-        for role, operand in (("k", r.site.k), ("v", r.site.v)):
+        for role, operand in r.site.shared:
             key = (operand.projection.weight, role)
             if key in seen or f"{role}_weight" not in r.tensors:
                 continue
@@ -137,8 +137,9 @@ def _sparse_saves(matches: Matches, site: AttentionSite, pattern: Pattern, score
 def _sizes(matches: Matches, site: AttentionSite) -> tuple[int, int, int]:
     """Batch, queries and keys of the recorded run."""
     evidence = matches.evidence[site.name]
-    batch, queries = (int(n) for n in evidence.q.tokens.rows.shape)
-    return batch, queries, int(evidence.k.tokens.new.stop)
+    batch = len(evidence.q.tokens.rows)
+    queries, keys = (max(int(p.tokens.new.stop) for p in t.parts) for t in (evidence.q, evidence.k))
+    return batch, queries, keys
 
 
 def _kv_numbers(site: AttentionSite, kv_heads: tuple[int, int]) -> int:
@@ -152,7 +153,8 @@ def _contraction_flops(flow: Flow, matches: Matches, site: AttentionSite) -> int
 
 def _saved_flops(flow: Flow, site: AttentionSite, kv_heads: tuple[int, int]) -> int:
     saved = 0
-    for operand, left in zip((site.k, site.v), kv_heads, strict=True):
+    parts = [(part, left) for o, left in zip((site.k, site.v), kv_heads, strict=True) for part in o.parts]
+    for operand, left in parts:
         shape = flow.shape(operand.projection.input)
         rows = 1
         for size in shape[:-1]:

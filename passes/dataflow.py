@@ -222,8 +222,26 @@ class Flow:
             if self.is_constant(node.inputs[w]) and self.is_fed(node.inputs[x]):
                 shape = self.shape(node.inputs[w])
                 # an outer product (positions times inverse frequencies) contracts an axis of size 1
-                if len(shape) >= 2 and self._contracted(node, w, shape) > 1:
+                if len(shape) >= 2 and self._contracted(node, w, shape) > 1 and self.turned_pairs(node) is None:
                     return x, w
+        return None
+
+    def turned_pairs(self, node: Node) -> tuple[int, int] | None:
+        """(data, table) input positions of an Einsum that multiplies pairs of features by matrices of two rows, which
+        differ along an axis of the data: a rotation by position. None for any other node."""
+        terms, _, result = str(node.attrs.get("equation", "")).replace(" ", "").partition("->")
+        named = terms.split(",")
+        if node.op != "Einsum" or len(named) != 2 or "." in terms or not result:
+            return None
+        for data, table in ((0, 1), (1, 0)):
+            mine, theirs = named[data], named[table]
+            summed = [c for c in theirs if c in mine and c not in result]
+            own = [c for c in theirs if c not in mine]
+            along = [c for c in theirs if c in mine and c in result]
+            whole = len(summed) == len(own) == 1 and along and all(c in result for c in mine if c not in summed)
+            if whole and self.is_fed(node.inputs[data]) and not self.is_fed(node.inputs[table]):
+                sizes = dict(zip(theirs, self.shape(node.inputs[table]), strict=True))
+                return (data, table) if sizes[summed[0]] == sizes[own[0]] == 2 else None
         return None
 
     def _contracted(self, node: Node, w: int, shape: tuple[int, ...]) -> int:

@@ -29,7 +29,7 @@ def site_error(flow: Flow, evidence: Evidence, replacement: Replacement) -> tupl
     spec = replacement.grouped
     if spec.pattern:
         return _sparse_error(flow, evidence, spec)
-    if evidence.k.operand.norm is not None or evidence.v.operand.norm is not None:
+    if any(operand.norm is not None for _, operand in replacement.site.shared):
         return None
     turned = "q_weight" in replacement.tensors
     heads = spec.heads
@@ -38,7 +38,7 @@ def site_error(flow: Flow, evidence: Evidence, replacement: Replacement) -> tupl
     else:
         query = np.asarray(recorded(flow, evidence.path.q, evidence.q.tokens), dtype=np.float64)
     keys, values = (
-        _with_cache(flow, view, traced, _projected(flow, traced, replacement, role, count))
+        _shared_heads(flow, view, traced, replacement, role, count)
         for role, view, traced, count in (
             ("k", evidence.path.k, evidence.k, replacement.kv_heads[0]),
             ("v", evidence.path.v, evidence.v, replacement.kv_heads[1]),
@@ -133,6 +133,14 @@ def _behind(flow: Flow, replacement: Replacement, new: Array, old: Array) -> tup
     if out.bias is not None and "out_bias" in replacement.tensors:
         results[0] = results[0] + (replacement.tensors["out_bias"] - np.asarray(flow.value(out.bias)).reshape(-1))
     return results[0], results[1]
+
+
+def _shared_heads(
+    flow: Flow, view: OperandView, traced: Traced, replacement: Replacement, role: str, heads: int
+) -> Array:
+    """[B, heads, T, D]: new keys or values, cached tokens and those of other streams included."""
+    parts = [_projected(flow, t, replacement, f"{role}{n or ''}", heads) for n, t in enumerate(traced.parts)]
+    return np.concatenate(parts, axis=2) if traced.streams else _with_cache(flow, view, traced, parts[0])
 
 
 def _with_cache(flow: Flow, view: OperandView, traced: Traced, pooled: Array) -> Array:

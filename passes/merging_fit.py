@@ -50,6 +50,8 @@ def merge_calibrated(
 
     `pooled` holds what sites that share weights have become so far; `steps` are all that are taken.
     """
+    if isinstance(target, GroupedQuery) and site.joined:  # statistics are of one projection's tokens
+        return target.pooled(pair.flow, site)
     if isinstance(target, GroupedQuery) and site.interleaved:
         order = pair.freedom(site)
         if order.order is not None or _equal(pair.flow, site, target):

@@ -73,7 +73,8 @@ def site_picture(flow: Flow, site: AttentionSite) -> Picture:
     if site.out is not None:
         roles.update(dict.fromkeys(_projection_nodes(flow, site.out), "output"))
         roles.update(dict.fromkeys(_between(flow, [site.output], [site.out.node]), "output"))
-    operands: tuple[tuple[Role, Operand], ...] = (("query", site.q), ("key", site.k), ("value", site.v))
+    named: tuple[tuple[Role, Operand], ...] = (("query", site.q), ("key", site.k), ("value", site.v))
+    operands = [(role, part) for role, operand in named for part in operand.parts]
     for role, operand in operands:
         for index in (*_projection_nodes(flow, operand.projection), *operand.path):
             roles.setdefault(index, role)

@@ -181,4 +181,4 @@ def _users(sites: Sequence[AttentionSite]) -> dict[Value, list[AttentionSite]]:
 
 
 def _key_value_weights(site: AttentionSite) -> set[Value]:
-    return {site.k.projection.weight, site.v.projection.weight}
+    return {operand.projection.weight for _, operand in site.shared}

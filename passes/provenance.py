@@ -212,6 +212,8 @@ class Tracer:
             raise Opaque("reaches a program input without passing a projection")
         if projection_at(self.flow, value) is not None:
             return self._register(value, "projection")
+        if (turned := self.flow.turned_pairs(node)) is not None:
+            return self._pairs(node, *turned)
         if node.op in NORMS:
             return self._norm(node, value)
         if node.op == "Clip" and not any(v and self.flow.data_dependent(v) for v in node.inputs[1:]):
@@ -235,6 +237,32 @@ class Tracer:
                 node,
             )
         raise Opaque(f"operator {node.op} between projection and score is not understood", node)
+
+    def _pairs(self, node: Node, data: int, table: int) -> Form:
+        """Pairs of features times matrices of two rows."""
+        terms, _, result = str(node.attrs["equation"]).replace(" ", "").partition("->")
+        mine, theirs = (terms.split(",")[i] for i in (data, table))
+        summed = next(c for c in theirs if c in mine and c not in result)
+        form, numbers = self.trace(node.inputs[data]), np.asarray(self.flow.value(node.inputs[table]), np.float64)
+        shape = self.flow.shape(node.outputs[0])
+
+        def laid(array: Array, term: str, place: int) -> Array:
+            """One of the two elements, along the axes of the result."""
+            taken, left = array.take(place, axis=term.index(summed)), term.replace(summed, "")
+            ordered = taken.transpose([left.index(c) for c in result if c in left])
+            wide = [ordered.shape[[c for c in result if c in left].index(c)] if c in left else 1 for c in result]
+            return np.broadcast_to(ordered.reshape(wide), shape)
+
+        factors = [laid(numbers, theirs, place) for place in (0, 1)]
+        both = [(f, form.ids[t], form.coefficients[t], p) for t in range(len(form.ids)) for p, f in enumerate(factors)]
+        bias = None
+        if form.bias is not None:
+            bias = sum((laid(form.bias, mine, p) * f for p, f in enumerate(factors)), np.zeros(shape))
+        return Form(
+            tuple(laid(ids, mine, place) for _, ids, _, place in both),
+            tuple(laid(coefficient, mine, place) * factor for factor, _, coefficient, place in both),
+            bias,
+        )
 
     def _norm(self, node: Node, value: Value) -> Form:
         kinds: dict[str, NormKind] = {"LayerNormalization": "layer", "LpNormalization": "l2"}

@@ -46,19 +46,14 @@ class Replay:
 
 def replay(flow: Flow, path: ScorePath, q: Traced, k: Traced, v: Traced) -> Replay:
     """Recompute q, k, v from weights and maps, then scores and output, on the flow's recording."""
-    mine = [rebuild(flow, t, view) for view, t in ((path.q, q), (path.k, k), (path.v, v))]
-    seen = [recorded(flow, view, t.tokens) for view, t in ((path.q, q), (path.k, k), (path.v, v))]
-    errors = [
-        max(relative(m, s[:, :, t.tokens.new]), _norm_error(flow, t), _gains_error(flow, t))
-        for m, s, t in zip(mine, seen, (q, k, v), strict=True)
-    ]
+    operands = ((path.q, q), (path.k, k), (path.v, v))
+    seen = [recorded(flow, view, t.tokens) for view, t in operands]
+    rebuilt = [_rebuilt(flow, view, t, s) for (view, t), s in zip(operands, seen, strict=True)]
+    mine, errors = [m for m, _ in rebuilt], [error for _, error in rebuilt]
     rounds = flow.dtype == "int8"  # roundings add up: check link by link, each from what was recorded before it
     heads = mine[0].shape[1]
-    query = seen[0] if rounds else mine[0]
-    keys, values = (
-        _spread(s if rounds else np.concatenate([s[:, :, : t.tokens.new.start], m], axis=2), heads)
-        for m, s, t in zip(mine[1:], seen[1:], (k, v), strict=True)
-    )
+    query, *spread = seen if rounds else mine
+    keys, values = (_spread(x, heads) for x in spread)
     scores = products(query, keys, path.scale)
     for count, modifier in enumerate(path.modifiers):
         scores = executed(flow, (r for r in path.roundings if r.after == count), scores)
@@ -74,6 +69,17 @@ def replay(flow: Flow, path: ScorePath, q: Traced, k: Traced, v: Traced) -> Repl
     output = softmax(scores)[..., : values.shape[2]] @ values
     seen_output = recorded(flow, path.output_view, q.tokens)
     return Replay(errors[0], errors[1], errors[2], score_error, _output_error(output, seen_output, scores))
+
+
+def _rebuilt(flow: Flow, view: OperandView, traced: Traced, seen: Array) -> tuple[Array, float]:
+    """(the recorded operand with each stream's tokens recomputed, worst relative error of these)."""
+    mine, errors = seen.copy(), []
+    for part in traced.parts:
+        made = rebuild(flow, part, view)
+        errors += [relative(made, seen[:, :, part.tokens.new]), _norm_error(flow, part), _gains_error(flow, part)]
+        if errors[-3] < float("inf"):
+            mine[:, :, part.tokens.new] = made
+    return mine, max(errors)
 
 
 def rebuild(flow: Flow, traced: Traced, view: OperandView | None = None) -> Array:

@@ -132,6 +132,8 @@ class Operand:
         reshapes: (node, axis) for nodes between stem and seam whose output shape is written out: the axis of that
             shape which counts heads, perhaps times features.
         presents: (program output, axis that runs over heads) for outputs that lie on the path.
+        streams: where tokens are joined from several projections, what the others of them make, in the order of tokens:
+            operands of the same heads and with the same seam.
     """
 
     projection: Projection
@@ -150,6 +152,12 @@ class Operand:
     past_head_axis: int | None = None
     presents: tuple[tuple[Value, int], ...] = ()
     reshapes: tuple[tuple[int, int], ...] = ()
+    streams: tuple[Operand, ...] = ()
+
+    @property
+    def parts(self) -> tuple[Operand, ...]:
+        """One operand for each stream of tokens, itself first."""
+        return (self, *self.streams)
 
     @property
     def heads(self) -> int:
@@ -230,6 +238,25 @@ class AttentionSite:
     def by_blocks(self) -> bool:
         """Whether its sequences are blocks of tokens, which have an axis of their own behind the batch's."""
         return self.output_axes.count("b") > 1
+
+    @property
+    def operands(self) -> tuple[Operand, ...]:
+        """Those of queries, keys and values, of every stream of tokens."""
+        return (*self.q.parts, *self.k.parts, *self.v.parts)
+
+    @property
+    def shared(self) -> tuple[tuple[str, Operand], ...]:
+        """Operands of keys and values with the role of their new tensors: "k" and "v", of further streams "k1"..."""
+        return tuple(
+            (f"{role}{number or ''}", part)
+            for role, operand in (("k", self.k), ("v", self.v))
+            for number, part in enumerate(operand.parts)
+        )
+
+    @property
+    def joined(self) -> bool:
+        """Whether tokens of several projections are joined."""
+        return any(o.streams for o in (self.q, self.k, self.v))
 
     @property
     def interleaved(self) -> bool:

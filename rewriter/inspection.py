@@ -301,7 +301,8 @@ def _layout(site: AttentionSite) -> str:
     nodes = {site.q.projection.node, site.k.projection.node, site.v.projection.node}
     fused = {1: "fused qkv", 2: "two projections share q, k, v", 3: "separate q, k, v"}[len(nodes)]
     keys = f"keys {' '.join(site.k.seam_axes)}" if site.k.seam else "keys repeated before they are rotated"
-    return f"{fused}, {keys}"
+    joined = f", tokens of {len(site.k.parts)} streams joined" if site.joined else ""
+    return f"{fused}, {keys}{joined}"
 
 
 def _feed_forward_row(site: FeedForwardSite, choices: Sequence[str]) -> dict[str, Any]:

@@ -267,7 +267,7 @@ def _by_owner(flow: Flow, replacements: Sequence[Replacement]) -> list[_Owned]:
 def owner_of(flow: Flow, site: AttentionSite) -> str:
     """The innermost module that holds the anchor and the projections of q, k and v."""
     paths = [site.owner.split(".")] if site.owner else []
-    for operand in (site.q, site.k, site.v):
+    for operand in site.operands:
         weight = flow.weights.get(operand.projection.weight)
         if weight is not None and weight.name:
             parts = weight.name.split(".")
@@ -330,6 +330,8 @@ def _install_one(module: torch.nn.Module, flow: Flow, group: _Owned, records: Ma
     if not record.alike:
         raise UnsupportedModel(f"{group.path} is called with different kinds of arguments in one forward")
     site = first.site
+    if site.joined:
+        raise UnsupportedModel("tokens of several projections are joined, as its forward does")
     if site.interleaved:
         raise UnsupportedModel(
             "query heads that share a key/value head are no neighbours, as its forward lays them out"

@@ -220,6 +220,8 @@ def _is_causal(flow: Flow, path: ScorePath, q: Traced, k: Traced, heads: int) ->
         return True
     batch, queries = q.tokens.rows.shape
     keys = k.tokens.new.stop
+    if q.streams or k.streams:
+        return False
     if queries < 2 or keys < queries:
         return False
     masks = tuple(m for m in path.modifiers if m.kind not in {"softcap", "sinks"})

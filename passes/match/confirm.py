@@ -51,4 +51,7 @@ def _operand_difference(a: Operand, b: Operand) -> str | None:
     for name in ("rotary", "stem", "seam", "stem_axes", "seam_axes", "stem_features", "batch_first", "past"):
         if getattr(a, name) != getattr(b, name):
             return name.replace("_", " ")
-    return None
+    if len(a.streams) != len(b.streams):
+        return "number of streams"
+    differing = (_operand_difference(x, y) for x, y in zip(a.streams, b.streams, strict=True))
+    return next((what for what in differing if what), None)

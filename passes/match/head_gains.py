@@ -85,10 +85,21 @@ def find_gains(flow: Flow, source: Source, dim: int) -> FoundGains | None:
 def _found(flow: Flow, source: Source, reader: Node, gain: Value, shift: Value | None, dim: int) -> FoundGains | None:
     output, shape = reader.outputs[0], flow.shape(gain)
     size = int(np.prod(shape, dtype=np.int64))
+    if alike_along_others(flow, gain, source.shape[-1]) and source.shape[-1] <= dim:
+        return None
     if size <= dim or flow.shape(output) != source.shape or (shift is not None and flow.shape(shift) != shape):
         return None
     index = np.broadcast_to(np.arange(size).reshape(shape), source.shape).reshape(-1)
     return FoundGains(output, gain, shift, reader.index, index, output == source.value)
+
+
+def alike_along_others(flow: Flow, gain: Value, features: int) -> bool:
+    """Whether numbers that were spread over more axes than the last are the same along these."""
+    shape = flow.shape(gain)
+    if len(shape) < 2 or shape[-1] != features:
+        return False
+    rows = np.asarray(flow.value(gain)).reshape(-1, features)
+    return bool((rows == rows[0]).all())
 
 
 def require_mergeable(gains: HeadGains | None, kind: str, spans: bool, features: int, heads: int, dim: int) -> None:

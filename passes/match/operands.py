@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -65,6 +66,12 @@ class Traced:
     group: tuple[int, ...]
     factor: float
     """Scalar between the seam and the anchor."""
+    streams: tuple[Traced, ...] = ()
+    """As `Operand.streams`."""
+
+    @property
+    def parts(self) -> tuple[Traced, ...]:
+        return (self, *self.streams)
 
 
 def trace_operand(tracer: Tracer, view: OperandView, *, shared_heads: bool) -> Traced:
@@ -72,17 +79,83 @@ def trace_operand(tracer: Tracer, view: OperandView, *, shared_heads: bool) -> T
 
     Raises NotUnderstood with the reason.
     """
-    flow = tracer.flow
     form = _form(tracer, view.value)
     if view.heads:
         form = _split_features(form, view.heads)
         view = OperandView(view.value, 1, 3)
     ids, coefficients = _active_terms(form, view)
-    source = _main_source(tracer, ids)
+    joined = _streams(tracer, ids)
+    if not joined:
+        return _traced(tracer, view, form, (ids, coefficients), _main_source(tracer, ids), (), shared_heads)
+    parts = [
+        _traced(tracer, view, form, _active_at(ids, coefficients, here), source, joined, shared_heads)
+        for source, here in joined
+    ]
+    return _together(parts)
+
+
+Terms = tuple[list[Array], list[Array]]
+Streams = tuple[tuple[Source, slice], ...]
+"""Sources that tokens are joined from, and which tokens are of each; in the order of tokens."""
+
+
+def _streams(tracer: Tracer, ids: list[Array]) -> Streams:
+    """Empty where tokens are of one source, or not joined one source after the other."""
+    learned = list({s.value: s for s in tracer.source_of(ids[0]) if s.kind != "input"}.values())
+    if len(learned) < 2 or (ids[0] == 0).any() or any(s.kind == "input" for s in tracer.source_of(ids[0])):
+        return ()
+    number = _numbered(ids[0], learned)
+    line = number.reshape(-1, *number.shape[-2:])[0, :, 0]
+    if (number != line[:, None]).any():
+        return ()
+    starts = [0, *(np.flatnonzero(np.diff(line)) + 1).tolist(), len(line)]
+    if len(starts) - 1 != len(learned):
+        return ()
+    return tuple((learned[int(line[start]) - 1], slice(start, stop)) for start, stop in pairwise(starts))
+
+
+def _active_at(ids: list[Array], coefficients: list[Array], here: slice) -> Terms:
+    """The terms that count for some tokens, those without zeros first."""
+    active = [t for t, (i, c) in enumerate(zip(ids, coefficients, strict=True)) if (c * (i > 0))[..., here, :].any()]
+    active.sort(key=lambda t: int((ids[t][..., here, :] == 0).sum()))
+    return [ids[t] for t in active], [coefficients[t] for t in active]
+
+
+def _together(parts: list[Traced]) -> Traced:
+    """One operand out of those of its streams. Raises NotUnderstood where they cannot share heads."""
+    first = parts[0]
+    for other in parts[1:]:
+        a, b = first.operand, other.operand
+        if (a.heads, a.dim, first.group) != (b.heads, b.dim, other.group):
+            raise NotUnderstood("its tokens are joined from projections to different heads")
+        if not a.seam or (a.seam, a.seam_axes) != (b.seam, b.seam_axes) or abs(first.factor - other.factor) > 1e-6:
+            raise NotUnderstood(
+                "its tokens are joined where heads are not apart from features, or are repeated already"
+            )
+        if abs(a.gain - b.gain) > 2e-2 * abs(a.gain):  # half precisions round rotations
+            raise NotUnderstood("its tokens are joined from projections that are scaled differently")
+    streams = tuple(p.operand for p in parts[1:])
+    return replace(first, operand=replace(first.operand, streams=streams), streams=tuple(parts[1:]))
+
+
+def _traced(
+    tracer: Tracer,
+    view: OperandView,
+    form: Form,
+    terms: Terms,
+    source: Source,
+    streams: Streams,
+    shared_heads: bool,
+) -> Traced:
+    """One operand, or what one of its `streams` brings."""
+    flow = tracer.flow
+    ids, coefficients = terms
     gains = find_gains(flow, source, ids[0].shape[-1])
+    if gains is not None and streams:
+        raise NotUnderstood("its tokens are joined from projections behind norms with numbers for each head")
     if gains is not None:
         coefficients = gains.divided_out(flow, source, ids, coefficients)
-    new, past = _cache_split(tracer, ids[0], source)
+    new, past = _cache_split(tracer, ids[0], source) if not streams else (_stream_of(streams, source), None)
     origin = _origin(tracer, source)
     projection, norm = origin.projection, origin.norm
     to_rows, to_columns = origin.places[source.value]
@@ -106,7 +179,8 @@ def trace_operand(tracer: Tracer, view: OperandView, *, shared_heads: bool) -> T
     canonical.require_equal_heads(distinct if shared_heads else None)
     tokens = Tokens(found.rows, own_columns, own, other, canonical.offset, new, canonical.axes,
                     origin.places[source.value] if norm else None, found.turned)  # fmt: skip
-    lookup = _Lookup(source, origin, found.rows, head_columns)
+    foreign = frozenset(v for s, _ in streams if s.value != source.value for v in _origin(tracer, s).places)
+    lookup = _Lookup(source, origin, found.rows, head_columns, foreign)
     seam, axes, factor = _seam(tracer, view.value, lookup)
     path = path_between(flow, projection.output, seam or view.value)
     stem, stem_axes, stem_features = _stem(tracer, projection, path, lookup)
@@ -129,6 +203,10 @@ def trace_operand(tracer: Tracer, view: OperandView, *, shared_heads: bool) -> T
         reshapes=_reshapes(tracer, path_between(flow, stem, seam), lookup) if seam else (),
     )
     return Traced(operand, tokens, group, factor)
+
+
+def _stream_of(streams: Streams, source: Source) -> slice:
+    return next(here for s, here in streams if s.value == source.value)
 
 
 def _described(norm: Norm, gains: FoundGains | None, to_columns: Array, columns: Array, features: int) -> Norm:
@@ -244,7 +322,7 @@ def _head_axis(tracer: Tracer, value: Value, lookup: _Lookup) -> int | None:
         ids = tracer.trace(value).ids[0]
     except Opaque:
         return None
-    sources = [s for s in tracer.source_of(ids) if s.kind != "input"]
+    sources = lookup.mine(tracer, ids)
     if len(sources) != 1:
         return None
     new = _without_cache(np.where(ids > 0, ids, sources[0].base), sources[0])
@@ -686,9 +764,12 @@ def _convolved(flow: Flow, node: Node, weight: Value) -> str:
 
 
 class _Lookup:
-    """Tells batch, token, head and feature of any id of the main source."""
+    """Tells batch, token, head and feature of any id of the main source. `foreign` are sources of other streams."""
 
-    def __init__(self, source: Source, origin: _Origin, rows: Array, columns: Array) -> None:
+    def __init__(
+        self, source: Source, origin: _Origin, rows: Array, columns: Array, foreign: frozenset[Value] = frozenset()
+    ) -> None:
+        self.foreign = foreign
         self.source, self.places, self.ground = source, origin.places, origin.ground
         to_rows, to_columns = origin.places[source.value]
         batches, tokens = rows.shape
@@ -714,6 +795,10 @@ class _Lookup:
             return None
         rows, columns = self.places[source.value]
         return rows[flat], columns[flat]
+
+    def mine(self, tracer: Tracer, ids: Array) -> list[Source]:
+        """The sources that these ids point into, but caches and other streams."""
+        return [s for s in tracer.source_of(ids) if s.kind != "input" and s.value not in self.foreign]
 
     def features(self, ids: Array, axes: Axes, source: Source) -> tuple[int, ...] | None:
         """Order of features along their axis at a pure re-layout; None if heads are out of order there."""
@@ -839,7 +924,7 @@ def _axes_at(tracer: Tracer, value: Value, lookup: _Lookup, pure: bool = False) 
     ids = form.ids[order[0]]
     if len(order) == 2:
         ids = _told_apart(ids, form.ids[order[1]])
-    sources = [s for s in tracer.source_of(ids) if s.kind != "input"]
+    sources = lookup.mine(tracer, ids)
     if len(sources) != 1 or (pure and sources[0].value != lookup.ground):
         return None
     new = _without_cache(ids, sources[0])
@@ -891,8 +976,9 @@ def _stem(
     candidates = [(projection.output, nodes)]
     candidates += [(v, nodes[i + 1 :]) for i, n in enumerate(nodes) for v in n.outputs if v]
     best: tuple[Value, Axes, tuple[int, ...]] | None = None
+    own = {projection.output, *(v for n in nodes for v in n.outputs if v)}
     for value, later in reversed(candidates):  # the last plain one, else the last
-        if not _is_gate(flow, later, value):
+        if not _is_gate(flow, later, value, own if lookup.foreign else None):
             continue
         axes = _axes_at(tracer, value, lookup, pure=True)
         if axes is None or (best is not None and not _plain(axes)):
@@ -913,11 +999,16 @@ def _plain(axes: Axes) -> bool:
     return all(len(a) == 1 for a in axes) and len(set(axes)) == len(axes) and "g" not in axes
 
 
-def _is_gate(flow: Flow, later: list[Node], value: Value) -> bool:
-    """No later node of the path mixes what comes through `value` with elements that do not."""
+def _is_gate(flow: Flow, later: list[Node], value: Value, own: set[Value] | None) -> bool:
+    """No later node of the path mixes what comes through `value` with elements that do not.
+
+    Joining tokens with those of another stream, which are not the path's `own` values, is no mixing.
+    """
     through = {value}
     for node in later:
         reads = [v for v in node.inputs if v and flow.data_dependent(v)]
+        if own is not None and node.op == "Concat":
+            reads = [v for v in reads if v in own]
         if any(v in through for v in reads):
             if any(v not in through for v in reads):
                 return False

@@ -36,7 +36,8 @@ def trace_repeated(tracer: Tracer, view: OperandView, *, shared_heads: bool) -> 
         if renamed is not None:
             return renamed
     traced = trace_operand(tracer, view, shared_heads=shared_heads)
-    tracer.memory.known.setdefault(key, (cone, traced))
+    if not traced.streams:
+        tracer.memory.known.setdefault(key, (cone, traced))
     return traced
 
 

@@ -426,6 +426,11 @@ class _Backward:
                 "scores are laid out otherwise between the contraction and the softmax (as where positions along rows "
                 "and along columns of an image are scored apart)"
             )
+        if node.op == "ScatterND":
+            raise NotUnderstood(
+                "scores are written into a band (as of sliding chunks, where a query meets the keys around it only); "
+                "write them as one matrix of all queries and keys with a mask, which is the same"
+            )
         raise NotUnderstood(f"operator {node.op} between score and softmax is not understood")
 
     def _relayed_projection(self, node: Node) -> Node | None:
@@ -626,6 +631,10 @@ def _qk_operands(flow: Flow, node: Node) -> tuple[OperandView, OperandView, Valu
             if len(shared) == 1 and _asks(x_term, y_term, result):
                 query = OperandView(x, x_term.index(result[-2]), x_term.index(shared[0]))
                 return query, OperandView(y, y_term.index(result[-1]), y_term.index(shared[0])), None
+        raise NotUnderstood(
+            f"scores come from an Einsum ({first},{second}->{result}) whose result does not end with queries and keys; "
+            "write it so that heads come before them (bhst), which is the same numbers"
+        )
     raise NotUnderstood(f"scores come from a {node.op} whose axes are not understood")
 
 

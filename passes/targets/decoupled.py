@@ -18,7 +18,15 @@ from passes.dataflow import Array, Flow
 from passes.match.attention import Evidence
 from passes.site import AttentionSite
 from passes.targets.freedom import freedom_of
-from passes.targets.grouped_query import BY_BLOCKS, INTERLEAVED, GroupedQuery, as_tensors, describe, specification
+from passes.targets.grouped_query import (
+    BY_BLOCKS,
+    INTERLEAVED,
+    JOINED,
+    GroupedQuery,
+    as_tensors,
+    describe,
+    specification,
+)
 from passes.targets.misfit import Misfit
 from passes.targets.replacement import Replacement
 from passes.weights.group import Moments
@@ -67,6 +75,8 @@ class DecoupledHeads:
 
     def refuses(self, site: AttentionSite) -> str | None:
         """As `GroupedQuery.refuses`; the door may find more."""
+        if site.joined:
+            return JOINED
         if site.interleaved:
             return INTERLEAVED
         if site.by_blocks:

@@ -29,6 +29,7 @@ Grouping = Literal["contiguous", "similar"]
 
 GROUPINGS: tuple[Grouping, ...] = ("contiguous", "similar")
 
+JOINED = "its tokens are joined from several projections, whose heads can be shared (gqaN) and nothing else"
 INTERLEAVED = "query heads that share a key/value head are no neighbours; gqaN brings them together first"
 BY_BLOCKS = "it attends within blocks of tokens, which have an axis of their own; only gqaN keeps that as it is"
 
@@ -74,6 +75,8 @@ class GroupedQuery:
 
     def refuses(self, site: AttentionSite) -> str | None:
         """Why this site cannot be pooled at all, or None. Illegal head counts are wrong usage, not a refusal."""
+        if site.joined and site.interleaved:
+            return "tokens are joined from several projections, and query heads that share a head are no neighbours"
         for role, operand in (("key", site.k), ("value", site.v)):
             if operand.past is not None and operand.past_head_axis is None and operand.heads > 1:
                 return f"the {role} cache has no axis of its own for heads"
@@ -108,7 +111,7 @@ class GroupedQuery:
         `evidence` is needed by merges other than the mean; raises ValueError without. `sharing` are the sites that use
         the same weights.
         """
-        plain = self.method(False) == "mean" and self.grouping == "contiguous"
+        plain = site.joined or (self.method(False) == "mean" and self.grouping == "contiguous")
         if plain or tied(flow, site, self.kv_heads):
             free = freedom_of(flow, site, evidence, sharing) if evidence is not None and site.interleaved else None
             return self.pooled(flow, site, free)
@@ -126,7 +129,7 @@ class GroupedQuery:
         """
         tensors: dict[str, Array] = {}
         exact = True
-        for role, operand in (("k", site.k), ("v", site.v)):
+        for role, operand in site.shared:
             for part, tensor in (("weight", operand_rows(flow, operand)), ("bias", operand_bias(flow, operand))):
                 if tensor is not None:
                     exact &= ties(tensor, operand.heads, self.kv_heads)
@@ -228,8 +231,8 @@ def as_tensors(flow: Flow, site: AttentionSite, merged: Merged) -> dict[str, Arr
 
 def tied(flow: Flow, site: AttentionSite, groups: int) -> bool:
     """Whether the heads of every group are equal bit for bit."""
-    tensors = [(o, t(flow, o)) for o in (site.k, site.v) for t in (operand_rows, operand_bias)]
-    tensors += [(o, g) for o in (site.k, site.v) for g in operand_gains(flow, o).values()]
+    tensors = [(o, t(flow, o)) for _, o in site.shared for t in (operand_rows, operand_bias)]
+    tensors += [(o, g) for _, o in site.shared for g in operand_gains(flow, o).values()]
     return all(ties(tensor, operand.heads, groups) for operand, tensor in tensors if tensor is not None)
 
 

@@ -54,6 +54,8 @@ def refusal(site: AttentionSite, *, causal: bool = False) -> str | None:
     """Why a site cannot be mixed, as far as its description tells; with `causal`, a causal one can."""
     if site.by_blocks:
         return BY_BLOCKS
+    if site.joined:
+        return "its tokens are joined from several projections, and mixing has one sequence"
     if site.cross:
         return "it is cross-attention, and mixing has one sequence"
     if site.cached or site.k.presents or site.v.presents:

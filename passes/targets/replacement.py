@@ -19,12 +19,13 @@ class Replacement:
     Attributes:
         spec: what it computes. Grouped and linear attention take the place of the contractions and the softmax, mixing
             that of the whole sublayer: all projections, that of the output included.
-        tensors: new parameters by role. For mixing and linear attention those of the spec's `shapes`. For
-            grouped and decoupled attention ``k_weight`` [kv_heads * head_dim, in], ``k_bias`` [kv_heads * head_dim],
-            ``v_weight``, ``v_bias``; rows are head-major in the order of `Operand.columns`. Where a norm multiplies
-            each head by its own numbers also ``k_gain`` [kv_heads * head_dim], ``k_shift``, ``v_gain``, ``v_shift``. If
-            queries and output follow the merge also ``q_weight`` [heads * head_dim, in], ``q_bias``, ``out_weight``
-            [features, heads * value_dim] and ``out_bias``. Roles that are absent keep the site's own parameters.
+        tensors: new parameters by role. For mixing and linear attention those of the spec's `shapes`. For grouped and
+            decoupled attention ``k_weight`` [kv_heads * head_dim, in], ``k_bias`` [kv_heads * head_dim],
+            ``v_weight``, ``v_bias`` (of further streams of tokens ``k1_weight``...); rows are head-major in the order
+            of `Operand.columns`. Where a norm multiplies each head by its own numbers also ``k_gain`` [kv_heads *
+            head_dim], ``k_shift``, ``v_gain``, ``v_shift``. If queries and output follow the merge also ``q_weight``
+            [heads * head_dim, in], ``q_bias``, ``out_weight`` [features, heads * value_dim] and ``out_bias``. Roles
+            that are absent keep the site's own parameters.
         exact: True if the new mixer equals the old one up to rounding.
         before, after: short descriptions, e.g. ``"mha12"`` and ``"gqa4"``.
         merge: how heads became one: "mean", "aligned" or "joint"; for mixing how its result was fitted to the

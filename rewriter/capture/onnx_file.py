@@ -568,7 +568,11 @@ def _wanted(flow: Flow) -> set[Value]:
     wanted: set[Value] = set()
 
     def stop(node: Node) -> bool:
-        return flow.projection_operands(node) is not None
+        operands = flow.projection_operands(node)
+        if operands is None:
+            return False
+        # a constant of more axes may be queries that are learned, or their product with a weight: keys lie above
+        return node.op != "MatMul" or len(flow.shape(node.inputs[operands[1]])) <= 2
 
     around = [node for anchor in anchors(flow) for node in _downstream(flow, anchor)]
     biases = [n for p in around if stop(p) for n in flow.consumers(p.outputs[0]) if n.op == "Add"]

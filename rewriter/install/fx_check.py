@@ -78,7 +78,7 @@ def _widened(view: GraphView, replacements: Iterable[Replacement]) -> dict[Value
     changed: dict[Value, Tensor] = {}
     for r in (r for r in replacements if r.mixing is None and not r.pattern):
         changed |= _new_output(view, r)
-        for role, operand in (("q", r.site.q), ("k", r.site.k), ("v", r.site.v)):
+        for role, operand in (("q", r.site.q), *r.site.shared):
             heads = r.grouped.heads if role == "q" else r.grouped.kv_heads
             repeats = operand.heads // heads
             projection = operand.projection

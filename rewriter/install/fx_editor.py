@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -136,7 +136,7 @@ class Editor:
             raise UnsupportedModel("each head's scores have a temperature of their own", hint=HINT)
         if spec.pattern and spec.sinks:
             raise UnsupportedModel("it has attention sinks among its scores", hint=HINT)
-        for role, operand in () if stay else (("k", site.k), ("v", site.v)):
+        for role, operand in () if stay else site.shared:
             weight, bias = tensors[f"{role}_weight"], tensors.get(f"{role}_bias")
             planned = self._plan_operand(site, role, operand, spec.kv_heads, weight, bias)
             plans.append(replace(planned, gains=self._gains(replacement, role, operand)))
@@ -144,9 +144,8 @@ class Editor:
             pass
         elif "q_weight" in tensors:
             plans.append(self._plan_operand(site, "q", site.q, site.heads, tensors["q_weight"], tensors.get("q_bias")))
-        elif site.q.projection.node in (site.k.projection.node, site.v.projection.node):
-            weight, bias = operand_weight(self.flow, site.q), operand_bias(self.flow, site.q)
-            plans.append(self._plan_operand(site, "q", site.q, site.heads, weight, bias))
+        else:
+            plans += self._plan_queries(site)
         if not (site.k.seam and site.v.seam):
             raise UnsupportedModel("its heads are repeated before they are rotated", hint=HINT)
         require_known(site.q.seam_axes, splittable=True, apart=True)
@@ -159,6 +158,15 @@ class Editor:
         if not stay:
             _require_one_mask(spec)
         return SitePlan(replacement, tuple(plans))
+
+    def _plan_queries(self, site: AttentionSite) -> list[Reprojection]:
+        """Queries from projections that go away, since keys or values come from them too."""
+        gone = {o.projection.node for _, o in site.shared}
+        kept = [(f"q{i or ''}", o) for i, o in enumerate(site.q.parts) if o.projection.node in gone]
+        return [
+            self._plan_operand(site, role, o, site.heads, operand_weight(self.flow, o), operand_bias(self.flow, o))
+            for role, o in kept
+        ]
 
     def _plan_operand(
         self, site: AttentionSite, role: str, operand: Operand, heads: int, weight: Array, bias: Array | None
@@ -227,6 +235,9 @@ class Editor:
             laid = self._reproject(site, planned)
             if planned.operand.seam == planned.operand.stem:
                 seams[planned.role] = laid
+        if site.joined:
+            numbers = {n.index for p in plan.operands for n in below_stem(self.flow, p.operand)}
+            self._measure([self._nodes[self.flow.nodes[i].name] for i in sorted(numbers)])
         self._attend(plan.replacement, seams)
         self._project_output(plan.replacement)
 
@@ -314,6 +325,11 @@ class Editor:
         for fx in path:
             if fx.target is aten.view.default:  # the new stem may have other strides
                 fx.target = aten.reshape.default
+        if not site.joined:  # else streams have different numbers of heads until the last is fed anew
+            self._measure(path)
+
+    def _measure(self, path: Sequence[FxNode]) -> None:
+        for fx in path:
             self.emitter.measure(fx)
             for user in fx.users:
                 if user.target is operator.getitem:
@@ -465,8 +481,8 @@ class Editor:
 
     def _sweep(self, site: AttentionSite) -> None:
         """Erase the site's nodes that nothing reads, and what only they read."""
-        numbers = {*site.nodes, *(o.projection.node for o in (site.q, site.k, site.v))}
-        numbers |= {i for o in (site.q, site.k, site.v) for i in o.path}
+        numbers = {*site.nodes, *(o.projection.node for o in site.operands)}
+        numbers |= {i for o in site.operands for i in o.path}
         matched = {n for i in numbers if (n := self._of(i)) is not None}
         matched |= {u for n in matched for u in n.users if u.target is operator.getitem}
         todo = [self.node(site.output), *matched, *self._replaced]

@@ -210,7 +210,7 @@ def _spread_over_shared(
 
 
 def _weights(replacement: Replacement) -> set[str]:
-    return {replacement.site.k.projection.weight, replacement.site.v.projection.weight}
+    return {operand.projection.weight for _, operand in replacement.site.shared}
 
 
 # ------------------------------------------------------------ inputs

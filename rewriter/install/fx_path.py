@@ -112,6 +112,8 @@ def _heads_at_stem(flow: Flow, operand: Operand) -> Array:
 
 
 def _heads_after(flow: Flow, node: Node, held: Mapping[Value, Array], heads: int) -> dict[Value, Array]:
+    if node.op == "Concat":
+        held = {**held, **_beside(flow, node, held)}
     if node.op in LAYOUT:
         results = node.evaluate([held[v] if v in held else flow.value(v) if v else None for v in node.inputs])
     else:
@@ -120,6 +122,23 @@ def _heads_after(flow: Flow, node: Node, held: Mapping[Value, Array], heads: int
         if value and numbers.size and len(np.unique(numbers)) != heads:
             raise UnsupportedModel(f"{node.name} takes the heads apart", hint=HINT)
     return dict(zip(node.outputs, results, strict=True))
+
+
+def _beside(flow: Flow, node: Node, held: Mapping[Value, Array]) -> dict[Value, Array]:
+    """Heads of what is joined to an operand: tokens of another stream, whose heads lie alike."""
+    numbers = next(held[v] for v in node.inputs if v in held)
+    axis = _axis(numbers)
+    line = np.take(np.moveaxis(numbers, axis, -1).reshape(-1, numbers.shape[axis]), 0, axis=0)
+    joined = flow.shape(node.outputs[0])
+    if len(joined) != numbers.ndim or joined[axis] != len(line):  # heads are joined, not tokens
+        return {}
+    found = {}
+    for value in (v for v in node.inputs if v and v not in held and flow.data_dependent(v)):
+        shape = flow.shape(value)
+        if len(shape) == numbers.ndim and shape[axis] == len(line):
+            spread = line.reshape([-1 if a == axis else 1 for a in range(len(shape))])
+            found[value] = np.broadcast_to(spread, shape).copy()
+    return found
 
 
 def _heads_kept(flow: Flow, node: Node, held: Mapping[Value, Array], output: Value) -> Array:

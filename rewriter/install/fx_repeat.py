@@ -76,7 +76,7 @@ def _readers(replacement: Replacement) -> list[_Reader]:
     site, tensors, kv_heads = replacement.site, replacement.tensors, replacement.grouped.kv_heads
     return [
         _Reader(site.name, operand, kv_heads, tensors[f"{role}_weight"], tensors.get(f"{role}_bias"))
-        for role, operand in (("k", site.k), ("v", site.v))
+        for role, operand in site.shared
     ]
 
 

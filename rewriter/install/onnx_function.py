@@ -31,7 +31,7 @@ from rewriter.install.onnx_linear import linear_call
 from rewriter.install.onnx_mixing import Mixing
 from rewriter.install.onnx_obstacles import (
     HEADS_IN_BATCH,
-    feeds_queries,
+    fed_queries,
     fused_shape,
     group_size,
     heads_apart,
@@ -152,15 +152,15 @@ class _Editor:
             return Installed(site.name, tuple(n for n in removed if n in self._stored), 0.0, False)
         spec, error = replacement.grouped, 0.0
         regained: list[str] = []
-        for role, operand in () if spec.pattern else (("k", site.k), ("v", site.v)):
+        for role, operand in () if spec.pattern else site.shared:
             weight, bias = replacement.tensors[f"{role}_weight"], replacement.tensors.get(f"{role}_bias")
             error = max(error, self._reproject(site, role, operand, spec.kv_heads, weight, bias))
             regained += self._regain(site, role, operand, replacement)
-        if not spec.pattern and feeds_queries(replacement):
+        for role, operand in () if spec.pattern else fed_queries(replacement):
             flow, tensors = self.capture.flow, replacement.tensors
-            weight = tensors["q_weight"] if "q_weight" in tensors else operand_weight(flow, site.q)
-            bias = tensors.get("q_bias") if "q_weight" in tensors else operand_bias(flow, site.q)
-            error = max(error, self._reproject(site, "q", site.q, site.heads, weight, bias))
+            weight = tensors["q_weight"] if "q_weight" in tensors else operand_weight(flow, operand)
+            bias = tensors.get("q_bias") if "q_weight" in tensors else operand_bias(flow, operand)
+            error = max(error, self._reproject(site, role, operand, site.heads, weight, bias))
         self._attend(replacement)
         lost, requantised = self._project_output(replacement)
         error = max(error, requantised)
@@ -320,6 +320,7 @@ class _Editor:
             self._recount(self.capture.nodes[index], axis, operand.heads, heads)
         for index in operand.path:
             node = self.capture.nodes[index]
+            self._narrow_gain(node)
             if node.op_type == "RotaryEmbedding" and node.attributes.get_int("num_heads", 0) == operand.heads:
                 node.attributes["num_heads"] = ir.AttrInt64("num_heads", heads)
             for value in node.outputs:
@@ -329,6 +330,18 @@ class _Editor:
             _resize(self.value(operand.past), operand.past_head_axis, heads)
         for name, axis in operand.presents:
             _resize(new if name == operand.stem else self.value(name), axis, heads)
+
+    def _narrow_gain(self, node: ir.Node) -> None:
+        """A norm whose numbers are spread over heads, and the same for all of them, is given those of one."""
+        if node.op_type not in {"RMSNormalization", "LayerNormalization", "SimplifiedLayerNormalization"}:
+            return
+        for position, value in enumerate(node.inputs[1:3], 1):
+            name = value.name if value is not None else None
+            if name is None or len(self.capture.flow.shape(name)) < 2:
+                continue
+            numbers = np.asarray(self.capture.flow.value(name))
+            row = numbers.reshape(-1, numbers.shape[-1])[0].copy()
+            node.replace_input_with(position, self.write.constant(row, f"{name}_of_one_head"))
 
     def _recount(self, node: ir.Node, axis: int, before: int, heads: int) -> None:
         """Write the new number of heads into a shape that is written out."""
@@ -711,8 +724,8 @@ class _Editor:
 
     def _old_nodes(self, site: AttentionSite) -> list[ir.Node]:
         """What may have become unread, last first."""
-        numbers = {*site.nodes, *(o.projection.node for o in (site.q, site.k, site.v))}
-        numbers |= {i for o in (site.q, site.k, site.v) for i in o.path}
+        numbers = {*site.nodes, *(o.projection.node for o in site.operands)}
+        numbers |= {i for o in site.operands for i in o.path}
         dead, self.dead = self.dead, []
         return dead + [self.capture.nodes[i] for i in sorted(numbers, reverse=True)]
 
@@ -742,7 +755,7 @@ class _Editor:
         """
         flow = self.capture.flow
         released: list[ir.Node] = []
-        for operand in (site.q, site.k, site.v):
+        for operand in site.operands:
             names = [*flow.nodes[operand.projection.node].outputs, operand.projection.output, operand.stem]
             names += [v for i in operand.path for v in flow.nodes[i].outputs]
             if self.capture.nodes[operand.projection.node].graph is not None:

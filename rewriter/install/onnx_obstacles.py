@@ -40,9 +40,11 @@ def obstacle(capture: OnnxCapture, replacement: Replacement) -> str | None:
         return _sparse_obstacle(capture, replacement)
     if replacement.mixing is not None:  # it has been seen to be a map of hidden states, and nothing is laid out anew
         return None
-    for role, operand in (("key", site.k), ("value", site.v), ("query", site.q)):
-        if role == "query" and not feeds_queries(replacement):
-            continue
+    if site.joined and site.owner in capture.written_out:
+        return "tokens of several projections are joined in front of a fused operator, which is not written anew"
+    queries = [("query", operand) for _, operand in fed_queries(replacement)]
+    keys_values = [(role, part) for role, o in (("key", site.k), ("value", site.v)) for part in o.parts]
+    for role, operand in (*keys_values, *queries):
         if unflattened_input(capture, operand) is None:
             return f"the {role} projection reads flattened tokens, and where batch and tokens were apart is not found"
         split = role != "query" and "g" in operand.stem_axes
@@ -111,13 +113,16 @@ def window_size(pattern: Pattern) -> int | None:
 
 def feeds_queries(replacement: Replacement) -> bool:
     """Whether queries get a projection anew: their weights change, or the projection they come from goes away."""
-    return "q_weight" in replacement.tensors or shares_projection(replacement)
+    return bool(fed_queries(replacement))
 
 
-def shares_projection(replacement: Replacement) -> bool:
-    """Whether queries come from the projection of keys or values, which goes away."""
+def fed_queries(replacement: Replacement) -> tuple[tuple[str, Operand], ...]:
+    """Those queries, with a role for each stream of tokens."""
     site = replacement.site
-    return site.q.projection.node in (site.k.projection.node, site.v.projection.node)
+    gone = {operand.projection.node for _, operand in site.shared}
+    anew = "q_weight" in replacement.tensors
+    parts = ((f"q{number or ''}", part) for number, part in enumerate(site.q.parts))
+    return tuple((role, part) for role, part in parts if anew or part.projection.node in gone)
 
 
 def unflattened_input(capture: OnnxCapture, operand: Operand) -> Value | None:

@@ -114,7 +114,7 @@ def _sharing(groups: Mapping[str, Sequence[Replacement]]) -> list[list[str]]:
     """Owners in groups that have a projection in common."""
     found: list[tuple[set[str], list[str]]] = []
     for owner, replacements in groups.items():
-        weights = {o.projection.weight for r in replacements for o in (r.site.k, r.site.v)}
+        weights = {o.projection.weight for r in replacements for _, o in r.site.shared}
         joined = [entry for entry in found if entry[0] & weights]
         found = [entry for entry in found if entry not in joined]
         members = [m for _, ms in joined for m in ms]
@@ -200,7 +200,7 @@ def _edits(model: nn.Module, flow: Flow, replacements: Sequence[Replacement]) ->
     places: dict[str, Location] = {}
     norms: set[str] = set()
     for r in replacements:
-        for role, operand in (("k", r.site.k), ("v", r.site.v)):
+        for role, operand in r.site.shared:
             projection = operand.projection
             read = (
                 ("weight", projection.weight, 0 if projection.out_first else -1, operand.columns),

@@ -194,6 +194,19 @@ class JoinedBias(Attends):
         return out
 
 
+class TurnedByMatrices(Attends):
+    """Pairs of neighbouring features are rotated by an einsum with a matrix of two rows for each position and pair."""
+
+    def weigh(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        angles = torch.arange(TOKENS)[:, None] / 10 ** torch.arange(DIM // 2)
+        rows = ((angles.cos(), -angles.sin()), (angles.sin(), angles.cos()))
+        matrices = torch.stack([torch.stack(row, -1) for row in rows], -2)
+        pairs = (x.unflatten(-1, (DIM // 2, 2)) for x in (q, k))
+        q, k = (torch.einsum("tpij,bhtpj->bhtpi", matrices, x).flatten(-2) for x in pairs)
+        weights: Tensor = (q @ k.transpose(-2, -1) / DIM**0.5).softmax(-1)
+        return weights @ v
+
+
 CONVENTIONS: dict[str, Callable[[], Attends]] = {
     "temperatures": Tempered,
     "temperatures-capped": Cooled,
@@ -205,6 +218,7 @@ CONVENTIONS: dict[str, Callable[[], Attends]] = {
     "tensordot": ByTensordot,
     "projections-by-einsum": ByEinsum,
     "joined-bias": JoinedBias,
+    "turned-by-matrices": TurnedByMatrices,
 }
 
 

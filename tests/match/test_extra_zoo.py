@@ -63,6 +63,7 @@ MODULE_KEEPS = {
     "x-rotary": "of no known role",
     "x-rotary-sdpa": "of no known role",
     "x-alibi": "of no known role",
+    "two-streams": "tokens of several projections are joined",
     **dict.fromkeys(("packed-sequence", "windows", "image-attends-text"), "the attention is the model itself"),
 }
 """Sites in modules that cannot be replaced, and why: their own forward goes on, with repeated heads."""

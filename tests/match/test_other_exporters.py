@@ -6,6 +6,7 @@ Every graph is a lossless twin; its control has one head that is not tied.
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import pytest
 
 import rewriter
@@ -288,3 +289,53 @@ def test_integer_convolutions_are_projections_too() -> None:
         heads.append(graph.op("Transpose", graph.op("Reshape", made, ints(0, HEADS, DIM, -1)), perm=[0, 1, 3, 2]))
     seen = rewriter.inspect(graph.model(finished(graph, attended(graph, heads[0], heads[1], heads[2]))))
     assert ["a convolution in 4 groups" in r.reason for r in seen.refusals] == [True]
+
+
+@pytest.mark.parametrize("perturbed", [False, True], ids=["twin", "one-head-untied"])
+def test_norms_whose_ones_are_spread_over_heads_get_those_of_one(perturbed: bool) -> None:
+    """What torch's exporter writes for a root mean square without a gain."""
+    graph = Graph(opset=23)
+    q, k, v = (by_heads(graph, x) for x in _linear(graph, perturbed))
+    ones = graph.op("ConstantOfShape", graph.op("Shape", q), value=onnx.numpy_helper.from_array(np.ones(1, np.float32)))
+    q, k = (graph.op("RMSNormalization", x, ones, axis=-1) for x in (q, k))
+    model = graph.model(finished(graph, attended(graph, q, k, v)))
+    moved = np.abs(run(rewriter.optimize(model, "gqa2"), graph.inputs) - run(model, graph.inputs)).max()
+    assert moved > MOVED if perturbed else moved < EXACT
+
+
+def test_scores_that_are_written_into_a_band_are_refused_with_what_to_do() -> None:
+    graph = Graph()
+    q, k, v = (by_heads(graph, x) for x in _linear(graph, False))
+    scores = graph.op("MatMul", q, graph.op("Transpose", k, perm=[0, 1, 3, 2]))
+    empty = graph.op("ConstantOfShape", graph.op("Shape", scores))
+    weights = graph.op(
+        "Softmax",
+        graph.op("ScatterND", empty, ints(0).reshape(1, 1), graph.op("Slice", scores, ints(0), ints(1), ints(0))),
+    )
+    seen = rewriter.inspect(graph.model(finished(graph, graph.op("MatMul", weights, v))))
+    assert ["with a mask, which is the same" in r.reason for r in seen.refusals] == [True]
+
+
+def test_scores_with_heads_behind_the_keys_are_refused_with_what_to_do() -> None:
+    graph = Graph()
+    q, k, v = (graph.op("Reshape", x, ints(0, 0, HEADS, DIM)) for x in _linear(graph, False))
+    weights = graph.op("Softmax", graph.op("Einsum", q, k, equation="bshd,bthd->bsth"), axis=2)
+    mixed = graph.op("Einsum", weights, v, equation="bsth,bthd->bshd")
+    last = graph.op("MatMul", graph.op("Reshape", mixed, ints(0, 0, WIDTH)), graph.matrix(WIDTH, WIDTH))
+    seen = rewriter.inspect(graph.model(last))
+    assert ["write it so that heads come before them" in r.reason for r in seen.refusals] == [True]
+
+
+@pytest.mark.parametrize("perturbed", [False, True], ids=["twin", "one-head-untied"])
+def test_keys_that_learned_queries_of_a_fixed_batch_meet_are_found(perturbed: bool) -> None:
+    """Scores are then a product of hidden states and a constant, as a projection is."""
+    graph = Graph()
+    latents = graph.constant(np.tile(graph.matrix(1, 5, WIDTH), (2, 1, 1)))
+    q, k, v = projections(graph, perturbed)
+    query = by_heads(graph, graph.op("Add", graph.op("MatMul", latents, q.flat[0]), q.flat[1]))
+    key, value = (by_heads(graph, graph.op("Add", graph.op("MatMul", "x", p.flat[0]), p.flat[1])) for p in (k, v))
+    mixed = graph.op("Transpose", attended(graph, query, key, value), perm=[0, 2, 1, 3])
+    last = graph.op("MatMul", graph.op("Reshape", mixed, ints(0, 0, WIDTH)), graph.matrix(WIDTH, WIDTH))
+    model = graph.model(last)
+    moved = np.abs(run(rewriter.optimize(model, "gqa2"), graph.inputs) - run(model, graph.inputs)).max()
+    assert moved > MOVED if perturbed else moved < EXACT

@@ -216,6 +216,8 @@ def image_and_text(batch: int, length: int, seed: int) -> Inputs:
 
 
 def by_hand() -> list[ZooCase]:
+    streams = heads.joined(*(heads.stacked(HEADS, HEADS, part) for part in ("first", "rest")))
+
     def stacked(
         name: str, make: Callable[[int], nn.Module], refusal: str = "", kv_heads: int = HEADS, causal: bool = False
     ) -> ZooCase:
@@ -223,7 +225,7 @@ def by_hand() -> list[ZooCase]:
             name,
             lambda: randomize(Stack([make(layer) for layer in range(LAYERS)])),
             features,
-            heads.stacked(HEADS, HEADS, "rest") if name == "two-streams" else heads.separate(kv_heads, "k", "v"),
+            streams if name == "two-streams" else heads.separate(kv_heads, "k", "v"),
             HEADS,
             kv_heads,
             LAYERS,
@@ -240,7 +242,7 @@ def by_hand() -> list[ZooCase]:
         stacked("softmax-in-parts", lambda layer: SoftmaxInParts(WIDTH, HEADS, layer > 0)),
         stacked("values-first", lambda _: ValuesFirst(WIDTH, HEADS)),
         stacked("talking-heads", lambda _: TalkingHeads(WIDTH, HEADS), "mixed between heads"),
-        stacked("two-streams", lambda _: TwoStreams(WIDTH, HEADS), "joined from 2 projections"),
+        stacked("two-streams", lambda _: TwoStreams(WIDTH, HEADS)),
         stacked(
             "queries-by-group", lambda layer: QueriesByGroup(WIDTH, HEADS, 2, layer > 0), kv_heads=2, causal=True
         ),
