@@ -98,7 +98,10 @@ def _verified(before: Graph, after: Graph, args: tuple[Any, ...], kwargs: Mappin
         verification = verify_torch(_run(old, args, kwargs), _run(new, args, kwargs), kwargs, exact=exact)
     if not verification.ok:
         failed = verification.failures[0]
-        raise VerificationFailed(f"the rewritten graph failed the check {failed.name!r}: {failed.detail}")
+        raise VerificationFailed(
+            f"the rewritten graph failed the check {failed.name!r}: {failed.detail}",
+            hint="the graph must return a tensor, and the same in every call; if yours does, please report this",
+        )
     return verification.fidelity
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import is_fake
 from torch.utils import _pytree as pytree
 
 from rewriter.errors import UnsupportedModel
@@ -26,6 +27,15 @@ def device_of(module: torch.nn.Module) -> torch.device:
             hint='load it on one device: without device_map, or with model.to("cpu")',
         )
     return found.pop() if found else PROCESSOR
+
+
+def without_numbers(tensor: torch.Tensor) -> str | None:
+    """What keeps a tensor's numbers from being read ("on the meta device"); None if they are there."""
+    if is_fake(tensor):
+        return "a fake tensor and has no numbers"
+    if tensor.device.type == "meta":
+        return "on the meta device and has no numbers"
+    return None if tensor.layout == torch.strided else f"stored as {str(tensor.layout).removeprefix('torch.')}"
 
 
 def moved(values: Any, device: torch.device) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,7 +27,7 @@ from rewriter.calibration.torch_probe import module_probe
 from rewriter.capture.example_inputs import Call, prepare
 from rewriter.capture.torch_export import TorchCapture, capture
 from rewriter.decision import Decision, Stopwatch, decide, is_causal, report, rows
-from rewriter.errors import NothingToRewrite, UnsupportedModel, UsageError, VerificationFailed
+from rewriter.errors import NothingToRewrite, UnsupportedModel, UsageError, VerificationFailed, first_line
 from rewriter.install.call_record import CallRecord, record_calls
 from rewriter.install.expert_mixing import Proved, install_blocks, prove_blocks
 from rewriter.install.huggingface import apply_knob, knob_applies
@@ -39,7 +40,7 @@ from rewriter.install.token_mixer import TokenMixer
 from rewriter.install.token_mixing import Recorded, drop_unread_positions, install_mixing
 from rewriter.install.torch_module import install
 from rewriter.install.unit_block import NO_UNIT, follow
-from rewriter.placement import device_of, moved, on_processor
+from rewriter.placement import device_of, moved, on_processor, without_numbers
 from rewriter.report.rewrite_report import RewriteReport
 from rewriter.verify.torch_pair import run, verify_torch
 
@@ -55,12 +56,19 @@ def require_plain(module: torch.nn.Module) -> None:
     """Weights must be there as numbers, and code as Python: what hides either is refused."""
     if isinstance(module, torch.jit.ScriptModule):
         raise UnsupportedModel("the module is compiled to TorchScript", hint="give the module that it was made from")
+    if hasattr(module, "_orig_mod") and hasattr(module, "dynamo_ctx"):
+        raise UnsupportedModel(
+            "the module is compiled by torch.compile", hint="give model._orig_mod, and compile what comes out"
+        )
     missing = next((n for n, p in module.named_parameters() if p.device.type == "meta"), None)
     if missing is not None:
         raise UnsupportedModel(
             f"{missing} is on the meta device and has no numbers",
             hint="load the weights first; a checkpoint larger than memory: rewriter rewrite --streamed",
         )
+    for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
+        if (hidden := without_numbers(tensor)) is not None:
+            raise UnsupportedModel(f"{name} is {hidden}", hint="give a module whose weights are ordinary dense tensors")
     if hasattr(module, "merge_and_unload") or hasattr(module, "peft_config"):
         raise UnsupportedModel("the model carries unmerged adapters", hint="call model.merge_and_unload() first")
     if getattr(module, "hf_quantizer", None) is not None or getattr(module, "is_quantized", False):
@@ -87,7 +95,7 @@ def rewrite_torch(
     """
     require_plain(model)
     device_of(model)
-    module = model if inplace else copy.deepcopy(model)
+    module = model if inplace else _copied(model)
     if is_sampled(calibration):
         calibration = sampled_text(module)
     with on_processor(module):
@@ -95,6 +103,15 @@ def rewrite_torch(
     args, kwargs = moved(call, device_of(module))
     choose_kernels(module, kernels, args, kwargs, everywhere=False)
     return module, summary
+
+
+def _copied(model: torch.nn.Module) -> torch.nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:  # whatever its parts raise, e.g. locks, open files, tensors that are no leaves
+        raise UnsupportedModel(
+            f"the model cannot be copied: {first_line(error)}", hint="pass inplace=True to have the model itself edited"
+        ) from error
 
 
 def _rewritten(
@@ -153,7 +170,10 @@ def _rewritten(
             verification = verify_torch(original, run(module, args, kwargs), kwargs, exact=exact)
         if not verification.ok:
             failed = verification.failures[0]
-            raise VerificationFailed(f"the rewritten model failed the check {failed.name!r}: {failed.detail}")
+            raise VerificationFailed(
+                f"the rewritten model failed the check {failed.name!r}: {failed.detail}",
+                hint="the model must return a tensor, and the same in every call; if yours does, please report this",
+            )
         fidelity = verification.fidelity
     summary = report(
         captured.flow,

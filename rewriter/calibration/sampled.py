@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rewriter.calibration.batches import SAMPLED, WINDOW
 from rewriter.errors import UnsupportedModel
+from rewriter.module_modes import evaluating
 
 SEQUENCES = 16
 _TOGETHER = 16
@@ -33,17 +34,14 @@ def sampled_text(model: torch.nn.Module, *, sequences: int = SEQUENCES, length: 
     """
     config = _config(model)
     length = min(length, getattr(config, "max_position_embeddings", None) or length)
-    training, device = model.training, next(model.parameters()).device
-    model.eval()
-    try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
-            torch.manual_seed(seed)
-            parts = [
-                _written(model, config, min(_TOGETHER, sequences - start), length, device)
-                for start in range(0, sequences, _TOGETHER)
-            ]
-    finally:
-        model.train(training)
+    device = next(model.parameters()).device
+    cards = [device] if device.type == "cuda" else []
+    with evaluating(model), torch.random.fork_rng(devices=cards), torch.no_grad():
+        torch.manual_seed(seed)
+        parts = [
+            _written(model, config, min(_TOGETHER, sequences - start), length, device)
+            for start in range(0, sequences, _TOGETHER)
+        ]
     return torch.cat(parts)
 
 

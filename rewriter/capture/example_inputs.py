@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from rewriter.errors import UsageError
-from rewriter.placement import device_of, moved
+from rewriter.placement import device_of, moved, without_numbers
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -26,6 +27,9 @@ def prepare(module: torch.nn.Module, example_inputs: Any = None) -> Call:
     Raises UsageError when there are none.
     """
     given = as_call(default_inputs(module) if example_inputs is None else example_inputs)
+    for tensor in pytree.tree_leaves(given):
+        if isinstance(tensor, torch.Tensor) and (hidden := without_numbers(tensor)) is not None:
+            raise UsageError(f"an example input is {hidden}", hint="pass ordinary tensors: the model is run on them")
     args, kwargs = moved(given, device_of(module))
     return args, {**kwargs, **_without_cache(module, kwargs)}
 

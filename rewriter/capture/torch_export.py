@@ -25,6 +25,7 @@ from rewriter.capture.aten_names import Literal, canonical
 from rewriter.capture.pointwise import write_as_linear
 from rewriter.capture.torch_trace import trace, writes_through_views
 from rewriter.errors import NotExportable, UnsupportedModel, first_line
+from rewriter.module_modes import evaluating
 
 STACK_TRACES_OFF = "do_not_emit_stack_traces"
 """The setting of torch.fx by which nodes get none."""
@@ -86,25 +87,24 @@ def capture(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
 
 def _traced(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TorchCapture | None:
     """One run instead of an export; None if it cannot be traced either."""
-    was_training = module.training
-    module.eval()
     try:
-        with _unchanged(module):
+        with evaluating(module), _unchanged(module):
             graph, bound = trace(module, args, kwargs)
         return TorchCapture(None, view_graph_module(graph, bound).flow)
     except Exception:  # the exporter's reason, which comes first, is the one to tell
         return None
-    finally:
-        module.train(was_training)
 
 
 def exported(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.export.ExportedProgram:
     """What torch.export makes of the module in eval mode; raises NotExportable with its reason if it fails."""
-    was_training = module.training
-    module.eval()
     try:
-        # on failure the exporter prints the graph it has so far
-        with torch.no_grad(), _unchanged(module), _without_stack_traces(), contextlib.redirect_stderr(io.StringIO()):
+        with (
+            evaluating(module),
+            torch.no_grad(),
+            _unchanged(module),
+            _without_stack_traces(),
+            contextlib.redirect_stderr(io.StringIO()),  # on failure the exporter prints the graph it has so far
+        ):
             program = torch.export.export(module, args, dict(kwargs), strict=False)
             if writes_through_views(program.graph):
                 program = program.run_decompositions({})  # no operator is decomposed, but none works in place any more
@@ -117,8 +117,6 @@ def exported(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
             f"torch.export could not capture the model: {first_line(error)}",
             hint="pass example_inputs that the model accepts, or make its forward exportable",
         ) from error
-    finally:
-        module.train(was_training)
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rewriter.errors import UnsupportedModel
+from rewriter.module_modes import evaluating
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,10 @@ def named_arguments(
     """
     order = positional_order(signature)
     if len(args) > len(order):
-        raise UnsupportedModel(f"{owner} takes a variable number of positional arguments")
+        raise UnsupportedModel(
+            f"{owner or 'the model'} takes a variable number of positional arguments",
+            hint="rewrite it as a graph: pass torch.export.export(model, ...) instead of the model",
+        )
     return {**dict(zip(order, args, strict=False)), **kwargs}
 
 
@@ -87,18 +91,6 @@ def positional_order(signature: inspect.Signature) -> tuple[str, ...]:
     """Names of the parameters that can be given by position."""
     by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return tuple(name for name, parameter in signature.parameters.items() if parameter.kind in by_position)
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode for the module and everything below it; afterwards each gets its own mode back."""
-    modes = [(m, m.training) for m in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for m, training in modes:
-            m.training = training
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from rewriter.install.call_record import CallRecord, snapshot
 from rewriter.install.mixer import RewrittenMixer
 from rewriter.install.protocol import Protocol
+from rewriter.module_modes import training
 
 Disagreement = Callable[[Any, Any], str | None]
 
@@ -36,7 +37,7 @@ def dropout_roles(
     handles = _handles(original)
     probe = _Probe(original, mixer, record, disagreement)
     found: dict[str, Any] = {}
-    with torch.no_grad(), _restored(handles), _training(original), _training(mixer), sdpa_kernel(SDPBackend.MATH):
+    with torch.no_grad(), _restored(handles), training(original), training(mixer), sdpa_kernel(SDPBackend.MATH):
         for handle in handles:
             handle.set(0.0)
         if not probe.equal():
@@ -131,14 +132,3 @@ def _restored(handles: list[_Handle]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.set(handle.value)
-
-
-@contextmanager
-def _training(module: nn.Module) -> Iterator[None]:
-    modes = [(m, m.training) for m in module.modules()]
-    module.train()
-    try:
-        yield
-    finally:
-        for m, training in modes:
-            m.training = training

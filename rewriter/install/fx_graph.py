@@ -31,6 +31,7 @@ from rewriter.install.fx_mixing import MixPlan
 from rewriter.install.fx_repeat import RepeatPlan, apply_repeats, plan_repeats
 from rewriter.install.fx_store import ModuleStore, ProgramStore
 from rewriter.install.kept import Kept
+from rewriter.module_modes import evaluating
 
 Decide = Callable[[Flow, Matches], Sequence[Replacement]]
 """Called with what was found; returns what to install (nothing, to leave the graph alone)."""
@@ -264,12 +265,8 @@ def _exported(module: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, A
     """A traced graph as one of aten operators, with the trace's signature."""
     call = _call(module, args, kwargs)
     dynamic = {name: pytree.tree_map(_dimensions, value) for name, value in call.arguments.items()}
-    was_training = module.training
-    module.eval()
-    try:
+    with evaluating(module):
         program = _try_export(module, call, dynamic) or _try_export(module, call, None)
-    finally:
-        module.train(was_training)
     assert program is not None
     return _with_signature(program, list(call.arguments))
 

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from rewriter.errors import UnsupportedModel, UsageError
-from rewriter.install.call_record import CallRecord, evaluating, snapshot
+from rewriter.install.call_record import CallRecord, snapshot
 from rewriter.install.mixer import HEAD_COUNTS, MixerParameters, RewrittenMixer
 from rewriter.install.reproduction import HINT, disagreement
 from rewriter.install.tensors import owned_parameter, repeat_heads
+from rewriter.module_modes import evaluating
 
 GROUPS = "num_key_value_groups"
 KV_HEADS = "num_key_value_heads"

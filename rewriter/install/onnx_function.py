@@ -661,7 +661,9 @@ class _Editor:
         for m in (m for m in replacement.site.modifiers if m.kind == "sinks" and m.value):
             assert m.value is not None
             sinks.append(self.value(m.value))
-            if m.apart is not None:
+            if m.apart is None:
+                sinks[-1] = self._wide_sinks(nodes, m.value, operands[0], f"{replacement.site.name}.sinks")
+            else:
                 shape, name = self.capture.flow.shape(m.value), f"{replacement.site.name}.sinks"
                 sinks[-1] = self._joined(nodes, sinks[-1], shape, m.apart, name)
         node = ir.Node(
@@ -675,6 +677,19 @@ class _Editor:
         node.outputs[0].name = self.write.unique(f"{replacement.site.name}.attended")
         nodes.append(node)
         return node.outputs[0]
+
+    def _wide_sinks(self, nodes: list[ir.Node], name: Value, query: ir.Value, scope: str) -> ir.Value:
+        """Sinks [B, H, S, n], expanded after the queries: files may do so after the old scores, which would stay."""
+        value, shape = self.value(name), self.capture.flow.shape(name)
+        expand = value.producer()
+        if expand is None or expand.op_type != "Expand" or expand.inputs[0] is None or len(shape) != 4:
+            return value
+        counted = self.write.op(nodes, "Shape", [query], f"{scope}.query")
+        rows = self.write.op(nodes, "Gather", [counted, self.write.ints([0, 1, 2], f"{scope}.axes")], f"{scope}.rows")
+        size = self.write.op(
+            nodes, "Concat", [rows, self.write.ints([shape[3]], f"{scope}.n")], f"{scope}.size", axis=0
+        )
+        return self.write.op(nodes, "Expand", [expand.inputs[0], size], f"{scope}.wide")
 
     def _project_output(self, replacement: Replacement) -> tuple[list[str], float]:
         """Give the output projection its new weight and bias; returns removed initializers, requantisation error."""

@@ -21,7 +21,7 @@ from passes.targets.replacement import Replacement
 from passes.weights.head_gains import gains_like, stored_gains
 from passes.weights.repetition import Part, repetition
 from rewriter.errors import UnsupportedModel, first_line
-from rewriter.install.call_record import CallRecord, evaluating, record_calls, snapshot
+from rewriter.install.call_record import CallRecord, record_calls, snapshot
 from rewriter.install.huggingface import guard_saving
 from rewriter.install.kept import Kept
 from rewriter.install.repeated_projection import (
@@ -35,6 +35,7 @@ from rewriter.install.reproduction import disagreement
 from rewriter.install.shared_cache import share, sharing, unshare
 from rewriter.install.stored_weight import Location, locate
 from rewriter.install.tensors import owned_parameter
+from rewriter.module_modes import evaluating
 
 HINT = "rewrite its exported program instead: pass torch.export.export(model, ...)"
 

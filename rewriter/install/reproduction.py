@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from rewriter.errors import UnsupportedModel
-from rewriter.install.call_record import CallRecord, evaluating, plain_attention, snapshot
+from rewriter.install.call_record import CallRecord, plain_attention, snapshot
 from rewriter.install.dropout_roles import dropout_roles
 from rewriter.install.mixer import RewrittenMixer
 from rewriter.install.protocol import Protocol, mask_kind
 from rewriter.install.token_cuts import Cutter
+from rewriter.module_modes import evaluating
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 """Largest difference relative to the largest number of the original's answer."""

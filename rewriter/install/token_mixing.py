@@ -22,7 +22,7 @@ from codegen.ops.token_mixing import token_mixing
 from codegen.spec import TokenMixing
 from passes.dataflow import Array
 from rewriter.errors import UnsupportedModel
-from rewriter.install.call_record import CallRecord, evaluating, snapshot
+from rewriter.install.call_record import CallRecord, snapshot
 from rewriter.install.mixer import stripped
 from rewriter.install.padding import shown_tokens
 from rewriter.install.protocol import Protocol, read_protocol
@@ -30,6 +30,7 @@ from rewriter.install.reproduction import HINT, TOLERANCE, disagreement
 from rewriter.install.tensors import owned_parameter
 from rewriter.install.token_mixer import Absorbed, TokenMixer, norms, token_mixers
 from rewriter.install.torch_module import place
+from rewriter.module_modes import evaluating
 
 
 @dataclass(frozen=True)

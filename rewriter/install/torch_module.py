@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from codegen.spec import DecoupledAttention, GroupedQueryAttention, LinearAttention
 from rewriter.errors import UnsupportedModel
-from rewriter.install.call_record import CallRecord, evaluating, snapshot
+from rewriter.install.call_record import CallRecord, snapshot
 from rewriter.install.conditional_block import ConditionalBlock
 from rewriter.install.expert_mixer import ExpertMixer
 from rewriter.install.huggingface import guard_saving, keep_output_capture, move_dispatch_hook
@@ -27,6 +27,7 @@ from rewriter.install.reproduction import HINT, disagreement, settle
 from rewriter.install.tensors import owned_parameter, repeat_heads
 from rewriter.install.token_mixer import Absorbed, TokenMixer
 from rewriter.install.unit_block import UnitBlock
+from rewriter.module_modes import evaluating
 
 LAYER_INDEX = ("layer_idx", "layer_index", "layer_id", "layer_number")
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from rewriter.capture.torch_export import to_numpy
+from rewriter.module_modes import evaluating
 from rewriter.verify.drift import Drift
 from rewriter.verify.result import Check, Verification
 
@@ -16,18 +17,13 @@ TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, tor
 
 
 def run(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """One forward call in eval mode without gradients; training mode is restored.
+    """One forward call in eval mode without gradients; modes are restored.
 
     A model that draws random numbers draws the same in every call.
     """
-    was_training = module.training
-    module.eval()
-    try:
-        with torch.no_grad(), torch.random.fork_rng(range(torch.cuda.device_count())):
-            torch.manual_seed(0)
-            return module(*args, **kwargs)
-    finally:
-        module.train(was_training)
+    with evaluating(module), torch.no_grad(), torch.random.fork_rng(range(torch.cuda.device_count())):
+        torch.manual_seed(0)
+        return module(*args, **kwargs)
 
 
 def verify_torch(before: Any, after: Any, kwargs: Mapping[str, Any], *, exact: bool) -> Verification:
