@@ -366,7 +366,8 @@ def _main_source(tracer: Tracer, ids: list[Array]) -> Source:
         raise NotUnderstood("the operand comes from no projection")
     if (ids[0] == 0).any():
         raise NotUnderstood("tokens are padded and attended in blocks, which is not read" if ids[0].ndim > 4 else
-                            "zeros or learned tokens, which no projection makes, are joined to it")  # fmt: skip
+                            "zeros or learned tokens, which no projection makes, are joined to it (add_zero_attn, "
+                            "add_bias_kv, a prefix); without them it is read")  # fmt: skip
     return learned[0]
 
 
@@ -488,7 +489,10 @@ class _Canonical:
                     else "key or value heads are scaled differently from each other"
                 )
         if self.offset is not None and np.abs(self.offset - self.offset[:, :1]).max() > 1e-6:
-            raise NotUnderstood("a per-head bias is added to the keys or values after the projection's layout")
+            raise NotUnderstood(
+                "numbers of their own for each head (such as projected positions) are added to the keys or values "
+                "behind the projection; heads that are merged would have to share them"
+            )
 
 
 def _lead_roles(rows: Array, columns: Array) -> tuple[Array, Array, Axes]:

@@ -136,18 +136,27 @@ def score_path(flow: Flow, anchor: Node) -> ScorePath:
     return _written_out(flow, anchor)
 
 
+_LEARNED = (
+    "all that it attends to is learned (object queries that have not met the input yet), so its result is the same "
+    "for every input and can be stored instead of computed"
+)
+
+
 def _fused(flow: Flow, anchor: Node) -> ScorePath:
     q, k, v = anchor.inputs[:3]
     mask = anchor.inputs[3] if len(anchor.inputs) > 3 else ""
     if len(anchor.inputs) > 4 and any(anchor.inputs[4:]):
         raise NotUnderstood("the attention operator keeps its own key/value cache (past_key, past_value inputs)")
+    if not any(flow.is_fed(operand) for operand in (q, k, v)):
+        raise NotUnderstood(_LEARNED)
     for operand in (k, v):
         _require_projected(flow, operand)
     deep = [flow.data_dependent(x) for x in (q, k, v)]
     if deep == [False, True, True]:
         raise FreeQuery(q, NotUnderstood("its queries come neither from the input nor from a projected parameter"))
     if not all(deep):
-        raise NotUnderstood("an operand of the attention operator passes no learned projection")
+        named = [name for name, projected in zip(("queries", "keys", "values"), deep, strict=True) if not projected]
+        raise NotUnderstood(f"its {' and '.join(named)} are no learned projection of what the program is given")
     modifiers: list[Modifier] = []
     if anchor.attrs.get("is_causal"):
         modifiers.append(Modifier("causal"))
@@ -240,10 +249,7 @@ def _learned_alone(flow: Flow, softmax: Node) -> str | None:
     projected = scores is not None and all(_first_contraction(flow, v) is not None for v in scores.inputs[:2])
     if not projected or flow.is_fed(scores.outputs[0] if scores else "") or not _reaches_contraction(flow, softmax):
         return None
-    return (
-        "all that it attends to is learned (object queries that have not met the input yet), so its result is the same "
-        "for every input and can be stored instead of computed"
-    )
+    return _LEARNED
 
 
 def _first_contraction(flow: Flow, value: Value) -> Node | None:

@@ -81,6 +81,9 @@ def default_inputs(module: torch.nn.Module, batch: int = BATCH, length: int = LE
         inputs[main] = _pixels(config, batch, generator).to(module.dtype)  # type: ignore[arg-type]
     elif main == "input_values":
         inputs["input_values"] = torch.randn(batch, 4000, generator=generator).to(module.dtype)  # type: ignore[arg-type]
+        if (bins := getattr(config, "num_mel_bins", None)) is not None and not _runs(module, inputs):
+            frames = int(getattr(config, "max_length", FRAMES))
+            inputs["input_values"] = torch.randn(batch, frames, int(bins), generator=generator).to(module.dtype)  # type: ignore[arg-type]
     elif main == "input_features":
         inputs["input_features"] = _spectrogram(config, batch, generator).to(module.dtype)  # type: ignore[arg-type]
     else:

@@ -410,6 +410,21 @@ class ObjectQueries(nn.Module):
         return out
 
 
+class Fused(Attends):
+    """All of it in one operator."""
+
+    def weigh(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(q, k, v)
+
+
+class FusedObjectQueries(ObjectQueries):
+    """Likewise, by a fused operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.among, self.across = Fused(), Fused()
+
+
 class Deformable(nn.Module):
     """Values are sampled at places that a projection computes, and weighed by another projection."""
 
@@ -431,8 +446,12 @@ class Deformable(nn.Module):
 
 @pytest.mark.parametrize(
     ("made", "reason", "sites"),
-    [(ObjectQueries, "all that it attends to is learned", 1), (Deformable, "sampled at computed places", 0)],
-    ids=["object-queries", "deformable"],
+    [
+        (ObjectQueries, "all that it attends to is learned", 1),
+        (FusedObjectQueries, "all that it attends to is learned", 1),
+        (Deformable, "sampled at computed places", 0),
+    ],
+    ids=["object-queries", "fused-object-queries", "deformable"],
 )
 def test_attention_without_keys_of_fed_data_is_refused(
     made: Callable[[], nn.Module], reason: str, sites: int, tmp_path: Path

@@ -208,6 +208,30 @@ class TalkingOnTop(Projects):
         return self.merged((scores + self.mix(scores)).softmax(-1) @ v)
 
 
+class WithLearnedToken(Projects):
+    """A key and a value that are learned are joined to those of the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.further = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True, add_bias_kv=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.further(x, x, x, need_weights=False)[0]
+        return out
+
+
+class PositionsByHead(Projects):
+    """Projected positions are added to the keys."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions = nn.Parameter(torch.randn(HEADS, 6, DIM))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        return self.merged((q @ (k + self.positions).transpose(-2, -1)).softmax(-1) @ v)
+
+
 REASONS: dict[type[Projects], str] = {
     TalkingTwice: "mixed between heads",
     TalkingByEinsum: "mixed between heads",
@@ -224,6 +248,8 @@ REASONS: dict[type[Projects], str] = {
     NormalisedByBatch: "fold it into the projection's weights first",
     TalkingOnTop: "mixed between heads",
     TurnedByHead: "rotated by angles of their own",
+    WithLearnedToken: "joined to it (add_zero_attn, add_bias_kv, a prefix); without them it is read",
+    PositionsByHead: "numbers of their own for each head (such as projected positions)",
 }
 
 

@@ -70,3 +70,17 @@ class _Features(nn.Module):
 )
 def test_shapes_follow_what_the_config_says(main: str, config: dict[str, object], shape: tuple[int, ...]) -> None:
     assert default_inputs(_Features(main, **config))[main].shape == shape
+
+
+class _Spectrogram(_Features):
+    """Its main input has the name that waveforms have."""
+
+    def forward(self, input_values: torch.Tensor) -> torch.Tensor:
+        return input_values.transpose(1, 2)
+
+
+@pytest.mark.parametrize(("config", "shape"), [({"num_mel_bins": 16, "max_length": 12}, (2, 12, 16)), ({}, (2, 4000))])
+def test_values_are_a_spectrogram_where_a_waveform_does_not_run(
+    config: dict[str, object], shape: tuple[int, ...]
+) -> None:
+    assert default_inputs(_Spectrogram("input_values", **config))["input_values"].shape == shape
