@@ -83,6 +83,10 @@ def _endless_range(model: onnx.ModelProto) -> None:
     model.graph.output.append(oh.make_tensor_value_info("numbers", onnx.TensorProto.INT64, None))
 
 
+def _empty_and_endless(model: onnx.ModelProto) -> None:
+    model.graph.input.append(oh.make_tensor_value_info("mask", onnx.TensorProto.FLOAT, [0, 1, 10**12, 10**12]))
+
+
 BROKEN: dict[str, tuple[Callable[[onnx.ModelProto], None], type[RewriteError], str]] = {
     "few texts": (_few_texts, InvalidModelFile, "2 texts"),
     "no type": (_no_type, InvalidModelFile, "has no type"),
@@ -91,6 +95,7 @@ BROKEN: dict[str, tuple[Callable[[onnx.ModelProto], None], type[RewriteError], s
     "no columns": (_no_columns, RewriteError, "."),
     "many axes": (_many_axes, RewriteError, "."),
     "version": (_version, InvalidModelFile, "names version 0"),
+    "empty and endless": (_empty_and_endless, RewriteError, "too many to make up"),
     "endless range": (_endless_range, RewriteError, "."),
 }
 
