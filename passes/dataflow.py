@@ -259,6 +259,21 @@ class Flow:
         weight = self.weights.get(value)
         return weight.shape if weight is not None else tuple(self.read(value).shape)
 
+    def weights_above(self, value: Value) -> list[Value]:
+        """The weights that a constant is computed from, each once; itself if it is one."""
+        found: dict[Value, None] = {}
+        seen, todo = {value}, [value]
+        while todo:
+            current = todo.pop()
+            if current in self.weights:
+                found[current] = None
+                continue
+            node = self.producer(current)
+            above = [v for v in (node.inputs if node is not None else ()) if v and v not in seen]
+            seen.update(above)
+            todo.extend(reversed(above))
+        return list(found)
+
     def ancestors(self, *values: Value, stop: Callable[[Node], bool] | None = None) -> list[Node]:
         """Nodes above any of `values` in execution order; nodes for which `stop` holds are included, not passed."""
         seen: dict[int, Node] = {}

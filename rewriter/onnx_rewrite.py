@@ -103,10 +103,8 @@ def _noting_floats(captured: OnnxCapture, blocks: BlockDecision) -> BlockDecisio
 
 def _of_integers(flow: Flow, value: Value) -> bool:
     """Whether a constant matrix is made of stored integers."""
-    weight, node = flow.weights.get(value), flow.producer(value)
-    if weight is not None:
-        return "int" in weight.dtype and len(weight.shape) > 1
-    return node is not None and any(_of_integers(flow, v) for v in node.inputs if v)
+    weights = (flow.weights[v] for v in flow.weights_above(value))
+    return any("int" in weight.dtype and len(weight.shape) > 1 for weight in weights)
 
 
 def _in_body(operator: str) -> str:
@@ -247,5 +245,6 @@ def drained(pending: deque[Replacement]) -> Iterator[Replacement]:
 def count_parameters(model: ir.Model) -> int:
     """Floating-point and quantised numbers stored in the file, shape constants left out."""
     tensors = (v.const_value for v in model.graph.initializers.values())
-    kept = [t for t in tensors if t is not None and (t.dtype.is_floating_point() or t.dtype.itemsize <= 1)]
+    numbers = [t for t in tensors if t is not None and t.dtype != ir.DataType.STRING]
+    kept = [t for t in numbers if t.dtype.is_floating_point() or t.dtype.itemsize <= 1]
     return sum(int(t.size) for t in kept if t.dtype != ir.DataType.BOOL)

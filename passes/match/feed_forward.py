@@ -543,11 +543,7 @@ def _readers_of_stored(flow: Flow) -> dict[Value, set[int]]:
 
 def _stored(flow: Flow, value: Value) -> list[Value]:
     """The stored matrices that a constant is made of."""
-    weight = flow.weights.get(value)
-    if weight is not None:
-        return [value] if len(weight.shape) > 1 else []
-    node = flow.producer(value)
-    return [] if node is None else [s for v in node.inputs if v for s in _stored(flow, v)]
+    return [v for v in flow.weights_above(value) if len(flow.weights[v].shape) > 1]
 
 
 class _Names:

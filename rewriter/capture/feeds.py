@@ -90,7 +90,7 @@ def _check_size(name: str, shape: tuple[int, ...]) -> None:
         raise UnsupportedModel(
             f"input {name!r} declares the negative size {min(shape)}", hint="give open dimensions a name instead"
         )
-    if prod(shape) > MOST_NUMBERS:
+    if prod(max(size, 1) for size in shape) > MOST_NUMBERS:  # also where another size is 0
         raise UnsupportedModel(
             f"input {name!r} declares {prod(shape):,} numbers, too many to make up",
             hint="give large dimensions a name instead, so that they are open",

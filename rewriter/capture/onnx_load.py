@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import mmap
 import os
 from collections import defaultdict
@@ -101,7 +102,8 @@ def to_proto(model: ir.Model) -> onnx.ModelProto:
         UnsupportedModel: the model is larger than the 2 GB that one proto can hold.
     """
     values = [v for graph in model.graphs() for v in graph.initializers.values() if v.const_value is not None]
-    if sum(v.const_value.nbytes for v in values if v.const_value is not None) > PROTOBUF_LIMIT:
+    held = [v.const_value for v in values if v.const_value is not None]
+    if sum(t.nbytes for t in held if t.dtype != ir.DataType.STRING) > PROTOBUF_LIMIT:
         raise UnsupportedModel("the model is larger than 2 GB", hint="save it to a path, with external data")
     kept = [v.const_value for v in values]
     try:
@@ -215,6 +217,9 @@ def _check_structure(proto: onnx.ModelProto, name: str) -> None:
         raise InvalidModelFile(f"the graph in {name} has no outputs", hint=hint)
     if not proto.opset_import:
         raise InvalidModelFile(f"{name} names no operator set", hint=hint)
+    for imported in (*proto.opset_import, *(x for f in proto.functions for x in f.opset_import)):
+        if imported.version < 1 and imported.domain in ("", "ai.onnx"):
+            raise InvalidModelFile(f"{name} names version {imported.version} of the operator set", hint=hint)
     for text in _names(proto):
         if not isinstance(text, str):  # protobuf hands out bytes where they are no UTF-8
             raise InvalidModelFile(f"{name} holds a name that is no text: {text!r:.60}", hint=hint)
@@ -470,7 +475,7 @@ def _inside(path: str, folder: str) -> bool:
 
 
 def _check_tensor(tensor: onnx.TensorProto, data: _DataFolder | None, model: str) -> None:
-    """A tensor must hold as many bytes as its shape and type say."""
+    """A tensor must hold as many bytes, or texts, as its shape and type say."""
     if any(dim < 0 for dim in tensor.dims):
         raise InvalidModelFile(f"{model} is damaged: {tensor.name!r} has a negative size", hint="export it again")
     expected = _expected_bytes(tensor, model)
@@ -479,6 +484,11 @@ def _check_tensor(tensor: onnx.TensorProto, data: _DataFolder | None, model: str
             _check_external(tensor, expected, data, model)
         return
     if expected is None:
+        if len(tensor.string_data) != math.prod(tensor.dims):
+            raise InvalidModelFile(
+                f"{model} is damaged: {tensor.name!r} holds {len(tensor.string_data):,} texts of another number",
+                hint="export or download the model again",
+            )
         return
     held = len(tensor.raw_data) if tensor.HasField("raw_data") else _listed_bytes(tensor, expected)
     if held != expected:

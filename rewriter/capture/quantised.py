@@ -108,28 +108,30 @@ def quantised_product(node: ir.Node) -> QuantisedProduct | None:
         codes, scale, point, bias = (input_at(node, i) for i in (1, 3, 5, 6))
         if quantizer is None:
             return None
-        return _checked("integer_to_float", node, node, (quantizer,), quantizer.inputs[0], codes, scale, point, bias)
+        return _checked("integer_to_float", node, node, (quantizer,), input_at(quantizer, 0), codes, scale, point, bias)
     return _blocks(node) if node.op_type == "MatMulNBits" else None
 
 
 def _integer(node: ir.Node) -> QuantisedProduct | None:
     """Mul(Cast(MatMulInteger(x, w, x point, w point)), Mul(x scale, w scale)), in either order."""
     for position in (0, 1):
-        cast, scales = (
-            v.producer() if v is not None else None for v in (node.inputs[position], node.inputs[1 - position])
-        )
-        core = cast.inputs[0].producer() if cast is not None and cast.op_type == "Cast" and cast.inputs[0] else None
+        cast, scales = (_producer(input_at(node, i)) for i in (position, 1 - position))
+        core = _producer(input_at(cast, 0)) if cast is not None and cast.op_type == "Cast" else None
         if core is None or scales is None or core.op_type != "MatMulInteger" or scales.op_type != "Mul":
             continue
         for first in (0, 1):
-            quantizer = _quantizer(input_at(core, 0), scales.inputs[first], input_at(core, 2))
+            quantizer = _quantizer(input_at(core, 0), input_at(scales, first), input_at(core, 2))
             if quantizer is not None:
                 hidden = (quantizer, core, cast, scales)
                 return _checked(
-                    "integer", node, core, tuple(n for n in hidden if n is not None), quantizer.inputs[0],
-                    input_at(core, 1), scales.inputs[1 - first], input_at(core, 3), None,
+                    "integer", node, core, tuple(n for n in hidden if n is not None), input_at(quantizer, 0),
+                    input_at(core, 1), input_at(scales, 1 - first), input_at(core, 3), None,
                 )  # fmt: skip
     return None
+
+
+def _producer(value: ir.Value | None) -> ir.Node | None:
+    return None if value is None else value.producer()
 
 
 def _quantizer(codes: ir.Value | None, scale: ir.Value | None, point: ir.Value | None) -> ir.Node | None:
@@ -142,11 +144,17 @@ def _quantizer(codes: ir.Value | None, scale: ir.Value | None, point: ir.Value |
 
 def _blocks(node: ir.Node) -> QuantisedProduct | None:
     x, codes, scale, point, order, bias = (input_at(node, i) for i in range(6))
-    bits, block = node.attributes["bits"].as_int(), node.attributes["block_size"].as_int()
+    bits, block = (_number(node, name) for name in ("bits", "block_size"))
     plain = point is None or (constant_tensor(point) is not None and stored_tensor(point).dtype == ir.DataType.UINT8)
-    if order is not None or not plain or bits not in (2, 4, 8) or "weight_prepacked" in node.attributes:
+    if order is not None or not plain or bits not in (2, 4, 8) or block < 1 or "weight_prepacked" in node.attributes:
         return None
     return _checked("blocks", node, node, (), x, codes, scale, point, bias, bits, block)
+
+
+def _number(node: ir.Node, name: str) -> int:
+    """An attribute that must be an integer; 0 where it is not."""
+    held = node.attributes.get(name)
+    return held.as_int() if held is not None and held.type == ir.AttributeType.INT and not held.is_ref() else 0
 
 
 def _checked(

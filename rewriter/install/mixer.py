@@ -423,6 +423,9 @@ def rebuild(description: Call, original: nn.Module) -> RewrittenMixer:
         role: None if path is None else original.get_submodule(path) for role, path in description["taken"].items()
     }
     spec = {**description["spec"], "pattern": from_json(description["spec"].get("pattern", ()))}
+    for name in ("heads", "kv_heads", "head_dim", "value_dim"):
+        if type(spec.get(name)) is not int:  # True is 1 to Python
+            raise ValueError(f"{name} is no whole number")
     mixer = RewrittenMixer(
         GroupedQueryAttention(**spec),
         Protocol.from_json(description["protocol"]),

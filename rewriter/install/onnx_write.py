@@ -67,7 +67,7 @@ def save(model: ir.Model, path: str | Path, *, external_data: ExternalData = "au
 
 def _wants_data_file(model: ir.Model, external_data: ExternalData) -> bool:
     tensors = [tensor for _, tensor in _initializers(model)]
-    total = sum(tensor.nbytes for tensor in tensors)
+    total = sum(tensor.nbytes for tensor in tensors if tensor.dtype != ir.DataType.STRING)
     if external_data == "never":
         if total > _PROTOBUF_LIMIT - (64 << 20):
             raise UnsupportedModel(
@@ -116,7 +116,7 @@ def skeleton(
     offset, shared = 0, dict[tuple[str, int, int], int]()
     try:
         for value, tensor in list(_initializers(model)):
-            outside = tensor.nbytes >= _INLINE_BYTES and tensor.dtype not in kept and (nested or value.graph is top)
+            outside = tensor.dtype not in kept and tensor.nbytes >= _INLINE_BYTES and (nested or value.graph is top)
             swapped.append((value, tensor))
             if not outside:
                 value.const_value = _in_memory(tensor)
