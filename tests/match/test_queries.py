@@ -623,6 +623,16 @@ def test_projections_by_convolution_are_rewritten_where_they_are() -> None:
     assert distance(other(features(3, 9)), module(features(3, 9))) > 1e-3
 
 
+def test_targets_that_need_a_module_of_its_own_are_listed_where_there_can_be_one() -> None:
+    convolved, linear = nn.Sequential(Convolved()).eval(), nn.Sequential(WritesInPlace()).eval()
+    other = {"window", "sparse-fixed", "sparse-strided", "linear", "dha"}
+    listed, plain = (rewriter.inspect(m, example_inputs=(features(),)).targets["0"] for m in (convolved, linear))
+    assert listed == ("mqa", "gqa2") and other <= set(plain)
+    for target in sorted(other):
+        with pytest.raises(rewriter.NothingToRewrite, match="convolutions"):
+            rewriter.optimize(convolved, target, example_inputs=(features(),))
+
+
 def test_convolutions_are_refused_in_graphs_and_where_they_do_more_than_project() -> None:
     program = torch.export.export(Convolved().eval(), (features(),), strict=False)
     assert ["write it as a linear layer" in r.reason for r in rewriter.inspect(program).refusals] == [True]
