@@ -25,6 +25,7 @@ from tests.zoo.exports import EXPORTERS, TRACE_BATCH, TRACE_LENGTH, TRACE_PAST, 
 from tests.zoo.exports import ExportSkipped as ExportSkipped
 from tests.zoo.feeds import WIDTH
 from tests.zoo.models import ZOO
+from tests.zoo.vision_library import timm_cases
 
 EXACT = 1e-4
 SIZES = (TRACE_BATCH, TRACE_LENGTH, 0)
@@ -67,7 +68,7 @@ class Outcome:
 
 def measure(name: str, door: str, cache: Path) -> Outcome:
     """Raises ExportSkipped where the exporter cannot export the case."""
-    case = ZOO[name]
+    case = (ZOO | timm_cases())[name]
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     with quiet(), tempfile.TemporaryDirectory() as scratch:

@@ -20,6 +20,7 @@ from benchmarks.rows import Row, markdown_table, put_section, write_json
 from tests.zoo.case import ZooCase
 from tests.zoo.exports import fingerprint
 from tests.zoo.models import MAIN, ZOO
+from tests.zoo.vision_library import timm_cases
 
 Job = tuple[str, str]
 QUICK_DOORS = ("torch", "graph", "dynamo18", "torchscript17")
@@ -27,8 +28,12 @@ PEERS = ("onnxruntime", "onnxscript")
 
 
 def jobs(quick: bool) -> list[Job]:
-    """(case, door): all doors for the main list, the usual ones for the rest; `quick` takes one case per family."""
-    chosen = list(_one_per_family(ZOO.values()) if quick else ZOO.values())
+    """(case, door): all doors for the main list, the usual ones for the rest; `quick` takes one case per family.
+
+    Models of timm are among them where it is installed.
+    """
+    known = (ZOO | timm_cases()).values()
+    chosen = list(_one_per_family(known) if quick else known)
     made = []
     for case in chosen:
         main = case.name in MAIN

@@ -43,6 +43,9 @@ NormKind = Literal["rms", "layer", "l2", "clip"]
 SourceKind = Literal["projection", "biased", "norm", "input"]
 
 
+_POOLING = frozenset({"amax", "ReduceMax", "MaxPool", "max_pool1d", "max_pool2d"})
+
+
 class Opaque(Exception):
     """Provenance ends at a node whose effect on elements is not affine in one source.
 
@@ -234,6 +237,12 @@ class Tracer:
             raise Opaque(
                 "a batch normalisation stands between projection and scores; fold it into the projection's weights "
                 "first (torch.nn.utils.fusion), which is the same",
+                node,
+            )
+        if node.op.rpartition(".")[2] in _POOLING:
+            raise Opaque(
+                "the largest of several numbers is taken between projection and score (pooling), so heads are no "
+                "linear map of one token; leave this attention as it is (layers= selects others)",
                 node,
             )
         raise Opaque(f"operator {node.op} between projection and score is not understood", node)

@@ -34,6 +34,8 @@ from rewriter.given_path import existing
 from rewriter.model_kinds import is_onnx, is_torch
 
 SPARSE = (sparse_mixer(), sparse_mixer(fast=True))
+IN_MODULES_OF_THEIR_OWN = (Window(), SparseFixed(), SparseStrided(), LinearHeads())
+"""What torch modules do in a generated module only, since their own forward attends to all keys."""
 PAIRS = tuple(gated_pair(form) for form in get_args(Form))
 
 
@@ -213,7 +215,9 @@ def _inspection(
     module: bool = False,
 ) -> Inspection:
     """`module` says whether it is a torch module, of which alone some targets can be made."""
-    choices = {s.name: (*_targets(flow, matches, s), *(_of_modules(s) if module else ())) for s in matches.sites}
+    choices = {s.name: _targets(flow, matches, s) for s in matches.sites}
+    if module:
+        choices = _of_modules(flow, matches, choices)
     reasons = {s.name: GroupedQuery(1).refuses(s) for s in matches.sites}
     choices |= {f.name: _block_targets(flow, matches, f) for f in blocks.sites}
     good = tuple(s for s in matches.sites if choices[s.name] or reasons[s.name] is None)
@@ -268,14 +272,26 @@ def _targets(flow: Flow, matches: Matches, site: AttentionSite) -> tuple[str, ..
             sublayer(flow, site, matches.evidence[site.name])
             names += [GatedUnit(form).name for form in get_args(Form)]
     names += _conditional(flow, matches, site)
-    names += [t.name for t in (Window(), SparseFixed(), SparseStrided(), LinearHeads()) if t.refuses(site) is None]
+    names += [t.name for t in IN_MODULES_OF_THEIR_OWN if t.refuses(site) is None]
     return tuple(names)
 
 
-def _of_modules(site: AttentionSite) -> tuple[str, ...]:
-    """Likewise those that only modules can be rewritten to."""
+def _of_modules(flow: Flow, matches: Matches, choices: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    """With those that only modules can be rewritten to, and without those that need one that cannot be generated."""
+    from rewriter.install.own_module import obstacles
+
     apart = DecoupledHeads()
-    return (apart.name,) if apart.refuses(site) is None and apart.idle(site) is None else ()
+    kept = obstacles(flow, matches.sites)
+    without = {t.name for t in IN_MODULES_OF_THEIR_OWN}
+    found: dict[str, tuple[str, ...]] = {}
+    for site in matches.sites:
+        names = choices[site.name]
+        if site.name in kept:
+            found[site.name] = tuple(n for n in names if n not in without)
+        else:
+            able = apart.refuses(site) is None and apart.idle(site) is None
+            found[site.name] = (*names, apart.name) if able else names
+    return found
 
 
 def _conditional(flow: Flow, matches: Matches, site: AttentionSite) -> tuple[str, ...]:

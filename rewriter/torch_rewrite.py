@@ -34,6 +34,7 @@ from rewriter.install.huggingface import apply_knob, knob_applies
 from rewriter.install.kept import Kept, noted
 from rewriter.install.kernel_choice import choose_kernels
 from rewriter.install.mixer import MixerParameters
+from rewriter.install.own_module import crowd, form_obstacle, layout_obstacle, owner_of
 from rewriter.install.repeated_heads import keep_forwards
 from rewriter.install.stored_weight import parameter_of
 from rewriter.install.token_mixer import TokenMixer
@@ -284,23 +285,6 @@ def _by_owner(flow: Flow, replacements: Sequence[Replacement]) -> list[_Owned]:
     return [_Owned(path, tuple(group)) for path, group in groups.items()]
 
 
-def owner_of(flow: Flow, site: AttentionSite) -> str:
-    """The innermost module that holds the anchor and the projections of q, k and v."""
-    paths = [site.owner.split(".")] if site.owner else []
-    for operand in site.operands:
-        weight = flow.weights.get(operand.projection.weight)
-        if weight is not None and weight.name:
-            parts = weight.name.split(".")
-            # the projection is a module of its own, or the weight is a bare parameter of the owner
-            paths.append(parts[:-2] if parts[-1] == "weight" and len(parts) > 1 else parts[:-1])
-    common: list[str] = []
-    for level in zip(*paths, strict=False):
-        if len(set(level)) != 1:
-            break
-        common.append(level[0])
-    return ".".join(common)
-
-
 def _output_module(flow: Flow, replacement: Replacement) -> str | None:
     """Path of the module whose weight the output projection is, where a mix will take that over."""
     out = replacement.site.out
@@ -324,38 +308,26 @@ def _mix_one(module: torch.nn.Module, flow: Flow, group: _Owned, records: Mappin
     install_mixing(module, group.path, first.mixing, first.tensors, records, seen, heads=first.site.heads, out=out)
 
 
-def _convolves(flow: Flow, operand: Operand) -> bool:
-    """Whether a projection's matrix is stored as the kernel of a convolution."""
-    node = flow.producer(operand.projection.weight)
-    return node is not None and node.op == "Reshape" and len(flow.shape(node.inputs[0])) > 2
-
-
 def _install_one(module: torch.nn.Module, flow: Flow, group: _Owned, records: Mapping[str, CallRecord]) -> None:
     first, record = group.replacements[0], records.get(group.path)
-    weights = {(r.site.k.projection.weight, r.site.v.projection.weight) for r in group.replacements}
-    if len(weights) > 1:
+    reason = crowd(group.path, [r.site for r in group.replacements])
+    if reason is not None:
         raise UnsupportedModel(
-            f"{group.path or 'the model'} computes {len(group.replacements)} attentions in one forward",
-            hint="rewrite it as a graph: pass torch.export.export(model, ...) instead of the model",
+            reason, hint="rewrite it as a graph: pass torch.export.export(model, ...) instead of the model"
         )
     if len({r.pattern for r in group.replacements}) > 1:
         raise UnsupportedModel("one module computes attentions that are to see different keys")
     if first.mixing is not None:
         _mix_one(module, flow, group, records)
         return
-    if any(_convolves(flow, o) for o in (first.site.q, first.site.k, first.site.v)):
-        raise UnsupportedModel("its projections are convolutions, which a module of its own does not have")
+    reason = layout_obstacle(flow, first.site)
+    if reason is not None:
+        raise UnsupportedModel(reason)
     if record is None:
         raise UnsupportedModel(f"{group.path} was not called by the model's forward")
     if not record.alike:
         raise UnsupportedModel(f"{group.path} is called with different kinds of arguments in one forward")
     site = first.site
-    if site.joined:
-        raise UnsupportedModel("tokens of several projections are joined, as its forward does")
-    if site.interleaved:
-        raise UnsupportedModel(
-            "query heads that share a key/value head are no neighbours, as its forward lays them out"
-        )
     output = _output_writes(module, flow, first)
     before = _original_parameters(module, flow, site)
     after = _new_parameters(before, first)
@@ -369,16 +341,9 @@ def _install_one(module: torch.nn.Module, flow: Flow, group: _Owned, records: Ma
         )
         _write(output)
         return
-    if any(o.norm is not None and not o.norm.per_head for o in (site.q, site.k, site.v)):
-        raise UnsupportedModel("a norm spans the features of all its heads, which is kept in the module's forward")
-    if any(stored_gains(o) for o in (site.k, site.v)):
-        raise UnsupportedModel("a norm multiplies each of its heads by numbers of their own")
-    if first.grouped.sinks:
-        raise UnsupportedModel("its attention sinks can only be kept where the model's own config sets the head count")
-    if site.temperature is not None:
-        raise UnsupportedModel("each head's scores have a temperature of their own, kept in the module's forward")
-    if abs(site.v.gain - 1.0) > 1e-6:
-        raise UnsupportedModel("values are scaled between projection and contraction")
+    reason = form_obstacle(site)
+    if reason is not None:
+        raise UnsupportedModel(reason)
     # the seams' scale leaves out what the module multiplies in before it lays out heads
     scale = site.scale * site.q.gain * site.k.gain
     install(

@@ -17,6 +17,7 @@ from codegen.spec import GroupedQueryAttention
 from passes.dataflow import Array, Value
 from passes.site import AttentionSite, Operand
 from passes.targets.replacement import Replacement
+from passes.token_blocks import PARTED, parted_behind
 from passes.weights.head_gains import gains_like, stored_gains
 from passes.weights.projection import operand_bias, operand_weight
 from rewriter.capture.torch_export import GraphView
@@ -30,6 +31,8 @@ from rewriter.install.fx_sight import narrowed
 from rewriter.install.fx_store import Store
 
 FLATTENING = frozenset({"Reshape", "Identity", "Cast"})
+
+_ROLES = {"q": "query", "k": "key", "v": "value"}
 
 Laid = tuple[FxNode, tuple[str, ...]]
 """A node and what its axes are."""
@@ -176,7 +179,10 @@ class Editor:
         if heads != operand.heads:
             self._require_private(site, role, operand)
         changes = tuple(resizes(self.flow, self._nodes, operand, heads))
-        return Reprojection(role, operand, heads, self._three_axes(operand), weight, bias, changes)
+        projected = self._three_axes(operand)
+        if parted_behind(self.flow, operand, projected):
+            raise UnsupportedModel(PARTED.format(_ROLES[role[0]]), hint=HINT)
+        return Reprojection(role, operand, heads, projected, weight, bias, changes)
 
     def _gains(self, replacement: Replacement, role: str, operand: Operand) -> dict[Value, Array]:
         """New numbers of a norm on the operand's path, laid out as the old ones. Raises UnsupportedModel."""

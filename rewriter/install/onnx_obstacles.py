@@ -9,6 +9,7 @@ from passes.dataflow import Flow, Value, unflattened
 from passes.site import AttentionSite, Operand
 from passes.targets.block import BlockReplacement
 from passes.targets.replacement import Replacement
+from passes.token_blocks import PARTED, parted_behind
 from rewriter.capture.onnx_file import OnnxCapture
 from rewriter.install.onnx_linear import linear_obstacle
 from rewriter.install.onnx_padding import padding_obstacle
@@ -45,8 +46,11 @@ def obstacle(capture: OnnxCapture, replacement: Replacement) -> str | None:
     queries = [("query", operand) for _, operand in fed_queries(replacement)]
     keys_values = [(role, part) for role, o in (("key", site.k), ("value", site.v)) for part in o.parts]
     for role, operand in (*keys_values, *queries):
-        if unflattened_input(capture, operand) is None:
+        projected = unflattened_input(capture, operand)
+        if projected is None:
             return f"the {role} projection reads flattened tokens, and where batch and tokens were apart is not found"
+        if parted_behind(capture.flow, operand, projected):
+            return f"{PARTED.format(role)}, or rewrite the module the file was exported from"
         split = role != "query" and "g" in operand.stem_axes
         if split or (not writable_stem(capture.flow, operand) and not laid_freely(operand)):
             return f"{role} heads laid out as {operand.stem_axes} cannot be written with fewer heads"

@@ -389,8 +389,8 @@ class Windows(nn.Module):
 
 def test_blocks_of_tokens_are_not_mistaken_for_groups_of_heads() -> None:
     for batch in (1, 2):
-        (refusal,) = matches(Windows(), features(batch)).refusals
-        assert "attention in blocks of tokens is read where blocks lie on the batch axis" in refusal.reason
+        (site,) = matches(Windows(), features(batch)).sites
+        assert (site.heads, site.kv_heads, site.by_blocks) == (HEADS, HEADS, True)
     (refusal,) = matches(Windows(), features(2, 3)).refusals  # one block, which is no group of heads either
     assert "differ along the second" in refusal.reason
 
@@ -621,6 +621,16 @@ def test_projections_by_convolution_are_rewritten_where_they_are() -> None:
     module[0].v.weight[-1] += 1.0
     other = rewriter.optimize(module, "gqa2", example_inputs=(features(),))
     assert distance(other(features(3, 9)), module(features(3, 9))) > 1e-3
+
+
+def test_targets_that_need_a_module_of_its_own_are_listed_where_there_can_be_one() -> None:
+    convolved, linear = nn.Sequential(Convolved()).eval(), nn.Sequential(WritesInPlace()).eval()
+    other = {"window", "sparse-fixed", "sparse-strided", "linear", "dha"}
+    listed, plain = (rewriter.inspect(m, example_inputs=(features(),)).targets["0"] for m in (convolved, linear))
+    assert listed == ("mqa", "gqa2") and other <= set(plain)
+    for target in sorted(other):
+        with pytest.raises(rewriter.NothingToRewrite, match="convolutions"):
+            rewriter.optimize(convolved, target, example_inputs=(features(),))
 
 
 def test_convolutions_are_refused_in_graphs_and_where_they_do_more_than_project() -> None:

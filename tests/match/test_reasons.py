@@ -232,6 +232,15 @@ class PositionsByHead(Projects):
         return self.merged((q @ (k + self.positions).transpose(-2, -1)).softmax(-1) @ v)
 
 
+class PooledQueries(Projects):
+    """The larger of two neighbouring queries asks for both."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        fewer = q.reshape(*q.shape[:2], -1, 2, DIM).amax(3)
+        return self.merged((fewer @ k.transpose(-2, -1)).softmax(-1) @ v)
+
+
 REASONS: dict[type[Projects], str] = {
     TalkingTwice: "mixed between heads",
     TalkingByEinsum: "mixed between heads",
@@ -247,6 +256,7 @@ REASONS: dict[type[Projects], str] = {
     Warmed: "scores are multiplied by something computed from hidden states",
     NormalisedByBatch: "fold it into the projection's weights first",
     TalkingOnTop: "mixed between heads",
+    PooledQueries: "(pooling), so heads are no linear map",
     TurnedByHead: "rotated by angles of their own",
     WithLearnedToken: "joined to it (add_zero_attn, add_bias_kv, a prefix); without them it is read",
     PositionsByHead: "numbers of their own for each head (such as projected positions)",
