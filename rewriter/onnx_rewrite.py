@@ -29,8 +29,10 @@ from rewriter.capture.onnx_load import copy_of
 from rewriter.capture.unfuse import WrittenOut, fused_nodes, unfuse
 from rewriter.decision import LISTS, Decision, Stopwatch, decide, is_causal, report, rows, with_kept
 from rewriter.errors import NothingToRewrite, VerificationFailed
+from rewriter.install.kept import Kept, noted
 from rewriter.install.onnx_function import install
 from rewriter.install.onnx_obstacles import block_obstacle, obstacle
+from rewriter.install.onnx_repeat import repeatable
 from rewriter.report import stored
 from rewriter.report.rewrite_report import RewriteReport
 from rewriter.verify.onnx_pair import verify_onnx
@@ -61,7 +63,7 @@ def _unfuse_rewritable(
         probe = None if given is None else onnx_probe(captured, given(matches))
         target, layers = settle(captured.flow, matches, automatic, layers, probe), None
     chosen = decide(captured.flow, matches, target, layers, blocks=FeedForwards)
-    decision = _installable(captured, chosen)
+    decision, _ = _installable(captured, chosen)
     return unfuse(model, {r.site.owner for r in decision.replacements}), decision.refused, target
 
 
@@ -117,27 +119,33 @@ def _in_body(operator: str) -> str:
     )
 
 
-def _installable(captured: OnnxCapture, decision: Decision) -> Decision:
-    """Sites that this door cannot write become refusals, before anything is edited."""
-    reasons, kept = {}, []
+def _installable(captured: OnnxCapture, decision: Decision) -> tuple[Decision, dict[str, Kept]]:
+    """Sites that this door cannot write become refusals, before anything is edited; also those that keep their
+    attention, by name."""
+    reasons, done, kept = {}, [], {}
     for replacement in decision.replacements:
+        name = replacement.site.name
         try:
             written = replacement.together()
             reason = obstacle(captured, written)
         except ValueError as error:
             reason = str(error)
         if reason is None:
-            kept.append(written)
+            done.append(written)
+        elif repeatable(captured, replacement, decision.replacements):
+            done.append(replacement)
+            kept[name] = Kept(projection=False, cache=True, why=reason)
         else:
-            reasons[replacement.site.name] = reason
+            reasons[name] = reason
     refused = list(reasons.items())
     failed = {
         b.site.name: reason for b in decision.blocks.replacements if (reason := block_obstacle(captured, b)) is not None
     }
     blocks, refused = decision.blocks.without(failed), [*refused, *failed.items()]
-    if not kept and not blocks.replacements:
+    if not done and not blocks.replacements:
         raise NothingToRewrite("; ".join(f"{n}: {r}" for n, r in (*decision.refused, *refused)[:3]), hint=LISTS)
-    return replace(decision, replacements=tuple(kept), refused=(*decision.refused, *refused), blocks=blocks)
+    settled = replace(decision, replacements=tuple(done), refused=(*decision.refused, *refused), blocks=blocks)
+    return settled, kept
 
 
 def rewrite_onnx(
@@ -209,11 +217,11 @@ def _edited(
             None if calibration is None else probe,
             lambda: match_feed_forward(captured, matches),
         )
-        decision = _installable(captured, decision)
+        decision, kept = _installable(captured, decision)
         known = {name for name, _ in decision.refused}
         decision = replace(decision, refused=(*decision.refused, *(r for r in refused if r[0] not in known)))
         decision = replace(decision, blocks=_noting_floats(captured, decision.blocks))
-        site_rows = rows(captured.flow, matches, decision.replacements)
+        site_rows = tuple(noted(row, kept) for row in rows(captured.flow, matches, decision.replacements))
     summary = report(
         captured.flow,
         matches,
@@ -222,14 +230,15 @@ def _edited(
         parameters=count_parameters(original),
         bytes_per_number=_BYTES[captured.flow.dtype],
         seconds={},
-        whole_caches={r.site.name for r in decision.replacements if r.linear is not None},
+        whole_caches={r.site.name for r in decision.replacements if r.linear is not None} | set(kept),
         scores=computed_scores,
     )
     with watch.stage("install"):
         pending = deque(decision.replacements)
         decision = replace(decision, replacements=())  # each goes as soon as the model holds its weights
         blocks = decision.blocks.replacements
-        done = install(captured, drained(pending), target=decision.target, version=rewriter.__version__, blocks=blocks)
+        made = {"target": decision.target, "version": rewriter.__version__}
+        done = install(captured, drained(pending), **made, blocks=blocks, repeated=kept.keys())
     site_rows = tuple(
         replace(row, exact=d.exact, requantised=d.requantisation_error) for row, d in zip(site_rows, done, strict=True)
     )

@@ -9,7 +9,7 @@ call of a model-local function.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -40,6 +40,7 @@ from rewriter.install.onnx_obstacles import (
     window_size,
 )
 from rewriter.install.onnx_quantised import emit_product
+from rewriter.install.onnx_repeat import repeat_heads
 from rewriter.install.onnx_weights import emit_like, emit_plain
 from rewriter.onnx_nodes import NodeWriter
 
@@ -68,8 +69,11 @@ def install(
     target: str,
     version: str,
     blocks: Sequence[BlockReplacement] = (),
+    repeated: Collection[str] = (),
 ) -> list[Installed]:
     """Edit ``capture.model`` in place and note in its metadata what was done; the result is of `replacements`.
+
+    Sites named in `repeated` keep their attention, which works on heads that are repeated behind the projections.
 
     None of `replacements` is held once it is installed.
     """
@@ -77,7 +81,7 @@ def install(
     done: list[Installed] = []
     records: list[dict[str, Any]] = []
     for r in replacements:
-        done.append(editor.replace(r))
+        done.append(editor.repeat(r) if r.site.name in repeated else editor.replace(r))
         caches = [list(port) for operand in (r.site.k, r.site.v) for port in operand.presents]
         records.append(_record(r, done[-1], done[-1].exact, caches))
     for b in blocks:
@@ -169,6 +173,13 @@ class _Editor:
         exact = replacement.exact and error < 1e-6 and not self._rounded
         return Installed(site.name, tuple(n for n in removed if n in self._stored), error, exact)
 
+    def repeat(self, replacement: Replacement) -> Installed:
+        """Shrink the projections of keys and values, and leave the attention as it is."""
+        site = replacement.site
+        unread, error = repeat_heads(self, replacement)
+        removed = [n for n in self._sweep(unread) if n in self._stored]
+        return Installed(site.name, tuple(removed), error, replacement.exact and error < 1e-6 and not self._rounded)
+
     def replace_block(self, replacement: BlockReplacement) -> Installed:
         site = replacement.site
         last = self.experts.install(replacement)
@@ -191,7 +202,7 @@ class _Editor:
             held = emit_like(self.value(projection.bias), vector, f"{site.name}.{role}.bias", self.write.unique)
             nodes += held.nodes
             stored += held.initializers
-            out = self.write.op(nodes, "Add", [out, self._share(held.value) if not held.nodes else held.value],
+            out = self.write.op(nodes, "Add", [out, self.share(held.value) if not held.nodes else held.value],
                            f"{site.name}.{role}.projected")  # fmt: skip
         wanted, present = (self.capture.element_type(v) for v in (operand.stem, projection.output))
         if wanted is not None and present is not None and wanted != present:
@@ -228,7 +239,7 @@ class _Editor:
             shape = self.capture.flow.shape(name)
             numbers = gains_like(operand, replacement.tensors[f"{role}_{part}"], shape)
             emitted = emit_like(old, numbers, f"{site.name}.{role}.{part}", self.write.unique)
-            new = emitted.value if emitted.nodes else self._share(emitted.value)
+            new = emitted.value if emitted.nodes else self.share(emitted.value)
             self.graph.insert_before(reader, emitted.nodes)
             for position, value in enumerate(reader.inputs):
                 if value is old:
@@ -256,7 +267,7 @@ class _Editor:
         store = emit_like if projection.weight_axes is None else emit_plain
         emitted = store(old, rows if projection.out_first else rows.T, f"{name}.weight", self.write.unique)
         if not emitted.nodes:
-            emitted.value = self._share(emitted.value)
+            emitted.value = self.share(emitted.value)
         nodes += emitted.nodes
         matrix = emitted.value
         if projection.out_first:
@@ -264,7 +275,7 @@ class _Editor:
         out = self.write.op(nodes, "MatMul", [x, matrix], f"{name}.matmul")
         return nodes, list(emitted.initializers), out, emitted.error
 
-    def _share(self, value: ir.Value) -> ir.Value:
+    def share(self, value: ir.Value) -> ir.Value:
         """Equal new initializers are stored once: weights that layers shared stay shared."""
         tensor = value.const_value
         if tensor is None:
@@ -705,7 +716,7 @@ class _Editor:
             shaped = array.reshape(shape) if part == "bias" else out.stored(array, shape)
             store = emit_plain if part == "weight" and out.weight_axes is not None else emit_like
             emitted = store(old, shaped, f"{site.name}.out.{part}", self.write.unique)
-            new = emitted.value if emitted.nodes else self._share(emitted.value)
+            new = emitted.value if emitted.nodes else self.share(emitted.value)
             reader = self.capture.nodes[out.node]
             last = self.value(out.output).producer()
             self.graph.insert_before(reader, emitted.nodes)

@@ -6,10 +6,14 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx
+import onnxruntime as ort
 import pytest
 import torch
+from onnx import numpy_helper
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -143,11 +147,36 @@ def test_other_targets_say_why_not_and_inspect_lists_none() -> None:
     assert [site["targets"] for site in sites] == [["mqa", "gqa2"]] * 2
 
 
-def test_a_file_says_which_door_is_open(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "dynamo"), [("written out", False), ("heads before blocks, written out", True)])
+def test_a_file_keeps_its_attention_and_repeats_shared_heads(name: str, dynamo: bool, tmp_path: Path) -> None:
+    same, path, out = twin(built(**CASES[name])), tmp_path / "blocks.onnx", tmp_path / "small.onnx"
+    more: dict[str, Any] = {"dynamic_axes": {"x": {0: "b"}, "y": {0: "b"}}, "opset_version": 17}
+    if dynamo:
+        more = {"dynamic_shapes": ({0: torch.export.Dim.DYNAMIC},), "opset_version": 18}
+    names: dict[str, Any] = {"input_names": ["x"], "output_names": ["y"]}
+    torch.onnx.export(same, (batch(2),), str(path), dynamo=dynamo, **names, **more)
+    done = rewriter.optimize(path, "gqa2")
+    done.save(out)
+    report = done.rewrite_report
+    assert report is not None and [(row.after, row.exact) for row in report.sites] == [("gqa2", True)] * 2
+    assert all("keeps its own attention, which repeats the shared heads" in row.notes[0] for row in report.sites)
+    x = batch(3, 2)
+    found, wished = (ort.InferenceSession(str(p)).run(None, {"x": x.numpy()})[0] for p in (out, path))
+    assert np.abs(found - wished).max() < 1e-5
+    with torch.no_grad():
+        assert np.abs(found - built(**CASES[name])(x).numpy()).max() > 1e-2, "the control: other heads"
+    sizes = [sum(t.size for t in map(numpy_helper.to_array, onnx.load(p).graph.initializer) if t.dtype == np.float32)
+             for p in (path, out)]  # fmt: skip
+    assert sizes[0] - sizes[1] == 2 * (2 * (HEADS // 2) * (WIDTH // HEADS) * (WIDTH + 1))
+    assert rewriter.verify(out, path).ok
+
+
+def test_a_file_says_where_nothing_can_be_repeated(tmp_path: Path) -> None:
+    """Statistics turn queries too, and those are not written into the old attention."""
     path = tmp_path / "blocks.onnx"
     torch.onnx.export(
         built(fused=False), (batch(2),), str(path), dynamo=False, opset_version=17, input_names=["x"],
         output_names=["y"], dynamic_axes={"x": {0: "b"}, "y": {0: "b"}},
     )  # fmt: skip
     with pytest.raises(NothingToRewrite, match="rewrite the module the file was exported from"):
-        rewriter.optimize(path, "gqa2")
+        rewriter.optimize(path, "gqa2", calibration=[{"x": batch(4, seed).numpy()} for seed in range(3)])

@@ -1,0 +1,134 @@
+"""Where a file's attention cannot be written anew: its K/V projections shrink, and repeat to the old layout.
+
+Whatever follows the projections stays as it is; it works on repeated heads, which is what sharing heads means. The
+same for graphs of torch is `rewriter/install/fx_repeat.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import onnx_ir as ir
+
+from passes.dataflow import Array, Value
+from passes.site import Operand, Projection
+from passes.targets.replacement import Replacement
+from passes.token_blocks import parted_behind
+from passes.weights.repetition import Part, Repetition, repetition
+from rewriter.capture.onnx_file import OnnxCapture
+from rewriter.install.onnx_weights import Emitted, emit_like
+from rewriter.onnx_nodes import NodeWriter
+
+
+class Editing(Protocol):
+    """What is needed of the editor of the model."""
+
+    capture: OnnxCapture
+    graph: ir.Graph
+    write: NodeWriter
+    standing_in: dict[Value, ir.Value]
+
+    def value(self, name: Value) -> ir.Value: ...
+
+    def share(self, value: ir.Value) -> ir.Value: ...
+
+
+def repeatable(capture: OnnxCapture, replacement: Replacement, others: Sequence[Replacement]) -> bool:
+    """Whether a site that is not written anew for the way its tokens lie can repeat its heads behind the projections.
+
+    `others` are all replacements of the file: a projection that two of them read is left alone.
+    """
+    site = replacement.site
+    if not site.by_blocks and not any(_parted(capture, o) for o in (site.k, site.v)):
+        return False
+    special = (replacement.mixing, replacement.linear, replacement.decoupled)
+    if any(spec is not None for spec in special) or replacement.pattern or replacement.turned or site.joined:
+        return False
+    if site.cached or site.k.presents or site.v.presents or site.owner in capture.written_out:
+        return False
+    projections = [o.projection for o in (site.k, site.v)]
+    if any(not _plain(capture, p) for p in projections):
+        return False
+    outputs = {p.output for p in projections}
+    elsewhere = (o.projection.output for r in others if r is not replacement for o in r.site.operands)
+    if outputs & set(elsewhere):
+        return False
+    try:
+        for output in outputs:
+            _laid(replacement, output)
+    except ValueError:
+        return False
+    return True
+
+
+def _parted(capture: OnnxCapture, operand: Operand) -> bool:
+    flow, given = capture.flow, operand.projection.input
+    return len(flow.shape(given)) == 3 and parted_behind(flow, operand, given)
+
+
+def _plain(capture: OnnxCapture, projection: Projection) -> bool:
+    """Whether a projection is one product with a stored float matrix, and one bias at most."""
+    stored = capture.quantised.get(projection.node) is None and projection.weight_axes is None
+    return stored and projection.bias_index is None and projection.factor == 1.0
+
+
+def _laid(replacement: Replacement, output: Value) -> Repetition:
+    """Raises ValueError where heads of keys and values, or others, read the same columns."""
+    operands = [o for _, o in replacement.site.shared if o.projection.output == output]
+    parts = [Part(o.columns, replacement.grouped.kv_heads) for o in operands]
+    return repetition(operands[0].projection.features, parts)
+
+
+def repeat_heads(editor: Editing, replacement: Replacement) -> tuple[list[ir.Node], float]:
+    """Edit the projections of keys and values; returns nodes that may be unread now, and the worst relative error of
+    weights that had to be quantised anew."""
+    outputs = dict.fromkeys(o.projection.output for _, o in replacement.site.shared)
+    done = [_reproject(editor, replacement, output) for output in outputs]
+    return [node for node, _ in done], max(error for _, error in done)
+
+
+def _reproject(editor: Editing, replacement: Replacement, output: Value) -> tuple[ir.Node, float]:
+    site, tensors, flow = replacement.site, replacement.tensors, editor.capture.flow
+    shared = [(role, o) for role, o in site.shared if o.projection.output == output]
+    projection, laid, name = shared[0][1].projection, _laid(replacement, output), f"{site.name}.{shared[0][0]}"
+    matrix = flow.value(projection.weight)
+    rows = np.concatenate([
+        (matrix if projection.out_first else matrix.T)[laid.kept], *(tensors[f"{role}_weight"] for role, _ in shared)
+    ])  # fmt: skip
+    nodes: list[ir.Node] = []
+    laid_rows = rows if projection.out_first else rows.T
+    weight, error = _held(editor, nodes, projection.weight, laid_rows, f"{name}.weight")
+    if projection.out_first:
+        weight = editor.write.op(nodes, "Transpose", [weight], f"{name}.weight_t", perm=[1, 0])
+    out = editor.write.op(nodes, "MatMul", [editor.value(projection.input), weight], f"{name}.matmul")
+    if projection.bias is not None:
+        kept = np.asarray(flow.value(projection.bias)).reshape(-1)[laid.kept]
+        vector = np.concatenate([kept, *(tensors[f"{role}_bias"] for role, _ in shared)])
+        bias, _ = _held(editor, nodes, projection.bias, vector, f"{name}.bias")
+        out = editor.write.op(nodes, "Add", [out, bias], f"{name}.projected")
+    index = editor.write.ints(laid.index.tolist(), f"{name}.heads")
+    out = editor.write.op(nodes, "Gather", [out, index], f"{name}.repeated", axis=-1)
+    old = editor.value(output)
+    given, wanted = (editor.capture.element_type(v) for v in (projection.input, output))
+    if wanted is not None and given is not None and wanted != given:
+        out = editor.write.op(nodes, "Cast", [out], f"{name}.cast", to=int(wanted))
+    producer = old.producer()
+    assert producer is not None
+    out.type, out.shape = old.type, old.shape
+    editor.graph.insert_after(producer, nodes)
+    old.replace_all_uses_with(out, replace_graph_outputs=True)
+    editor.standing_in[output] = out
+    return producer, error
+
+
+def _held(editor: Editing, nodes: list[ir.Node], like: Value, array: Array, name: str) -> tuple[ir.Value, float]:
+    """Numbers stored as the program stores the old ones, and the error of that."""
+    emitted: Emitted = emit_like(editor.value(like), array, name, editor.write.unique)
+    nodes += emitted.nodes
+    value = emitted.value if emitted.nodes else editor.share(emitted.value)
+    for stored in (*emitted.initializers, value):
+        if stored.producer() is None and stored.name and stored.name not in editor.graph.initializers:
+            editor.graph.register_initializer(stored)
+    return value, emitted.error
