@@ -55,7 +55,7 @@ def merge_calibrated(
     if isinstance(target, GroupedQuery) and site.interleaved:
         order = pair.freedom(site)
         if order.order is not None or _equal(pair.flow, site, target):
-            return target.pooled(pair.flow, site, order)
+            return target.gathered(pair.flow, site, order.order)
     elif _equal(pair.flow, site, target):
         return target.pooled(pair.flow, site)
     method = target.method(True)

@@ -113,20 +113,20 @@ class GroupedQuery:
         """
         plain = site.joined or (self.method(False) == "mean" and self.grouping == "contiguous")
         if plain or tied(flow, site, self.kv_heads):
-            free = freedom_of(flow, site, evidence, sharing) if evidence is not None and site.interleaved else None
-            return self.pooled(flow, site, free)
+            if not site.interleaved:
+                return self.pooled(flow, site)
+            if evidence is None:
+                return self.gathered(flow, site, "nothing was recorded of it")
+            return self.gathered(flow, site, freedom_of(flow, site, evidence, sharing).order)
         if evidence is None:
             raise ValueError(f"merge {self.merge!r} and grouping {self.grouping!r} need the site's evidence")
         freedom = freedom_of(flow, site, evidence, sharing)
         if site.interleaved and freedom.order is not None:
-            return self.pooled(flow, site, freedom)
+            return self.gathered(flow, site, freedom.order)
         return self.merged(flow, site, merge_site(flow, site, self, freedom), self.method(False))
 
-    def pooled(self, flow: Flow, site: AttentionSite, freedom: Freedom | None = None) -> Replacement:
-        """The mean of each group; exact where its heads are equal.
-
-        `freedom` is needed at interleaved sites, to bring query heads of a group together.
-        """
+    def pooled(self, flow: Flow, site: AttentionSite) -> Replacement:
+        """The mean of each group; exact where its heads are equal."""
         tensors: dict[str, Array] = {}
         exact = True
         for role, operand in site.shared:
@@ -136,10 +136,13 @@ class GroupedQuery:
                     tensors[f"{role}_{part}"] = mean_pool(tensor, operand.heads, self.kv_heads)
             exact &= all(ties(g, operand.heads, self.kv_heads) for g in operand_gains(flow, operand).values())
         tensors |= pooled_gains(flow, site, self.kv_heads)
-        done = Replacement(site, specification(site, self.kv_heads), tensors, exact, describe(site), self.name)
-        if not site.interleaved or self.kv_heads == 1:
-            return done
-        return gathering(flow, done, "nothing was recorded of it" if freedom is None else freedom.order)
+        return Replacement(site, specification(site, self.kv_heads), tensors, exact, describe(site), self.name)
+
+    def gathered(self, flow: Flow, site: AttentionSite, obstacle: str | None) -> Replacement:
+        """The same, with query heads of a group brought together where they are no neighbours, if nothing (`obstacle`)
+        keeps them from changing places."""
+        pooled = self.pooled(flow, site)
+        return gathering(flow, pooled, obstacle) if site.interleaved and self.kv_heads > 1 else pooled
 
     def groups(
         self,

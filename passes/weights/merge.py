@@ -91,8 +91,8 @@ def contiguous(kv_heads: int, groups: int) -> tuple[tuple[int, ...], ...]:
 
 
 def readers(groups: Sequence[Sequence[int]], group: Sequence[int]) -> list[list[int]]:
-    """For each group the query heads that read it, ascending; `group` is the key/value head of each query head."""
-    return [[h for h in range(len(group)) if group[h] in members] for members in groups]
+    """For each group the query heads that read it; `group` is the key/value head of each query head."""
+    return [[h for kv in members for h in range(len(group)) if group[h] == kv] for members in groups]
 
 
 def cut(weights: SiteWeights, members: Sequence[int], heads: Sequence[int], group: Sequence[int]) -> Group:

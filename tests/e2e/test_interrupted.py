@@ -17,6 +17,18 @@ DEAF = (
     "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # as a background shell starts us
 )
 PROGRAM = DEAF + "from rewriter.cli import main; main(sys.argv[1:])"
+PATIENT = """
+import sys, time
+write = sys.stderr.write
+def patient(text):
+    count = write(text)
+    sys.stderr.flush()
+    if any(line.startswith(AT) for line in text.splitlines()):
+        time.sleep(5)
+    return count
+sys.stderr.write = patient
+"""
+"""Waits for the signal where it is to come, however soon the work would be done."""
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +41,10 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def interrupted(words: list[str | Path], at: str, by: int = signal.SIGINT) -> tuple[int, str]:
     """(exit code, the rest of standard error) of a command that gets a signal when it prints a line that starts so."""
     child = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, *map(str, words), "--progress"], stderr=subprocess.PIPE, text=True, cwd=ROOT
+        [sys.executable, "-c", f"AT = {at!r}" + PATIENT + PROGRAM, *map(str, words), "--progress"],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
     )
     assert child.stderr is not None
     with child.stderr as stream:

@@ -535,7 +535,8 @@ def test_inspect_lists_blocks_beside_attentions() -> None:
     assert len({frozenset(r) for r in rows}) == 1, "rows of both kinds have the same keys"
     block = rows[1]
     assert block["status"] == "rewritable" and block["heads"] is None and block["causal"] is None
-    assert block["layout"] == f"gated, silu, {WIDTH} → {INNER} → {WIDTH}" and block["targets"] == []
+    assert block["layout"] == f"gated, silu, {WIDTH} → {INNER} → {WIDTH}"
+    assert block["targets"] == ["gau:pair", "flash-quad:pair", "flash:pair"]
     assert len(found.sites) == 2 and len({r["name"] for r in rows}) == 4
 
 

@@ -177,5 +177,6 @@ def test_the_catalogue_says_everything_about_each_target() -> None:
     assert len(set(names)) == len(names) and {"mqa", "gqaN"} <= set(names)
     for entry in CATALOGUE:
         assert all(entry.to_dict().values())
-        name = re.sub(r"\[:\w+\]", ":2", entry.name.replace("N", "2"))  # one number; of several the defaults
+        spelled = entry.name.replace("N", "2").replace("[:pair]", ":pair")
+        name = re.sub(r"\[:\w+\]", ":2", spelled)  # one number; of several the defaults
         assert entry.parse(re.sub(r"\[.*\]", "", name)) is not None, name
