@@ -18,15 +18,7 @@ from passes.dataflow import Array, Flow
 from passes.match.attention import Evidence
 from passes.site import AttentionSite
 from passes.targets.freedom import freedom_of
-from passes.targets.grouped_query import (
-    BY_BLOCKS,
-    INTERLEAVED,
-    JOINED,
-    GroupedQuery,
-    as_tensors,
-    describe,
-    specification,
-)
+from passes.targets.grouped_query import GroupedQuery, as_tensors, describe, shared_alone, specification
 from passes.targets.misfit import Misfit
 from passes.targets.replacement import Replacement
 from passes.weights.group import Moments
@@ -75,12 +67,8 @@ class DecoupledHeads:
 
     def refuses(self, site: AttentionSite) -> str | None:
         """As `GroupedQuery.refuses`; the door may find more."""
-        if site.joined:
-            return JOINED
-        if site.interleaved:
-            return INTERLEAVED
-        if site.by_blocks:
-            return BY_BLOCKS
+        if (reason := shared_alone(site)) is not None:
+            return reason
         if site.temperature is not None:
             return "each head's scores have a temperature of their own, which only shared heads can keep"
         if any(o.norm is not None and (o.norm.gains is not None or not o.norm.per_head) for o in (site.k, site.v)):

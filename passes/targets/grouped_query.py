@@ -34,6 +34,15 @@ INTERLEAVED = "query heads that share a key/value head are no neighbours; gqaN b
 BY_BLOCKS = "it attends within blocks of tokens, which have an axis of their own; only gqaN keeps that as it is"
 
 
+def shared_alone(site: AttentionSite) -> str | None:
+    """Why a site's heads can be shared (gqaN) and nothing else done with it, None if more can."""
+    if site.joined:
+        return JOINED
+    if site.interleaved:
+        return INTERLEAVED
+    return BY_BLOCKS if site.by_blocks else None
+
+
 @dataclass(frozen=True)
 class GroupedQuery:
     """Merge a site's key/value heads to `kv_heads`.

@@ -23,7 +23,7 @@ from codegen.spec import LinearAttention as Spec
 from passes.dataflow import Array, Flow
 from passes.match.attention import Evidence
 from passes.site import AttentionSite
-from passes.targets.grouped_query import BY_BLOCKS, INTERLEAVED, JOINED, describe
+from passes.targets.grouped_query import describe, shared_alone
 from passes.targets.replacement import Replacement
 from passes.targets.whole import Whole
 
@@ -55,12 +55,8 @@ class LinearHeads(Whole):
 
     def refuses(self, site: AttentionSite) -> str | None:
         """Why this site cannot become linear, as far as its description tells; the door may find more."""
-        if site.joined:
-            return JOINED
-        if site.interleaved:
-            return INTERLEAVED
-        if site.by_blocks:
-            return BY_BLOCKS
+        if (reason := shared_alone(site)) is not None:
+            return reason
         if site.cross:
             return "it is cross-attention: positions of two sequences do not correspond"
         changed: list[str] = [m.kind for m in site.modifiers if m.kind in ("temperature", "softcap", "sinks")]

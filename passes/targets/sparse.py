@@ -21,7 +21,7 @@ from codegen.sight import Pattern, Sight, visible
 from passes.dataflow import Flow
 from passes.match.attention import Evidence
 from passes.site import AttentionSite
-from passes.targets.grouped_query import BY_BLOCKS, INTERLEAVED, JOINED, describe, misplaced, specification
+from passes.targets.grouped_query import describe, misplaced, shared_alone, specification
 from passes.targets.replacement import Replacement
 from passes.targets.whole import Whole
 
@@ -50,12 +50,8 @@ class Sparse(Whole):
 
     def refuses(self, site: AttentionSite) -> str | None:
         """Why this site cannot follow a pattern of positions, or None."""
-        if site.joined:
-            return JOINED
-        if site.interleaved:
-            return INTERLEAVED
-        if site.by_blocks:
-            return BY_BLOCKS
+        if (reason := shared_alone(site)) is not None:
+            return reason
         if site.cross:
             return "it is cross-attention: positions of two sequences do not correspond"
         if getattr(self, "form", "") == "alternating" and "#" in site.name:
