@@ -21,6 +21,8 @@ from rewriter.install.mimicry import mimic_attributes
 from rewriter.install.token_mixer import TokenMixer
 from rewriter.install.unit_cache import Step, resumed
 
+NO_UNIT = "the attention before it did not become a gated unit, whose cache it would go on from"
+
 
 class UnitBlock(nn.Module):
     """Called like the block it replaces: hidden states in, hidden states out. Padding is not told apart.
@@ -97,19 +99,13 @@ def unit_blocks(model: nn.Module) -> dict[str, UnitBlock]:
 def follow(model: nn.Module) -> None:
     """Let units of attentions tell those behind them of caches.
 
-    Raises UnsupportedModel if what a block is said to be behind is no such unit.
+    Raises UnsupportedModel if what a block is said to be behind is no such unit, AttributeError if it is not there.
     """
     for path, block in unit_blocks(model).items():
         if not block.behind:
             continue
-        try:
-            unit = model.get_submodule(block.behind)
-        except AttributeError:
-            unit = model
+        unit = model.get_submodule(block.behind)
         if not isinstance(unit, TokenMixer):
             raise UnsupportedModel(f"{path}: {NO_UNIT}")
         if not any(block is known for known in unit.followers):
             unit.followers.append(block)
-
-
-NO_UNIT = "the attention before it did not become a gated unit, whose cache it would go on from"
