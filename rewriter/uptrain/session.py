@@ -135,7 +135,8 @@ def _reading(teacher: nn.Module, recipe: Recipe, tokenizer: Any, device: torch.d
         packed = is_causal(teacher, Batch({"input_ids": ids}, None))
     except (UsageError, UnsupportedModel):  # it takes other inputs: these are rows already
         packed = False
-    return Reading(packed, recipe.window, tokenizer, recipe.validation, recipe.seed)
+    batch = recipe.batch if recipe.group_by_length else 1
+    return Reading(packed, recipe.window, tokenizer, recipe.validation, recipe.seed, batch)
 
 
 def _padding(tokenizer: Any, teacher: nn.Module) -> int:
