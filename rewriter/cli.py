@@ -386,7 +386,10 @@ def uptrain(
     ],
     teacher: Annotated[Path, typer.Option("--teacher", metavar="T", help="The original: a Hugging Face directory.")],
     data: Annotated[
-        list[Path], typer.Option("--data", metavar="F…", help="Token ids, texts or inputs: one file or several.")
+        list[Path],
+        typer.Option(
+            "--data", metavar="F…", help="Token ids, texts or inputs in files; or `sampled`: the teacher writes."
+        ),
     ],
     more_data: Annotated[list[Path] | None, typer.Argument(metavar="F", hidden=True)] = None,
     steps: Annotated[int | None, typer.Option("--steps", help="Optimizer steps.")] = None,

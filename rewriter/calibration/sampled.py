@@ -72,7 +72,7 @@ def _config(model: torch.nn.Module) -> Any:
     can = getattr(model, "can_generate", None)
     if config is None or can is None or not can() or getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModel(
-            f"a {type(model).__name__} does not write text by itself, which calibration={SAMPLED!r} asks for",
-            hint="give token ids or texts (--calibration FILE)",
+            f"a {type(model).__name__} does not write text by itself, which {SAMPLED!r} asks for",
+            hint="give token ids or texts, e.g. in a file",
         )
     return config.get_text_config()

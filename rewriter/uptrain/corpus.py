@@ -52,7 +52,7 @@ def read(data: Any, reading: Reading, validation: Any = None) -> Rows:
 
     Raises UsageError for data that are missing, broken, too short or of an unknown kind.
     """
-    held = None if validation is None else _held(validation, reading)
+    held = None if validation is None else held_rows(validation, reading)
     if isinstance(data, tuple) and len(data) == 2 and callable(data[1]):
         reading = replace(reading, tokenizer=data[1])
         data = data[0]
@@ -64,7 +64,7 @@ def read(data: Any, reading: Reading, validation: Any = None) -> Rows:
     raise UsageError(f"the training data are a {type(data).__name__}", hint=HINT)
 
 
-def _held(validation: Any, reading: Reading) -> Sequence[Row]:
+def held_rows(validation: Any, reading: Reading) -> Sequence[Row]:
     """All of a stored validation set, or the first rows of a stream; at most four times what would be held out."""
     most = 4 * reading.held_out
     if isinstance(validation, tuple) and len(validation) == 2 and callable(validation[1]):

@@ -117,7 +117,7 @@ def stored(
         )
     train = rows[: len(rows) - count]
     held = rows[len(rows) - count :] if validation is None else validation
-    return StoredRows(train, held, _mean_tokens(train), _fingerprint(rows), seed, batch)
+    return StoredRows(train, held, _mean_tokens(train), fingerprint_of(rows), seed, batch)
 
 
 def streamed(
@@ -133,7 +133,7 @@ def streamed(
         )
     held = first[:count] if validation is None else validation
     even = len({length(row) for row in first}) == 1  # then nothing is read ahead: rows may be pictures
-    return StreamedRows(open_stream, held, _mean_tokens(first), _fingerprint(first), 1 if even else batch)
+    return StreamedRows(open_stream, held, _mean_tokens(first), fingerprint_of(first), 1 if even else batch)
 
 
 def length(row: Row) -> int:
@@ -147,7 +147,7 @@ def _mean_tokens(rows: Sequence[Row]) -> float:
     return float(np.mean([length(rows[i]) for i in range(0, len(rows), step)]))
 
 
-def _fingerprint(rows: Sequence[Row]) -> str:
+def fingerprint_of(rows: Sequence[Row]) -> str:
     """Of how many rows there are and of what some of them hold."""
     digest = hashlib.sha256(str(len(rows)).encode())
     for index in {*range(min(16, len(rows))), *range(0, len(rows), max(1, len(rows) // 64))}:
