@@ -10,7 +10,7 @@ held-out text are different plays, and no gradient step is taken; text of anothe
 (`benchmarks.other_text`), what healing gives back in minilm-healed and smollm2-healed (`benchmarks.healing`), what
 choosing for each layer gives in minilm-auto and smollm2-auto (`benchmarks.auto_choice`), what attention transfer gives
 linear attention in smollm2-linear (`benchmarks.linear_transfer`), and what Fourier mixes come to after healing in
-minilm-mixed (`benchmarks.mixed_healing`).
+minilm-mixed (`benchmarks.mixed_healing`). Files are written after every row.
 """
 
 from __future__ import annotations
@@ -249,13 +249,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for row in PARTS[name](options.quick):
             rows.append(row)
             print(f"{row.name} | {row.case} | {row.ours:.4g}", file=sys.stderr, flush=True)
-    text = document(rows, options.quick)
-    print(text)
+            _write(rows, options)
+    print(document(rows, options.quick))
+    return 0
+
+
+def _write(rows: Sequence[Row], options: argparse.Namespace) -> None:
+    """What is measured so far: a run of hours that is cut short keeps it."""
     if options.markdown:
-        put_section(options.markdown, "Fidelity", text)
+        put_section(options.markdown, "Fidelity", document(rows, options.quick))
     if options.json:
         write_json(options.json, rows)
-    return 0
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

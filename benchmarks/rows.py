@@ -1,4 +1,7 @@
-"""The rows that every benchmark reports, as JSON and as Markdown; and timing by minimum and median."""
+"""The rows that every benchmark reports, as JSON and as Markdown; and timing by minimum and median.
+
+Files are replaced whole, so that a benchmark may write them again after each row.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import machine
+from rewriter.whole_file import write_whole
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,7 @@ def interleaved(runs: int, *works: Callable[[], Any], clock: Clock = time.perf_c
 
 def write_json(path: Path, rows: Sequence[Row], **more: Any) -> None:
     document = {"machine": machine(), "rows": [row.to_dict() for row in rows], **more}
-    path.write_text(json.dumps(document, indent=1) + "\n")
+    write_whole(json.dumps(document, indent=1) + "\n", path)
 
 
 def markdown_table(header: Sequence[str], lines: Sequence[Sequence[object]]) -> str:
@@ -101,7 +105,8 @@ def put_section(path: Path, title: str, text: str) -> None:
     head, *sections = before.split("\n## ")
     kept = [s for s in sections if s.splitlines()[0] != title]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n## ".join([head.rstrip() + "\n", *(s.rstrip() + "\n" for s in kept), f"{title}\n\n{text}\n"]))
+    whole = "\n## ".join([head.rstrip() + "\n", *(s.rstrip() + "\n" for s in kept), f"{title}\n\n{text}\n"])
+    write_whole(whole, path)
 
 
 def put_lines(path: Path, title: str, text: str, table: str, keys: int) -> None:
@@ -115,7 +120,7 @@ def put_lines(path: Path, title: str, text: str, table: str, keys: int) -> None:
 def put_between(path: Path, mark: str, text: str) -> None:
     """Replace what stands between ``<!-- mark -->`` and ``<!-- end of mark -->``; raises ValueError without these."""
     head, _, tail = _parts(path, mark)
-    path.write_text(f"{head}{text}\n{tail}")
+    write_whole(f"{head}{text}\n{tail}", path)
 
 
 def between(path: Path, mark: str) -> str:

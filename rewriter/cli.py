@@ -386,7 +386,10 @@ def uptrain(
     ],
     teacher: Annotated[Path, typer.Option("--teacher", metavar="T", help="The original: a Hugging Face directory.")],
     data: Annotated[
-        list[Path], typer.Option("--data", metavar="F…", help="Token ids, texts or inputs: one file or several.")
+        list[Path],
+        typer.Option(
+            "--data", metavar="F…", help="Token ids, texts or inputs in files; or `sampled`: the teacher writes."
+        ),
     ],
     more_data: Annotated[list[Path] | None, typer.Argument(metavar="F", hidden=True)] = None,
     steps: Annotated[int | None, typer.Option("--steps", help="Optimizer steps.")] = None,
@@ -425,6 +428,10 @@ def uptrain(
     gradient_checkpointing: Annotated[
         bool | None, typer.Option("--gradient-checkpointing/--no-gradient-checkpointing", help="Save memory.")
     ] = None,
+    group_by_length: Annotated[
+        bool | None,
+        typer.Option("--group-by-length/--no-group-by-length", help="Batches of sequences about equally long."),
+    ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Of the data's order.")] = None,
     save_every: Annotated[int | None, typer.Option("--save-every", help="Steps between checkpoints.")] = None,
     validate_every: Annotated[int | None, typer.Option("--validate-every", help="Steps between validations.")] = None,
@@ -448,8 +455,8 @@ def uptrain(
         "steps": steps, "fraction": fraction, "pretraining_tokens": pretraining_tokens, "batch": batch,
         "window": window, "learning_rate": learning_rate, "layer_phase": layer_phase, "language_model": language_model,
         "train": train and train.value, "precision": precision and precision.value, "accumulate": accumulate,
-        "gradient_checkpointing": gradient_checkpointing, "seed": seed, "save_every": save_every,
-        "validate_every": validate_every,
+        "gradient_checkpointing": gradient_checkpointing, "group_by_length": group_by_length, "seed": seed,
+        "save_every": save_every, "validate_every": validate_every,
     }  # fmt: skip
     with _quiet():
         found = run_command(

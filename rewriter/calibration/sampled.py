@@ -3,7 +3,8 @@
 What merges keep is what the calibration text asks for, and text of one kind asks for little. A model's own text is of
 all kinds that it was trained on: sequences begin with a token drawn at random and go on as the model goes on (as
 LLM-QAT, arXiv 2305.17888, makes its data), at temperature 1 and from all of its vocabulary, so that what is rare stays
-in it.
+in it. A sequence is several short pieces one behind the other, as texts are packed for pre-training: of as many tokens,
+more beginnings make more kinds of text, and cost less to write.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from rewriter.errors import UnsupportedModel
 from rewriter.module_modes import evaluating
 
 SEQUENCES = 16
-_TOGETHER = 16
-"""Sequences that are written at the same time."""
+PIECE = 128
+"""Tokens that are written behind one beginning."""
+_TOGETHER = 64
+"""Pieces that are written at the same time."""
 
 
 def sampled_text(model: torch.nn.Module, *, sequences: int = SEQUENCES, length: int = WINDOW, seed: int = 0) -> Tensor:
@@ -27,7 +30,7 @@ def sampled_text(model: torch.nn.Module, *, sequences: int = SEQUENCES, length: 
 
     Args:
         model: of transformers, with `generate`; put in eval mode meanwhile. Nobody else sees other random numbers.
-        length: tokens of a sequence; fewer where the model has fewer positions.
+        length: tokens of a sequence, in pieces of at most `PIECE`; fewer where the model has fewer positions.
 
     Raises:
         UnsupportedModel: the model does not generate text by itself.
@@ -36,13 +39,15 @@ def sampled_text(model: torch.nn.Module, *, sequences: int = SEQUENCES, length: 
     length = min(length, getattr(config, "max_position_embeddings", None) or length)
     device = next(model.parameters()).device
     cards = [device] if device.type == "cuda" else []
+    pieces = -(-length // PIECE)
+    size = -(-length // pieces)
     with evaluating(model), torch.random.fork_rng(devices=cards), torch.no_grad():
         torch.manual_seed(seed)
+        count = sequences * pieces
         parts = [
-            _written(model, config, min(_TOGETHER, sequences - start), length, device)
-            for start in range(0, sequences, _TOGETHER)
+            _written(model, config, min(_TOGETHER, count - start), size, device) for start in range(0, count, _TOGETHER)
         ]
-    return torch.cat(parts)
+    return torch.cat(parts).reshape(sequences, pieces * size)[:, :length]
 
 
 def _written(model: Any, config: Any, rows: int, length: int, device: torch.device) -> Tensor:
@@ -67,7 +72,7 @@ def _config(model: torch.nn.Module) -> Any:
     can = getattr(model, "can_generate", None)
     if config is None or can is None or not can() or getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModel(
-            f"a {type(model).__name__} does not write text by itself, which calibration={SAMPLED!r} asks for",
-            hint="give token ids or texts (--calibration FILE)",
+            f"a {type(model).__name__} does not write text by itself, which {SAMPLED!r} asks for",
+            hint="give token ids or texts, e.g. in a file",
         )
     return config.get_text_config()

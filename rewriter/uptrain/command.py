@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rewriter.calibration.batches import SAMPLED
 from rewriter.errors import UsageError
 from rewriter.uptrain.recipe import Recipe
 
@@ -59,7 +60,7 @@ def run_command(
         done = uptrain(
             student,
             teacher,
-            list(data),
+            data_of(data),
             recipe=_recipe(places, settings),
             validation=validation,
             checkpoints=places.checkpoints,
@@ -76,6 +77,11 @@ def run_command(
         done.save_html(html, pictures_of(teacher))
     where = {"student": student, "teacher": teacher, "output": places.output, "checkpoints": places.checkpoints}
     return {**{k: str(v) for k, v in where.items()}, "data": [str(d) for d in data], **done.to_dict()}
+
+
+def data_of(paths: Sequence[Path]) -> list[Path] | str:
+    """The files, or the word for text that the teacher writes; a file of that name is a file."""
+    return SAMPLED if [str(p) for p in paths] == [SAMPLED] and not paths[0].exists() else list(paths)
 
 
 def _recipe(places: Places, settings: Mapping[str, Any]) -> Recipe:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ class Reading:
         window: tokens of a row, at most.
         tokenizer: for texts; may be None where there are none.
         held_out: rows for validation; seed: of the order.
+        batch: rows that are to be about equally long; 1 leaves the order as it is.
     """
 
     packed: bool
@@ -37,6 +38,7 @@ class Reading:
     tokenizer: Any
     held_out: int
     seed: int
+    batch: int = 1
 
     @property
     def longest(self) -> int:
@@ -50,23 +52,23 @@ def read(data: Any, reading: Reading, validation: Any = None) -> Rows:
 
     Raises UsageError for data that are missing, broken, too short or of an unknown kind.
     """
-    held = None if validation is None else _held(validation, reading)
+    held = None if validation is None else held_rows(validation, reading)
     if isinstance(data, tuple) and len(data) == 2 and callable(data[1]):
-        reading = Reading(reading.packed, reading.window, data[1], reading.held_out, reading.seed)
+        reading = replace(reading, tokenizer=data[1])
         data = data[0]
     if _is_stored(data):
         rows = _stored(data, reading)
-        return stored(rows, held_out=reading.held_out, seed=reading.seed, validation=held)
+        return stored(rows, held_out=reading.held_out, seed=reading.seed, validation=held, batch=reading.batch)
     if isinstance(data, Iterable):
-        return streamed(lambda: _stream(data, reading), held_out=reading.held_out, validation=held)
+        return streamed(lambda: _stream(data, reading), held_out=reading.held_out, validation=held, batch=reading.batch)
     raise UsageError(f"the training data are a {type(data).__name__}", hint=HINT)
 
 
-def _held(validation: Any, reading: Reading) -> Sequence[Row]:
+def held_rows(validation: Any, reading: Reading) -> Sequence[Row]:
     """All of a stored validation set, or the first rows of a stream; at most four times what would be held out."""
     most = 4 * reading.held_out
     if isinstance(validation, tuple) and len(validation) == 2 and callable(validation[1]):
-        reading = Reading(reading.packed, reading.window, validation[1], reading.held_out, reading.seed)
+        reading = replace(reading, tokenizer=validation[1])
         validation = validation[0]
     if _is_stored(validation):
         return _stored(validation, reading)[:most]

@@ -38,6 +38,8 @@ class Recipe:
         language_model: weight of next-token prediction on the data itself in the second phase.
         train: which parameters learn: "all", those of "blocks" (layers) in which something was rewritten, or only
             "rewritten" ones, those that differ from the teacher's.
+        group_by_length: make batches of sequences that are about equally long, so that little is padding; the order is
+            still random from batch to batch. Sequences of one length stay in the order in which they were drawn.
         accumulate: parts of a step that are run one after the other, to save memory.
         precision: "no" (float32), "bf16" or "fp16" products; None leaves it to ``accelerate launch``.
         gradient_checkpointing: compute activations twice, to save memory.
@@ -65,6 +67,7 @@ class Recipe:
     temperature: float = 1.0
     language_model: float = 0.0
     train: Train = "blocks"
+    group_by_length: bool = True
     accumulate: int = 1
     precision: Precision | None = None
     gradient_checkpointing: bool = False

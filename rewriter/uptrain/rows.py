@@ -12,6 +12,7 @@ import numpy as np
 
 from passes.dataflow import Array
 from rewriter.errors import UsageError
+from rewriter.uptrain.alike import alike, stretch_before
 
 Row = Mapping[str, Array]
 """The inputs of one example by name, without the batch axis: ``input_ids`` [T], ``pixel_values`` [C, H, W], …"""
@@ -43,20 +44,27 @@ class Rows(Protocol):
 
 @dataclass(frozen=True)
 class StoredRows:
-    """Examples that can be read in any order: a new random order in each epoch, a function of the seed alone."""
+    """Examples that can be read in any order: a new random order in each epoch, a function of the seed alone.
+
+    Attributes:
+        batch: rows that are to be about equally long; 1 leaves the order as it is drawn.
+    """
 
     train: Sequence[Row]
     validation: Sequence[Row]
     tokens: float
     fingerprint: str
     seed: int
+    batch: int = 1
 
     def since(self, position: int) -> Iterator[Row]:
         count = len(self.train)
         for epoch in itertools.count(position // count):
             order = np.random.default_rng([self.seed, epoch]).permutation(count)
-            for index in order[position % count if epoch == position // count else 0 :]:
-                yield self.train[int(index)]
+            done = max(position - epoch * count, 0)
+            start = stretch_before(done, epoch * count, self.batch)
+            rows = (self.train[int(index)] for index in order[start:])
+            yield from itertools.islice(alike(rows, length, epoch * count + start, self.batch), done - start, None)
 
 
 @dataclass(frozen=True)
@@ -65,24 +73,28 @@ class StreamedRows:
 
     Attributes:
         open: a new pass over all examples; what a pass starts with is held out for validation.
+        batch: as in `StoredRows`; a stretch of batches is then read at a time.
     """
 
     open: Callable[[], Iterator[Row]]
     validation: Sequence[Row]
     tokens: float
     fingerprint: str
+    batch: int = 1
 
     def since(self, position: int) -> Iterator[Row]:
         """What lies before `position` is read and dropped: slower than training starts anew, and always right."""
-        skip = position
+        skip, first = position, 0
         while True:
             passed = 0
-            for row in itertools.islice(self.open(), len(self.validation), None):
+            rows = itertools.islice(self.open(), len(self.validation), None)
+            for row in alike(rows, length, first, self.batch):
                 passed += 1
                 if skip:
                     skip -= 1
                     continue
                 yield row
+            first += passed
             if not passed:
                 raise UsageError(
                     "the data ended, and cannot be read a second time",
@@ -90,7 +102,9 @@ class StreamedRows:
                 )
 
 
-def stored(rows: Sequence[Row], *, held_out: int, seed: int, validation: Sequence[Row] | None = None) -> StoredRows:
+def stored(
+    rows: Sequence[Row], *, held_out: int, seed: int, validation: Sequence[Row] | None = None, batch: int = 1
+) -> StoredRows:
     """Hold out the last rows, at most `held_out` and at most one in ten, unless `validation` is given.
 
     Raises UsageError if nothing is left to train on.
@@ -103,11 +117,11 @@ def stored(rows: Sequence[Row], *, held_out: int, seed: int, validation: Sequenc
         )
     train = rows[: len(rows) - count]
     held = rows[len(rows) - count :] if validation is None else validation
-    return StoredRows(train, held, _mean_tokens(train), _fingerprint(rows), seed)
+    return StoredRows(train, held, _mean_tokens(train), fingerprint_of(rows), seed, batch)
 
 
 def streamed(
-    open_stream: Callable[[], Iterator[Row]], *, held_out: int, validation: Sequence[Row] | None = None
+    open_stream: Callable[[], Iterator[Row]], *, held_out: int, validation: Sequence[Row] | None = None, batch: int = 1
 ) -> StreamedRows:
     """Hold out the first rows unless `validation` is given; raises UsageError for a stream that is too short."""
     first = list(itertools.islice(open_stream(), held_out + SAMPLE))
@@ -118,7 +132,8 @@ def streamed(
             hint="give more data, hold out fewer, or give validation data apart",
         )
     held = first[:count] if validation is None else validation
-    return StreamedRows(open_stream, held, _mean_tokens(first), _fingerprint(first))
+    even = len({length(row) for row in first}) == 1  # then nothing is read ahead: rows may be pictures
+    return StreamedRows(open_stream, held, _mean_tokens(first), fingerprint_of(first), 1 if even else batch)
 
 
 def length(row: Row) -> int:
@@ -132,7 +147,7 @@ def _mean_tokens(rows: Sequence[Row]) -> float:
     return float(np.mean([length(rows[i]) for i in range(0, len(rows), step)]))
 
 
-def _fingerprint(rows: Sequence[Row]) -> str:
+def fingerprint_of(rows: Sequence[Row]) -> str:
     """Of how many rows there are and of what some of them hold."""
     digest = hashlib.sha256(str(len(rows)).encode())
     for index in {*range(min(16, len(rows))), *range(0, len(rows), max(1, len(rows) // 64))}:

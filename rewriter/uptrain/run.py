@@ -42,7 +42,8 @@ def uptrain(
             `twin`, of which a trained copy is made.
         teacher: the original: a torch module or a path to a Hugging Face directory. It is not changed.
         data: token ids (an integer array, [N] or [B, T]), texts, (texts, tokenizer), files (.txt, .jsonl, .npy, .npz,
-            .safetensors), named inputs, or an iterable of texts, id lists or inputs (a dataset, which may stream).
+            .safetensors), named inputs, an iterable of texts, id lists or inputs (a dataset, which may stream), or
+            "sampled": the teacher, a causal language model, writes them as training goes on.
             Causal models get windows of packed text, others one text a sequence.
         steps, fraction, pretraining_tokens: how long to train; they take precedence over the recipe's.
         recipe: everything else that decides what comes out.

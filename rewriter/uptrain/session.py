@@ -11,16 +11,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from rewriter.calibration.batches import is_sampled
 from rewriter.errors import UnsupportedModel, UsageError
 from rewriter.uptrain import checkpoint
 from rewriter.uptrain.batch import Batch, check_vocabulary, collate
-from rewriter.uptrain.corpus import Reading, read
+from rewriter.uptrain.corpus import Reading, held_rows, read
 from rewriter.uptrain.loop import Loop, Progress, State
 from rewriter.uptrain.objective import Distillation, is_causal, plan
 from rewriter.uptrain.observe import modes, restore_modes
 from rewriter.uptrain.pairs import changed, to_train
 from rewriter.uptrain.recipe import Recipe
 from rewriter.uptrain.result import Uptrained
+from rewriter.uptrain.rows import Rows
+from rewriter.uptrain.written import written_rows
 
 SHARDED = ("FSDP", "DEEPSPEED")
 
@@ -55,7 +58,7 @@ def train(
     if not learning:
         raise UsageError("no parameter would learn: what was rewritten has none", hint='train "blocks" or "all"')
     with _ready(student, teacher, recipe, learning, accelerator.device):
-        rows = read(data, _reading(teacher, recipe, tokenizer, accelerator.device), validation)
+        rows = _rows(data, _reading(teacher, recipe, tokenizer, accelerator.device), validation, teacher)
         pad = _padding(tokenizer, teacher)
         sample = collate(list(rows.validation[: min(4, recipe.batch)]), pad).to(accelerator.device)
         check_vocabulary(sample, teacher, "teacher")
@@ -135,7 +138,15 @@ def _reading(teacher: nn.Module, recipe: Recipe, tokenizer: Any, device: torch.d
         packed = is_causal(teacher, Batch({"input_ids": ids}, None))
     except (UsageError, UnsupportedModel):  # it takes other inputs: these are rows already
         packed = False
-    return Reading(packed, recipe.window, tokenizer, recipe.validation, recipe.seed)
+    batch = recipe.batch if recipe.group_by_length else 1
+    return Reading(packed, recipe.window, tokenizer, recipe.validation, recipe.seed, batch)
+
+
+def _rows(data: Any, reading: Reading, validation: Any, teacher: nn.Module) -> Rows:
+    if not is_sampled(data):
+        return read(data, reading, validation)
+    held = None if validation is None else held_rows(validation, reading)
+    return written_rows(teacher, reading.window, reading.seed, reading.held_out, held)
 
 
 def _padding(tokenizer: Any, teacher: nn.Module) -> int:

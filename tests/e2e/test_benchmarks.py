@@ -194,6 +194,32 @@ def test_fidelity_lists_every_row_below_its_model() -> None:
     assert "11.5" in text["Whisper tiny.en"] and "0.125" in text["Whisper tiny.en"]
 
 
+def test_fidelity_keeps_what_was_measured_before_it_was_cut_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, page = tmp_path / "fidelity.json", tmp_path / "page.md"
+    page.write_text("# Benchmarks\n\n## Fidelity\n\nold\n\n## Other\n\nkept\n")
+    seen: list[list[str]] = []
+
+    def part(_: bool) -> Iterator[rows.Row]:
+        for name in ("first", "second"):
+            yield rows.Row("minilm cosine", name, 0.9, None, None, "cosine", None, None, None)
+            written = [r["case"] for r in json.loads(target.read_text())["rows"]]
+            text = page.read_text()
+            assert [f"| {case} |" in text for case in ("first", "second")] == [
+                case in written for case in ("first", "second")
+            ]
+            assert "old" not in text and "kept" in text
+            seen.append(written)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fidelity, "PARTS", {"cut": part})
+    with pytest.raises(KeyboardInterrupt):
+        fidelity.main(["--json", str(target), "--markdown", str(page)])
+    assert seen == [["first"], ["first", "second"]]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["fidelity.json", "page.md"]
+
+
 def test_an_unknown_part_is_a_usage_error() -> None:
     assert fidelity.main(["--only", "no-such-part"]) == 2
 

@@ -12,6 +12,7 @@ import torch
 
 import rewriter
 from passes.targets import GroupedQuery
+from rewriter.calibration import sampled
 from rewriter.calibration.batches import SAMPLED, batches
 from rewriter.calibration.sampled import sampled_text
 from rewriter.errors import UnsupportedModel, UsageError
@@ -44,6 +45,25 @@ def test_text_is_of_the_models_own_distribution(llama: Any) -> None:
     entropy = float(-(chances.exp() * chances).sum(-1).mean())
     assert surprise(ids) == pytest.approx(entropy, rel=0.1)  # as surprising as the model says
     assert surprise(shuffled) > 1.5 * surprise(ids)  # control
+
+
+def test_sequences_are_pieces_with_beginnings_of_their_own(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first token of a piece is any, and the others follow from it."""
+
+    def begins_anew() -> float:
+        """How much more surprising tokens 8 and 16 are than the others."""
+        ids = sampled_text(llama, sequences=32, length=22)
+        assert ids.shape == (32, 22)
+        with torch.no_grad():
+            chances = llama(ids).logits[:, :-1].log_softmax(-1)
+        surprise = -chances.gather(-1, ids[:, 1:, None])[..., 0].mean(dim=0)  # of tokens 1 to 21
+        begins = torch.isin(torch.arange(1, 22), torch.tensor([8, 16]))
+        return float(surprise[begins].mean() / surprise[~begins].mean())
+
+    assert begins_anew() < 1.2  # control: one piece
+    monkeypatch.setattr(sampled, "PIECE", 8)
+    monkeypatch.setattr(sampled, "_TOGETHER", 50)  # divides neither pieces nor sequences
+    assert begins_anew() > 1.5
 
 
 def test_it_is_the_same_each_time_and_leaves_no_trace(llama: Any) -> None:

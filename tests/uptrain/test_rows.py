@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 from rewriter.errors import UsageError
 from rewriter.uptrain.batch import collate
 from rewriter.uptrain.corpus import Reading, read
+from rewriter.uptrain.rows import stored
 
 
 class Words:
@@ -142,6 +143,59 @@ def test_named_inputs_of_other_models() -> None:
     rows = read({"pixel_values": pixels}, reading(packed=False))
     batch = collate(list(itertools.islice(rows.since(0), 4)))
     assert batch.inputs["pixel_values"].shape == (4, 3, 4, 4) and batch.valid is None and batch.tokens == 4
+
+
+# ------------------------------------------------------------------ batches of sequences that are about equally long
+
+BATCH = 4
+
+
+def ragged(count: int) -> list[Any]:
+    """Rows that can be told apart by their last token, of 1 to 12 tokens."""
+    lengths = np.random.default_rng(3).integers(0, 12, count)
+    return [{"input_ids": [7] * int(n) + [100 + i]} for i, n in enumerate(lengths)]
+
+
+def ragged_rows(kind: str, count: int, batch: int = BATCH) -> Any:
+    how = Reading(False, 16, Words(), 2, 0, batch)
+    if kind == "stream":
+        return read(Stream(ragged(count)), how)
+    arrays = [{"input_ids": np.asarray(row["input_ids"])} for row in ragged(count)]
+    return stored(arrays, held_out=2, seed=0, batch=batch)
+
+
+def spread(rows: Any, batches: int) -> float:
+    """Longest less shortest sequence of a batch, on average."""
+    lengths = [len(ids) for ids in taken(rows, 0, BATCH * batches)]
+    return float(np.mean([np.ptp(lengths[i : i + BATCH]) for i in range(0, len(lengths), BATCH)]))
+
+
+@pytest.mark.parametrize("kind", ["stored", "stream"])
+def test_sequences_of_a_batch_are_about_equally_long(kind: str) -> None:
+    assert spread(ragged_rows(kind, 402), 100) < 1.5
+    assert spread(ragged_rows(kind, 402, batch=1), 100) > 5  # the control
+
+
+@pytest.mark.parametrize("count", [9, 71, 160], ids=["less than a stretch", "odd", "several stretches"])
+@pytest.mark.parametrize("kind", ["stored", "stream"])
+def test_grouped_rows_come_once_in_each_pass_and_can_be_taken_up_anywhere(kind: str, count: int) -> None:
+    rows = ragged_rows(kind, count)
+    each = count - len(rows.validation)
+    straight = taken(rows, 0, 3 * each)
+    names = [ids[-1] for ids in straight]
+    passes = [names[i : i + each] for i in range(0, 3 * each, each)]
+    assert all(len(set(one)) == each for one in passes) and sorted(passes[0]) == sorted(passes[2])
+    for start in (1, 3, each - 1, each, each + 2, 2 * each + 5):
+        assert taken(rows, start, 3 * each - start) == straight[start:]
+    lengths = [len(ids) for ids in straight[: each // BATCH * BATCH]]
+    means = [np.mean(lengths[i : i + BATCH]) for i in range(0, len(lengths), BATCH)]
+    assert len(means) < 4 or means != sorted(means), "batches are shuffled"
+
+
+def test_sequences_of_one_length_keep_their_order() -> None:
+    rows = [{"input_ids": np.asarray([i])} for i in range(100)]
+    plain, grouped = (taken(stored(rows, held_out=2, seed=0, batch=batch), 0, 150) for batch in (1, BATCH))
+    assert plain == grouped
 
 
 def test_padding_is_masked() -> None:
