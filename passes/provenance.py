@@ -44,6 +44,8 @@ SourceKind = Literal["projection", "biased", "norm", "input"]
 
 
 _POOLING = frozenset({"amax", "ReduceMax", "MaxPool", "max_pool1d", "max_pool2d"})
+_AVERAGING = frozenset({"mean", "ReduceMean", "AveragePool", "avg_pool1d", "avg_pool2d", "adaptive_avg_pool2d"})
+_SCATTERING = frozenset({"index_add", "scatter_add", "scatter_reduce", "index_put"})
 
 
 class Opaque(Exception):
@@ -243,6 +245,18 @@ class Tracer:
             raise Opaque(
                 "the largest of several numbers is taken between projection and score (pooling), so heads are no "
                 "linear map of one token; leave this attention as it is (layers= selects others)",
+                node,
+            )
+        if node.op.rpartition(".")[2] in _AVERAGING:
+            raise Opaque(
+                "tokens are averaged between projection and score (landmarks, as in Nyström attention, or pooling), so "
+                "no single token is compared; leave this attention as it is (layers= selects others)",
+                node,
+            )
+        if node.op.rpartition(".")[2].rstrip("_") in _SCATTERING:
+            raise Opaque(
+                "what projections give is added up, between projection and score, at places that are chosen by "
+                "something computed from hidden states (a router), so heads are no linear map of one token",
                 node,
             )
         raise Opaque(f"operator {node.op} between projection and score is not understood", node)

@@ -779,6 +779,8 @@ class _Lookup:
         batches, tokens = rows.shape
         self.batch = np.full(int(to_rows.max()) + 1, -1)
         self.token = np.full(int(to_rows.max()) + 1, -1)
+        self.gathers = len(np.unique(rows)) < rows.size
+        """Whether some token stands in several places."""
         self.batch[rows] = np.arange(batches)[:, None]
         self.token[rows] = np.arange(tokens)[None]
         self.head = np.full(int(to_columns.max()) + 1, -1)
@@ -993,6 +995,11 @@ def _stem(
             best = (value, axes, features)
             if _plain(axes):
                 break
+    if best is None and lookup.gathers:
+        raise NotUnderstood(
+            "some of its tokens stand in several places (blocks of keys that are gathered for each block of queries), "
+            "as sparse attention in blocks lays them out; all tokens with a mask are the same and are read"
+        )
     if best is None:
         raise NotUnderstood("the operand's heads are never separate from other features before they are changed")
     return best

@@ -35,7 +35,7 @@ from rewriter.install.reproduction import disagreement
 from rewriter.install.shared_cache import share, sharing, unshare
 from rewriter.install.stored_weight import Location, locate
 from rewriter.install.tensors import owned_parameter
-from rewriter.module_modes import evaluating
+from rewriter.module_modes import evaluating, unchanged
 
 HINT = "rewrite its exported program instead: pass torch.export.export(model, ...)"
 
@@ -397,7 +397,7 @@ def _with_cache(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
         return None
     given = {**kwargs, "use_cache": True}
     try:
-        with torch.no_grad(), evaluating(model):
+        with torch.no_grad(), evaluating(model), unchanged(model):
             first = model(**given)
             cache = first.past_key_values
             if tokens == "input_ids" and (mask := given.get("attention_mask")) is not None:
