@@ -235,10 +235,18 @@ class Tracer:
             return self._masked_fill(node)
         if node.op == "RotaryEmbedding":
             return self._rotary_embedding(node)
+        if node.op == "BatchNormalization" and self._convolves(node.inputs[0]):
+            return self.trace(node.inputs[0])  # refused there, for what is the greater obstacle
         if node.op == "BatchNormalization":
             raise Opaque(
                 "a batch normalisation stands between projection and scores; fold it into the projection's weights "
                 "first (torch.nn.utils.fusion), which is the same",
+                node,
+            )
+        if node.op in {"Conv", "aten.conv_transpose1d", "aten.conv_transpose2d"}:
+            raise Opaque(
+                "a convolution mixes tokens between projection and score, so what is compared is no projection of one "
+                "token; leave this attention as it is (layers= selects others)",
                 node,
             )
         if node.op.rpartition(".")[2] in _POOLING:
@@ -260,6 +268,15 @@ class Tracer:
                 node,
             )
         raise Opaque(f"operator {node.op} between projection and score is not understood", node)
+
+    def _convolves(self, value: Value) -> bool:
+        """Whether a value is laid out from a convolution over several tokens, or in groups."""
+        while (node := self.flow.producer(value)) is not None and node.op in LAYOUT | PASS_THROUGH:
+            value = node.inputs[0]
+        if node is None or node.op != "Conv":
+            return False
+        kernel = self.flow.shape(node.inputs[1])
+        return any(n != 1 for n in kernel[2:]) or kernel[1] != self.flow.shape(node.inputs[0])[1]
 
     def _pairs(self, node: Node, data: int, table: int) -> Form:
         """Pairs of features times matrices of two rows."""

@@ -22,6 +22,7 @@ from passes.dataflow import Array, Flow, Node, Value, Weight
 from passes.products import with_products
 from passes.softmaxes import with_softmaxes
 from rewriter.capture.aten_names import Literal, canonical
+from rewriter.capture.folded_norms import fold_norms
 from rewriter.capture.pointwise import write_as_linear
 from rewriter.capture.torch_trace import trace, writes_through_views
 from rewriter.errors import NotExportable, UnsupportedModel, first_line
@@ -109,7 +110,7 @@ def exported(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
             if writes_through_views(program.graph):
                 program = program.run_decompositions({})  # no operator is decomposed, but none works in place any more
             is_edited = isinstance(module, GraphModule)  # in place of a module, which keeps its convolutions
-            if not is_edited and write_as_linear(program.graph):
+            if not is_edited and (write_as_linear(program.graph) | fold_norms(program.graph)):
                 program.graph_module.recompile()
             return program
     except Exception as error:  # torch.export raises many unrelated types

@@ -183,19 +183,6 @@ class TurnedByHead(Projects):
         return self.merged((q @ k.transpose(-2, -1)).softmax(-1) @ v)
 
 
-class NormalisedByBatch(Projects):
-    """A batch normalisation behind the keys' projection."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.BatchNorm1d(WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, _, v = self.heads(x)
-        k = self.norm(self.k(x).flatten(0, 1)).view(*x.shape[:2], HEADS, DIM).transpose(1, 2)
-        return self.merged((q @ k.transpose(-2, -1)).softmax(-1) @ v)
-
-
 class TalkingOnTop(Projects):
     """What is mixed between heads is added to the scores."""
 
@@ -335,7 +322,6 @@ REASONS: dict[type[Projects], str] = {
     HeadByHead: "its heads are joined from 4 projections",
     ByChannel: "it weighs features by features",
     Warmed: "scores are multiplied by something computed from hidden states",
-    NormalisedByBatch: "fold it into the projection's weights first",
     TalkingOnTop: "mixed between heads",
     PooledQueries: "(pooling), so heads are no linear map",
     TurnedByHead: "rotated by angles of their own",
@@ -430,3 +416,43 @@ class ByToken(nn.Module):
 
 def test_matrices_made_of_each_token_mix_no_tokens() -> None:
     assert not rewriter.inspect(ByToken(False).eval(), example_inputs=(_x(),)).refusals
+
+
+class NormalisedByBatch(Projects):
+    """A batch normalisation behind the keys' projection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, _, v = self.heads(x)
+        k = self.norm(self.k(x).flatten(0, 1)).view(*x.shape[:2], HEADS, DIM).transpose(1, 2)
+        return self.merged((q @ k.transpose(-2, -1)).softmax(-1) @ v)
+
+
+def test_batch_norms_behind_projections_are_folded_by_whoever_edits_a_graph(tmp_path: Path) -> None:
+    module, path = NormalisedByBatch().eval(), tmp_path / "model.onnx"
+    torch.onnx.export(module, (_x(),), str(path), dynamo=False, opset_version=17, input_names=["x"])
+    program = torch.export.export(module, (_x(),), strict=False)
+    for seen in (rewriter.inspect(path), rewriter.inspect(program)):
+        assert ["fold it into the projection's weights first" in r.reason for r in seen.refusals] == [True]
+    assert len(rewriter.inspect(module, example_inputs=(_x(),)).sites) == 1
+
+
+class Blurred(Projects):
+    """A convolution over neighbouring tokens stands behind the queries' projection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blur, self.norm = nn.Conv1d(WIDTH, WIDTH, 3, padding=1, groups=WIDTH), nn.BatchNorm1d(WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, k, v = self.heads(x)
+        q = self.norm(self.blur(self.q(x).transpose(1, 2))).unflatten(1, (HEADS, DIM)).transpose(-2, -1)
+        return self.merged((q @ k.transpose(-2, -1)).softmax(-1) @ v)
+
+
+def test_a_convolution_behind_a_projection_is_what_a_norm_behind_it_is_refused_for() -> None:
+    (refusal,) = rewriter.inspect(Blurred().eval(), example_inputs=(_x(),)).refusals
+    assert "over 3 tokens" in refusal.reason or "mixes tokens between projection and score" in refusal.reason
