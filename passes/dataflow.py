@@ -144,6 +144,10 @@ class Flow:
         readers = self.readers(value)
         return [n for n in readers if n.index in self._live] or readers
 
+    def is_read(self, value: Value) -> bool:
+        """Whether an output of the program depends on it; true of every value of a program without outputs."""
+        return value in self.outputs or not self._live or any(n.index in self._live for n in self.readers(value))
+
     @cached_property
     def _live(self) -> frozenset[int]:
         return frozenset(n.index for n in self.ancestors(*self.outputs))

@@ -44,6 +44,8 @@ SourceKind = Literal["projection", "biased", "norm", "input"]
 
 
 _POOLING = frozenset({"amax", "ReduceMax", "MaxPool", "max_pool1d", "max_pool2d"})
+_AVERAGING = frozenset({"mean", "ReduceMean", "AveragePool", "avg_pool1d", "avg_pool2d", "adaptive_avg_pool2d"})
+_SCATTERING = frozenset({"index_add", "scatter_add", "scatter_reduce", "index_put"})
 
 
 class Opaque(Exception):
@@ -233,10 +235,18 @@ class Tracer:
             return self._masked_fill(node)
         if node.op == "RotaryEmbedding":
             return self._rotary_embedding(node)
+        if node.op == "BatchNormalization" and self._convolves(node.inputs[0]):
+            return self.trace(node.inputs[0])  # refused there, for what is the greater obstacle
         if node.op == "BatchNormalization":
             raise Opaque(
                 "a batch normalisation stands between projection and scores; fold it into the projection's weights "
                 "first (torch.nn.utils.fusion), which is the same",
+                node,
+            )
+        if node.op in {"Conv", "aten.conv_transpose1d", "aten.conv_transpose2d"}:
+            raise Opaque(
+                "a convolution mixes tokens between projection and score, so what is compared is no projection of one "
+                "token; leave this attention as it is (layers= selects others)",
                 node,
             )
         if node.op.rpartition(".")[2] in _POOLING:
@@ -245,7 +255,28 @@ class Tracer:
                 "linear map of one token; leave this attention as it is (layers= selects others)",
                 node,
             )
+        if node.op.rpartition(".")[2] in _AVERAGING:
+            raise Opaque(
+                "tokens are averaged between projection and score (landmarks, as in Nyström attention, or pooling), so "
+                "no single token is compared; leave this attention as it is (layers= selects others)",
+                node,
+            )
+        if node.op.rpartition(".")[2].rstrip("_") in _SCATTERING:
+            raise Opaque(
+                "what projections give is added up, between projection and score, at places that are chosen by "
+                "something computed from hidden states (a router), so heads are no linear map of one token",
+                node,
+            )
         raise Opaque(f"operator {node.op} between projection and score is not understood", node)
+
+    def _convolves(self, value: Value) -> bool:
+        """Whether a value is laid out from a convolution over several tokens, or in groups."""
+        while (node := self.flow.producer(value)) is not None and node.op in LAYOUT | PASS_THROUGH:
+            value = node.inputs[0]
+        if node is None or node.op != "Conv":
+            return False
+        kernel = self.flow.shape(node.inputs[1])
+        return any(n != 1 for n in kernel[2:]) or kernel[1] != self.flow.shape(node.inputs[0])[1]
 
     def _pairs(self, node: Node, data: int, table: int) -> Form:
         """Pairs of features times matrices of two rows."""

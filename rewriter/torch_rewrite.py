@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from codegen.spec import GatedAttention, MixedChunkAttention
-from passes.dataflow import Array, Flow
+from passes.dataflow import Array, Flow, Value
 from passes.match.attention import Matches
 from passes.match.feed_forward import find_feed_forward
 from passes.match.stacked import find_plain_attention
@@ -230,6 +230,10 @@ def _install(
     left: dict[str, _Owned] = {}
     reasons: dict[str, str] = {}
     for group in owned:
+        if (other := _lender(group, owned)) is not None:
+            left[group.path] = group
+            reasons.update({r.site.name: f"its keys and values are those of {other}" for r in group.replacements})
+            continue
         try:
             _install_one(module, flow, group, records)
         except UnsupportedModel as error:
@@ -250,6 +254,18 @@ def _install(
             hint="a module that cannot be replaced can be rewritten as a graph: pass torch.export.export(model, ...)",
         )
     return replace(decision, replacements=tuple(done), refused=refused), kept
+
+
+def _lender(group: _Owned, owned: Sequence[_Owned]) -> str | None:
+    """Another module whose attention reads the keys and values of this one's, if both keep their form."""
+    if not all(_keeps_its_form(r) for r in group.replacements):
+        return None
+    mine = _shared_weights(group)
+    return next((o.path for o in owned if o is not group and mine & _shared_weights(o)), None)
+
+
+def _shared_weights(group: _Owned) -> set[Value]:
+    return {o.projection.weight for r in group.replacements for _, o in r.site.shared}
 
 
 def _behind_units(

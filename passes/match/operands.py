@@ -779,6 +779,8 @@ class _Lookup:
         batches, tokens = rows.shape
         self.batch = np.full(int(to_rows.max()) + 1, -1)
         self.token = np.full(int(to_rows.max()) + 1, -1)
+        self.gathers = len(np.unique(rows)) < rows.size
+        """Whether some token stands in several places."""
         self.batch[rows] = np.arange(batches)[:, None]
         self.token[rows] = np.arange(tokens)[None]
         self.head = np.full(int(to_columns.max()) + 1, -1)
@@ -844,14 +846,17 @@ def _name_axes(code: Array, fields: dict[str, int]) -> Axes:
         if len(varying) > 1:  # the part that changes at the first step is the minor one
             varying.sort(key=_varying(code.take((0, 1), axis=axis), axis, fields).__contains__)
         names.append("".join(varying))
-    missing = [k for k in "bhsd" if not any(k in n for n in names)]
+    missing = [k for k in "bsdh" if not any(k in n for n in names)]  # heads of size 1 are told from features last
+    missing = missing if len(missing) > names.count("") else sorted(missing, key="bhsd".index)
     for axis, name in enumerate(names):
         if not name and missing:
             names[axis] = missing.pop(0)
     if missing == ["b"] and names[0] == "h" and sorted(names) == ["d", "h", "s"]:  # one sequence: a batch of one
         return ("bh", *names[1:])
     for key in missing:  # an axis of size 1 that was squeezed into its neighbour
-        minor = next(i for i, n in enumerate(names) if ("d" if key == "h" else "s") in n)
+        minor = next((i for i, n in enumerate(names) if ("d" if key == "h" else "s") in n), None)
+        if minor is None:
+            raise NotUnderstood("it has a single token and a single head here; pass example_inputs with more tokens")
         names[minor] = key + names[minor]
     return tuple(names)
 
@@ -993,6 +998,11 @@ def _stem(
             best = (value, axes, features)
             if _plain(axes):
                 break
+    if best is None and lookup.gathers:
+        raise NotUnderstood(
+            "some of its tokens stand in several places (blocks of keys that are gathered for each block of queries), "
+            "as sparse attention in blocks lays them out; all tokens with a mask are the same and are read"
+        )
     if best is None:
         raise NotUnderstood("the operand's heads are never separate from other features before they are changed")
     return best

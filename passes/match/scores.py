@@ -136,6 +136,16 @@ def score_path(flow: Flow, anchor: Node) -> ScorePath:
     return _written_out(flow, anchor)
 
 
+CONTENT_BIAS = (
+    "the score bias is computed from hidden states (content-dependent positions); only biases from masks and positions "
+    "can be kept"
+)
+ORDER_OF_OTHERS = (
+    "its operator is causal over {keys} keys for {queries} queries, counted from the first of each, so it compares "
+    "positions of different sequences (as where cross-attention is called without a mask); pass example_inputs with "
+    "the mask that this model is used with"
+)
+
 _LEARNED = (
     "all that it attends to is learned (object queries that have not met the input yet), so its result is the same "
     "for every input and can be stored instead of computed"
@@ -159,12 +169,15 @@ def _fused(flow: Flow, anchor: Node) -> ScorePath:
         raise NotUnderstood(f"its {' and '.join(named)} are no learned projection of what the program is given")
     modifiers: list[Modifier] = []
     if anchor.attrs.get("is_causal"):
+        queries, keys = (flow.shape(v)[-2] for v in (q, k))
+        if queries != keys and anchor.op == "Attention":
+            raise NotUnderstood(ORDER_OF_OTHERS.format(queries=queries, keys=keys))
         modifiers.append(Modifier("causal"))
     if softcap := float(anchor.attrs.get("softcap", 0.0)):
         modifiers.append(Modifier("softcap", number=softcap))
     if mask:
         if flow.data_dependent(mask):
-            raise NotUnderstood("the score bias is computed from hidden states")
+            raise NotUnderstood(CONTENT_BIAS)
         modifiers.append(_mask_or_bias(flow, mask))
     heads, kv_heads = anchor.attrs.get("q_num_heads"), anchor.attrs.get("kv_num_heads")
     flat = len(flow.shape(q)) == 3 and bool(heads)
@@ -199,6 +212,8 @@ def _mask_or_bias(flow: Flow, value: Value) -> Modifier:
 
 
 def _written_out(flow: Flow, softmax: Node) -> ScorePath:
+    if not any(flow.is_read(v) for v in softmax.outputs if v):
+        raise Unrelated("nothing reads what it gives")
     rank = len(flow.shape(softmax.inputs[0]))
     axis = int(softmax.attrs.get("axis", -1)) % max(rank, 1)
     columns = rank >= 2 and axis == rank - 2
@@ -259,6 +274,11 @@ def _first_contraction(flow: Flow, value: Value) -> Node | None:
 
 def _contracts(node: Node) -> bool:
     return node.op in CONTRACTIONS or node.op == "Baddbmm"
+
+
+def _contracted(node: Node) -> tuple[Value, ...]:
+    """The two operands of a contraction."""
+    return node.inputs[1:3] if node.op == "Baddbmm" else node.inputs[:2]
 
 
 def _samples(flow: Flow, softmax: Node) -> str | None:
@@ -327,7 +347,7 @@ class _Backward:
 
     def _asked_by_parameters(self, node: Node, free: Value) -> NotUnderstood | None:
         """What to say of keys that are compared with stored queries; None of a matrix that tokens are multiplied by."""
-        if free != node.inputs[0] or min(len(self.flow.shape(v)) for v in node.inputs[:2]) < 3:
+        if free != _contracted(node)[0] or min(len(self.flow.shape(v)) for v in _contracted(node)) < 3:
             return None
         return NotUnderstood(
             "its queries are learned numbers that no projection makes, so it has no query heads to read; project them "
@@ -374,9 +394,9 @@ class _Backward:
 
     def _free_operand(self, node: Node) -> Value | None:
         """The one of a contraction's operands that no fed data reaches, if the other is made of hidden states."""
-        if node.op not in CONTRACTIONS or node.op == "QLinearMatMul" or len(node.inputs) < 2:
+        if not _contracts(node) or node.op == "QLinearMatMul" or len(node.inputs) < 2:
             return None
-        free = [v for v in node.inputs[:2] if not self.flow.is_fed(v)]
+        free = [v for v in _contracted(node) if not self.flow.is_fed(v)]
         return free[0] if len(free) == 1 else None
 
     def _is_contraction(self, node: Node) -> bool:
@@ -523,9 +543,18 @@ class _Backward:
         widths = [self.flow.shape(v)[-1] for v in node.inputs]
         appended = sum(widths) == self.flow.shape(node.outputs[0])[-1]
         if len(rest) != 1 or self.flow.data_dependent(rest[0]) or not appended or self.modifiers or self.scale != 1.0:
-            raise NotUnderstood("columns are joined to the scores, but not as attention sinks are")
+            raise NotUnderstood(self._joined(node))
         self.modifiers.append(Modifier("sinks", rest[0]))
         return score
+
+    def _joined(self, node: Node) -> str:
+        """Why columns that are joined to the scores are no sinks."""
+        if all(self.flow.data_dependent(v) for v in node.inputs):
+            return (
+                "its scores are joined from several products (with global keys and with keys nearby, or with blocks of "
+                "keys); joined keys in one product, with a mask, are the same and are read"
+            )
+        return "columns are joined to the scores, but not as attention sinks are"
 
     def _clamped(self, node: Node) -> Value:
         """A floor so low that only masked scores reach it, and a ceiling as high, change nothing."""
@@ -597,10 +626,7 @@ def _split_operands(flow: Flow, node: Node) -> tuple[Value, Value]:
     if all(deep) and node.op in {"Mul", "Div"}:
         raise NotUnderstood("scores are multiplied by something computed from hidden states (a learned temperature)")
     if all(deep):
-        raise NotUnderstood(
-            "the score bias is computed from hidden states (content-dependent positions); "
-            "only biases from masks and positions can be kept"
-        )
+        raise NotUnderstood(CONTENT_BIAS)
     return (a, b) if deep[0] else (b, a)
 
 
@@ -623,7 +649,7 @@ def _qk_operands(flow: Flow, node: Node) -> tuple[OperandView, OperandView, Valu
         if node.attrs.get("beta", 1.0) == 0:  # whatever stands there, uninitialised memory mostly, is not read
             return OperandView(a, -2, -1), OperandView(b, -1, -2), None
         if flow.data_dependent(bias):
-            raise NotUnderstood("the score bias is computed from hidden states")
+            raise NotUnderstood(CONTENT_BIAS)
         return OperandView(a, -2, -1), OperandView(b, -1, -2), bias
     a, b = node.inputs[:2]
     if node.op in {"MatMul", "FusedMatMul"} and not _moves_batch(node):
@@ -704,7 +730,7 @@ def _context(flow: Flow, value: Value, turned: bool) -> _Mix | str | None:
         tests = [n for n in readers if n.op == "IsNaN"]
         rest = [n for n in readers if n not in tests]
         if len(rest) != 1:
-            return f"{len(rest)} readers: {', '.join(sorted({n.op for n in rest}))}" if rest else None
+            return _read_apart(rest) if rest else None
         node = rest[0]
         nodes += [n.index for n in tests]
         nodes.append(node.index)
@@ -720,8 +746,20 @@ def _context(flow: Flow, value: Value, turned: bool) -> _Mix | str | None:
             zero_nan, value = True, node.outputs[0]
         elif node.op in {"Where", "MaskedFill"}:
             return f"some of them are replaced (by {node.op}), and not just where the same mask hid their scores"
+        elif node.op in {"Add", "Sub", "Mul", "Div"}:
+            return f"they are combined with other numbers first ({node.op}; a gate, or other weights added to them)"
         else:
             return f"operator {node.op} reads them"
+
+
+def _read_apart(readers: list[Node]) -> str:
+    """Where weights go that more than one operator reads."""
+    operators = {n.op for n in readers}
+    if operators & {"Max", "ArgMax", "TopK"} or any("argmax" in op for op in operators):
+        return "only the largest of each token's count (a hard assignment), so no softmax weighs values"
+    if operators & CONTRACTIONS and all(n.op in CONTRACTIONS | {"Transpose", "ReduceSum"} for n in readers):
+        return "they enter several products (as where their inverse is approximated, in Nyström attention)"
+    return f"{len(readers)} readers: {', '.join(sorted(operators))}"
 
 
 def _reaches_contraction(flow: Flow, softmax: Node) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator
 
 from passes.dataflow import CONTRACTIONS, LAYOUT, Flow, Node, Value
 from passes.match.scores import FOREIGN_ANCHORS, FUSED_ANCHORS
-from passes.provenance import data_operands
+from passes.provenance import Opaque, Tracer, data_operands
 
 REASON = (
     "it weighs tokens without a softmax of scores (linear attention, retention, a gated unit or a state-space layer); "
@@ -47,15 +47,31 @@ class _Found:
 
     def __init__(self, flow: Flow, elsewhere: frozenset[int]) -> None:
         self.flow, self.elsewhere = flow, elsewhere
+        self.tracer = Tracer(flow)
         self._states: dict[Value, bool] = {}
         self._normalised: dict[Value, bool] = {}
 
     def of_states(self, node: Node) -> bool:
-        """Whether a node contracts hidden states with hidden states, not with weights that a router has chosen."""
+        """Whether a node contracts hidden states with hidden states, not with weights that a router has chosen, nor
+        with matrices of which each token has its own."""
         if node.op not in _COMBINING or self.flow.projection_operands(node) is not None:
             return False
         operands = node.inputs[-2:] if node.op == "Baddbmm" else node.inputs[:2]
-        return len(operands) == 2 and all(self._carries(v) for v in operands)
+        of_states = len(operands) == 2 and all(self._carries(v) for v in operands)
+        return of_states and not any(self._by_token(v) for v in operands)
+
+    def _by_token(self, value: Value) -> bool:
+        """Whether each matrix of a stack is one token's row of a projection, laid out: that mixes no tokens."""
+        try:
+            form = self.tracer.trace(value)
+            ids = form.ids[0]
+            sources = self.tracer.source_of(ids)
+        except (Opaque, LookupError, ValueError):
+            return False
+        if len(form.ids) != 1 or len(sources) != 1 or ids.ndim < 4 or 1 in ids.shape[-2:] or not (ids > 0).all():
+            return False
+        rows = (ids - sources[0].base) // sources[0].shape[-1]
+        return bool((rows == rows[..., :1, :1]).all())
 
     def _carries(self, value: Value) -> bool:
         """Whether elements of a projection's output arrive in `value`, other than by choosing among stored ones."""

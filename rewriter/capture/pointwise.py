@@ -27,7 +27,7 @@ def write_as_linear(graph: Graph) -> bool:
 
     A product is an attention's if a softmax reads it or it reads one.
     """
-    found = [n for n in dict.fromkeys(_read_by_attention(graph)) if _is_pointwise(n)]
+    found = [n for n in dict.fromkeys(read_by_attention(graph)) if _is_pointwise(n)]
     for node in found:
         _replace(graph, node)
     if found:
@@ -35,18 +35,20 @@ def write_as_linear(graph: Graph) -> bool:
     return bool(found)
 
 
-def _name(node: FxNode) -> str:
+def operator_name(node: FxNode) -> str:
+    """The aten operator of a node without its overload; "" for all else."""
     schema = getattr(node.target, "_schema", None)
     return str(schema.name).rpartition("::")[2] if schema is not None else ""
 
 
-def _read_by_attention(graph: Graph) -> Iterator[FxNode]:
+def read_by_attention(graph: Graph) -> Iterator[FxNode]:
+    """The convolutions, products and linear layers nearest above attentions' queries, keys and values."""
     for node in graph.nodes:
-        if _name(node) == _FUSED:
+        if operator_name(node) == _FUSED:
             yield from _next(node, _above)
-        elif _name(node) in _SOFTMAXES:
+        elif operator_name(node) in _SOFTMAXES:
             for product in (*_next(node, _above), *_next(node, _below)):
-                if _name(product) in _PRODUCTS:
+                if operator_name(product) in _PRODUCTS:
                     yield from _next(product, _above)
 
 
@@ -66,7 +68,7 @@ def _next(start: FxNode, step: Callable[[FxNode], Iterable[FxNode]]) -> Iterator
         if node in seen:
             continue
         seen.add(node)
-        if _name(node) in _ENDS:
+        if operator_name(node) in _ENDS:
             yield node
         else:
             todo.extend(step(node))
@@ -74,7 +76,7 @@ def _next(start: FxNode, step: Callable[[FxNode], Iterable[FxNode]]) -> Iterator
 
 def _is_pointwise(node: FxNode) -> bool:
     """Whether a convolution multiplies each place by one matrix, and does nothing else."""
-    if _name(node) not in _CONVOLUTIONS:
+    if operator_name(node) not in _CONVOLUTIONS:
         return False
     shapes = [getattr(n.meta.get("val"), "shape", None) for n in node.all_input_nodes[:2]]
     schema = node.target._schema  # type: ignore[union-attr]
@@ -99,6 +101,7 @@ def _replace(graph: Graph, node: FxNode) -> None:
         result = graph.call_function(aten.movedim.int, (product, -1, 1))
     for new in (rows, matrix, product, result):
         new.meta.update({k: copy.copy(node.meta[k]) for k in ("nn_module_stack", "stack_trace") if k in node.meta})
-    result.meta["val"] = node.meta.get("val")
+    shape = node.meta.get("val")
+    result.meta["val"], product.meta["val"] = shape, None if shape is None else shape.movedim(1, -1)
     node.replace_all_uses_with(result)
     graph.erase_node(node)

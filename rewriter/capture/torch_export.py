@@ -22,10 +22,11 @@ from passes.dataflow import Array, Flow, Node, Value, Weight
 from passes.products import with_products
 from passes.softmaxes import with_softmaxes
 from rewriter.capture.aten_names import Literal, canonical
+from rewriter.capture.folded_norms import fold_norms
 from rewriter.capture.pointwise import write_as_linear
 from rewriter.capture.torch_trace import trace, writes_through_views
 from rewriter.errors import NotExportable, UnsupportedModel, first_line
-from rewriter.module_modes import evaluating
+from rewriter.module_modes import evaluating, unchanged
 
 STACK_TRACES_OFF = "do_not_emit_stack_traces"
 """The setting of torch.fx by which nodes get none."""
@@ -88,7 +89,7 @@ def capture(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
 def _traced(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TorchCapture | None:
     """One run instead of an export; None if it cannot be traced either."""
     try:
-        with evaluating(module), _unchanged(module):
+        with evaluating(module), unchanged(module):
             graph, bound = trace(module, args, kwargs)
         return TorchCapture(None, view_graph_module(graph, bound).flow)
     except Exception:  # the exporter's reason, which comes first, is the one to tell
@@ -101,7 +102,7 @@ def exported(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
         with (
             evaluating(module),
             torch.no_grad(),
-            _unchanged(module),
+            unchanged(module),
             _without_stack_traces(),
             contextlib.redirect_stderr(io.StringIO()),  # on failure the exporter prints the graph it has so far
         ):
@@ -109,7 +110,7 @@ def exported(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
             if writes_through_views(program.graph):
                 program = program.run_decompositions({})  # no operator is decomposed, but none works in place any more
             is_edited = isinstance(module, GraphModule)  # in place of a module, which keeps its convolutions
-            if not is_edited and write_as_linear(program.graph):
+            if not is_edited and (write_as_linear(program.graph) | fold_norms(program.graph)):
                 program.graph_module.recompile()
             return program
     except Exception as error:  # torch.export raises many unrelated types
@@ -133,22 +134,6 @@ def _without_stack_traces() -> Iterator[None]:
         yield
     finally:
         setattr(config, STACK_TRACES_OFF, before)
-
-
-@contextlib.contextmanager
-def _unchanged(module: torch.nn.Module) -> Iterator[None]:
-    """Put back what a forward caches on its modules: under export it would be fake tensors."""
-    before = [(m, dict(m._buffers), dict(m.__dict__)) for m in module.modules()]
-    try:
-        yield
-    finally:
-        for owner, buffers, attributes in before:
-            owner._buffers.clear()
-            owner._buffers.update(buffers)
-            for name in [n for n, v in owner.__dict__.items() if isinstance(v, torch.Tensor)]:
-                if name not in attributes:
-                    del owner.__dict__[name]
-            owner.__dict__.update({n: v for n, v in attributes.items() if n != "_buffers"})
 
 
 def view(program: torch.export.ExportedProgram, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TorchCapture:

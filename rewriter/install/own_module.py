@@ -75,4 +75,6 @@ def form_obstacle(site: AttentionSite) -> str | None:
 def _convolves(flow: Flow, operand: Operand) -> bool:
     """Whether a projection's matrix is stored as the kernel of a convolution."""
     node = flow.producer(operand.projection.weight)
+    if node is not None and node.op == "Mul":  # by the factors of a norm behind it
+        node = flow.producer(node.inputs[0])
     return node is not None and node.op == "Reshape" and len(flow.shape(node.inputs[0])) > 2

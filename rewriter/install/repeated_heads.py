@@ -24,6 +24,7 @@ from rewriter.errors import UnsupportedModel, first_line
 from rewriter.install.call_record import CallRecord, record_calls, snapshot
 from rewriter.install.huggingface import guard_saving
 from rewriter.install.kept import Kept
+from rewriter.install.neutral_norm import NormedColumns, neutralise, normed_columns
 from rewriter.install.repeated_projection import (
     RepeatedProjection,
     replace_projection,
@@ -35,7 +36,7 @@ from rewriter.install.reproduction import disagreement
 from rewriter.install.shared_cache import share, sharing, unshare
 from rewriter.install.stored_weight import Location, locate
 from rewriter.install.tensors import owned_parameter
-from rewriter.module_modes import evaluating
+from rewriter.module_modes import evaluating, unchanged
 
 HINT = "rewrite its exported program instead: pass torch.export.export(model, ...)"
 
@@ -162,12 +163,46 @@ def _edit(
     records: Mapping[str, CallRecord],
 ) -> bool:
     """Edit and prove; True if the projections compute less, too. Raises UnsupportedModel, the model unchanged."""
-    edits = _edits(model, flow, replacements)
 
     def run() -> list[Any]:
         with torch.no_grad(), evaluating(model):
             return [_called(model.get_submodule(path), records[path]) for path in callers]
 
+    restore = _without_norms(model, flow, replacements, run)
+    try:
+        return _merged(model, _edits(model, flow, replacements), run)
+    except UnsupportedModel:
+        restore()
+        raise
+
+
+def _without_norms(model: nn.Module, flow: Flow, replacements: Sequence[Replacement], run: Run) -> Callable[[], None]:
+    """Make batch norms behind these sites' keys and values neutral, and prove that this changes nothing; what undoes
+    it. Raises UnsupportedModel, the model unchanged."""
+    found = {
+        (columns.norm, columns.channels.tobytes()): columns
+        for r in replacements
+        for _, operand in r.site.shared
+        if (columns := _normed(flow, operand)) is not None
+    }
+    if not found:
+        return lambda: None
+    expected = run()
+    restore = neutralise(model, list(found.values()))
+    reason = _compared(run, expected)
+    if reason is not None:
+        restore()
+        raise UnsupportedModel(f"its batch normalisation cannot be moved into the projection: {reason}", hint=HINT)
+    return restore
+
+
+def _normed(flow: Flow, operand: Operand) -> NormedColumns | None:
+    projection = operand.projection
+    return normed_columns(flow, projection.weight, 0 if projection.out_first else -1, operand.columns)
+
+
+def _merged(model: nn.Module, edits: Sequence[_Edit], run: Run) -> bool:
+    """As `_edit`, of edits that are worked out."""
     expected = _widened(model, edits, run)
     reasons = []
     for method in (_as_projections, _as_parameters):
@@ -210,7 +245,7 @@ def _edits(model: nn.Module, flow: Flow, replacements: Sequence[Replacement]) ->
             for part, value, axis, where in read:
                 if value is None:
                     continue
-                place, rows = locate(flow, value, axis, where), r.tensors[f"{role}_{part}"]
+                place, rows = _place(flow, operand, value, axis, where), r.tensors[f"{role}_{part}"]
                 if place is None or not _is_parameter(model, place.key):
                     if _stays(flow.value(value), axis, where, rows):
                         continue
@@ -225,6 +260,14 @@ def _edits(model: nn.Module, flow: Flow, replacements: Sequence[Replacement]) ->
                 norms.add(place.key)
     edits = [_edit_of(model, places[key], list(found.values())) for key, found in entries.items()]
     return [replace(edit, projects=key not in norms) for key, edit in zip(entries, edits, strict=True)]
+
+
+def _place(flow: Flow, operand: Operand, value: Value, axis: int | None, columns: Array) -> Location | None:
+    """Where columns of a matrix (which has an axis of them) or of a bias are stored."""
+    place = locate(flow, value, axis, columns)
+    if place is None and (normed := _normed(flow, operand)) is not None:
+        return normed.bias if axis is None else normed.matrix
+    return place
 
 
 def _gains_entry(flow: Flow, operand: Operand, value: Value, numbers: Array, heads: int) -> tuple[Location, _Entry]:
@@ -397,7 +440,7 @@ def _with_cache(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
         return None
     given = {**kwargs, "use_cache": True}
     try:
-        with torch.no_grad(), evaluating(model):
+        with torch.no_grad(), evaluating(model), unchanged(model):
             first = model(**given)
             cache = first.past_key_values
             if tokens == "input_ids" and (mask := given.get("attention_mask")) is not None:

@@ -451,10 +451,10 @@ def test_a_module_with_query_heads_along_two_axes_is_rewritten(inner: bool) -> N
 class Pool(nn.Module):
     """Attention of a few learned queries over the tokens."""
 
-    def __init__(self, fused: bool) -> None:
+    def __init__(self, spelling: str) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.queries, self.norm, self.fused = nn.Parameter(torch.randn(3, WIDTH)), nn.LayerNorm(WIDTH), fused
+        self.queries, self.norm, self.spelling = nn.Parameter(torch.randn(3, WIDTH)), nn.LayerNorm(WIDTH), spelling
         self.wq, self.wk, self.wv, self.wo = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -462,15 +462,20 @@ class Pool(nn.Module):
         q, k, v = (
             p(t).view(len(x), -1, HEADS, DIM).transpose(1, 2) for p, t in ((self.wq, given), (self.wk, x), (self.wv, x))
         )
-        weights = (q @ k.mT * DIM**-0.5).softmax(-1)
-        y = F.scaled_dot_product_attention(q, k, v) if self.fused else weights @ v
+        if self.spelling == "fused":
+            y = F.scaled_dot_product_attention(q, k, v)
+        elif self.spelling == "bias in the product":
+            rows, keys, bias = (t.flatten(0, 1) for t in (q, k, torch.zeros(*q.shape[:3], k.shape[2])))
+            y = (torch.baddbmm(bias, rows * DIM**-0.5, keys.mT).softmax(-1) @ v.flatten(0, 1)).unflatten(0, q.shape[:2])
+        else:
+            y = (q @ k.mT * DIM**-0.5).softmax(-1) @ v
         out: Tensor = self.wo(y.transpose(1, 2).flatten(2))
         return out
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["written out", "fused"])
-def test_learned_queries_make_a_site(fused: bool) -> None:
-    module = nn.Sequential(nn.Linear(WIDTH, WIDTH), Pool(fused)).eval()
+@pytest.mark.parametrize("spelling", ["written out", "fused", "bias in the product"])
+def test_learned_queries_make_a_site(spelling: str) -> None:
+    module = nn.Sequential(nn.Linear(WIDTH, WIDTH), Pool(spelling)).eval()
     pool = module[1]
     with torch.no_grad():
         for projection in (pool.wk, pool.wv):  # type: ignore[union-attr]
@@ -503,7 +508,7 @@ def test_queries_that_nothing_is_learned_for_are_refused() -> None:
             k, v = (p(x).view(len(x), -1, HEADS, DIM).transpose(1, 2) for p in (self.wk, self.wv))
             return F.scaled_dot_product_attention(q, k, v)
 
-    (refusal,) = matches(Fixed(True), features()).refusals
+    (refusal,) = matches(Fixed("fused"), features()).refusals
     assert "neither from the input nor from a projected parameter" in refusal.reason
 
 

@@ -1,0 +1,126 @@
+"""Batch normalisations behind projections, as vision models have them: their heads are shared, in modules."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import rewriter
+from rewriter.install.repeated_projection import repeated
+from tests.targets.lossless_twin import distance
+
+WIDTH, HEADS, DIM, SIDE = 32, 4, 8, 3
+EXACT, MOVED = 1e-4, 1e-3
+
+
+class Normed(nn.Module):
+    """Attention over an image [B, 32, N, N], of which all projections end in a batch norm.
+
+    Args:
+        spelling: "linear" (tokens are flattened for the norm), "packed" (one linear layer makes all three), "conv" or
+            "conv with bias".
+    """
+
+    def __init__(self, spelling: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.spelling = spelling
+        outputs = [3 * WIDTH] if spelling == "packed" else [WIDTH] * 3
+        conv, bias = spelling.startswith("conv"), spelling == "conv with bias"
+        self.maps = nn.ModuleList(
+            nn.Conv2d(WIDTH, n, 1, bias=bias) if conv else nn.Linear(WIDTH, n, bias=False) for n in outputs
+        )
+        self.norms = nn.ModuleList((nn.BatchNorm2d if conv else nn.BatchNorm1d)(n) for n in outputs)
+        self.out = nn.Conv2d(WIDTH, WIDTH, 1)
+
+    def projected(self, x: Tensor) -> list[Tensor]:
+        """Queries, keys and values, each [B, 32, tokens]."""
+        if self.spelling.startswith("conv"):
+            return [norm(m(x)).flatten(2) for m, norm in zip(self.maps, self.norms, strict=True)]
+        rows = x.flatten(2).transpose(1, 2)
+        made = [m(rows) for m in self.maps]
+        normed = [norm(y.flatten(0, 1)).reshape_as(y).transpose(1, 2) for norm, y in zip(self.norms, made, strict=True)]
+        return list(normed[0].chunk(3, dim=1)) if self.spelling == "packed" else normed
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (y.unflatten(1, (HEADS, DIM)) for y in self.projected(x))
+        weights = (q.transpose(-2, -1) @ k * DIM**-0.5).softmax(-1)
+        out: Tensor = self.out((v @ weights.transpose(-2, -1)).flatten(1, 2).view_as(x))
+        return out
+
+
+def image(seed: int) -> Tensor:
+    return torch.randn(2, WIDTH, SIDE, SIDE, generator=torch.Generator().manual_seed(seed))
+
+
+def twin(spelling: str, perturbed: str = "") -> nn.Sequential:
+    """Keys and values of two heads at a time are equal behind their norms; `perturbed`: but for one head's numbers of
+    that name."""
+    module = Normed(spelling)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for norm in module.norms:
+            for name, low in (("weight", -1.5), ("bias", -1.0), ("running_mean", -1.0), ("running_var", 0.5)):
+                tensor = getattr(norm, name)
+                tensor.copy_(low + 2.0 * torch.rand(tensor.shape, generator=generator))
+        for part in (*module.maps, *module.norms):
+            for name, tensor in (*part.named_parameters(), *part.named_buffers()):
+                if tensor.dim() == 0:
+                    continue
+                rows = tensor.view(-1, HEADS, DIM, *tensor.shape[1:])
+                shared = rows[1:] if module.spelling == "packed" else rows
+                if part in (module.maps[0], module.norms[0]) and module.spelling != "packed":
+                    continue
+                shared[:, 1::2] = shared[:, ::2].clone()
+                if name == perturbed and part in (module.norms[-1],):
+                    shared[-1, -1] += 0.5
+    return nn.Sequential(nn.Identity(), module).eval()
+
+
+SPELLINGS = ["linear", "packed", "conv", "conv with bias"]
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_norms_behind_projections_are_moved_into_them(spelling: str) -> None:
+    module = twin(spelling)
+    kept = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    new = rewriter.optimize(module, "gqa2", example_inputs=(image(0),))
+    assert [row.exact for row in new.rewrite_report.sites] == [True]
+    with torch.no_grad():
+        assert distance(new(image(1)), module(image(1))) < EXACT
+    assert all(torch.equal(kept[name], tensor) for name, tensor in module.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var"])
+@pytest.mark.parametrize("spelling", ["packed", "conv with bias"])
+def test_a_norm_that_tells_heads_apart_makes_the_step_lossy(spelling: str, name: str) -> None:
+    module = twin(spelling, name)
+    new = rewriter.optimize(module, "gqa2", example_inputs=(image(0),))
+    assert [row.exact for row in new.rewrite_report.sites] == [False]
+    with torch.no_grad():
+        assert distance(new(image(1)), module(image(1))) > MOVED
+
+
+def test_what_is_kept_with_its_norm_is_saved_and_loaded(tmp_path: Path) -> None:
+    module = twin("conv")
+    new = rewriter.optimize(module, "gqa2", example_inputs=(image(0),))
+    assert [*repeated(new)]
+    norm, old = new[1].norms, module[1].norms
+    assert torch.equal(norm[0].weight, old[0].weight) and not torch.equal(norm[1].bias, old[1].bias)
+    assert torch.equal(norm[1].running_mean, torch.zeros(WIDTH))
+    torch.save(new.state_dict(), tmp_path / "weights.pt")
+    again = rewriter.optimize(twin("conv", "bias"), "gqa2", example_inputs=(image(0),))
+    again.load_state_dict(torch.load(tmp_path / "weights.pt"))
+    with torch.no_grad():
+        assert distance(again(image(1)), new(image(1))) == 0
+
+
+def test_in_training_features_keep_the_spread_that_the_norm_gave_them() -> None:
+    module = twin("conv")
+    new = rewriter.optimize(module, "gqa2", example_inputs=(image(0),))
+    with torch.no_grad():
+        before, after = (m[1].norms[1].train()(m[1].maps[1](image(2))) for m in (module, new))
+    assert torch.allclose(before.std((0, 2, 3)), after.std((0, 2, 3)), rtol=1e-2)  # epsilon has its part
