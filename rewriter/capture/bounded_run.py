@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import onnx_ir as ir
 import onnxruntime as ort
@@ -39,8 +39,16 @@ def time_limit(model: ir.Model) -> float | None:
     return seconds
 
 
+class Runs(Protocol):
+    """A session of onnxruntime, or what answers like one."""
+
+    def run(
+        self, names: Sequence[str] | None, feeds: Mapping[str, Array], options: ort.RunOptions | None = None, /
+    ) -> Sequence[Any]: ...
+
+
 def run_within(
-    seconds: float | None, session: ort.InferenceSession, names: Sequence[str] | None, feeds: Mapping[str, Array]
+    seconds: float | None, session: Runs, names: Sequence[str] | None, feeds: Mapping[str, Array]
 ) -> list[Any]:
     """As ``session.run``, stopped after some seconds if a number is given; raises RunsTooLong then."""
     if seconds is None:

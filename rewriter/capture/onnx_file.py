@@ -7,6 +7,7 @@ Only what lies around anchors is recorded. Structure comes from the file; layout
 from __future__ import annotations
 
 import ast
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -31,6 +32,8 @@ from rewriter.capture.onnx_elementwise import single_node
 from rewriter.capture.onnx_vocabulary import OPERATORS
 from rewriter.capture.quantised import QuantisedProduct, quantised_product
 from rewriter.capture.sequences import OnTensors, on_tensors
+from rewriter.capture.stretches import NODES as STRETCH
+from rewriter.capture.stretches import Stretches, open_stretches
 from rewriter.capture.unfuse import WrittenOut, obstacle
 from rewriter.errors import UnsupportedModel, first_line
 
@@ -182,34 +185,35 @@ def _first_run(
 
 
 class _Session:
-    """One onnxruntime session, optimisation off, with extra outputs."""
+    """The model in onnxruntime, optimisation off, with extra outputs; in one session, or in stretches if it is long."""
 
     def __init__(self, model: ir.Model, extra: Sequence[str], constants: _Constants) -> None:
         self.model, self.extra, self.constants = model, extra, constants
         self.time_limit = time_limit(model)
-        self._session: ort.InferenceSession | None = None
 
-    def _open(self) -> ort.InferenceSession:
+    @cached_property
+    def _opened(self) -> ort.InferenceSession | Stretches:
         proto = ir.serde.serialize_model(self.model)
         present = {o.name for o in proto.graph.output}
-        proto.graph.output.extend(onnx.ValueInfoProto(name=n) for n in self.extra if n not in present)
+        wanted = [n for n in self.extra if n not in present]
+        opened = partial(open_session, folder=data_folder(self.model), optimise=False)
+        if len(proto.graph.node) > STRETCH:
+            with contextlib.suppress(Exception):  # opened as a whole, it says what is wrong with it
+                return open_stretches(proto, wanted, opened)
+        proto.graph.output.extend(onnx.ValueInfoProto(name=n) for n in wanted)
         try:
-            return open_session(proto, data_folder(self.model), optimise=False)
+            return opened(proto)
         except Exception as error:  # onnxruntime raises unrelated types
             raise _refused(f"open the model: {first_line(error)}") from error
 
     @cached_property
     def types(self) -> dict[str, str]:
         """onnxruntime's name of each output's type."""
-        if self._session is None:
-            self._session = self._open()
-        return {o.name: str(o.type) for o in self._session.get_outputs()}
+        return {o.name: str(o.type) for o in self._opened.get_outputs()}
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        if self._session is None:
-            self._session = self._open()
-        names = [o.name for o in self._session.get_outputs()]
-        arrays = run_within(self.time_limit, self._session, names, feeds)
+        names = list(self.types)
+        arrays = run_within(self.time_limit, self._opened, names, feeds)
         out = {n: widened(a) for n, a in zip(names, arrays, strict=True) if isinstance(a, np.ndarray)}
         return {**out, **{n: widened(a) for n, a in feeds.items()}}
 
@@ -224,6 +228,8 @@ def open_session(proto: onnx.ModelProto, folder: str | None, *, optimise: bool) 
     options.log_severity_level = 4
     options.intra_op_num_threads = 1
     if not optimise:
+        # both plans are made in a time that grows with the square of the graph (1.31), and serve few runs
+        options.enable_mem_pattern = options.enable_mem_reuse = False
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_session_config_entry("session.disable_prepacking", "1")  # a second copy of every matrix
     if folder is not None:

@@ -12,13 +12,14 @@ import onnx_ir as ir
 from rewriter.capture.bounded_run import time_limit
 from rewriter.capture.input_roles import InputRole, input_roles
 from rewriter.capture.onnx_load import load
+from rewriter.capture.stretches import Stretches
 from rewriter.errors import UnsupportedModel, first_line
 from rewriter.verify.drift import Drift
 from rewriter.verify.kv_cache import Array, Feeds, cache_ports
 from rewriter.verify.record import Record, read_record
 from rewriter.verify.result import Check, Fidelity, Verification
 from rewriter.verify.script import Outputs, Rehearsal, Script, Size, play
-from rewriter.verify.session import cpu_session
+from rewriter.verify.session import cpu_session, is_long
 from rewriter.verify.tensors import differing_tensors
 from rewriter.verify.wellformed import checker_complaint
 
@@ -128,7 +129,7 @@ def _compare_runs(
         n for n, r in ports.roles.items() if n in new_ports.roles and new_ports.roles[n].shape != r.shape
     )
     try:
-        session = cpu_session(old.source, threads=threads)
+        session = cpu_session(old.source, threads=threads, long=is_long(old.model))
     except Exception as error:  # onnxruntime's errors share no public base class
         return None, [Check("runs", False, f"the original does not load in onnxruntime: {first_line(error)}")]
     rehearsal = Rehearsal(old.model, session, ports, changed, time_limit(old.model))
@@ -138,10 +139,11 @@ def _compare_runs(
         seen = rehearsal.trouble[0] if rehearsal.trouble else "no size to try"
         return None, [Check("runs", False, f"the original runs at no size that was tried: {seen}")]
     try:
-        session = cpu_session(new.source, threads=threads)
+        session = cpu_session(new.source, threads=threads, long=is_long(new.model))
     except Exception as error:
         return None, [Check("loads", False, first_line(error))]
-    checks = [Check("loads", True, "onnxruntime opens it")]
+    parts = f" in {len(session.stretches)} parts, as it is long" if isinstance(session, Stretches) else ""
+    checks = [Check("loads", True, f"onnxruntime opens it{parts}")]
     comparison = _Comparison.of(old.model, set(ports.present.values()), record.caches if record is not None else {})
     for script, expected in rehearsed:
         try:

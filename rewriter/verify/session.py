@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
 
+from rewriter.capture.stretches import NODES as STRETCH
+from rewriter.capture.stretches import CannotCut, open_stretches
 from rewriter.install.onnx_write import Placed, skeleton
 
 if TYPE_CHECKING:
     import onnx
+    import onnxruntime as ort
 
 _PLAIN = (
     ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE, ir.DataType.INT8, ir.DataType.UINT8,
@@ -37,30 +41,25 @@ def session_options(threads: int) -> Any:
     return options
 
 
-_LARGE = 2000
-"""Nodes from which a session is opened as the graph stands. Where shapes are open, a plan of which buffers serve twice
-takes a time that grows with the square of the nodes (1.31: 20 s of 23 for 3,700), and optimising takes longer than the
-few runs save."""
+_LONG = 2000
+"""Nodes, with those of functions that are called, from which a session is opened as the graph stands. Where shapes are
+open, a plan of which buffers serve twice takes a time that grows with the square of the nodes (1.31: 20 s of 23 for
+3,700), one of where weights lie grows with the square of these (half the time at 50,000 nodes), and optimising takes
+longer than the few runs save."""
 
 
-def cpu_session(model: ir.Model | Path, *, threads: int = 1) -> Any:
-    """An ``onnxruntime.InferenceSession`` on the CPU.
+def cpu_session(model: ir.Model | Path, *, threads: int = 1, long: bool = False) -> Any:
+    """An ``onnxruntime.InferenceSession`` on the CPU, or what answers like one.
 
-    A path is opened as any runtime would open it. A model in memory is handed over without its large weights: the
-    session maps the file of those that lie in one, and copies the others.
+    A path is opened as any runtime would open it, but for plans and optimisations that `long` graphs do without. A
+    model in memory is handed over without its large weights: the session maps the file of those that lie in one, and
+    copies the others. If it is very long, it is opened in stretches.
     """
     import onnxruntime as ort
 
-    options = session_options(threads)
-    # what is beyond lays out convolutions only, and crashes the process on some float16 files (1.31)
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-    providers = ["CPUExecutionProvider"]
     if isinstance(model, Path):
-        return ort.InferenceSession(str(model), options, providers=providers)
-    options.add_session_config_entry("session.disable_prepacking", "1")  # a second copy of every matrix
-    if len(model.graph) >= _LARGE:
-        options.enable_mem_reuse = False
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options = _cpu_options(threads, long)
+        return ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
     keep = [dtype for dtype in ir.DataType if dtype not in _PLAIN]
     proto, placed = skeleton(model, "weights", nested=False, keep=keep)
     idle = {item.name for item in placed if not item.value.uses() and not item.value.is_graph_output()}
@@ -70,16 +69,61 @@ def cpu_session(model: ir.Model | Path, *, threads: int = 1) -> Any:
         del proto.graph.initializer[:]
         proto.graph.initializer.extend(read)
     folder = _refer_to_files(proto, placed)
+    handed = {i.name: i.tensor for i in placed if folder is None or not _lies_in(i.tensor, folder)}
+    long = is_long(model)
+
+    def opened(part: onnx.ModelProto) -> ort.InferenceSession:
+        return _from_memory(part, handed, folder, _cpu_options(threads, long))
+
+    if len(proto.graph.node) > STRETCH:
+        with contextlib.suppress(CannotCut):
+            return open_stretches(proto, (), opened)
+    return opened(proto)
+
+
+def _cpu_options(threads: int, long: bool) -> Any:
+    import onnxruntime as ort
+
+    options = session_options(threads)
+    # what is beyond lays out convolutions only, and crashes the process on some float16 files (1.31)
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    if long:
+        options.enable_mem_pattern = options.enable_mem_reuse = False
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return options
+
+
+def _from_memory(
+    proto: onnx.ModelProto, handed: Mapping[str, ir.TensorProtocol], folder: str | None, options: Any
+) -> ort.InferenceSession:
+    """`handed` are weights that lie in no data file; those that `proto` names are handed over as arrays."""
+    import onnxruntime as ort
+
+    options.add_session_config_entry("session.disable_prepacking", "1")  # a second copy of every matrix
     if folder is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
-        placed = [item for item in placed if not _lies_in(item.tensor, folder)]
-    arrays = [np.ascontiguousarray(item.tensor.numpy()) for item in placed]
+    names = [tensor.name for tensor in proto.graph.initializer if tensor.name in handed]
+    arrays = [np.ascontiguousarray(handed[name].numpy()) for name in names]
     values = [ort.OrtValue.ortvalue_from_numpy(array) for array in arrays]
-    if placed:
-        options.add_external_initializers([item.name for item in placed], values)
-    session = ort.InferenceSession(proto.SerializeToString(), options, providers=providers)
+    if names:
+        options.add_external_initializers(names, values)
+    session = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
     session._rewriter_weights = (arrays, values)  # they must live as long as the session
     return session
+
+
+def is_long(model: ir.Model) -> bool:
+    """Whether a session had better not plan and optimise, by its nodes once functions are put in line."""
+    sizes: dict[ir.OperatorIdentifier, int] = {}
+
+    def size(key: ir.OperatorIdentifier) -> int:
+        if key not in model.functions:
+            return 1
+        if key not in sizes:
+            sizes[key] = sum(size(node.op_identifier()) for node in model.functions[key])
+        return sizes[key]
+
+    return sum(size(node.op_identifier()) for node in model.graph) >= _LONG
 
 
 def _refer_to_files(proto: onnx.ModelProto, placed: Sequence[Placed]) -> str | None:

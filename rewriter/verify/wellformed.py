@@ -19,11 +19,11 @@ def checker_complaint(model: ir.Model) -> str | None:
     proto, placed = skeleton(model, "weights", nested=False)
     large = {item.name for item in placed}
     small = [tensor for tensor in proto.graph.initializer if tensor.name not in large]
-    declared = {value.name for value in proto.graph.input}
+    undeclared = large - {value.name for value in proto.graph.input}
     proto.graph.input.extend(
         helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
         for tensor in proto.graph.initializer
-        if tensor.name in large - declared
+        if tensor.name in undeclared
     )
     del proto.graph.initializer[:]
     proto.graph.initializer.extend(small)
