@@ -187,10 +187,7 @@ def long_graphs(scratch: Path, layers: Sequence[int]) -> list[Row]:
         ours.append(found["seconds"] - found["stages"]["verify"])
         print(f"    {nodes[-1]} nodes: {seconds[-1]:.1f} s {found['stages']}", flush=True)
     span = f"{nodes[0]:,} to {nodes[-1]:,} nodes: exponent of time"
-    return [
-        _exponent(case, nodes, taken)
-        for case, taken in ((span, seconds), (f"{span} without verification", ours))
-    ]
+    return [_exponent(case, nodes, taken) for case, taken in ((span, seconds), (f"{span} without verification", ours))]
 
 
 def _exponent(case: str, nodes: Sequence[int], seconds: Sequence[float]) -> Row:

@@ -35,6 +35,7 @@ from rewriter.capture.sequences import OnTensors, on_tensors
 from rewriter.capture.stretches import NODES as STRETCH
 from rewriter.capture.stretches import Stretches, open_stretches
 from rewriter.capture.unfuse import WrittenOut, obstacle
+from rewriter.capture.unread import drop_unread
 from rewriter.errors import UnsupportedModel, first_line
 
 FUNCTION_DOMAIN = "rewriter.ops"
@@ -194,6 +195,7 @@ class _Session:
     @cached_property
     def _opened(self) -> ort.InferenceSession | Stretches:
         proto = ir.serde.serialize_model(self.model)
+        drop_unread(proto, self.model)
         present = {o.name for o in proto.graph.output}
         wanted = [n for n in self.extra if n not in present]
         opened = partial(open_session, folder=data_folder(self.model), optimise=False)

@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from rewriter.capture.stretches import NODES as STRETCH
 from rewriter.capture.stretches import CannotCut, open_stretches
+from rewriter.capture.unread import drop_unread
 from rewriter.install.onnx_write import Placed, skeleton
 
 if TYPE_CHECKING:
@@ -62,12 +63,8 @@ def cpu_session(model: ir.Model | Path, *, threads: int = 1, long: bool = False)
         return ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
     keep = [dtype for dtype in ir.DataType if dtype not in _PLAIN]
     proto, placed = skeleton(model, "weights", nested=False, keep=keep)
-    idle = {item.name for item in placed if not item.value.uses() and not item.value.is_graph_output()}
-    if idle:  # the runtime drops what nothing reads, and then misses the weight that it is handed
-        placed = [item for item in placed if item.name not in idle]
-        read = [tensor for tensor in proto.graph.initializer if tensor.name not in idle]
-        del proto.graph.initializer[:]
-        proto.graph.initializer.extend(read)
+    idle = drop_unread(proto, model)  # a weight that the runtime drops is missed when it is handed over
+    placed = [item for item in placed if item.name not in idle]
     folder = _refer_to_files(proto, placed)
     handed = {i.name: i.tensor for i in placed if folder is None or not _lies_in(i.tensor, folder)}
     long = is_long(model)
@@ -113,7 +110,7 @@ def _from_memory(
 
 
 def is_long(model: ir.Model) -> bool:
-    """Whether a session had better not plan and optimise, by its nodes once functions are put in line."""
+    """Whether a session had better not plan and optimise, by its weights, and its nodes with functions put in line."""
     sizes: dict[ir.OperatorIdentifier, int] = {}
 
     def size(key: ir.OperatorIdentifier) -> int:
@@ -123,7 +120,8 @@ def is_long(model: ir.Model) -> bool:
             sizes[key] = sum(size(node.op_identifier()) for node in model.functions[key])
         return sizes[key]
 
-    return sum(size(node.op_identifier()) for node in model.graph) >= _LONG
+    nodes = sum(size(node.op_identifier()) for node in model.graph)
+    return max(nodes, len(model.graph.initializers)) >= _LONG
 
 
 def _refer_to_files(proto: onnx.ModelProto, placed: Sequence[Placed]) -> str | None:

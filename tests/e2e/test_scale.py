@@ -19,6 +19,7 @@ from passes import replay
 from passes.weights import projection
 from rewriter.capture.onnx_file import capture
 from rewriter.capture.onnx_load import load
+from rewriter.capture.unread import drop_unread
 from rewriter.verify.tensors import same_bits
 
 # ------------------------------------------------------------------ memory
@@ -122,6 +123,21 @@ def test_an_unrecorded_value_is_not_searched_for(tmp_path: Path) -> None:
         return _calls(ask)
 
     assert calls(2) == calls(8)
+
+
+def test_weights_that_nothing_reads_do_not_reach_onnxruntime() -> None:
+    model = ir.from_onnx_text(
+        """<ir_version: 8, opset_import: ["" : 17]>
+        g (float[2] x, bool flag, float[2] default) => (float[2] y, float[2] kept)
+        <float[2] default = {1, 2}, float[2] kept = {1, 2}, float[2] inner = {1, 2}, float[2] unread = {1, 2}> {
+            y = If (flag) <then_branch = a () => (float[2] t) { t = Add(x, inner) },
+                           else_branch = b () => (float[2] e) { e = Neg(x) }>
+        }"""
+    )
+    proto = ir.to_proto(model)
+    assert drop_unread(proto, model) == {"unread"}
+    assert [tensor.name for tensor in proto.graph.initializer] == ["default", "kept", "inner"]
+    assert not drop_unread(proto, ir.from_proto(proto))
 
 
 def test_control_work_that_grows_faster_is_seen() -> None:
