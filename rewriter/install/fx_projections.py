@@ -1,7 +1,7 @@
 """Convolutions and batch norms that attentions project by, written as linear layers into a copy of a flat graph.
 
-The graph door edits what it is given, so only projections of attentions that are rewritten may stay written so: the rest
-of the graph is the person's own.
+The graph door edits what it is given, so only what projects for attentions that are rewritten may stay written so: the
+rest is the person's own.
 """
 
 from __future__ import annotations
