@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from rewriter.capture.example_inputs import Call, as_call
 from rewriter.decision import Decision, Stopwatch, decide, is_causal, report, rows
 from rewriter.errors import NothingToRewrite, VerificationFailed
 from rewriter.install.fx_graph import GraphRewrite, rewrite_exported_program, rewrite_graph_module
+from rewriter.install.fx_projections import projections_of, with_linear_projections, written_projections
 from rewriter.install.kept import noted
 from rewriter.verify.torch_pair import run, verify_torch
 
@@ -45,19 +46,19 @@ def rewrite_graph(
 
     def probe(found: Matches) -> Probe:
         given = batches(calibration, causal=is_causal(found), tokenizer=tokenizer)
-        return program_probe(model, (args, dict(kwargs)), given)
+        return program_probe(readable, (args, dict(kwargs)), given)
 
     def choose(flow: Flow, matches: Matches) -> Sequence[Replacement]:
         decisions.append(decide(flow, matches, target, layers, None if calibration is None else probe))
-        return decisions[0].replacements
+        return decisions[-1].replacements
 
     with watch.stage("install"):
-        done: GraphRewrite[Any]
-        if isinstance(model, torch.fx.GraphModule):
-            done = rewrite_graph_module(model, args, kwargs, choose)
-        else:
-            done = rewrite_exported_program(model, choose, args, kwargs)
-    decision = replace(decisions[0], replacements=done.replacements, refused=(*decisions[0].refused, *done.refused))
+        readable = with_linear_projections(model)
+        done = _rewritten(readable, choose, args, kwargs)
+        if readable is not model and (only := _unused(readable, done)) is not None:
+            readable = with_linear_projections(model, only)
+            done = _rewritten(readable, choose, args, kwargs)
+    decision = replace(decisions[-1], replacements=done.replacements, refused=(*decisions[-1].refused, *done.refused))
     if not done.replacements:
         raise NothingToRewrite("; ".join(f"{n}: {r}" for n, r in decision.refused[:3]))
     fidelity = None
@@ -83,6 +84,24 @@ def rewrite_graph(
     )
     graph: Graph = done.model
     return graph
+
+
+def _rewritten(
+    model: Graph,
+    choose: Callable[[Flow, Matches], Sequence[Replacement]],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> GraphRewrite[Any]:
+    if isinstance(model, torch.fx.GraphModule):
+        return rewrite_graph_module(model, args, kwargs, choose)
+    return rewrite_exported_program(model, choose, args, kwargs)
+
+
+def _unused(readable: Graph, done: GraphRewrite[Any]) -> set[str] | None:
+    """Which nodes are to be written as linear layers, if some were that project for no rewritten site; else None."""
+    written = written_projections(readable)
+    used = projections_of(done.flow, (r.site for r in done.replacements)) & written.keys()
+    return None if len(used) == len(written) else {written[name] for name in used}
 
 
 def _call(model: Graph, example_inputs: Any) -> Call:

@@ -1,21 +1,20 @@
 """Batch normalisations behind projections that attentions read, written into those projections' weights.
 
 In eval mode such a norm multiplies each feature by a number and adds one. Done to the graph that a module was exported
-to for analysis: there a norm is one more factor of a stored matrix. The module keeps its norm
-(`rewriter.install.neutral_norm`).
+to for analysis, where a norm is then one more factor of a stored matrix (the module keeps its norm, see
+`rewriter.install.neutral_norm`), and to a copy of a graph that is edited itself.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 from torch.fx import Graph
 from torch.fx import Node as FxNode
 
-from rewriter.capture.pointwise import operator_name, read_by_attention
+from rewriter.capture.pointwise import STANDS_FOR, called, operator_name, read_by_attention, recorded
 
 aten = torch.ops.aten
 
@@ -29,11 +28,12 @@ _ASKS_SHAPE = frozenset({"reshape_as", "view_as", "expand_as", "sym_size"})
 """Operators that read no element of what is not their first argument (or of any)."""
 
 
-def fold_norms(graph: Graph) -> bool:
-    """Fold, in place, every such norm that reads the whole of one projection alone; whether there were any."""
+def fold_norms(graph: Graph, only: Collection[str] | None = None) -> bool:
+    """Fold, in place, every such norm that reads the whole of one projection alone (or of those which, or whose
+    convolutions, have these node names); whether there were any."""
     folded = False
     for product in dict.fromkeys(read_by_attention(graph)):
-        path = _to_norm(product)
+        path = _to_norm(product) if only is None or product.meta.get(STANDS_FOR, product.name) in only else None
         if path is not None and _aligned(product, path):
             _fold(graph, product, path[-1])
             folded = True
@@ -69,7 +69,10 @@ def _is_constant(norm: FxNode) -> bool:
 
 def _aligned(product: FxNode, path: Sequence[FxNode]) -> bool:
     """Whether channel c of what the norm reads is feature c of the linear layer: seen by running what lies between."""
-    shape = [int(n) for n in product.meta["val"].shape]
+    given = recorded(product)
+    if given is None or not all(isinstance(n, int) for n in given.shape):
+        return False
+    shape = [*given.shape]
     numbers = torch.arange(shape[-1]).expand(shape)
     for node in path[:-1]:
         assert callable(node.target)
@@ -86,11 +89,7 @@ def _fold(graph: Graph, product: FxNode, norm: FxNode) -> None:
     _, gain, shift, mean, variance, _, _, epsilon = norm.args[:8]
 
     def call(target: Any, *args: Any) -> FxNode:
-        node = graph.call_function(target, args)
-        stack = product.meta.get("nn_module_stack")
-        if stack is not None:
-            node.meta["nn_module_stack"] = copy.copy(stack)
-        return node
+        return called(product, target, *args)
 
     with graph.inserting_before(product):
         factor = call(aten.rsqrt.default, call(aten.add.Scalar, variance, epsilon))
@@ -100,7 +99,7 @@ def _fold(graph: Graph, product: FxNode, norm: FxNode) -> None:
         offset = offset if shift is None else call(aten.add.Tensor, offset, shift)
         matrix = call(aten.mul.Tensor, weight, call(aten.unsqueeze.default, factor, 1))
         result = call(aten.linear.default, x, matrix, offset)
-    result.meta["val"] = product.meta.get("val")
+    result.meta[STANDS_FOR] = product.meta.get(STANDS_FOR, product.name)
     product.replace_all_uses_with(result)
     graph.erase_node(product)
     read = norm.args[0]

@@ -1,13 +1,15 @@
 """Convolutions of kernel size 1 that attentions read, written as the linear layers over channels that they are.
 
-Done to the graph that a module was exported to for analysis. The module keeps its convolution: what is stored has the
-same rows, so the door out finds them there.
+Done to the graph that a module was exported to for analysis, and to a copy of a graph that is edited itself. The module
+keeps its convolution: what is stored has the same rows, so the door out finds them there.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+import operator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch.fx import Graph
@@ -22,12 +24,19 @@ _FUSED = "scaled_dot_product_attention"
 _ENDS = _CONVOLUTIONS | _PRODUCTS | _SOFTMAXES | {"linear", "addmm", _FUSED}
 
 
-def write_as_linear(graph: Graph) -> bool:
-    """Replace, in place, the convolutions that lie between an attention and what it attends to; whether there were any.
+STANDS_FOR = "stands_for"
+"""The key of a node's meta under which a linear layer has the name of the node that it was written for."""
+
+
+def write_as_linear(graph: Graph, only: Collection[str] | None = None) -> bool:
+    """Replace, in place, the convolutions that lie between an attention and what it attends to, or those of them with
+    these node names; whether there were any.
 
     A product is an attention's if a softmax reads it or it reads one.
     """
-    found = [n for n in dict.fromkeys(read_by_attention(graph)) if _is_pointwise(n)]
+    found = [
+        n for n in dict.fromkeys(read_by_attention(graph)) if _is_pointwise(n) and (only is None or n.name in only)
+    ]
     for node in found:
         _replace(graph, node)
     if found:
@@ -78,7 +87,7 @@ def _is_pointwise(node: FxNode) -> bool:
     """Whether a convolution multiplies each place by one matrix, and does nothing else."""
     if operator_name(node) not in _CONVOLUTIONS:
         return False
-    shapes = [getattr(n.meta.get("val"), "shape", None) for n in node.all_input_nodes[:2]]
+    shapes = [getattr(recorded(n), "shape", None) for n in node.all_input_nodes[:2]]
     schema = node.target._schema  # type: ignore[union-attr]
     given = dict(zip((a.name for a in schema.arguments), node.args, strict=False)) | dict(node.kwargs)
     if any(s is None for s in shapes) or isinstance(given.get("padding"), str):
@@ -91,17 +100,32 @@ def _is_pointwise(node: FxNode) -> bool:
     return still and plain and all(n == 1 for n in weight[2:])
 
 
+def recorded(node: FxNode) -> Any:
+    """What a node gave when the graph was made (a tensor without data, mostly), or the stored tensor it reads."""
+    if node.op == "get_attr" and "val" not in node.meta and node.graph.owning_module is not None:
+        return operator.attrgetter(str(node.target))(node.graph.owning_module)
+    return node.meta.get("val")
+
+
+def called(like: FxNode, target: Any, *args: Any) -> FxNode:
+    """A new node where nodes are being inserted, of the module that `like` is of, with what it gives."""
+    node = like.graph.call_function(target, args)
+    node.meta.update({k: copy.copy(like.meta[k]) for k in ("nn_module_stack", "stack_trace") if k in like.meta})
+    values = [recorded(a) if isinstance(a, FxNode) else a for a in args]
+    if all(v is not None or a is None for v, a in zip(values, args, strict=True)):
+        with torch.no_grad():
+            node.meta["val"] = target(*values)
+    return node
+
+
 def _replace(graph: Graph, node: FxNode) -> None:
     x, weight = node.args[:2]
     bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
     with graph.inserting_before(node):
-        rows = graph.call_function(aten.movedim.int, (x, 1, -1))
-        matrix = graph.call_function(aten.flatten.using_ints, (weight, 1))
-        product = graph.call_function(aten.linear.default, (rows, matrix, bias))
-        result = graph.call_function(aten.movedim.int, (product, -1, 1))
-    for new in (rows, matrix, product, result):
-        new.meta.update({k: copy.copy(node.meta[k]) for k in ("nn_module_stack", "stack_trace") if k in node.meta})
-    shape = node.meta.get("val")
-    result.meta["val"], product.meta["val"] = shape, None if shape is None else shape.movedim(1, -1)
+        rows = called(node, aten.movedim.int, x, 1, -1)
+        matrix = called(node, aten.flatten.using_ints, weight, 1)
+        product = called(node, aten.linear.default, rows, matrix, bias)
+        result = called(node, aten.movedim.int, product, -1, 1)
+    product.meta[STANDS_FOR] = node.name
     node.replace_all_uses_with(result)
     graph.erase_node(node)

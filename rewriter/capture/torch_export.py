@@ -109,15 +109,19 @@ def exported(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
             program = torch.export.export(module, args, dict(kwargs), strict=False)
             if writes_through_views(program.graph):
                 program = program.run_decompositions({})  # no operator is decomposed, but none works in place any more
-            is_edited = isinstance(module, GraphModule)  # in place of a module, which keeps its convolutions
-            if not is_edited and (write_as_linear(program.graph) | fold_norms(program.graph)):
-                program.graph_module.recompile()
-            return program
+            return with_linear_maps(program)
     except Exception as error:  # torch.export raises many unrelated types
         raise NotExportable(
             f"torch.export could not capture the model: {first_line(error)}",
             hint="pass example_inputs that the model accepts, or make its forward exportable",
         ) from error
+
+
+def with_linear_maps(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """The same program, edited in place: convolutions and batch norms by which attentions project are linear layers."""
+    if write_as_linear(program.graph) | fold_norms(program.graph):
+        program.graph_module.recompile()
+    return program
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from passes.dataflow import Flow
 from passes.match.attention import Matches
 from passes.match.stacked import find_plain_attention
 from passes.targets.replacement import Replacement
-from rewriter.capture.torch_export import view_graph_module, view_program
+from rewriter.capture.torch_export import view_graph_module, view_program, with_linear_maps
 from rewriter.errors import UnsupportedModel, UsageError, first_line
 from rewriter.install.fx_check import require_equal
 from rewriter.install.fx_editor import Editor, SitePlan
@@ -280,7 +280,8 @@ def _try_export(module: GraphModule, call: inspect.BoundArguments, dynamic: Any)
     """None if it fails with dynamic shapes; without, that is an error."""
     try:
         with torch.no_grad():
-            return torch.export.export(module, call.args, call.kwargs, dynamic_shapes=dynamic, strict=False)
+            program = torch.export.export(module, call.args, call.kwargs, dynamic_shapes=dynamic, strict=False)
+            return with_linear_maps(program)
     except Exception as error:  # torch.export raises many unrelated types
         if dynamic is not None:
             return None

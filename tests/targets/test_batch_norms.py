@@ -1,4 +1,4 @@
-"""Batch normalisations behind projections, as vision models have them: their heads are shared, in modules."""
+"""Convolutions and batch normalisations in projections, as vision models have them: heads are shared all the same."""
 
 from __future__ import annotations
 
@@ -78,6 +78,48 @@ def twin(spelling: str, perturbed: str = "") -> nn.Sequential:
                 if name == perturbed and part in (module.norms[-1],):
                     shared[-1, -1] += 0.5
     return nn.Sequential(nn.Identity(), module).eval()
+
+
+class TwoKinds(nn.Module):
+    """The same behind another attention, whose queries are pooled, so that it is refused."""
+
+    def __init__(self, module: nn.Sequential) -> None:
+        super().__init__()
+        self.refused, self.second = twin("conv"), module
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.refused[1]
+        assert isinstance(first, Normed)
+        q, k, v = (y.unflatten(1, (HEADS, DIM)) for y in first.projected(x))
+        weights = (nn.functional.max_pool2d(q, (1, 3)).transpose(-2, -1) @ k).softmax(-1)
+        pooled = (v @ weights.transpose(-2, -1)).flatten(1, 2).mean(-1)[..., None, None]
+        out: Tensor = self.second(x + pooled)
+        return out
+
+
+def convolutions(graph: torch.fx.Graph) -> int:
+    return sum("conv" in str(n.target) for n in graph.nodes)
+
+
+@pytest.mark.parametrize("kind", ["program", "graph module"])
+@pytest.mark.parametrize("spelling", ["packed", "conv with bias"])
+def test_graphs_get_linear_layers_for_what_is_rewritten_and_keep_the_rest(spelling: str, kind: str) -> None:
+    for perturbed in ("", "bias"):
+        module = TwoKinds(twin(spelling, perturbed)).eval()
+        program = torch.export.export(module, (image(0),), strict=False)
+        given = program if kind == "program" else program.module()
+        before = convolutions(given.graph)
+        new = rewriter.optimize(given, "gqa2", example_inputs=(image(0),))
+        assert [row.exact for row in new.rewrite_report.sites] == [not perturbed] and len(
+            new.rewrite_report.refused
+        ) == 1
+        assert convolutions(given.graph) == before
+        assert convolutions(new.graph) == before - (3 if spelling.startswith("conv") else 0)
+        assert sum("batch_norm" in str(n.target) for n in new.graph.nodes) == 3
+        run = new.module() if kind == "program" else new
+        with torch.no_grad():
+            error = distance(run(image(1)), module(image(1)))
+        assert error > MOVED if perturbed else error < EXACT
 
 
 SPELLINGS = ["linear", "packed", "conv", "conv with bias"]
