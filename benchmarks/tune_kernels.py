@@ -34,7 +34,7 @@ from benchmarks.machine import machine  # noqa: E402
 from benchmarks.routed_kernels import Case as RoutedCase  # noqa: E402
 from benchmarks.routed_kernels import card_cases, card_works, tuned_cases  # noqa: E402
 from benchmarks.rows import Clock, interleaved, timed  # noqa: E402
-from codegen.device import Device, DType, Isa, host, measured_as  # noqa: E402
+from codegen.device import Device, DType, Isa, host  # noqa: E402
 from codegen.launch import routed_host, torch_op  # noqa: E402
 from codegen.ops.routed_feed_forward import torch_body as routed_body  # noqa: E402
 from codegen.sight import Sight  # noqa: E402
@@ -203,7 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isa not in able:
             print(f"this processor has no {isa}", file=sys.stderr)
             return 2
-        name = measured_as(Device("cpu", isa))
+        name = isa
         about = {"processor": machine()["processor"], "threads": threads, "torch": torch.__version__}
         if options.routed:
             with torch.no_grad():

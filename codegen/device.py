@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import platform
+import sys
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -27,6 +29,7 @@ class Isa(Enum):
     AVX2 = "avx2"
     AVX512 = "avx512"
     AVX512_BF16 = "avx512_bf16"
+    AMX = "avx512_bf16_amx"
 
 
 class Language(Enum):
@@ -50,32 +53,37 @@ class Device:
     arch: str
 
 
-_FLAGS = {
+FLAGS = {
     Isa.AVX2: {"avx2", "fma", "f16c"},
     Isa.AVX512: {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl"},
     Isa.AVX512_BF16: {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"},
 }
+FLAGS[Isa.AMX] = FLAGS[Isa.AVX512_BF16] | {"amx_tile", "amx_bf16"}
 
 
 def isa_of(flags: frozenset[str]) -> Isa | None:
     """The most that a processor with these flags (as /proc/cpuinfo spells them) can run; None if nothing fits."""
-    return next((isa for isa in reversed(Isa) if _FLAGS[isa] <= flags), None)
-
-
-def measured_as(device: Device) -> str:
-    """The name under which tuning tables know a device: its arch, and what only the other side makes use of.
-
-    Matrix units of x86 (AMX) speed up torch's bfloat16 products, but no kernel here.
-    """
-    matrix = device.kind == "cpu" and device.arch == Isa.AVX512_BF16.value and "amx_bf16" in _processor_flags()
-    return f"{device.arch}_amx" if matrix else device.arch
+    return next((isa for isa in reversed(Isa) if FLAGS[isa] <= flags), None)
 
 
 @functools.cache
 def host() -> Device:
     """This machine's processor."""
     isa = isa_of(_processor_flags()) if platform.machine() in {"x86_64", "AMD64"} else None
+    if isa is Isa.AMX and not _may_use_tiles():
+        isa = Isa.AVX512_BF16
     return Device("cpu", "" if isa is None else isa.value)
+
+
+def _may_use_tiles() -> bool:
+    """Ask Linux for this process's leave to use matrix units; older kernels, and other systems, refuse.
+
+    Source: https://docs.kernel.org/arch/x86/xstate.html.
+    """
+    if sys.platform != "linux":
+        return False
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
+    return int(ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data)) == 0
 
 
 @functools.cache

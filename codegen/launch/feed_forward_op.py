@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from codegen.conditional import ConditionalFeedForward
-from codegen.device import Device, Language, host, measured_as
+from codegen.device import Device, Language, host
 from codegen.errors import KernelError
 from codegen.launch.operands import DTYPES
 from codegen.launch.routed_operator import routed_feed_forward
@@ -116,7 +116,7 @@ def _language(
     if device is not None and device.kind == "cpu" and spec.hidden < LEAST_SLICE * torch.get_num_threads():
         return None  # slices of the result's features would be fewer than threads
     choice = None if device is None else select(spec, device, dtype)
-    if device is None or choice is None or not faster(spec, dtype, measured_as(device), places()):
+    if device is None or choice is None or not faster(spec, dtype, device.arch, places()):
         return None
     return choice.kernel.language
 

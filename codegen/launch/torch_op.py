@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from codegen.device import Device, Language, host, measured_as
+from codegen.device import Device, Language, host
 from codegen.errors import KernelError, NotLegal
 from codegen.launch.host import HostKernel, Launch, load
 from codegen.launch.operands import (
@@ -87,7 +87,7 @@ def _worth_it(spec: GroupedQueryAttention, q: Tensor, k: Tensor) -> bool:
     if choice is None:
         return False
     problem = Problem(q.shape[0], q.shape[2], k.shape[2], torch.get_num_threads())
-    return faster(spec, choice.dtype, measured_as(choice.device), problem)
+    return faster(spec, choice.dtype, choice.device.arch, problem)
 
 
 def computed(spec: GroupedQueryAttention) -> GroupedQueryAttention:

@@ -26,9 +26,11 @@ def product_values(dtype: DType, isa: Isa, value_width: int) -> dict[str, Any]:
     """Of products that are held in registers, and whether their right operand is used as it lies."""
     return {
         "block_rows": 6,
+        "product_rows": 6,
         "block_vectors": 2 if isa is Isa.AVX2 else 4,
         "v_in_place": dtype is DType.FLOAT32 and value_width % lanes_of(isa) == 0,
         "pairs": False,
+        "ahead": False,
     }
 
 

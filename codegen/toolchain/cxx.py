@@ -42,6 +42,7 @@ ISA_FLAGS: Mapping[Isa, Sequence[str]] = {
     Isa.AVX2: ("-mavx2", "-mfma", "-mf16c"),
     Isa.AVX512: ("-mavx2", "-mfma", "-mf16c", *_AVX512),
     Isa.AVX512_BF16: ("-mavx2", "-mfma", "-mf16c", *_AVX512, "-mavx512bf16"),
+    Isa.AMX: ("-mavx2", "-mfma", "-mf16c", *_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
 }
 
 

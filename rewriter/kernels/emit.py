@@ -28,8 +28,8 @@ def emit(model: Path, output: Path, archs: Sequence[str]) -> dict[str, Any]:
     """Write everything to the folder `output`, made if need be; returns what ``rewriter kernels --json`` prints.
 
     Args:
-        archs: "cpu" is this machine's processor, "cpu:avx2", "cpu:avx512" and "cpu:avx512_bf16" are others; "sm_90"
-            and "gfx942" are graphics cards, which need not be there.
+        archs: "cpu" is this machine's processor, "cpu:avx2", "cpu:avx512", "cpu:avx512_bf16" and
+            "cpu:avx512_bf16_amx" are others; "sm_90" and "gfx942" are graphics cards, which need not be there.
 
     Raises:
         UsageError: an arch that there are no kernels for.

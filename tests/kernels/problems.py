@@ -151,7 +151,7 @@ def distance(made: Choice, x: Operands, output: Tensor | None = None) -> float:
         return float("inf")
     if not found.size:
         return 0.0
-    pairs = made.dtype is DType.BFLOAT16 and made.device.arch == Isa.AVX512_BF16.value
+    pairs = made.dtype is DType.BFLOAT16 and made.device.arch in {Isa.AVX512_BF16.value, Isa.AMX.value}
     rounded = 2.0**-8 if pairs else 2.0**-24
     return float((np.abs(np.nan_to_num(found - right)) / floor(made.spec, x, rounded)).max())
 

@@ -73,6 +73,36 @@ def test_any_size(
         torch.set_num_threads(before)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from([PLAIN, EVERYTHING, BIASED]),
+    st.integers(0, 70),
+    st.integers(0, 300),
+    st.sampled_from(["additive", "boolean"]),
+    st.integers(0, 9),
+)
+def test_any_size_in_pairs(spec: GroupedQueryAttention, queries: int, keys: int, bias: str, seed: int) -> None:
+    """Of bfloat16, where products take them: few rows and many are different code on matrix units."""
+    x = operands(spec, torch.bfloat16, 1, queries, keys, bias=bias, seed=seed)
+    assert distance(choice(spec, DType.BFLOAT16), x) <= K
+
+
+@pytest.mark.parametrize("change", ["key", "last key", "order"])
+def test_control_pairs_are_seen_to_be_perturbed(change: str) -> None:
+    made = choice(CAUSAL, DType.BFLOAT16)
+    x = operands(CAUSAL, torch.bfloat16, 1, 70, 70)
+    output = run(made, x)
+    assert distance(made, x, output) <= K
+    k, v = x.k.clone(), x.v.clone()
+    if change == "key":
+        k[0, 0, 3] *= 1.5
+    elif change == "last key":
+        v[0, :, -1] = 0.0
+    else:
+        v[0, :, :2] = v[0, :, :2].flip(1)  # of a pair, the second for the first
+    assert distance(made, Operands(x.q, k, v, None, None), output) > 3 * K
+
+
 @pytest.mark.parametrize(
     "group",
     [pytest.param(g, marks=[] if g in (1, 3, 8, 32) else [pytest.mark.exhaustive]) for g in (*range(1, 9), 16, 32)],

@@ -28,6 +28,7 @@ GOLDEN = {
     "causal_f32_avx512": (CAUSAL, DType.FLOAT32, Isa.AVX512),
     "everything_f16_avx2": (EVERYTHING, DType.FLOAT16, Isa.AVX2),
     "multi_query_bf16_avx512_bf16": (MULTI_QUERY, DType.BFLOAT16, Isa.AVX512_BF16),
+    "multi_query_bf16_avx512_bf16_amx": (MULTI_QUERY, DType.BFLOAT16, Isa.AMX),
     "strided_f32_avx2": (SPARSE["strided"], DType.FLOAT32, Isa.AVX2),
 }
 
@@ -116,8 +117,8 @@ def test_nothing_but_numbers_comes_through_a_pattern(hostile: Any) -> None:
 
 def test_every_format_and_instruction_set_changes_the_source() -> None:
     found = {_code(source(CAUSAL, d, i), str(kernel_name(CAUSAL, d, i))) for d in DType for i in Isa}
-    # without bfloat16 instructions, AVX512_BF16 is AVX512
-    assert len(found) == 3 * 3 - 2
+    # where their bfloat16 instructions are not used, AVX512_BF16 and AMX are AVX512
+    assert len(found) == 3 * 4 - 2 * 2
 
 
 def _code(text: str, name: str) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from codegen import device
 from codegen.device import Device, DType, Isa, Language, isa_of
 from codegen.errors import CompilationFailed, NoCompiler
 from codegen.registry import KERNELS, select, why_not
@@ -90,6 +91,18 @@ def test_the_variant_follows_the_processor() -> None:
     assert isa_of(small) is Isa.AVX2
     assert isa_of(small | {"avx512f"}) is Isa.AVX2, "half of what the variant uses is not enough"
     assert isa_of(large) is Isa.AVX512 and isa_of(large | {"avx512_bf16"}) is Isa.AVX512_BF16
+    assert isa_of(large | {"avx512_bf16", "amx_tile", "amx_bf16"}) is Isa.AMX
+    assert isa_of(large | {"avx512_bf16", "amx_tile", "amx_int8"}) is Isa.AVX512_BF16
+
+
+@pytest.mark.parametrize(("leave", "isa"), [(True, Isa.AMX), (False, Isa.AVX512_BF16)], ids=["granted", "refused"])
+def test_matrix_units_are_used_with_leave_of_the_system(monkeypatch: pytest.MonkeyPatch, leave: bool, isa: Isa) -> None:
+    """A tile instruction without it ends the process."""
+    flags = frozenset().union(*device.FLAGS.values())
+    monkeypatch.setattr(device, "_processor_flags", lambda: flags)
+    monkeypatch.setattr(device, "_may_use_tiles", lambda: leave)
+    monkeypatch.setattr(device.platform, "machine", lambda: "x86_64")
+    assert device.host.__wrapped__().arch == isa.value
 
 
 @pytest.mark.parametrize(

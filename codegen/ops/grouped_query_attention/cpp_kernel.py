@@ -35,6 +35,8 @@ class Tiling:
         block_rows, block_vectors: rows and vectors of the sum that is held in registers.
         rows: query rows of a task at most.
         few_rows: up to so many rows, scores are dot products with the keys as they lie.
+        ahead_rows: from so many rows on, dot products with keys as they lie ask memory for the next ones; 0 for never,
+            where they wait for their own conversions and not for memory.
         split_keys: fewest keys that are worth a task of their own.
     """
 
@@ -44,19 +46,38 @@ class Tiling:
     block_vectors: int
     rows: int
     few_rows: int
+    ahead_rows: int
     split_keys: int
 
 
 def tiling(spec: GroupedQueryAttention, dtype: DType, isa: Isa) -> Tiling:
     """The sizes that measured best, made smaller where a tile would outgrow its stack."""
     few = 4 if spec.group <= 4 else 0
+    ahead = 1 if _in_pairs(dtype, isa) else 2 if dtype is DType.FLOAT32 else 0
     if isa is Isa.AVX2:
-        found = Tiling(8, key_tile=64, block_rows=6, block_vectors=2, rows=128, few_rows=few, split_keys=256)
+        found = Tiling(8, 64, block_rows=6, block_vectors=2, rows=128, few_rows=few, ahead_rows=ahead, split_keys=256)
+    elif _in_tiles(spec, dtype, isa):
+        found = Tiling(
+            16, 128, block_rows=16, block_vectors=4, rows=128, few_rows=few, ahead_rows=ahead, split_keys=256
+        )
     else:
-        found = Tiling(16, key_tile=128, block_rows=6, block_vectors=4, rows=128, few_rows=few, split_keys=256)
-    while found.rows > 8 and _stack(spec, found) > _STACK:
+        keys = 128 if spec.pattern else 64
+        found = Tiling(
+            16, keys, block_rows=6, block_vectors=4, rows=128, few_rows=few, ahead_rows=ahead, split_keys=256
+        )
+    while found.rows > (16 if _in_tiles(spec, dtype, isa) else 8) and _stack(spec, found) > _STACK:
         found = replace(found, rows=found.rows // 2)
     return found
+
+
+def _in_pairs(dtype: DType, isa: Isa) -> bool:
+    """Whether products take two bfloat16 numbers at a time."""
+    return dtype is DType.BFLOAT16 and isa in {Isa.AVX512_BF16, Isa.AMX}
+
+
+def _in_tiles(spec: GroupedQueryAttention, dtype: DType, isa: Isa) -> bool:
+    """Whether products are done by matrix units, which take 16 rows at a time; rows of patterns lie too far apart."""
+    return dtype is DType.BFLOAT16 and isa is Isa.AMX and not spec.pattern
 
 
 def kernel_name(spec: GroupedQueryAttention, dtype: DType, isa: Isa) -> hooks.Lowered:
@@ -70,7 +91,8 @@ def source(spec: GroupedQueryAttention, dtype: DType, isa: Isa) -> str:
     Raises UnsafeInput if the spec holds anything but numbers and flags.
     """
     cut = tiling(spec, dtype, isa)
-    pairs = dtype is DType.BFLOAT16 and isa is Isa.AVX512_BF16
+    pairs = _in_pairs(dtype, isa)
+    tiles = _in_tiles(spec, dtype, isa)
     in_place = dtype is DType.FLOAT32 and spec.value_dim % cut.lanes == 0
     return render(
         TEMPLATE,
@@ -82,12 +104,16 @@ def source(spec: GroupedQueryAttention, dtype: DType, isa: Isa) -> str:
             "rows": cut.rows,
             "key_tile": cut.key_tile,
             "block_rows": cut.block_rows,
+            "product_rows": cut.few_rows if tiles else cut.block_rows,
             "block_vectors": cut.block_vectors,
             "score_vectors": cut.key_tile // cut.lanes,
             "out_vectors": math.ceil(spec.value_dim / cut.lanes),
             "few_rows": cut.few_rows,
             "split_keys": cut.split_keys,
             "pairs": pairs,
+            "ahead": not spec.pattern,
+            "ahead_rows": cut.ahead_rows,
+            "tiles": tiles,
             "v_in_place": in_place,
             "exponential": _EXP2_FOR_BFLOAT16_WEIGHTS if pairs else EXP2,
         },

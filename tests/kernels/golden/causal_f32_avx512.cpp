@@ -52,6 +52,13 @@ typedef vh vh_anywhere __attribute__((aligned(1), may_alias));
 #endif
 #define INLINE static inline __attribute__((always_inline))
 #define INLINE_MEMBER inline __attribute__((always_inline))
+// A function of its own, of which callers know nothing: GCC 12 takes some that write vectors through pointers to floats
+// for functions without effects, and drops the calls.
+#if defined(__clang__)
+#define OUTLINE static __attribute__((noinline))
+#else
+#define OUTLINE static __attribute__((noipa))
+#endif
 
 INLINE vf load(const float *p) { return *(const vf_anywhere *)p; }
 INLINE void store(float *p, vf x) { *(vf_anywhere *)p = x; }
@@ -178,9 +185,9 @@ INLINE void narrow_part(T *p, vf x, int count) {
 
 constexpr int KV_HEADS = 6, GROUP = 1, D = 64, E = 64;
 constexpr int ROWS = 128;       // of a task, at most
-constexpr int KT = 128;     // keys of a tile
+constexpr int KT = 64;     // keys of a tile
 constexpr int MR = 6;   // rows that are held in registers
-constexpr int SCORE_VECTORS = 8, OUT_VECTORS = 4;
+constexpr int SCORE_VECTORS = 4, OUT_VECTORS = 4;
 constexpr int FEW_ROWS = 4;  // up to here a dot product per key beats transposing keys
 constexpr int PAIR = 1;    // numbers per 32-bit unit of a product's operands
 constexpr int D_UNITS = (D + PAIR * W - 1) / (PAIR * W) * W, E_PADDED = (E + W - 1) / W * W;
@@ -192,6 +199,32 @@ constexpr float LOG2_E = 1.4426950408889634f;
 
 constexpr int APART = 1;
 
+// Lines of memory that will be read next, asked for one by one while sums go on: of too many at once the rest waits, and
+// what nobody asks for is waited for.
+struct Ahead {
+  const char *row[2];  // of keys, then of values
+  int64_t stride[2];
+  int rows[2], at, now;
+  // `count` keys and their values.
+  INLINE_MEMBER void begin(const T *k, int64_t k_stride, const T *v, int64_t v_stride, int64_t count) {
+    row[0] = (const char *)k, row[1] = (const char *)v;
+    stride[0] = k_stride * (int64_t)sizeof(T), stride[1] = v_stride * (int64_t)sizeof(T);
+    rows[0] = rows[1] = (int)count;
+    at = 0, now = count > 0 ? 0 : 2;
+  }
+  INLINE_MEMBER void line() {
+    if (now == 2) return;
+    _mm_prefetch(row[now] + at, _MM_HINT_T1);
+    at += 64;
+    if (at < (now ? E : D) * (int)sizeof(T)) return;
+    at = 0, row[now] += stride[now];
+    if (--rows[now] == 0) ++now;
+  }
+  INLINE_MEMBER void lines(int count) {
+    for (int n = 0; n < count; ++n) line();
+  }
+};
+
 // c += a * b, where an operand's 32-bit unit is one float.
 INLINE vf multiply(vf c, vf a, vf b) {
   return a * b + c;
@@ -200,7 +233,8 @@ INLINE vf multiply(vf c, vf a, vf b) {
 // c[R x 16N] = or += a[R x depth] * b[depth x 16N], in units; accumulators never leave registers. From one depth of a to
 // the next are STEP units: more than one where a is transposed.
 template <int R, int N, int STEP>
-INLINE void product_block(const float *a, int lda, const float *b, int64_t ldb, int depth, float *c, int ldc, bool add) {
+INLINE void product_block(const float *a, int lda, const float *b, int64_t ldb, int depth, float *c, int ldc,
+                          bool add, Ahead &ahead) {
   vf sum[R][N];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
@@ -208,6 +242,8 @@ INLINE void product_block(const float *a, int lda, const float *b, int64_t ldb, 
     for (int n = 0; n < N; ++n) sum[r][n] = vf{};
   for (int d = 0; d < depth; ++d) {
     vf right[N];
+    if (R > 4) ahead.line();
+    else if (R >= 2) ahead.lines(N);
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) right[n] = load(b + d * ldb + n * W);
 #pragma GCC unroll 8
@@ -228,24 +264,24 @@ INLINE void product_block(const float *a, int lda, const float *b, int64_t ldb, 
 
 template <int N, int STEP>
 static __attribute__((noinline)) void product(int rows, const float *a, int lda, const float *b, int64_t ldb,
-                                              int depth, float *c, int ldc, bool add) {
+                                              int depth, float *c, int ldc, bool add, Ahead &ahead) {
   switch (rows) {
-    case 1: product_block<1, N, STEP>(a, lda, b, ldb, depth, c, ldc, add); break;
-    case 2: product_block<2, N, STEP>(a, lda, b, ldb, depth, c, ldc, add); break;
-    case 3: product_block<3, N, STEP>(a, lda, b, ldb, depth, c, ldc, add); break;
-    case 4: product_block<4, N, STEP>(a, lda, b, ldb, depth, c, ldc, add); break;
-    case 5: product_block<5, N, STEP>(a, lda, b, ldb, depth, c, ldc, add); break;
-    case 6: product_block<6, N, STEP>(a, lda, b, ldb, depth, c, ldc, add); break;
+    case 1: product_block<1, N, STEP>(a, lda, b, ldb, depth, c, ldc, add, ahead); break;
+    case 2: product_block<2, N, STEP>(a, lda, b, ldb, depth, c, ldc, add, ahead); break;
+    case 3: product_block<3, N, STEP>(a, lda, b, ldb, depth, c, ldc, add, ahead); break;
+    case 4: product_block<4, N, STEP>(a, lda, b, ldb, depth, c, ldc, add, ahead); break;
+    case 5: product_block<5, N, STEP>(a, lda, b, ldb, depth, c, ldc, add, ahead); break;
+    case 6: product_block<6, N, STEP>(a, lda, b, ldb, depth, c, ldc, add, ahead); break;
   }
 }
 
 // c[rows x 16V] = or += a * b, rows <= MR, V vectors wide.
 template <int V, int STEP = 1>
 INLINE void product_wide(int rows, const float *a, int lda, const float *b, int64_t ldb, int depth, float *c, int ldc,
-                         bool add) {
+                         bool add, Ahead &ahead) {
   constexpr int N = V < 4 ? V : 4, REST = V % N;
-  for (int n = 0; n + N <= V; n += N) product<N, STEP>(rows, a, lda, b + n * W, ldb, depth, c + n * W, ldc, add);
-  if (REST) product<(REST ? REST : 1), STEP>(rows, a, lda, b + (V - REST) * W, ldb, depth, c + (V - REST) * W, ldc, add);
+  for (int n = 0; n + N <= V; n += N) product<N, STEP>(rows, a, lda, b + n * W, ldb, depth, c + n * W, ldc, add, ahead);
+  if (REST) product<(REST ? REST : 1), STEP>(rows, a, lda, b + (V - REST) * W, ldb, depth, c + (V - REST) * W, ldc, add, ahead);
 }
 
 // One vector of units of a row of `size` numbers, from unit `unit` on; zeros behind its end.
@@ -268,10 +304,11 @@ struct Tile {
   alignas(64) float values[V_LAID_OUT ? KT_UNITS : 1][E_PADDED];
   alignas(64) float scores[MR][KT];
   alignas(64) float weights[MR][KT_UNITS];
-  float largest[ROWS];
+  alignas(64) float largest[ROWS];
   alignas(64) float total[ROWS][W];  // lane by lane
   int64_t row[ROWS];                 // the query's number
   int rows;
+  Ahead ahead;
 };
 
 // Rows are queries of heads, head by head.
@@ -281,6 +318,18 @@ struct Task {
   INLINE_MEMBER int64_t head_of(int r) const { return head + r / queries * APART; }
   INLINE_MEMBER int64_t query_of(int r) const { return query + r % queries; }
 };
+
+INLINE const T *query_at(const Launch &launch, const Task &task, int r) {
+  return (const T *)launch.q + task.batch * launch.q_stride[0] + task.head_of(r) * launch.q_stride[1] +
+         task.query_of(r) * launch.q_stride[2];
+}
+
+OUTLINE void lay_out_values(Tile &tile, const T *v, int64_t stride, int count) {
+  for (int j = 0; j < count; ++j)
+#pragma GCC unroll 16
+    for (int e = 0; e < E_PADDED; e += W) store(&tile.values[j][e], units(v + j * stride, e, E));
+}
+
 
 INLINE void transpose_keys(Tile &tile, const T *k, int64_t stride, int count) {
   for (int j = 0; j < KT; j += W) {
@@ -297,12 +346,6 @@ INLINE void transpose_keys(Tile &tile, const T *k, int64_t stride, int count) {
   }
 }
 
-INLINE void lay_out_values(Tile &tile, const T *v, int64_t stride, int count) {
-  for (int j = 0; j < count; ++j)
-#pragma GCC unroll 16
-    for (int e = 0; e < E_PADDED; e += W) store(&tile.values[j][e], units(v + j * stride, e, E));
-}
-
 // Scores of up to FEW_ROWS rows straight from the keys [from, to) as they lie. Rows are not unrolled: each reads the
 // keys anew, from the nearest cache, and one function for each number of them took longer to build than all the rest.
 // Inline, since GCC 12 takes it for a pure function in bfloat16 and drops the call.
@@ -315,6 +358,7 @@ INLINE void dot_keys(Tile &tile, Rows rows, const T *k, int64_t stride, int from
       for (int i = 0; i < W; ++i) {
         const T *key = k + (j + (i < there ? i : 0)) * stride;
         sum[i] = vf{};
+        if (r == 1) tile.ahead.lines(D_UNITS / W);
 #pragma GCC unroll 8
         for (int u = 0; u < D_UNITS; u += W) sum[i] = multiply(sum[i], load(&tile.q[rows[r]][u]), units(key, u, D));
       }
@@ -322,7 +366,6 @@ INLINE void dot_keys(Tile &tile, Rows rows, const T *k, int64_t stride, int from
     }
   }
 }
-
 
 // Scores of keys [from, to) become weights; the running maximum, sum and output follow. The tile has `count` keys,
 // the first of which is `start`.
@@ -382,22 +425,26 @@ INLINE void attend(const Launch &launch, Tile &tile, Rows rows, const T *k, cons
     const int lda = D_UNITS * rows.apart;
     if (few) dot_keys(tile, block, k, k_stride, 0, count);
     else
-      product_wide<SCORE_VECTORS>(block.count, tile.q[block.first], lda, tile.keys[0], KT, D_UNITS, tile.scores[0], KT, false);
+      product_wide<SCORE_VECTORS>(block.count, tile.q[block.first], lda, tile.keys[0], KT, D_UNITS, tile.scores[0], KT, false, tile.ahead);
     weigh(launch, tile, block, start, from, to, count);
     const float *values = in_place ? (const float *)(const void *)(v + 0) : tile.values[0];
     const int64_t ldv = in_place ? v_stride : E_PADDED;
     product_wide<OUT_VECTORS>(block.count, tile.weights[0] + from / PAIR, KT_UNITS, values + from / PAIR * ldv, ldv,
-                              (depth + PAIR - 1) / PAIR, tile.out[block.first], E_PADDED * rows.apart, true);
+                              (depth + PAIR - 1) / PAIR, tile.out[block.first], E_PADDED * rows.apart, true, tile.ahead);
   }
+}
+
+INLINE float total_of(const Tile &tile, int r) {
+  return sum_of(load(tile.total[r]));
 }
 
 INLINE void begin(const Launch &launch, Tile &tile, const Task &task, [[maybe_unused]] bool with_sinks) {
   const int64_t batch = task.batch;
   tile.rows = task.heads * task.queries;
   for (int r = 0; r < tile.rows; ++r) {
-    const int64_t h = task.head_of(r), i = task.query_of(r);
-    const T *q = (const T *)launch.q + batch * launch.q_stride[0] + h * launch.q_stride[1] + i * launch.q_stride[2];
-    for (int u = 0; u < D_UNITS; u += W) store(&tile.q[r][u], units(q, u, D));
+    [[maybe_unused]] const int64_t h = task.head_of(r), i = task.query_of(r);
+    
+    for (int u = 0; u < D_UNITS; u += W) store(&tile.q[r][u], units(query_at(launch, task, r), u, D));
     tile.row[r] = i;
     tile.largest[r] = NONE;
     store(tile.total[r], vf{});
@@ -475,19 +522,21 @@ INLINE void run_task(Launch &launch, Tile &tile, int64_t number) {
   const int64_t from = tiles * split / launch.splits, to = tiles * (split + 1) / launch.splits;
   for (int64_t t = from; t < to; ++t) {
     const int64_t start = t * KT;
+    const int64_t next = start + KT, left = t + 1 < to ? (end - next < KT ? end - next : KT) : 0;
+    tile.ahead.begin(k + next * launch.k_stride[2], launch.k_stride[2], v + next * launch.v_stride[2], launch.v_stride[2], left);
     attend(launch, tile, Rows{0, 1, tile.rows}, k + start * launch.k_stride[2], v + start * launch.v_stride[2], start,
            (int)(end - start < KT ? end - start : KT));
   }
   if (launch.splits == 1) {
     for (int r = 0; r < tile.rows; ++r)
-      write_row(out_row(launch, tile, task, r), tile.out[r], sum_of(load(tile.total[r])), launch.keys);
+      write_row(out_row(launch, tile, task, r), tile.out[r], total_of(tile, r), launch.keys);
     return;
   }
   int64_t *arrived = (int64_t *)launch.workspace + group;
   Partial *parts = (Partial *)(launch.workspace + (launch.groups * 8 + 63) / 64 * 64) + group * launch.splits;
   Partial &mine = parts[split];
   memcpy(mine.largest, tile.largest, sizeof mine.largest);
-  for (int r = 0; r < tile.rows; ++r) mine.total[r] = sum_of(load(tile.total[r]));
+  for (int r = 0; r < tile.rows; ++r) mine.total[r] = total_of(tile, r);
   memcpy(mine.out, tile.out, (size_t)tile.rows * sizeof tile.out[0]);
   if (__atomic_add_fetch(arrived, 1, __ATOMIC_ACQ_REL) == launch.splits)
     merge(launch, tile, parts, task);

@@ -56,6 +56,13 @@ typedef vh vh_anywhere __attribute__((aligned(1), may_alias));
 #endif
 #define INLINE static inline __attribute__((always_inline))
 #define INLINE_MEMBER inline __attribute__((always_inline))
+// A function of its own, of which callers know nothing: GCC 12 takes some that write vectors through pointers to floats
+// for functions without effects, and drops the calls.
+#if defined(__clang__)
+#define OUTLINE static __attribute__((noinline))
+#else
+#define OUTLINE static __attribute__((noipa))
+#endif
 
 INLINE vf load(const float *p) { return *(const vf_anywhere *)p; }
 INLINE void store(float *p, vf x) { *(vf_anywhere *)p = x; }
@@ -150,7 +157,8 @@ INLINE vf multiply(vf c, vf a, vf b) {
 // c[R x 16N] = or += a[R x depth] * b[depth x 16N], in units; accumulators never leave registers. From one depth of a to
 // the next are STEP units: more than one where a is transposed.
 template <int R, int N, int STEP>
-INLINE void product_block(const float *a, int lda, const float *b, int64_t ldb, int depth, float *c, int ldc, bool add) {
+INLINE void product_block(const float *a, int lda, const float *b, int64_t ldb, int depth, float *c, int ldc,
+                          bool add) {
   vf sum[R][N];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)

@@ -58,6 +58,13 @@ typedef vh vh_anywhere __attribute__((aligned(1), may_alias));
 #endif
 #define INLINE static inline __attribute__((always_inline))
 #define INLINE_MEMBER inline __attribute__((always_inline))
+// A function of its own, of which callers know nothing: GCC 12 takes some that write vectors through pointers to floats
+// for functions without effects, and drops the calls.
+#if defined(__clang__)
+#define OUTLINE static __attribute__((noinline))
+#else
+#define OUTLINE static __attribute__((noipa))
+#endif
 
 INLINE vf load(const float *p) { return *(const vf_anywhere *)p; }
 INLINE void store(float *p, vf x) { *(vf_anywhere *)p = x; }
@@ -232,7 +239,8 @@ INLINE vf multiply(vf c, vf a, vf b) {
 // c[R x 16N] = or += a[R x depth] * b[depth x 16N], in units; accumulators never leave registers. From one depth of a to
 // the next are STEP units: more than one where a is transposed.
 template <int R, int N, int STEP>
-INLINE void product_block(const float *a, int lda, const float *b, int64_t ldb, int depth, float *c, int ldc, bool add) {
+INLINE void product_block(const float *a, int lda, const float *b, int64_t ldb, int depth, float *c, int ldc,
+                          bool add) {
   vf sum[R][N];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
@@ -300,7 +308,7 @@ struct Tile {
   alignas(64) float values[V_LAID_OUT ? KT_UNITS : 1][E_PADDED];
   alignas(64) float scores[MR][KT];
   alignas(64) float weights[MR][KT_UNITS];
-  float largest[ROWS];
+  alignas(64) float largest[ROWS];
   alignas(64) float total[ROWS][W];  // lane by lane
   int64_t row[ROWS];                 // the query's number
   alignas(64) int place[KT];               // positions of the tile's keys, ascending; NEVER behind the last
@@ -318,6 +326,18 @@ struct Task {
   INLINE_MEMBER int64_t query_of(int r) const { return query + r % queries * step; }
 };
 
+INLINE const T *query_at(const Launch &launch, const Task &task, int r) {
+  return (const T *)launch.q + task.batch * launch.q_stride[0] + task.head_of(r) * launch.q_stride[1] +
+         task.query_of(r) * launch.q_stride[2];
+}
+
+OUTLINE void lay_out_values(Tile &tile, const T *v, int64_t stride, int count) {
+  for (int j = 0; j < count; ++j)
+#pragma GCC unroll 16
+    for (int e = 0; e < E_PADDED; e += W) store(&tile.values[j][e], units(v + (int64_t)tile.place[j] * stride, e, E));
+}
+
+
 INLINE void transpose_keys(Tile &tile, const T *k, int64_t stride, int count) {
   for (int j = 0; j < KT; j += W) {
     const int there = count - j;
@@ -331,12 +351,6 @@ INLINE void transpose_keys(Tile &tile, const T *k, int64_t stride, int count) {
       for (int i = 0; i < W; ++i) store(&tile.keys[u + i][j], block[i]);
     }
   }
-}
-
-INLINE void lay_out_values(Tile &tile, const T *v, int64_t stride, int count) {
-  for (int j = 0; j < count; ++j)
-#pragma GCC unroll 16
-    for (int e = 0; e < E_PADDED; e += W) store(&tile.values[j][e], units(v + (int64_t)tile.place[j] * stride, e, E));
 }
 
 // Scores of up to FEW_ROWS rows straight from the keys [from, to) as they lie. Rows are not unrolled: each reads the
@@ -358,7 +372,6 @@ INLINE void dot_keys(Tile &tile, Rows rows, const T *k, int64_t stride, int from
     }
   }
 }
-
 
 // Scores of keys [from, to) become weights; the running maximum, sum and output follow. The tile has `count` keys,
 // which are near ones or those apart.
@@ -417,7 +430,7 @@ INLINE void shown(const Tile &tile, Rows rows, bool near, int count, int &from, 
 }
 
 // One key tile for some rows of the task.
-static __attribute__((noinline)) void attend(const Launch &launch, Tile &tile, Rows rows, const T *k, const T *v,
+OUTLINE void attend(const Launch &launch, Tile &tile, Rows rows, const T *k, const T *v,
                                              bool near, int count) {
   const int64_t k_stride = launch.k_stride[2], v_stride = launch.v_stride[2];
   const bool few = rows.count <= FEW_ROWS;
@@ -449,13 +462,17 @@ static __attribute__((noinline)) void attend(const Launch &launch, Tile &tile, R
   }
 }
 
+INLINE float total_of(const Tile &tile, int r) {
+  return sum_of(load(tile.total[r]));
+}
+
 INLINE void begin(const Launch &launch, Tile &tile, const Task &task, [[maybe_unused]] bool with_sinks) {
   const int64_t batch = task.batch;
   tile.rows = task.heads * task.queries;
   for (int r = 0; r < tile.rows; ++r) {
-    const int64_t h = task.head_of(r), i = task.query_of(r);
-    const T *q = (const T *)launch.q + batch * launch.q_stride[0] + h * launch.q_stride[1] + i * launch.q_stride[2];
-    for (int u = 0; u < D_UNITS; u += W) store(&tile.q[r][u], units(q, u, D));
+    [[maybe_unused]] const int64_t h = task.head_of(r), i = task.query_of(r);
+    
+    for (int u = 0; u < D_UNITS; u += W) store(&tile.q[r][u], units(query_at(launch, task, r), u, D));
     tile.row[r] = i;
     tile.largest[r] = NONE;
     store(tile.total[r], vf{});
@@ -570,14 +587,14 @@ INLINE void run_task(Launch &launch, Tile &tile, int64_t number) {
   attend_all(launch, tile, task, k, v, launch.keys * split / launch.splits, launch.keys * (split + 1) / launch.splits);
   if (launch.splits == 1) {
     for (int r = 0; r < tile.rows; ++r)
-      write_row(out_row(launch, tile, task, r), tile.out[r], sum_of(load(tile.total[r])), launch.keys);
+      write_row(out_row(launch, tile, task, r), tile.out[r], total_of(tile, r), launch.keys);
     return;
   }
   int64_t *arrived = (int64_t *)launch.workspace + group;
   Partial *parts = (Partial *)(launch.workspace + (launch.groups * 8 + 63) / 64 * 64) + group * launch.splits;
   Partial &mine = parts[split];
   memcpy(mine.largest, tile.largest, sizeof mine.largest);
-  for (int r = 0; r < tile.rows; ++r) mine.total[r] = sum_of(load(tile.total[r]));
+  for (int r = 0; r < tile.rows; ++r) mine.total[r] = total_of(tile, r);
   memcpy(mine.out, tile.out, (size_t)tile.rows * sizeof tile.out[0]);
   if (__atomic_add_fetch(arrived, 1, __ATOMIC_ACQ_REL) == launch.splits)
     merge(launch, tile, parts, task);
