@@ -63,8 +63,12 @@ class StoredRows:
             order = np.random.default_rng([self.seed, epoch]).permutation(count)
             done = max(position - epoch * count, 0)
             start = stretch_before(done, epoch * count, self.batch)
-            rows = (self.train[int(index)] for index in order[start:])
-            yield from itertools.islice(alike(rows, length, epoch * count + start, self.batch), done - start, None)
+            grouped = alike(iter(order[start:]), self._length, epoch * count + start, self.batch)
+            for index in itertools.islice(grouped, done - start, None):
+                yield self.train[int(index)]
+
+    def _length(self, index: int) -> int:
+        return length(self.train[int(index)])
 
 
 @dataclass(frozen=True)
