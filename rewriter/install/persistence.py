@@ -453,9 +453,11 @@ def _rewrite(model: nn.Module, owners: Mapping[str, Any]) -> None:
             place(model, path, conditional_block.rebuild(description, original))
         elif description["kind"] == "unit":
             place(model, path, unit_block.rebuild(description, original))
-        else:
+        elif description["kind"] == "mixer":
             details = {name: value for name, value in description.items() if name != "kind"}
             place(model, path, rebuild(details, original))
+        else:
+            raise ValueError(f"{description['kind']!r} is no kind of rewrite")
 
 
 def _require_plain(model: nn.Module) -> None:
