@@ -64,6 +64,11 @@ class Selectable(Protocol):
     def cross(self) -> bool: ...
 
 
+_NUMBER = "[0-9]{1,18}"
+_LAYERS = f"({_NUMBER}(-{_NUMBER})?|-?({_NUMBER})?:-?({_NUMBER})?)"
+"""A layer, layers from one to another, or a slice of them."""
+
+
 def named_by(selector: str, sites: Sequence[Selectable]) -> set[str]:
     """Names of the sites that a selector names; none is no error. Raises PlanError for a broken expression."""
     names = _predicate(selector.strip(), sites)
@@ -77,7 +82,9 @@ def _predicate(selector: str, sites: Sequence[Selectable]) -> Callable[[Selectab
         return lambda s: s.cross
     if selector in {"encoder", "decoder"}:
         return lambda s: bool(re.search(rf"(^|[._/]){selector}([._/]|$)", s.name)) and not s.cross
-    if re.fullmatch(r"(\d+(-\d+)?|-?\d*:-?\d*)(,(\d+(-\d+)?|-?\d*:-?\d*))*", selector):
+    if not selector:  # as an expression it would name every site
+        raise PlanError("the layer selector is empty", 'write "all" for all sites')
+    if re.fullmatch(f"{_LAYERS}(,{_LAYERS})*", selector):
         wanted = _layer_numbers(selector, sorted({s.layer for s in sites}))
         return lambda s: s.layer in wanted
     try:
@@ -96,7 +103,7 @@ def _layer_numbers(selector: str, layers: list[int]) -> set[int]:
             wanted.update(layers[slice(start, stop)])
         elif "-" in part:
             low, high = map(int, part.split("-"))
-            wanted.update(range(low, high + 1))
+            wanted.update(n for n in layers if low <= n <= high)
         else:
             wanted.add(int(part))
     return wanted

@@ -241,6 +241,7 @@ def rewrite(
     _require_model(model)
     _require_output(model, output)
     _require_page(html)
+    _require_limits(max_kl, min_cosine)
     if not verify and (max_kl is not None or min_cosine is not None):
         raise UsageError("--max-kl and --min-cosine need the verification", hint="drop --no-verify")
     with _working(f"rewriting to {target}"):
@@ -287,6 +288,7 @@ def verify(
     """Check a rewritten model against its original: valid, runs, finite, untouched parts identical, drift."""
     _require_model(output)
     _require_model(against)
+    _require_limits(max_kl, min_cosine)
     with _working("verifying"):
         import rewriter
 
@@ -574,6 +576,13 @@ def _refuse_if_strict(strict: bool, refused: Sequence[Mapping[str, Any]]) -> Non
             f"{len(refused)} sites were refused, the first: {first['name']}: {first['reason']}",
             hint="drop --strict to rewrite the others, or select sites with --layers",
         )
+
+
+def _require_limits(max_kl: float | None, min_cosine: float | None) -> None:
+    if max_kl is not None and not max_kl >= 0:
+        raise UsageError(f"--max-kl {max_kl:g} is no divergence", hint="give 0 or more, e.g. 0.1")
+    if min_cosine is not None and not -1 <= min_cosine <= 1:
+        raise UsageError(f"--min-cosine {min_cosine:g} is no cosine", hint="give one of at most 1, e.g. 0.99")
 
 
 def _refuse_drift(drift: Mapping[str, Any] | None, max_kl: float | None, min_cosine: float | None) -> None:

@@ -112,7 +112,8 @@ def require_place(target: Path, *, longer: int = 0) -> None:
         longer: bytes by which the longest name that is written beside `target` is longer than its own.
 
     Raises:
-        UsageError: it is a device, a pipe or a socket, which would be gone; or the system takes no such name.
+        UsageError: it is a device, a pipe or a socket, which would be gone; it lies among these; or the system takes no
+            such name.
     """
     try:
         os.lstat(os.fspath(target) + "x" * longer)
@@ -123,6 +124,8 @@ def require_place(target: Path, *, longer: int = 0) -> None:
         raise refusal or UsageError(
             f"{target} cannot be written: {first_line(error)}", hint="name another place"
         ) from error
+    if _belongs_to_the_system(target):  # where /dev/stdout is a link, and to a file if output is redirected
+        raise UsageError(f"{target} is no place for a file", hint="name one in a folder of your own")
     try:
         kind = target.stat().st_mode
     except OSError as error:
@@ -133,6 +136,11 @@ def require_place(target: Path, *, longer: int = 0) -> None:
         raise UsageError(
             f"{target} is a device or a pipe, which a file would take the place of", hint="name a file or a folder"
         )
+
+
+def _belongs_to_the_system(target: Path) -> bool:
+    folder = os.path.realpath(target.absolute().parent)
+    return folder in {"/dev", "/proc", "/sys"} or folder.startswith(("/proc/", "/sys/"))
 
 
 @contextlib.contextmanager

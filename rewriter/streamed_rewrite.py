@@ -116,6 +116,7 @@ def rewrite_streamed(folder: Path, target: Any, *, layers: str | None) -> tuple[
     watch = Stopwatch()
     with watch.stage("capture"):
         checkpoint = Checkpoint.at(folder)
+        checkpoint.refuse_quantised()
         files = _files(folder)
         tensors = {name: tensor for file in files for name, tensor in safetensors_stream.stored(file).items()}
         with in_proportion(folder):

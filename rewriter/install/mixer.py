@@ -424,8 +424,8 @@ def rebuild(description: Call, original: nn.Module) -> RewrittenMixer:
     }
     spec = {**description["spec"], "pattern": from_json(description["spec"].get("pattern", ()))}
     for name in ("heads", "kv_heads", "head_dim", "value_dim"):
-        if type(spec.get(name)) is not int:  # True is 1 to Python
-            raise ValueError(f"{name} is no whole number")
+        if type(spec.get(name)) is not int or spec[name] < 1:  # True is 1 to Python
+            raise ValueError(f"{name} is no number of anything")
     mixer = RewrittenMixer(
         GroupedQueryAttention(**spec),
         Protocol.from_json(description["protocol"]),

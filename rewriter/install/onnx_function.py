@@ -131,13 +131,21 @@ class _Editor:
         self.model = self.capture.model
         self.graph = self.model.graph
         self.opset = self.model.opset_imports.get("", 1)
-        taken = set(self.capture.values) | {n.name for n in self.capture.nodes if n.name}
+        taken = set(self.capture.values) | {n.name for n in self.capture.nodes if n.name} | self._in_bodies()
         self.write = NodeWriter(self.graph, taken)
         added = (w.constants for w in self.capture.written_out.values())
         self._rounded = any(n.op_type == "QuantizeLinear" for n in self.capture.nodes)
         self.mixing = Mixing(self)
         self.experts = ExpertWriter(self)
         self._stored = frozenset(self.graph.initializers).difference(*added)
+
+    def _in_bodies(self) -> set[str]:
+        """Names of values in bodies of control flow, which may stand for nothing else outside of them."""
+        bodies = [graph for graph in self.model.graphs() if graph is not self.graph]
+        made = (v for body in bodies for n in body for v in n.outputs)
+        return {v.name for body in bodies for v in (*body.inputs, *body.initializers.values()) if v.name} | {
+            v.name for v in made if v.name
+        }
 
     # ------------------------------------------------------------ one site
 

@@ -364,9 +364,13 @@ class _Target:
         return {file.name for file in self.folder.iterdir() if pattern.fullmatch(file.name)}
 
     def is_mentioned(self, data_name: str) -> bool:
-        """True if some model file in the folder may point to `data_name`."""
-        files = {file for file in self.folder.iterdir() if file.suffix in {".onnx", ".pb", ".ort"}} | {self.path}
+        """True if some model file in the folder, or a copy like model.onnx.bak, may point to `data_name`."""
+        files = {file for file in self.folder.iterdir() if _may_be_model(file)} | {self.path}
         return any(_mentions(file, data_name.encode()) for file in files if file.is_file())
+
+
+def _may_be_model(file: Path) -> bool:
+    return file.suffix in {".onnx", ".pb", ".ort"} or (".onnx" in file.name and file.suffix not in {".data", ".tmp"})
 
 
 def _mentions(file: Path, text: bytes) -> bool:

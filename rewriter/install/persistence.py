@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from rewriter.drafts import require_place
-from rewriter.errors import InvalidModelFile, RewriteError, UsageError, first_line
+from rewriter.errors import InvalidModelFile, RewriteError, UnsupportedModel, UsageError, first_line
 from rewriter.install import (
     conditional_block,
     expert_mixer,
@@ -323,11 +323,24 @@ class Checkpoint:
                 f"{self.folder / CONFIG} cannot be read: {first_line(error)}", hint="download it again"
             ) from error
 
+    def refuse_quantised(self, why: str = "") -> None:
+        """Raises UnsupportedModel if the config says that weights are stored in a library's own quantised format."""
+        inner = [value for value in self.raw.values() if isinstance(value, Mapping)]
+        said = next((q for c in (self.raw, *inner) if isinstance(q := c.get("quantization_config"), Mapping)), None)
+        if said:
+            method = str(said.get("quant_method", ""))
+            by = f" by {method}" if method.replace("-", "").isalnum() else ""
+            raise UnsupportedModel(
+                f"the weights of {self.folder} are quantised{by}, says its config{why}",
+                hint="rewrite the float or bfloat16 checkpoint that it was made from, and quantise what comes out",
+            )
+
 
 def _load_plain(folder: Path, module: nn.Module | None) -> nn.Module:
     if module is not None:
         raise InvalidModelFile(f"{folder} has no {MANIFEST}", hint="Give a folder that rewriter.save wrote.")
-    model_class = Checkpoint.at(folder).model_class
+    checkpoint = Checkpoint.at(folder)
+    model_class = checkpoint.model_class
     loaded: nn.Module
     try:
         with in_proportion(folder):
@@ -338,6 +351,7 @@ def _load_plain(folder: Path, module: nn.Module | None) -> nn.Module:
     except Exception as error:  # whatever its parts raise on broken configs, cut-off weights and forbidden pickles
         if isinstance(error, MemoryError | RewriteError):
             raise
+        checkpoint.refuse_quantised(f": {_reason(error)}")
         raise InvalidModelFile(f"{folder} cannot be read: {_reason(error)}", hint=SAVE_AGAIN) from error
     missing = sorted(set(found["missing_keys"]) & {name for name, _ in loaded.named_parameters()})
     if missing:
@@ -439,9 +453,11 @@ def _rewrite(model: nn.Module, owners: Mapping[str, Any]) -> None:
             place(model, path, conditional_block.rebuild(description, original))
         elif description["kind"] == "unit":
             place(model, path, unit_block.rebuild(description, original))
-        else:
+        elif description["kind"] == "mixer":
             details = {name: value for name, value in description.items() if name != "kind"}
             place(model, path, rebuild(details, original))
+        else:
+            raise ValueError(f"{description['kind']!r} is no kind of rewrite")
 
 
 def _require_plain(model: nn.Module) -> None:

@@ -7,7 +7,7 @@ value of a mask hides a key, whether a missing mask means causal, ...) is settle
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -185,10 +185,58 @@ class Protocol:
         """Inverse of `to_json` after a trip through JSON.
 
         Raises:
-            TypeError: for unknown or missing fields.
+            TypeError: for unknown or missing fields, and for what no protocol holds.
         """
-        tuples = {name: tuple(data[name]) for name in ("order", "returns", "masks_refused") if name in data}
-        return cls(**{**data, **tuples})
+        tuples = {name: tuple(_words(data[name])) for name in ("order", "returns", "masks_refused") if name in data}
+        made = cls(**{**data, **tuples})
+        for name, fit in _FIT.items():
+            if not fit(getattr(made, name)):
+                raise TypeError(f"{name} of a call is {getattr(made, name)!r}")
+        return made
+
+
+def _words(value: Any) -> list[str]:
+    if not (isinstance(value, list | tuple) and all(isinstance(word, str) for word in value)):
+        raise TypeError(f"{value!r} is no list of names")
+    return list(value)
+
+
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_path(value: Any) -> bool:
+    return value is None or isinstance(value, str)
+
+
+def _is_probability(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
+
+
+def _by_name(value: Any, kinds: Any) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(k, str) and isinstance(v, kinds) for k, v in value.items())
+
+
+def _one_of(*words: str) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, str) and value in words
+
+
+_FLAGS = (
+    "bare", "listed", "batch_first", "mask_true_keeps", "padding_true_keeps", "heeds_is_causal", "adds_input", "trains",
+)  # fmt: skip
+_FIT: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(_FLAGS, _is_flag),
+    **dict.fromkeys(("input_norm", "output_norm"), _is_path),
+    **dict.fromkeys(("attention_dropout", "output_dropout"), _is_probability),
+    **dict.fromkeys(("defaults", "pinned"), lambda value: _by_name(value, Scalar)),
+    "roles": lambda value: _by_name(value, str),
+    "causal": _one_of("never", "unmasked", "always"),
+    "flat_mask": _one_of("batch", "queries"),
+    "rotary": _one_of("half", "interleaved"),
+    "rotary_order": _one_of("cos first", "sin first"),
+    "rotary_tables": _one_of("full", "pairs", "first"),
+}
+"""What each field of a protocol that was read from a file may hold."""
 
 
 def read_protocol(record: CallRecord, owner: str, *, heads: int, causal: bool) -> Protocol:

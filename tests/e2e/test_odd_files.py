@@ -136,6 +136,39 @@ def test_deep_constants_end_in_a_result(source: Path) -> None:
     assert [s["kind"] for s in rewriter.inspect(source).to_dict()["sites"]] == ["attention", "feed_forward"]
 
 
+def _names(model: onnx.ModelProto) -> set[str]:
+    return {name for n in model.graph.node for name in n.output} | {t.name for t in model.graph.initializer}
+
+
+def _branch(model: onnx.ModelProto, names: list[str]) -> None:
+    """An If whose branches make values of these names, one out of the other."""
+
+    def body(last: str) -> onnx.GraphProto:
+        chain = [oh.make_node("Neg", [a], [b]) for a, b in zip(["h0", *names], [*names, last], strict=True)]
+        return oh.make_graph(chain, last, [], [oh.make_tensor_value_info(last, 1, None)])
+
+    model.graph.input.append(oh.make_tensor_value_info("flag", onnx.TensorProto.BOOL, []))
+    model.graph.node.append(oh.make_node("If", ["flag"], ["chosen"], then_branch=body("t"), else_branch=body("e")))
+    model.graph.output.append(oh.make_tensor_value_info("chosen", 1, [None, None, 16]))
+
+
+def _stored(model: onnx.ModelProto, names: list[str]) -> None:
+    model.graph.initializer.extend(nh.from_array(np.ones(1, np.float32), name) for name in names)
+
+
+@pytest.mark.parametrize("take", [_branch, _stored], ids=["in_bodies", "as_weights"])
+def test_names_that_a_rewrite_would_give_are_taken(
+    source: Path, take: Callable[[onnx.ModelProto, list[str]], None]
+) -> None:
+    model = onnx.load(source)
+    names = sorted(_names(rewriter.optimize(model, "mqa")) - _names(model))
+    assert len(names) > 2
+    take(model, names)
+    done = rewriter.optimize(model, "mqa")
+    assert not set(names) & {name for node in done.graph.node for name in node.output}
+    assert rewriter.verify(done, model).ok
+
+
 @pytest.mark.parametrize("name", ["product", "blocks"])
 def test_operators_that_lack_their_parts_are_no_products(name: str) -> None:
     x = ir.Value(name="x")

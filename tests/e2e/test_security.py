@@ -362,6 +362,24 @@ def _change(**entries: Any) -> Callable[[dict[str, Any]], object]:
     return lambda manifest: manifest.update(entries)
 
 
+def _first(manifest: dict[str, Any]) -> Any:
+    return next(iter(manifest["owners"].values()))
+
+
+def _of_first(part: str, name: str, value: Any) -> Callable[[dict[str, Any]], object]:
+    return lambda manifest: _first(manifest)[part].update({name: value})
+
+
+SPEC: tuple[tuple[str, Any], ...] = (
+    ("heads", True), ("heads", 4.0), ("kv_heads", -1), ("bias", {}), ("scale", "1; evil()"),
+)  # fmt: skip
+PROTOCOL: tuple[tuple[str, Any], ...] = (
+    ("order", "abc"), ("order", [1]), ("returns", None), ("roles", []), ("roles", {"mask": 1}), ("defaults", {"x": []}),
+    ("bare", "no"), ("trains", 1), ("causal", "sometimes"), ("flat_mask", EVIL), ("rotary", None),
+    ("attention_dropout", -1), ("output_dropout", "0.1"), ("input_norm", 7),
+)  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -375,10 +393,9 @@ def _change(**entries: Any) -> Callable[[dict[str, Any]], object]:
         lambda m: m["architecture"]["config"].update(num_hidden_layers=10**9),
         lambda m: m["architecture"]["config"].update(num_hidden_layers=90_000),
         lambda m: m["architecture"].update(attention="flash_attention_2"),
-        lambda m: next(iter(m["owners"].values()))["spec"].update(heads=True),
-        lambda m: next(iter(m["owners"].values()))["spec"].update(heads=4.0),
-        lambda m: next(iter(m["owners"].values()))["spec"].update(bias={}),
-        lambda m: next(iter(m["owners"].values()))["spec"].update(scale="1; evil()"),
+        lambda m: _first(m).update(kind="another"),
+        *(_of_first("spec", name, value) for name, value in SPEC),
+        *(_of_first("protocol", name, value) for name, value in PROTOCOL),
     ],
     ids=[
         "architecture",
@@ -391,10 +408,9 @@ def _change(**entries: Any) -> Callable[[dict[str, Any]], object]:
         "layers",
         "many layers",
         "attention",
-        "true heads",
-        "parts of heads",
-        "flag",
-        "text",
+        "kind",
+        *(f"spec {name} {type(value).__name__}" for name, value in SPEC),
+        *(f"call {name} {type(value).__name__}" for name, value in PROTOCOL),
     ],
 )
 def test_a_manifest_that_makes_no_sense(

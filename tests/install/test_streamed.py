@@ -169,6 +169,20 @@ def test_architectures_without_the_number_in_their_config_are_refused(tmp_path: 
     assert "--not-streamed" in refused.value.hint
 
 
+@pytest.mark.parametrize("inner", [False, True], ids=["own", "of_a_part"])
+def test_quantised_checkpoints_are_refused(inner: bool, tmp_path: Path) -> None:
+    source = checkpoint(tmp_path / "in", "llama")
+    config = json.loads((source / "config.json").read_text())
+    quantised: Any = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    (source / "config.json").write_text(json.dumps(config | ({"text_config": quantised} if inner else quantised)))
+    for streamed in (True,) if inner else (True, False):
+        with pytest.raises(UnsupportedModel, match="quantised by gptq") as refused:
+            rewriter.optimize(source, "gqa2", streamed=streamed)
+        assert "float or bfloat16 checkpoint" in refused.value.hint
+    (source / "config.json").write_text(json.dumps({**config, "quantization_config": None}))
+    assert rewriter.optimize(source, "gqa2", streamed=True).rewrite_report.sites, "the control"
+
+
 def test_broken_checkpoints_are_refused(tmp_path: Path) -> None:
     source = checkpoint(tmp_path / "in", "llama", max_shard_size="60kB")
     index = source / "model.safetensors.index.json"

@@ -121,12 +121,13 @@ def test_overwriting_drops_the_old_data_file_and_only_that(tmp_path: Path) -> No
     assert data_files(tmp_path) == ["b.onnx.data"]
 
 
-def test_data_file_of_another_model_is_never_touched(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["other.onnx", "a.onnx.bak", "a.onnx~"])
+def test_data_file_of_another_model_is_never_touched(tmp_path: Path, name: str) -> None:
     save(ir.from_proto(model(1.0)), tmp_path / "a.onnx", external_data="always")
-    os.rename(tmp_path / "a.onnx", tmp_path / "other.onnx")  # still points to a.onnx.data
+    os.rename(tmp_path / "a.onnx", tmp_path / name)  # still points to a.onnx.data
     save(ir.from_proto(model(2.0)), tmp_path / "a.onnx", external_data="always")
     save(ir.from_proto(model(3.0)), tmp_path / "a.onnx", external_data="never")
-    assert (weights(tmp_path / "other.onnx")["w0"] == 1.0).all()
+    assert (weights(tmp_path / name)["w0"] == 1.0).all()
     assert (weights(tmp_path / "a.onnx")["w0"] == 3.0).all()
 
 

@@ -84,11 +84,33 @@ def test_selectors_of_parts(selector: str, expected: list[str]) -> None:
     assert [s.name for s in select(selector, TWO_STACKS)] == expected
 
 
-@pytest.mark.parametrize("selector", ["12", "20-30", "no_such_name", "cross", "encoder", "5-2"])
+BEYOND = [
+    "12",
+    "20-30",
+    "no_such_name",
+    "cross",
+    "encoder",
+    "5-2",
+    "5-99999999999",
+    pytest.param("9" * 5000, id="digits"),
+]
+
+
+@pytest.mark.parametrize("selector", BEYOND)
 def test_a_selector_that_names_nothing_is_an_error_with_the_layers(selector: str) -> None:
     with pytest.raises(PlanError, match="selects no rewritable site") as error:
         select(selector, stack(3))
     assert "0, 1, 2" in error.value.hint
+
+
+def test_an_empty_selector_does_not_name_all_sites() -> None:
+    with pytest.raises(PlanError, match="empty") as error:
+        select(" ", stack(2))
+    assert "all" in error.value.hint
+
+
+def test_a_range_takes_no_more_than_there_is() -> None:
+    assert [s.layer for s in select("1-99999999999", stack(3))] == [1, 2]
 
 
 @pytest.mark.parametrize("selector", ["(", "[a", "*"])

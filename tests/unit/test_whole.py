@@ -171,6 +171,17 @@ def test_places_that_take_no_output(tmp_path: Path) -> None:
     drafts.require_place(tmp_path / ("x" * 250), longer=0)
 
 
+@pytest.mark.parametrize(
+    "place", ["/dev/stdout", "/dev/fd/1", "/dev/none", "/proc/x.onnx", "/proc/self/fd/1", "/sys/x"]
+)
+def test_places_among_devices_take_no_output(place: str) -> None:
+    """Where output goes to a file, /dev/stdout is a link to one, which would be replaced."""
+    with pytest.raises(UsageError) as error:
+        drafts.require_place(Path(place))
+    assert "folder" in error.value.hint
+    drafts.require_place(Path("/dev/shm/x.onnx"))
+
+
 def _write_folder(place: Path) -> None:
     with whole_folder(place):
         pass
