@@ -28,7 +28,7 @@ FEW_ROWS = GroupedQueryAttention(4, 1, 40, 24, 0.2, causal=True)
 ATTENTIONS = {
     "every modifier, f16, avx2": (problems.EVERYTHING, DType.FLOAT16, Isa.AVX2),
     "few rows, bf16, avx512_bf16": (FEW_ROWS, DType.BFLOAT16, Isa.AVX512_BF16),
-    "many and few rows, bf16, amx": (replace(FEW_ROWS, bias=True), DType.BFLOAT16, Isa.AMX),
+    "many and few rows, bf16, amx": (replace(FEW_ROWS, kv_heads=2, bias=True), DType.BFLOAT16, Isa.AMX),
     "patterns by head, f32, avx512": (problems.SPARSE["by head"], DType.FLOAT32, Isa.AVX512),
 }
 

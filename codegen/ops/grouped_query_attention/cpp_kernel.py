@@ -52,7 +52,8 @@ class Tiling:
 
 def tiling(spec: GroupedQueryAttention, dtype: DType, isa: Isa) -> Tiling:
     """The sizes that measured best, made smaller where a tile would outgrow its stack."""
-    few = 4 if spec.group <= 4 else 0
+    few = 2 if _in_tiles(spec, dtype, isa) else 4
+    few = few if spec.group <= few else 0
     ahead = 1 if _in_pairs(dtype, isa) else 2 if dtype is DType.FLOAT32 else 0
     if isa is Isa.AVX2:
         found = Tiling(8, 64, block_rows=6, block_vectors=2, rows=128, few_rows=few, ahead_rows=ahead, split_keys=256)
