@@ -26,7 +26,7 @@ import typer
 from codegen.errors import KernelError
 from rewriter import progress as progress_bars
 from rewriter.drafts import DATA_SUFFIX, require_place
-from rewriter.errors import RewriteError, UsageError, VerificationFailed
+from rewriter.errors import CannotWrite, RewriteError, UsageError, VerificationFailed, first_line
 from rewriter.given_path import existing
 from rewriter.report.printable import jsonable, printable
 from rewriter.whole_folder import recover
@@ -625,16 +625,29 @@ def _show(found: Mapping[str, Any], kind: str) -> None:
     from rewriter.report import tables
 
     render: Callable[[Mapping[str, Any]], RenderableType] = getattr(tables, kind)
-    _print(tables.text(render(found)))
+    text = ""
+    with _to_output():  # rich writes to it, too
+        text = tables.text(render(found))
+    _print(text)
 
 
 def _print(text: str) -> None:
-    """To standard output; whoever reads it may have seen enough and gone, which is no error."""
     encoding = sys.stdout.encoding or "utf-8"
-    try:
+    with _to_output():
         print(text.encode(encoding, "replace").decode(encoding), flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextlib.contextmanager
+def _to_output() -> Iterator[None]:
+    """Whoever reads standard output may have seen enough and gone, which is no error; raises CannotWrite for others."""
+    try:
+        yield
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left would fail again at exit
+        if not isinstance(error, BrokenPipeError):
+            raise CannotWrite(
+                f"standard output cannot be written: {first_line(error)}", hint="free some space, or send it elsewhere"
+            ) from error
 
 
 @contextlib.contextmanager
@@ -684,10 +697,25 @@ def _complain(message: str, hint: str = "", *, label: str = "error") -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The console script: runs a command and leaves with its exit code."""
+    _open_streams()
     ended: list[int] = []
     with _ending_signals(ended.append):
         code = run(arguments)
     sys.exit(128 + ended[0] if ended and code == _INTERRUPTED else code)
+
+
+def _open_streams() -> None:
+    """Streams that whoever started us had closed lead nowhere: else the next file takes their number, and what
+    libraries print goes into it."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    if sys.stdout is None:
+        sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(2, "w", encoding="utf-8", closefd=False)
 
 
 @contextlib.contextmanager
@@ -757,8 +785,18 @@ def _explain(error: Exception) -> tuple[str, str, int]:
         return "out of memory", "free some, or store the model with external data", 1
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "the disk is full", "free some space, or name another disk for temporary files in TMPDIR", 1
+    if isinstance(error, FileNotFoundError) and not _stands_somewhere():
+        return "the working directory is gone", "change to another one", UsageError.exit_code
     first = next(iter(str(error).splitlines()), "")
     return f"{type(error).__name__}: {first}", "this is a bug in rewriter; --debug shows where", 1
+
+
+def _stands_somewhere() -> bool:
+    try:
+        os.getcwd()
+    except OSError:
+        return False
+    return True
 
 
 if __name__ == "__main__":

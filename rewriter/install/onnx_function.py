@@ -351,16 +351,29 @@ class _Editor:
             _resize(new if name == operand.stem else self.value(name), axis, heads)
 
     def _narrow_gain(self, node: ir.Node) -> None:
-        """A norm whose numbers are spread over heads, and the same for all of them, is given those of one."""
-        if node.op_type not in {"RMSNormalization", "LayerNormalization", "SimplifiedLayerNormalization"}:
+        """A norm whose numbers are spread over heads, and the same for all of them, is given those of one.
+
+        They are inputs of the norm, or written out behind it.
+        """
+        if node.op_type in {"RMSNormalization", "LayerNormalization", "SimplifiedLayerNormalization"}:
+            places = [1, 2]
+        elif node.op_type in {"Mul", "Add"}:
+            places = [i for i, value in enumerate(node.inputs) if value is not None and self._is_constant(value.name)]
+        else:
             return
-        for position, value in enumerate(node.inputs[1:3], 1):
-            name = value.name if value is not None else None
+        for position, value in enumerate(node.inputs):
+            name = value.name if value is not None and position in places else None
             if name is None or len(self.capture.flow.shape(name)) < 2:
                 continue
             numbers = np.asarray(self.capture.flow.value(name))
-            row = numbers.reshape(-1, numbers.shape[-1])[0].copy()
-            node.replace_input_with(position, self.write.constant(row, f"{name}_of_one_head"))
+            rows = numbers.reshape(-1, numbers.shape[-1])
+            if len(rows) > 1 and (rows == rows[0]).all():
+                node.replace_input_with(position, self.write.constant(rows[0].copy(), f"{name}_of_one_head"))
+
+    def _is_constant(self, name: Value | None) -> bool:
+        if name is None or name not in self.capture.values:  # what was put in a moment ago
+            return False
+        return not self.capture.flow.data_dependent(name) and not self.capture.flow.is_fed(name)
 
     def _recount(self, node: ir.Node, axis: int, before: int, heads: int) -> None:
         """Write the new number of heads into a shape that is written out."""

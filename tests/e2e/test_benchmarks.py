@@ -150,7 +150,7 @@ def test_kernels_beside_their_peers(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.slow
 def test_fidelity_of_one_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fidelity, "MINILM_CASES", fidelity.MINILM_CASES[:1])
-    monkeypatch.setattr(fidelity, "MINILM_QUICK", 16)
+    monkeypatch.setattr(fidelity, "MINILM_QUICK", 8)
     target = tmp_path / "fidelity.json"
     code = fidelity.main(
         ["--quick", "--only", "minilm", "--json", str(target), "--markdown", str(tmp_path / "page.md")]
@@ -160,7 +160,7 @@ def test_fidelity_of_one_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert set(written["machine"]) >= MACHINE
     found = {r["case"]: r for r in written["rows"]}
     assert all(set(r) >= ROW for r in found.values())
-    merges = ("mean", "aligned", "joint", "joint + refit, 16 sentences")
+    merges = ("mean", "aligned", "joint", "joint + refit, 8 sentences")
     cosines = [found[f"kv 1/2, {merge}"]["ours"] for merge in merges]
     assert cosines == sorted(cosines), "each merge keeps more than the one before"
     assert "## Fidelity" in (tmp_path / "page.md").read_text()

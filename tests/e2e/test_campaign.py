@@ -25,6 +25,13 @@ def test_architectures_come_through_both_doors_alike(first: int) -> None:
     assert sum(o.torch.status == "rewritable" for o in outcomes) >= 2, "most architectures are no refusals"
 
 
+@pytest.mark.parametrize("seed", [358, 405])
+def test_numbers_behind_a_norm_that_are_alike_for_all_heads_become_those_of_one(seed: int) -> None:
+    """A gain [heads, dim] of equal rows stayed as it was in files, and made as many heads again of one."""
+    outcome = campaign.run(seed)
+    assert outcome.architecture.norm == "own rms" and outcome.onnx.status == "rewritable" and not outcome.problem
+
+
 def test_seeds_differ_and_repeat() -> None:
     drawn = [draw(seed) for seed in range(50)]
     assert len({replace(a, seed=0) for a in drawn}) > 45

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import random
 import signal
 import subprocess
@@ -521,6 +522,42 @@ def test_a_closed_pipe_is_no_error(tmp_path: Path) -> None:
     assert child.stderr.read() == ""
     assert child.wait() == 0
     child.stderr.close()
+
+
+def _in_shell(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    words = ["sh", "-c", f'rewriter() {{ "{sys.executable}" -m rewriter "$@"; }}; {line}']
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(words, capture_output=True, text=True, cwd=folder, env=environment, check=False)
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "words"),
+    [
+        ("rewriter targets --json > /dev/full", 1, "error: standard output cannot be written"),
+        ("rewriter targets > /dev/full", 1, "error: standard output cannot be written"),
+        ("rewriter targets >&-", 0, ""),
+        ("rewriter targets >&- 2>&- <&-", 0, ""),
+        ("rewriter inspect none.onnx 2>&-", 2, ""),
+        ("mkdir gone; cd gone; rmdir ../gone; rewriter inspect none.onnx", 2, "error: the working directory is gone"),
+    ],
+    ids=["full_json", "full", "no_output", "nothing_open", "no_errors", "no_folder"],
+)
+def test_streams_and_places_that_are_not_there(tmp_path: Path, line: str, code: int, words: str) -> None:
+    done = _in_shell(line, tmp_path)
+    assert done.returncode == code, done.stderr
+    assert done.stderr.startswith(words) and "Traceback" not in done.stderr
+    assert bool(done.stderr) == bool(words)
+
+
+def test_what_libraries_print_does_not_reach_a_file(tmp_path: Path) -> None:
+    """A file that is opened while standard error is closed would have its number."""
+    program = (
+        "import os; from rewriter import cli; "
+        "cli.run = lambda words: (open('out', 'w'), os.write(2, b'noise'))[1] * 0; cli.main([])"
+    )
+    line = f'"{sys.executable}" -c "{program}" 2>&-'
+    assert _in_shell(line, tmp_path).returncode == 0
+    assert (tmp_path / "out").read_text() == ""
 
 
 # --- the real thing ------------------------------------------------------------------------------
