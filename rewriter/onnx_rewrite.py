@@ -26,6 +26,7 @@ from rewriter.calibration.onnx_trial import onnx_probe
 from rewriter.capture.faithful import without_unfaithful
 from rewriter.capture.onnx_file import OnnxCapture, capture, hidden_anchors
 from rewriter.capture.onnx_load import copy_of
+from rewriter.capture.onnx_pointwise import Written, has_unwritten, write_as_products
 from rewriter.capture.unfuse import WrittenOut, fused_nodes, unfuse
 from rewriter.decision import LISTS, Decision, Stopwatch, decide, is_causal, report, rows, with_kept
 from rewriter.errors import NothingToRewrite, VerificationFailed
@@ -43,28 +44,39 @@ _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 4}
 def match_onnx(model: ir.Model) -> tuple[OnnxCapture, Matches]:
     """Capture and match; every site has replayed at two sizes, or at one if the file's sizes are fixed.
 
-    Fused operators are written out in `model` first: give a model that is not needed any more.
+    Fused operators and convolutions that project are written out in `model` first: give a model that is not needed any
+    more.
     """
+    write_as_products(model)
     captured = capture(model, unfuse(model))
     return captured, match_capture(captured)
 
 
 def _unfuse_rewritable(
     model: ir.Model, spare: ir.Model, target: Any, layers: str | None, given: Callable[[Matches], list[Batch]] | None
-) -> tuple[dict[str, WrittenOut], tuple[tuple[str, str], ...], Any]:
-    """Write out just those fused operators whose attention will be rewritten, found out on a spare copy.
+) -> tuple[dict[str, WrittenOut], dict[str, Written], tuple[tuple[str, str], ...], Any]:
+    """Write out just those fused operators, and convolutions, whose attention will be rewritten, found out on a spare
+    copy.
 
     Also gives (name, reason) of what is refused there, and the target, which is chosen here if it is "auto".
     """
-    if not fused_nodes(model):
-        return {}, (), target
+    if not _is_written_out(model):
+        return {}, {}, (), target
+    products = write_as_products(spare)
     captured, matches = match_onnx(spare)
     if (automatic := as_auto(target)) is not None and matches.sites:
         probe = None if given is None else onnx_probe(captured, given(matches))
         target, layers = settle(captured.flow, matches, automatic, layers, probe), None
     chosen = decide(captured.flow, matches, target, layers, blocks=FeedForwards)
     decision, _ = _installable(captured, chosen)
-    return unfuse(model, {r.site.owner for r in decision.replacements}), decision.refused, target
+    nodes = [captured.nodes[o.projection.node].name for r in decision.replacements for o in r.site.operands]
+    written = write_as_products(model, {products[n].node for n in nodes if n in products})
+    return unfuse(model, {r.site.owner for r in decision.replacements}), written, decision.refused, target
+
+
+def _is_written_out(model: ir.Model) -> bool:
+    """Whether anything in the model has to be written out to be read."""
+    return bool(fused_nodes(model)) or has_unwritten(model)
 
 
 def _without_left(captured: OnnxCapture, matches: Matches) -> Matches:
@@ -197,8 +209,8 @@ def _edited(
         return batches(calibration, causal=is_causal(found), tokenizer=tokenizer)
 
     with watch.stage("capture"):
-        spare = copy_of(original) if fused_nodes(model) else model
-        written_out, refused, target = _unfuse_rewritable(
+        spare = copy_of(original) if _is_written_out(model) else model
+        written_out, products, refused, target = _unfuse_rewritable(
             model, spare, target, layers, None if calibration is None else given
         )
         captured = capture(model, written_out)
@@ -238,7 +250,8 @@ def _edited(
         decision = replace(decision, replacements=())  # each goes as soon as the model holds its weights
         blocks = decision.blocks.replacements
         made = {"target": decision.target, "version": rewriter.__version__}
-        done = install(captured, drained(pending), **made, blocks=blocks, repeated=kept.keys())
+        gone = {name: product.gone for name, product in products.items()}
+        done = install(captured, drained(pending), **made, blocks=blocks, repeated=kept.keys(), gone=gone)
     site_rows = tuple(
         replace(row, exact=d.exact, requantised=d.requantisation_error) for row, d in zip(site_rows, done, strict=True)
     )

@@ -447,10 +447,11 @@ class _Backward:
                 "it normalises a learned projection (a router, a classifier, weights for pooling or the kernel of a "
                 "convolution)"
             )
-        if node.op == "Reshape":
+        if node.op in {"Reshape", "Transpose"}:
             raise NotUnderstood(
                 "scores are laid out otherwise between the contraction and the softmax (as where positions along rows "
-                "and along columns of an image are scored apart)"
+                "and along columns of an image are scored apart, or queries meet the keys around them in sliding "
+                "chunks); leave this attention as it is (layers= selects others)"
             )
         if node.op == "ScatterND":
             raise NotUnderstood(
@@ -738,6 +739,7 @@ def _context(flow: Flow, value: Value, turned: bool) -> _Mix | str | None:
             return _value_operand(flow, node, value, turned, tuple(nodes), zero_nan)
         kept = node.op in PASS_THROUGH or (node.op == "Reshape" and _keeps_last_two(flow, node))
         kept = kept or _flattens_rows(flow, node)
+        kept = kept or (node.op == "Expand" and flow.shape(node.inputs[0]) == flow.shape(node.outputs[0]))
         if kept or (node.op == "Slice" and _drops_columns(flow, node)):
             value = node.outputs[0]
         elif node.op == "Transpose" and _swaps_last_two(flow, node):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node, traceback
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 
@@ -39,14 +40,17 @@ def trace(
         graph = _made(run, tensors)
         if writes_through_views(graph.graph):
             graph = _made(torch.func.functionalize(run, remove="mutations"), tensors)
+        if writes_through_views(graph.graph):  # operators as they are dispatched, of which none works in place
+            with sdpa_kernel(SDPBackend.MATH):  # others dispatch attention to operators of their own
+                graph = _made(torch.func.functionalize(run, remove="mutations"), tensors, dispatched=True)
     if writes_through_views(graph.graph):
         raise ValueError("what the module writes into slices cannot be followed")
     holders = [n.name for n in graph.graph.nodes if n.op == "placeholder"]
     return _with_keys(graph, module), dict(zip(holders, tensors, strict=True))
 
 
-def _made(run: Callable[..., Any], tensors: list[Tensor]) -> GraphModule:
-    made = make_fx(run, tracing_mode="real", pre_dispatch=True, _error_on_data_dependent_ops=False)(*tensors)
+def _made(run: Callable[..., Any], tensors: list[Tensor], dispatched: bool = False) -> GraphModule:
+    made = make_fx(run, tracing_mode="real", pre_dispatch=not dispatched, _error_on_data_dependent_ops=False)(*tensors)
     assert isinstance(made, GraphModule)
     return made
 

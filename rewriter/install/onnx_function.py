@@ -9,8 +9,8 @@ call of a model-local function.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -70,10 +70,12 @@ def install(
     version: str,
     blocks: Sequence[BlockReplacement] = (),
     repeated: Collection[str] = (),
+    gone: Mapping[str, Sequence[str]] | None = None,
 ) -> list[Installed]:
     """Edit ``capture.model`` in place and note in its metadata what was done; the result is of `replacements`.
 
     Sites named in `repeated` keep their attention, which works on heads that are repeated behind the projections.
+    `gone` are initializers that are no longer there for how a projection was written to be read, by that node's name.
 
     None of `replacements` is held once it is installed.
     """
@@ -81,9 +83,11 @@ def install(
     done: list[Installed] = []
     records: list[dict[str, Any]] = []
     for r in replacements:
+        projections = {capture.nodes[o.projection.node].name or "" for o in r.site.operands}
         done.append(editor.repeat(r) if r.site.name in repeated else editor.replace(r))
         caches = [list(port) for operand in (r.site.k, r.site.v) for port in operand.presents]
-        records.append(_record(r, done[-1], done[-1].exact, caches))
+        lost = tuple(name for p in projections for name in (gone or {}).get(p, ()))
+        records.append(_record(r, replace(done[-1], removed=(*done[-1].removed, *lost)), done[-1].exact, caches))
     for b in blocks:
         mixture = editor.replace_block(b)
         records.append(_record(b, mixture, b.exact and mixture.exact, []))

@@ -18,6 +18,7 @@ from passes.targets.replacement import Replacement
 from passes.token_blocks import parted_behind
 from passes.weights.repetition import Part, Repetition, repetition
 from rewriter.capture.onnx_file import OnnxCapture
+from rewriter.install.onnx_obstacles import unflattened_input
 from rewriter.install.onnx_weights import Emitted, emit_like
 from rewriter.onnx_nodes import NodeWriter
 
@@ -41,7 +42,8 @@ def repeatable(capture: OnnxCapture, replacement: Replacement, others: Sequence[
     `others` are all replacements of the file: a projection that two of them read is left alone.
     """
     site = replacement.site
-    if not site.by_blocks and not any(_parted(capture, o) for o in (site.k, site.v)):
+    otherwise = any(_parted(capture, o) or unflattened_input(capture, o) is None for o in (site.k, site.v))
+    if not site.by_blocks and not otherwise:
         return False
     special = (replacement.mixing, replacement.linear, replacement.decoupled)
     if any(spec is not None for spec in special) or replacement.pattern or replacement.turned or site.joined:

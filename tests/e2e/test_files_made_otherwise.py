@@ -19,7 +19,7 @@ import rewriter
 from rewriter.capture.feeds import make_feeds
 from rewriter.capture.onnx_load import load
 from rewriter.errors import NothingToRewrite
-from tests.targets.lossless_twin import twin_file
+from tests.targets.lossless_twin import distance, run_file, twin_file
 from tests.zoo import exports
 from tests.zoo.models import ZOO
 
@@ -204,13 +204,25 @@ def test_old_opsets_are_rewritten_or_refused_with_what_to_do(
         rewriter.optimize(path, "gqa2")
 
 
-def test_lost_token_axes_are_a_refusal_that_says_so(tmp_path: Path) -> None:
-    path = tmp_path / "flat.onnx"
-    torch.onnx.export(
-        _Flattened().eval(), (torch.randn(14, 16),), str(path), dynamo=False, opset_version=17, input_names=["x"]
-    )
-    with pytest.raises(NothingToRewrite, match="reads flattened tokens"):
-        rewriter.optimize(path, "gqa2")
+def test_where_token_axes_are_lost_attention_stays_and_heads_are_repeated(tmp_path: Path) -> None:
+    path, out = tmp_path / "flat.onnx", tmp_path / "new.onnx"
+    rows = torch.randn(14, 16, generator=torch.Generator().manual_seed(0))
+    for perturbed in (False, True):
+        module = _Flattened().eval()
+        with torch.no_grad():
+            for projection in (module.k, module.v):
+                for parameter in projection.parameters():
+                    heads = parameter.view(4, 4, *parameter.shape[1:])
+                    heads[1:] = heads[:1].clone()
+            if perturbed:
+                module.v.weight[-1] += 1.0
+        torch.onnx.export(module, (rows,), str(path), dynamo=False, opset_version=17, input_names=["x"])
+        done = rewriter.optimize(path, "mqa")
+        done.save(out)
+        (row,) = done.rewrite_report.sites
+        assert row.exact is not perturbed and any("reads flattened tokens" in note for note in row.notes)
+        error = distance(run_file(out, {"x": rows}), run_file(path, {"x": rows}))
+        assert error > 1e-3 if perturbed else error < 1e-4
 
 
 def test_attention_in_a_branch_is_named(zoo_onnx: ZooOnnx, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn import functional as F
 
 import rewriter
@@ -583,14 +584,39 @@ def test_what_is_written_into_slices_is_followed() -> None:
 
 
 class SelfAttentionThatBranches(WritesInPlace):
-    """Branches on data and writes into slices: neither exported nor traced."""
+    """Branches on data and writes into slices: not exported, but traced."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) if bool((x > 1e9).any()) else super().forward(2.0 * x)
 
 
-def test_a_module_that_cannot_be_seen_through_is_refused_with_the_exporters_reason() -> None:
+def test_what_branches_and_writes_into_slices_is_traced() -> None:
     module = nn.Sequential(nn.Linear(WIDTH, WIDTH), SelfAttentionThatBranches()).eval()
+    with torch.no_grad():
+        for projection in (module[1].k, module[1].v):
+            for parameter in projection.parameters():
+                by_group = parameter.unflatten(0, (2, 2, DIM))
+                by_group[:, 1] = by_group[:, 0]
+        for perturbed in (False, True):
+            module[1].v.weight[-1] += float(perturbed)
+            new = rewriter.optimize(module, "gqa2", example_inputs=(features(),))
+            assert [row.exact for row in new.rewrite_report.sites] == [not perturbed]
+            error = distance(new(features(3, 9)), module(features(3, 9)))
+            assert error > 1e-3 if perturbed else error < 1e-5
+
+
+class SelfAttentionThatHides(SelfAttentionThatBranches):
+    """Branches on data, and refuses to be traced."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        if get_proxy_mode() is not None:
+            raise RuntimeError("this is not for tracers")
+        return y
+
+
+def test_a_module_that_cannot_be_seen_through_is_refused_with_the_exporters_reason() -> None:
+    module = nn.Sequential(nn.Linear(WIDTH, WIDTH), SelfAttentionThatHides()).eval()
     seen = rewriter.inspect(module, example_inputs=(features(),))
     assert [(r.name, "data-dependent" in r.reason) for r in seen.refusals] == [("1", True)]
     with pytest.raises(rewriter.UnsupportedModel, match="data-dependent"):

@@ -183,6 +183,19 @@ class TurnedByHead(Projects):
         return self.merged((q @ k.transpose(-2, -1)).softmax(-1) @ v)
 
 
+class NormalisedByBatch(Projects):
+    """A batch normalisation makes keys of what are values without it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.v(x).flatten(0, 1)
+        q, k, v = (t.view(*x.shape[:2], HEADS, DIM).transpose(1, 2) for t in (self.q(x), self.norm(rows), rows))
+        return self.merged((q @ k.transpose(-2, -1)).softmax(-1) @ v)
+
+
 class TalkingOnTop(Projects):
     """What is mixed between heads is added to the scores."""
 
@@ -322,6 +335,7 @@ REASONS: dict[type[Projects], str] = {
     HeadByHead: "its heads are joined from 4 projections",
     ByChannel: "it weighs features by features",
     Warmed: "scores are multiplied by something computed from hidden states",
+    NormalisedByBatch: "a batch normalisation stands between projection and scores",
     TalkingOnTop: "mixed between heads",
     PooledQueries: "(pooling), so heads are no linear map",
     TurnedByHead: "rotated by angles of their own",
@@ -416,27 +430,6 @@ class ByToken(nn.Module):
 
 def test_matrices_made_of_each_token_mix_no_tokens() -> None:
     assert not rewriter.inspect(ByToken(False).eval(), example_inputs=(_x(),)).refusals
-
-
-class NormalisedByBatch(Projects):
-    """A batch normalisation behind the keys' projection."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.BatchNorm1d(WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, _, v = self.heads(x)
-        k = self.norm(self.k(x).flatten(0, 1)).view(*x.shape[:2], HEADS, DIM).transpose(1, 2)
-        return self.merged((q @ k.transpose(-2, -1)).softmax(-1) @ v)
-
-
-def test_batch_norms_behind_projections_are_to_be_folded_in_files(tmp_path: Path) -> None:
-    module, path = NormalisedByBatch().eval(), tmp_path / "model.onnx"
-    torch.onnx.export(module, (_x(),), str(path), dynamo=False, opset_version=17, input_names=["x"])
-    seen = rewriter.inspect(path)
-    assert ["fold it into the projection's weights first" in r.reason for r in seen.refusals] == [True]
-    assert len(rewriter.inspect(module, example_inputs=(_x(),)).sites) == 1
 
 
 class Blurred(Projects):

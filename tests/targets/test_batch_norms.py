@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 from torch import Tensor, nn
 
 import rewriter
 from rewriter.install.repeated_projection import repeated
-from tests.targets.lossless_twin import distance
+from tests.targets.lossless_twin import distance, run_file
 
 WIDTH, HEADS, DIM, SIDE = 32, 4, 8, 3
 EXACT, MOVED = 1e-4, 1e-3
@@ -120,6 +122,38 @@ def test_graphs_get_linear_layers_for_what_is_rewritten_and_keep_the_rest(spelli
         with torch.no_grad():
             error = distance(run(image(1)), module(image(1)))
         assert error > MOVED if perturbed else error < EXACT
+
+
+@pytest.mark.parametrize(
+    ("spelling", "opset"), [("linear", 17), ("packed", 18), ("conv", 17), ("conv with bias", 18)], ids=str
+)
+def test_files_get_products_for_what_is_rewritten_and_keep_the_rest(spelling: str, opset: int, tmp_path: Path) -> None:
+    for perturbed in ("", "bias"):
+        module, path, out = TwoKinds(twin(spelling, perturbed)).eval(), tmp_path / "old.onnx", tmp_path / "new.onnx"
+        torch.onnx.export(
+            module, (image(0),), str(path), dynamo=opset > 17, opset_version=opset, input_names=["x"], verbose=False
+        )
+        old = operators(path)
+        done = rewriter.optimize(path, "gqa2")
+        done.save(out)
+        onnx.checker.check_model(out, full_check=True)
+        assert [row.exact for row in done.rewrite_report.sites] == [not perturbed]
+        assert len(done.rewrite_report.refused) == 1
+        assert operators(out)["Conv"] == old["Conv"] - (3 if spelling.startswith("conv") else 0)
+        assert not operators(out)["BatchNormalization"] and not unread(out)
+        with torch.no_grad():
+            error = distance(run_file(out, {"x": image(1)}), module(image(1)))
+        assert error > MOVED if perturbed else error < EXACT
+
+
+def unread(path: Path) -> set[str]:
+    """Weights that no node reads."""
+    graph = onnx.load(path, load_external_data=False).graph
+    return {t.name for t in graph.initializer} - {name for node in graph.node for name in node.input}
+
+
+def operators(path: Path) -> Counter[str]:
+    return Counter(node.op_type for node in onnx.load(path, load_external_data=False).graph.node)
 
 
 SPELLINGS = ["linear", "packed", "conv", "conv with bias"]

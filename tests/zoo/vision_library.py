@@ -19,6 +19,9 @@ from tests.zoo.case import ZooCase
 from tests.zoo.feeds import pixels
 from tests.zoo.randomize import randomize
 
+_LEVIT = {"img_size": 64, "embed_dim": (32, 48), "key_dim": 8, "depth": (1, 1), "num_heads": (2, 4)}
+"""Projections that end in batch norms; keys and values of different widths."""
+
 _PLAIN = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4}
 
 
@@ -71,6 +74,8 @@ _FAMILIES = {
         1,
         "(pooling)",
     ),
+    "timm-levit": _Family("levit_128s", _LEVIT, 2, 3),
+    "timm-levit-conv": _Family("levit_conv_128s", _LEVIT, 2, 3),
     "timm-maxvit": _Family(
         "maxvit_rmlp_pico_rw_256",
         {"img_size": 64, "depths": (1,), "embed_dim": (64,), "block_type": ("M",), "stem_width": 16},
@@ -124,13 +129,25 @@ def _head_views(module: nn.Module) -> Iterator[Tensor]:
     """Keys' and values' rows by head, of projections that hold one, two or all three of the operands."""
     for attention in module.modules():
         heads = getattr(attention, "num_heads", None) or getattr(attention, "heads", None)
-        if isinstance(heads, int):
+        if isinstance(heads, int) and hasattr(attention, "val_dim"):
+            yield from _narrow_keys(attention, heads)
+        elif isinstance(heads, int):
             for name, split in _PROJECTIONS.items():
                 child = getattr(attention, name, None)
                 stored = [child] if isinstance(child, nn.Parameter) else list(_parameters(child))
                 by_head = name == "qkv" and getattr(attention, "head_first", False)
                 for rows in stored:
                     yield from (_by_head if by_head else split)(rows.detach(), heads)
+
+
+def _narrow_keys(attention: Any, heads: int) -> Iterator[Tensor]:
+    """Keys and values side by side in each head, behind queries or without them; of norms, too."""
+    packed, skipped = (attention.qkv, attention.key_dim) if hasattr(attention, "qkv") else (attention.kv, 0)
+    for rows in (*packed.parameters(), *packed.buffers()):
+        if rows.dim():
+            apart = rows.detach().unflatten(0, (heads, -1))
+            yield apart[:, skipped : skipped + attention.key_dim]
+            yield apart[:, skipped + attention.key_dim :]
 
 
 def _parameters(child: nn.Module | None) -> Iterator[nn.Parameter]:
