@@ -17,7 +17,8 @@ from passes.match.attention import Matches
 from passes.match.feed_forward import find_feed_forward
 from passes.match.stacked import find_plain_attention
 from passes.protocols import Probe
-from passes.site import AttentionSite, Operand
+from passes.refused_readers import ALSO_READ, refused_readers
+from passes.site import AttentionSite, Operand, Refusal
 from passes.targets.grouped_query import specification
 from passes.targets.replacement import Replacement
 from passes.weights.head_gains import gains_like, stored_gains
@@ -158,7 +159,7 @@ def _rewritten(
         decision = replace(
             decision, blocks=decision.blocks.without(unproved), refused=(*decision.refused, *unproved.items())
         )
-        decision, kept = _install(module, captured.flow, decision, args, kwargs)
+        decision, kept = _install(module, captured.flow, decision, matches.refusals, args, kwargs)
         blocks, alone = _behind_units(module, captured.flow, decision, blocks)
         decision = replace(decision, blocks=decision.blocks.without(alone), refused=(*decision.refused, *alone.items()))
         install_blocks(module, blocks)
@@ -218,11 +219,17 @@ class _Owned:
 
 
 def _install(
-    module: torch.nn.Module, flow: Flow, decision: Decision, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    module: torch.nn.Module,
+    flow: Flow,
+    decision: Decision,
+    refusals: Sequence[Refusal],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
 ) -> tuple[Decision, dict[str, Kept]]:
     """Install at every site: in a module of its own where that is proved, else in the one that is there.
 
-    What neither way can do becomes a refusal. Also returned: what sites that keep their module do not save.
+    What neither way can do becomes a refusal, and what would change one of `refusals` by the way. Also returned: what
+    sites that keep their module do not save.
     """
     owned = _by_owner(flow, decision.replacements)
     outside = [p for o in owned if (p := _output_module(flow, o.replacements[0])) is not None]
@@ -241,9 +248,16 @@ def _install(
             reasons.update({r.site.name: str(error) for r in group.replacements})
     first = {p: g.replacements[0] for p, g in left.items()}
     attending = {p: g.replacements for p, g in left.items() if _keeps_its_form(first[p])}
-    kept, failed = keep_forwards(module, flow, attending, reasons, args, kwargs)
+    others = refused_readers(flow, (r.site for rs in attending.values() for r in rs), refusals)
+    alone = {p: rs for p, rs in attending.items() if not any(r.site.name in others for r in rs)}
+    kept, failed = keep_forwards(module, flow, alone, reasons, args, kwargs)
     failed = {
         **failed,
+        **{
+            r.site.name: f"{reasons[r.site.name]}; {_also_read(r, others)}"
+            for p in attending.keys() - alone.keys()
+            for r in attending[p]
+        },
         **{r.site.name: reasons[r.site.name] for p, g in left.items() if p not in attending for r in g.replacements},
     }
     done = [r for r in decision.replacements if r.site.name not in failed]
@@ -254,6 +268,12 @@ def _install(
             hint="a module that cannot be replaced can be rewritten as a graph: pass torch.export.export(model, ...)",
         )
     return replace(decision, replacements=tuple(done), refused=refused), kept
+
+
+def _also_read(replacement: Replacement, others: Mapping[str, str]) -> str:
+    """Why a module keeps its forward whole; `others` are attentions that read a site's keys, by the site's name."""
+    name = replacement.site.name
+    return ALSO_READ.format(others[name]) if name in others else "its module has one that has to stay as it is"
 
 
 def _lender(group: _Owned, owned: Sequence[_Owned]) -> str | None:

@@ -22,6 +22,8 @@ from torch.utils import _pytree as pytree
 from passes.dataflow import Flow
 from passes.match.attention import Matches
 from passes.match.stacked import find_plain_attention
+from passes.refused_readers import ALSO_READ, refused_readers
+from passes.site import Refusal
 from passes.targets.replacement import Replacement
 from rewriter.capture.torch_export import view_graph_module, view_program, with_linear_maps
 from rewriter.errors import UnsupportedModel, UsageError, first_line
@@ -82,7 +84,7 @@ def rewrite_exported_program(
     view = view_program(program, args, kwargs)
     matches = find_plain_attention(view.flow)
     store = ProgramStore(program)
-    done = _edit(Editor(view, store), decide(view.flow, matches))
+    done = _edit(Editor(view, store), decide(view.flow, matches), matches.refusals)
     if not done.replacements:
         return GraphRewrite(program, view.flow, matches, (), done.refused)
     result = store.finish()
@@ -110,7 +112,7 @@ def rewrite_graph_module(
     view = view_graph_module(flat, _bound(flat, args, kwargs))
     matches = find_plain_attention(view.flow)
     store = ModuleStore(flat)
-    done = _edit(Editor(view, store), decide(view.flow, matches))
+    done = _edit(Editor(view, store), decide(view.flow, matches), matches.refusals)
     if not done.replacements:
         return GraphRewrite(module, view.flow, matches, (), done.refused)
     result = store.finish()
@@ -145,8 +147,8 @@ class _Edited:
     attended: Mapping[str, str]
 
 
-def _edit(editor: Editor, replacements: Sequence[Replacement]) -> _Edited:
-    plans, repeats, refused = _plan(editor, replacements)
+def _edit(editor: Editor, replacements: Sequence[Replacement], refusals: Sequence[Refusal]) -> _Edited:
+    plans, repeats, refused = _plan(editor, replacements, refusals)
     planned = {p.replacement.site.name for p in plans} | {p.replacement.site.name for p in repeats}
     if replacements and not planned:
         raise UnsupportedModel("; ".join(f"{name}: {reason}" for name, reason in list(refused.items())[:3]))
@@ -162,15 +164,18 @@ def _edit(editor: Editor, replacements: Sequence[Replacement]) -> _Edited:
 
 
 def _plan(
-    editor: Editor, replacements: Sequence[Replacement]
+    editor: Editor, replacements: Sequence[Replacement], refusals: Sequence[Refusal]
 ) -> tuple[list[SitePlan | MixPlan], list[RepeatPlan], dict[str, str]]:
     """Sites to be written anew, sites to be repeated, and reasons by site for the rest.
 
     Sites that share a weight are edited together and in the same way, or not at all.
     """
     plans: list[SitePlan | MixPlan] = []
-    failed: dict[str, str] = {}
+    others = refused_readers(editor.flow, (r.site for r in replacements), refusals)
+    failed = {name: ALSO_READ.format(other) for name, other in others.items()}
     for replacement in replacements:
+        if replacement.site.name in failed:
+            continue
         try:
             plans.append(editor.plan(replacement.together()))
         except (UnsupportedModel, ValueError) as error:
@@ -181,7 +186,7 @@ def _plan(
     for replacement in replacements:
         name = replacement.site.name
         other = replacement.mixing or replacement.linear or replacement.decoupled or replacement.pattern
-        if name in failed and other:
+        if name in failed and (other or name in others):
             refused[name] = failed[name]
         elif name in failed:
             try:
