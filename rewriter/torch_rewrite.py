@@ -280,12 +280,12 @@ def _lender(group: _Owned, owned: Sequence[_Owned]) -> str | None:
     """Another module whose attention reads the keys and values of this one's, if both keep their form."""
     if not all(_keeps_its_form(r) for r in group.replacements):
         return None
-    mine = _shared_weights(group)
-    return next((o.path for o in owned if o is not group and mine & _shared_weights(o)), None)
+    mine = _projected(group)
+    return next((o.path for o in owned if o is not group and mine & _projected(o)), None)
 
 
-def _shared_weights(group: _Owned) -> set[Value]:
-    return {o.projection.weight for r in group.replacements for _, o in r.site.shared}
+def _projected(group: _Owned) -> set[Value]:
+    return {o.projection.output for r in group.replacements for _, o in r.site.shared}
 
 
 def _behind_units(
