@@ -101,7 +101,7 @@ def scope(name: str) -> str:
 def obstacle(node: ir.Node) -> str | None:
     """Why a fused operator is not written out; None if it is."""
     kind = _kind(node)
-    found = _OBSTACLES[kind](node) if kind else None
+    found = (_uncounted(node, kind) or _OBSTACLES[kind](node)) if kind else None
     return None if found is None else f"the operator {node.domain or 'ai.onnx'}::{node.op_type} is not read: {found}"
 
 
@@ -115,6 +115,23 @@ def _kind(node: ir.Node) -> str:
     if node.domain in {"", "ai.onnx"} and node.op_type == "Attention" and _keeps_cache(node):
         return "StandardAttention"
     return ""
+
+
+_COUNTS = {
+    "Attention": ("num_heads",),
+    "MultiHeadAttention": ("num_heads",),
+    "GroupQueryAttention": ("num_heads", "kv_num_heads"),
+}
+
+
+def _uncounted(node: ir.Node, kind: str) -> str | None:
+    """Which number of heads an operator has to say and does not."""
+    both = ("q_num_heads", "kv_num_heads")  # of the standard operator, where heads lie side by side
+    for name in _COUNTS.get(kind, both if any(n in node.attributes for n in both) else ()):
+        attribute = node.attributes.get(name)
+        if attribute is None or attribute.type != ir.AttributeType.INT or attribute.as_int() < 1:
+            return f"its attribute {name} is no number of heads; export the model again"
+    return None
 
 
 def _keeps_cache(node: ir.Node) -> bool:

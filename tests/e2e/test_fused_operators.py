@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 import rewriter
 from rewriter.capture import unfuse
 from rewriter.capture.onnx_load import from_proto, load
-from rewriter.errors import NothingToRewrite
+from rewriter.errors import NothingToRewrite, RewriteError
 from rewriter.onnx_rewrite import match_onnx
 from tests.targets.fused_files import DIM, FUSED, HEADS, LAYERS, FusedCase, fused_file
 from tests.targets.lossless_twin import distance, session
@@ -179,6 +179,24 @@ def test_what_is_not_read_is_named(tmp_path: Path) -> None:
     assert [r.reason for r in matches.refusals] == [
         "the operator com.microsoft::GroupQueryAttention is not read: it returns its scores"
     ]
+
+
+@pytest.mark.parametrize("count", [None, 0, "two"], ids=["none", "zero", "word"])
+@pytest.mark.parametrize(("name", "attribute"), [("gqa", "kv_num_heads"), ("mha-split-bias", "num_heads")])
+def test_an_operator_without_a_number_of_heads_is_a_typed_error(
+    name: str, attribute: str, count: int | str | None, tmp_path: Path
+) -> None:
+    model = onnx.load(fused_file(name, tmp_path))
+    node = next(n for n in model.graph.node if n.domain == "com.microsoft")
+    kept = [a for a in node.attribute if a.name != attribute]
+    del node.attribute[:]
+    node.attribute.extend(kept)
+    if count is not None:
+        node.attribute.append(onnx.helper.make_attribute(attribute, count))
+    assert unfuse.obstacle(from_proto(model).graph.node(node.name)) is not None
+    with pytest.raises(RewriteError) as error:
+        match_onnx(from_proto(model))
+    assert error.value.hint
 
 
 def test_a_cache_of_keys_and_values_in_one_tensor_is_refused_for_that() -> None:
