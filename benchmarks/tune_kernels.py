@@ -140,7 +140,7 @@ def measure_card(arch: str, runs: int) -> list[Measured]:
     return found
 
 
-def measure_routed(isa: str, name: str, runs: int, clock: Clock) -> list[RoutedMeasured]:
+def measure_routed(isa: str, runs: int, clock: Clock) -> list[RoutedMeasured]:
     """Routed feed-forward blocks on the processor, by the kernel for `isa`."""
     found = []
     with mock.patch.object(routed_host, "host", lambda: Device("cpu", isa)):
@@ -151,7 +151,7 @@ def measure_routed(isa: str, name: str, runs: int, clock: Clock) -> list[RoutedM
             theirs = functools.partial(routed_body.routed_feed_forward, case.spec, x, rows, weights, held)
             first = max(timed(call, 1)[0].minimum for call in (ours, theirs))
             mine, other = interleaved(max(runs, min(MOST_RUNS, int(SECONDS / first))), ours, theirs, clock=clock)
-            found.append(measured_routed(case, dtype, name, other.minimum / mine.minimum))
+            found.append(measured_routed(case, dtype, isa, other.minimum / mine.minimum))
     routed_host._loaded.cache_clear()
     return found
 
@@ -203,19 +203,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isa not in able:
             print(f"this processor has no {isa}", file=sys.stderr)
             return 2
-        name = isa
         about = {"processor": machine()["processor"], "threads": threads, "torch": torch.__version__}
         if options.routed:
             with torch.no_grad():
-                found = measure_routed(isa, name, options.runs, clock)
-            write_table(options.output / f"routed_cpu_{name}.json", about, found, "routed")
+                found = measure_routed(isa, options.runs, clock)
+            write_table(options.output / f"routed_cpu_{isa}.json", about, found, "routed")
             continue
         rows = []
         with torch.no_grad(), always(isa):
             for dtype in DTYPES:
                 for spec, problem in (sparse_grid if options.sparse else grid)(threads):
-                    rows.append(measure(spec, problem, dtype, name, options.runs, clock))
-        write_table(options.output / f"cpu_{name}{'_sparse' * options.sparse}.json", about, rows)
+                    rows.append(measure(spec, problem, dtype, isa, options.runs, clock))
+        write_table(options.output / f"cpu_{isa}{'_sparse' * options.sparse}.json", about, rows)
     return 0
 
 

@@ -36,6 +36,9 @@ CONTRACTIONS = frozenset(
 )  # fmt: skip
 """Operators that sum products over a shared axis."""
 
+PRODUCTS = CONTRACTIONS | {"Baddbmm"}
+"""Those, and what adds such sums to something: its two factors come last."""
+
 SHAPE_READERS = frozenset({"Shape", "Size"})
 """Operators whose output depends on a tensor's shape and not on its elements."""
 

@@ -5,9 +5,9 @@ Where heads are shared in the projection itself, all who read it see fewer of th
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
-from passes.dataflow import CONTRACTIONS, Flow, Node, Value
+from passes.dataflow import PRODUCTS, Flow, Node, Value
 from passes.site import AttentionSite, Refusal
 
 ALSO_READ = (
@@ -15,8 +15,6 @@ ALSO_READ = (
     "and rewrite the file, where each reads its own"
 )
 """Where a projection itself has to be changed; for the name of the attention."""
-
-_PRODUCTS = CONTRACTIONS | {"Baddbmm"}
 
 
 def refused_readers(flow: Flow, sites: Iterable[AttentionSite], refusals: Sequence[Refusal]) -> dict[str, str]:
@@ -36,33 +34,32 @@ def _products(flow: Flow, anchor: Node) -> Iterator[int]:
     if "Softmax" not in anchor.op:
         yield anchor.index
         return
-    for node in (*_above(flow, anchor), *_behind(flow, anchor.outputs, ())):
+    above = _nearest(_sources(flow, anchor), lambda node: _sources(flow, node), ())
+    for node in (*above, *_behind(flow, anchor.outputs, ())):
         yield node.index
 
 
-def _behind(flow: Flow, values: Sequence[Value], ends: Collection[int]) -> Iterator[Node]:
-    """The first products behind these values, and of the nodes with the numbers `ends`."""
-    todo, seen = list(values), set(values)
-    while todo:
-        for node in flow.live_readers(todo.pop()):
-            if node.op in _PRODUCTS or node.index in ends:
-                yield node
-                continue
-            fresh = [v for v in node.outputs if v and v not in seen]
-            seen.update(fresh)
-            todo.extend(fresh)
+def _behind(flow: Flow, values: Iterable[Value], ends: Collection[int]) -> Iterator[Node]:
+    return _nearest(_readers(flow, values), lambda node: _readers(flow, node.outputs), ends)
 
 
-def _above(flow: Flow, anchor: Node) -> Iterator[Node]:
-    """The first products that an anchor's scores are made of."""
-    todo, seen = list(anchor.inputs), set(anchor.inputs)
+def _sources(flow: Flow, node: Node) -> list[Node]:
+    return [p for v in node.inputs if v and (p := flow.producer(v)) is not None]
+
+
+def _readers(flow: Flow, values: Iterable[Value]) -> list[Node]:
+    return [r for v in values if v for r in flow.live_readers(v)]
+
+
+def _nearest(first: list[Node], step: Callable[[Node], list[Node]], ends: Collection[int]) -> Iterator[Node]:
+    """The first products in one direction, and of the nodes with the numbers `ends`."""
+    todo, seen = first, set[int]()
     while todo:
-        node = flow.producer(todo.pop())
-        if node is None:
+        node = todo.pop()
+        if node.index in seen:
             continue
-        if node.op in _PRODUCTS:
+        seen.add(node.index)
+        if node.op in PRODUCTS or node.index in ends:
             yield node
-            continue
-        fresh = [v for v in node.inputs if v and v not in seen]
-        seen.update(fresh)
-        todo.extend(fresh)
+        else:
+            todo.extend(step(node))

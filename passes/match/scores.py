@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from passes.dataflow import CONTRACTIONS, LAYOUT, Array, Flow, Node, Value
+from passes.dataflow import CONTRACTIONS, LAYOUT, PRODUCTS, Array, Flow, Node, Value
 from passes.match.roundings import Rounding, quantizer_of
 from passes.projections import einsum_terms
 from passes.provenance import PASS_THROUGH, cache_root, projection_at
@@ -273,7 +273,7 @@ def _first_contraction(flow: Flow, value: Value) -> Node | None:
 
 
 def _contracts(node: Node) -> bool:
-    return node.op in CONTRACTIONS or node.op == "Baddbmm"
+    return node.op in PRODUCTS
 
 
 def _contracted(node: Node) -> tuple[Value, ...]:

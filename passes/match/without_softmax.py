@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
-from passes.dataflow import CONTRACTIONS, LAYOUT, Flow, Node, Value
+from passes.dataflow import LAYOUT, PRODUCTS, Flow, Node, Value
 from passes.match.scores import FOREIGN_ANCHORS, FUSED_ANCHORS
 from passes.provenance import Opaque, Tracer, data_operands
 
@@ -22,7 +22,6 @@ UNREAD = (
     "number added to the sum, or block by block); written with softmax, where that is the same, it is read"
 )
 _SOFTMAXES = frozenset({"Softmax", "QLinearSoftmax", "LogSoftmax"}) | FUSED_ANCHORS | FOREIGN_ANCHORS
-_COMBINING = CONTRACTIONS | {"Baddbmm"}
 
 
 def without_softmax(flow: Flow, elsewhere: Collection[int] = ()) -> Iterator[tuple[Node, str]]:
@@ -54,7 +53,7 @@ class _Found:
     def of_states(self, node: Node) -> bool:
         """Whether a node contracts hidden states with hidden states, not with weights that a router has chosen, nor
         with matrices of which each token has its own."""
-        if node.op not in _COMBINING or self.flow.projection_operands(node) is not None:
+        if node.op not in PRODUCTS or self.flow.projection_operands(node) is not None:
             return False
         operands = node.inputs[-2:] if node.op == "Baddbmm" else node.inputs[:2]
         of_states = len(operands) == 2 and all(self._carries(v) for v in operands)
