@@ -336,4 +336,6 @@ CATALOGUE: tuple[Entry, ...] = (
 
 def find(name: str) -> Target | Auto | None:
     """The target of this name, None if there is none."""
+    if not name.isascii():  # digits of other scripts are digits, to a pattern and to int()
+        return None
     return next((t for e in CATALOGUE if (t := e.parse(name.strip().lower())) is not None), None)

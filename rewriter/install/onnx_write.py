@@ -12,7 +12,7 @@ import mmap
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Literal
@@ -255,9 +255,11 @@ def _publish(model: ir.Model, target: _Target, placed: list[Placed], data_name: 
     if data_name is not None:
         os.replace(target.temporary_data, target.folder / data_name)
     target.copy_mode()
+    replaced = target.data_of_the_old_output()
+    target.note_to_remove(replaced)
     os.replace(target.temporary_model, target.path)
     sync_folder(target.folder)
-    doomed = {target.folder / name for name in target.unused_data_files()}
+    doomed = {target.folder / name for name in target.unused_data_files(replaced)}
     _rebind(model, target, placed, data_name, {os.path.realpath(file) for file in doomed})
     for file in doomed:
         file.unlink(missing_ok=True)
@@ -332,32 +334,47 @@ class _Target:
             shutil.copymode(self.path, self.temporary_model)
 
     def drop_temporaries(self) -> None:
-        for path in (self.temporary_model, self.temporary_data):
+        for path in (self.temporary_model, self.temporary_data, self._note):
             path.unlink(missing_ok=True)
 
     def clean_stale(self) -> None:
         """Remove what killed calls for the same output left: temporaries, and data that no model came to use."""
+        usual = self._usual_data_name
+        drafts = [draft for draft in drafts_of(self.path) if draft.kind != "data" and _mentions(draft.path, usual)]
+        abandoned = {usual} if drafts and all(draft.is_stale for draft in drafts) else ()
         sweep(self.path)
-        for name in self.unused_data_files():
-            if name != self._usual_data_name:
-                (self.folder / name).unlink(missing_ok=True)
+        for name in self.unused_data_files(abandoned):
+            (self.folder / name).unlink(missing_ok=True)
 
-    def unused_data_files(self) -> list[str]:
-        """Data files of this output that no model points to and no running process is about to use."""
+    @property
+    def _note(self) -> Path:
+        return draft_path(self.path, self.token, "note")
+
+    def note_to_remove(self, names: Iterable[str]) -> None:
+        """What goes when the new output is there: who finds the note of a killed call knows whose data they were."""
+        self._note.write_text("\n".join(names))
+
+    def data_of_the_old_output(self) -> set[str]:
+        return {name for name in self._own_data_files() if _mentions(self.path, name)}
+
+    def unused_data_files(self, candidates: Collection[str]) -> list[str]:
+        """Data files of this output that no model points to and no running process is about to use.
+
+        The usual name is a name that anybody may have given to a file, so it takes `candidates` to hold it.
+        """
         coming = {f"{self.path.name}.{draft.token}.data" for draft in drafts_of(self.path) if not draft.is_stale}
-        return [name for name in self._own_data_files() - coming if not self.is_mentioned(name)]
+        own = {name for name in self._own_data_files() if name != self._usual_data_name or name in candidates}
+        return [name for name in own - coming if not self.is_mentioned(name)]
 
     @property
     def _usual_data_name(self) -> str:
         return f"{self.path.name}.data"
 
     def free_data_name(self) -> str:
-        """A data file name that no model in the folder points to."""
+        """``<output>.data``, or a name of this call's own where such a file is: a model elsewhere may need it."""
         usual = self._usual_data_name
         others = any(draft.token != self.token for draft in drafts_of(self.path))
-        if others or ((self.folder / usual).exists() and self.is_mentioned(usual)):
-            return f"{self.path.name}.{self.token}.data"
-        return usual
+        return f"{self.path.name}.{self.token}.data" if others or os.path.lexists(self.folder / usual) else usual
 
     def _own_data_files(self) -> set[str]:
         pattern = re.compile(rf"{re.escape(self.path.name)}(\.[0-9a-f]{{8}})?\.data")
@@ -366,18 +383,18 @@ class _Target:
     def is_mentioned(self, data_name: str) -> bool:
         """True if some model file in the folder, or a copy like model.onnx.bak, may point to `data_name`."""
         files = {file for file in self.folder.iterdir() if _may_be_model(file)} | {self.path}
-        return any(_mentions(file, data_name.encode()) for file in files if file.is_file())
+        return any(_mentions(file, data_name, unread=True) for file in files)
 
 
 def _may_be_model(file: Path) -> bool:
     return file.suffix in {".onnx", ".pb", ".ort"} or (".onnx" in file.name and file.suffix not in {".data", ".tmp"})
 
 
-def _mentions(file: Path, text: bytes) -> bool:
-    size = file.stat().st_size
-    if size == 0:
+def _mentions(file: Path, name: str, *, unread: bool = False) -> bool:
+    """True if the bytes of `name` stand in `file`; `unread` is what is said of files too large to look through."""
+    if not file.is_file() or not (size := file.stat().st_size):
         return False
     if size > _SCANNED_BYTES:
-        return True
+        return unread
     with file.open("rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as view:
-        return view.find(text) >= 0
+        return view.find(os.fsencode(name)) >= 0

@@ -131,6 +131,43 @@ def test_data_file_of_another_model_is_never_touched(tmp_path: Path, name: str) 
     assert (weights(tmp_path / "a.onnx")["w0"] == 3.0).all()
 
 
+def test_data_of_a_model_that_is_not_here_is_kept(tmp_path: Path) -> None:
+    """A file of the usual name that neither the old output nor a killed call used: somebody's, for want of a model."""
+    (tmp_path / "a.onnx.data").write_bytes(b"of a model that is still being downloaded")
+    for version, mode in ((1.0, "always"), (2.0, "always"), (3.0, "never")):
+        save(ir.from_proto(model(version)), tmp_path / "a.onnx", external_data=mode)
+        assert (weights(tmp_path / "a.onnx")["w0"] == version).all()
+        assert len(data_files(tmp_path)) == 1 + int(mode == "always")
+    assert (tmp_path / "a.onnx.data").read_bytes() == b"of a model that is still being downloaded"
+
+
+@pytest.mark.parametrize("moment", ["data", "model"])
+def test_data_of_a_killed_call_go(tmp_path: Path, moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed behind the renaming of the data, or of the model: what nobody uses any more goes with the next call."""
+    if moment == "model":
+        save(ir.from_proto(model(1.0)), tmp_path / "a.onnx", external_data="always")
+    pid = os.fork()
+    if not pid:
+        left = {"data": 1, "model": 2}[moment]
+        replace = os.replace
+
+        def killed(source: Path, target: Path) -> None:
+            nonlocal left
+            replace(source, target)
+            left -= 1
+            if not left:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        monkeypatch.setattr(os, "replace", killed)
+        save(ir.from_proto(model(2.0)), tmp_path / "a.onnx", external_data="always")
+        os._exit(0)
+    assert os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+    assert "a.onnx.data" in data_files(tmp_path)
+    save(ir.from_proto(model(3.0)), tmp_path / "a.onnx", external_data="never")
+    assert (weights(tmp_path / "a.onnx")["w0"] == 3.0).all()
+    assert [f.name for f in tmp_path.iterdir()] == ["a.onnx"]
+
+
 def test_initializers_of_subgraphs_survive(tmp_path: Path) -> None:
     inner = nh.from_array(np.arange(4096, dtype=np.float32), "inner")
     branch = oh.make_graph(
