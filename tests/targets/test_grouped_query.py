@@ -160,7 +160,9 @@ def test_targets_by_name(name: str, heads: int) -> None:
     assert find(name) == GroupedQuery(heads)
 
 
-@pytest.mark.parametrize("name", ["", "gqa", "gqa0", "gqa-1", "gqa1.5", "mqa2", "gqa 4", "gqa9999999", "fnet?", "gqa\u0662"])
+@pytest.mark.parametrize(
+    "name", ["", "gqa", "gqa0", "gqa-1", "gqa1.5", "mqa2", "gqa 4", "gqa9999999", "fnet?", "gqa\u0662"]
+)
 def test_other_names_are_no_targets(name: str) -> None:
     assert find(name) is None
 

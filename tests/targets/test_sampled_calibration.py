@@ -98,12 +98,12 @@ def test_what_writes_no_text_is_told_so(tmp_path: Path) -> None:
 
 
 def test_the_command_line_knows_the_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rewriter.cli import _calibration
+    from rewriter.cli.arguments import calibration_of
 
     monkeypatch.chdir(tmp_path)
-    assert _calibration(Path(SAMPLED)) == SAMPLED
+    assert calibration_of(Path(SAMPLED)) == SAMPLED
     (tmp_path / SAMPLED).write_bytes(b"")  # a file of that name is a file
     with pytest.raises(UsageError):
-        _calibration(Path(SAMPLED))
+        calibration_of(Path(SAMPLED))
     np.save("ids.npy", np.arange(5))
-    assert _calibration(Path("ids.npy")).tolist() == [0, 1, 2, 3, 4]
+    assert calibration_of(Path("ids.npy")).tolist() == [0, 1, 2, 3, 4]
