@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass
 
 import onnx_ir as ir
 
@@ -15,24 +14,10 @@ from codegen.ops.conditional_routing import onnx_body as routing
 from codegen.ops.gated_attention import onnx_body as unit
 from codegen.ops.mixed_chunk_attention import onnx_body as chunked
 from codegen.ops.mixture_of_experts import onnx_body as mixture
-from codegen.ops.mixture_of_experts.onnx_body import DOMAIN
 from codegen.spec import GatedAttention, MixedChunkAttention, MixtureOfExperts
 from passes.dataflow import Array, Value
 from passes.targets.block import BlockReplacement, BlockSpec, given_to
-from rewriter.capture.onnx_file import OnnxCapture
-from rewriter.onnx_nodes import NodeWriter
-
-
-class Editing(Protocol):
-    """What is needed of the editor of the model."""
-
-    capture: OnnxCapture
-    model: ir.Model
-    graph: ir.Graph
-    opset: int
-    write: NodeWriter
-
-    def value(self, name: Value) -> ir.Value: ...
+from rewriter.install.onnx_editor import Editor
 
 
 @dataclass(frozen=True)
@@ -70,72 +55,41 @@ def _as(
     return {part: tensor.astype(stored_as(part, kind).numpy()) for part, tensor in tensors.items()}
 
 
-@dataclass
-class ExpertWriter:
-    """Writes what replaces feed-forward blocks into one model.
-
-    Attributes:
-        functions: identifiers of the functions that are declared already.
-    """
-
-    editor: Editing
-    functions: set[str] = field(default_factory=set)
-
-    def install(self, replacement: BlockReplacement) -> ir.Node:
-        """Put the function's call in the place of the block's output; returns the node that gave it, now unread."""
-        editor, site = self.editor, replacement.site
-        declared = _declared(replacement.spec, self.editor.opset)
-        flow = editor.capture.flow
-        by_sequence = not isinstance(replacement.spec, MixtureOfExperts)
-        name = given_to(flow, site) if by_sequence else Value(site.up.projection.input)
-        x, output = editor.value(name), editor.value(site.output)
-        producer = output.producer()
-        assert producer is not None
-        kind = editor.capture.element_type(name) or x.dtype or ir.DataType.FLOAT
-        nodes: list[ir.Node] = []
-        if len(flow.shape(name)) != 3:
-            x = editor.write.op(
-                nodes, "Reshape", [x, self._sizes([1, -1, site.width], site.name)], f"{site.name}.batch"
-            )
-        for function in declared.functions:
-            self._declare(function)
-        weights = [
-            editor.write.constant(tensor, f"{site.name}.{part}")
-            for part, tensor in declared.stored(replacement.tensors, kind).items()
-        ]
-        call = ir.Node(
-            DOMAIN,
-            declared.functions[0].name,
-            [x, *weights],
-            declared.attributes(kind),
-            num_outputs=1,
-            name=editor.write.unique(f"{site.name}/{declared.word}"),
+def install_block(editor: Editor, replacement: BlockReplacement) -> ir.Node:
+    """Put the function's call in the place of the block's output; returns the node that gave it, now unread."""
+    site = replacement.site
+    declared = _declared(replacement.spec, editor.opset)
+    flow = editor.capture.flow
+    by_sequence = not isinstance(replacement.spec, MixtureOfExperts)
+    name = given_to(flow, site) if by_sequence else Value(site.up.projection.input)
+    x, output = editor.value(name), editor.value(site.output)
+    producer = output.producer()
+    assert producer is not None
+    kind = editor.capture.element_type(name) or x.dtype or ir.DataType.FLOAT
+    nodes: list[ir.Node] = []
+    if len(flow.shape(name)) != 3:
+        x = editor.write.op(
+            nodes, "Reshape", [x, editor.write.ints([1, -1, site.width], f"{site.name}.sizes")], f"{site.name}.batch"
         )
-        call.outputs[0].name = editor.write.unique(f"{site.name}.mixed")
-        nodes.append(call)
-        mixed = call.outputs[0]
-        if len(flow.shape(site.output)) != 3:
-            mixed = editor.write.op(
-                nodes, "Reshape", [mixed, self._sizes([-1, site.width], site.name)], f"{site.name}.flat"
-            )
-        wanted = editor.capture.element_type(site.output) or output.dtype or kind
-        if wanted != kind:
-            mixed = editor.write.op(nodes, "Cast", [mixed], f"{site.name}.cast", to=int(wanted))
-        mixed.type, mixed.shape = output.type, output.shape
-        editor.graph.insert_after(producer, nodes)
-        given_out = output.is_graph_output()
-        output.replace_all_uses_with(mixed, replace_graph_outputs=True)
-        if given_out:
-            kept = output.name
-            output.name = editor.write.unique(f"{kept}_before")
-            mixed.name = kept
-        return producer
-
-    def _sizes(self, sizes: list[int], name: str) -> ir.Value:
-        return self.editor.write.ints(sizes, f"{name}.sizes")
-
-    def _declare(self, body: ir.Function) -> None:
-        model = self.editor.model
-        model.functions.setdefault(body.identifier(), body)
-        model.opset_imports.setdefault(DOMAIN, 1)
-        model.ir_version = max(model.ir_version, 8)
+    weights = [
+        editor.write.constant(tensor, f"{site.name}.{part}")
+        for part, tensor in declared.stored(replacement.tensors, kind).items()
+    ]
+    described = declared.attributes(kind)
+    mixed = editor.call_at(nodes, site.name, declared.word, declared.functions, [x, *weights], described)
+    if len(flow.shape(site.output)) != 3:
+        mixed = editor.write.op(
+            nodes, "Reshape", [mixed, editor.write.ints([-1, site.width], f"{site.name}.sizes")], f"{site.name}.flat"
+        )
+    wanted = editor.capture.element_type(site.output) or output.dtype or kind
+    if wanted != kind:
+        mixed = editor.write.op(nodes, "Cast", [mixed], f"{site.name}.cast", to=int(wanted))
+    mixed.type, mixed.shape = output.type, output.shape
+    editor.graph.insert_after(producer, nodes)
+    given_out = output.is_graph_output()
+    output.replace_all_uses_with(mixed, replace_graph_outputs=True)
+    if given_out:
+        kept = output.name
+        output.name = editor.write.unique(f"{kept}_before")
+        mixed.name = kept
+    return producer

@@ -6,28 +6,14 @@ for which keys they hide from the last query, which is what they hide from all (
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import onnx_ir as ir
 
-from codegen.ops.linear_attention.onnx_body import DOMAIN, attributes, function, stored
-from passes.dataflow import Value
+from codegen.ops.linear_attention.onnx_body import attributes, function, stored
 from passes.hidden_keys import HIDES, masks_of, more_than_hidden_keys
 from passes.site import AttentionSite, Modifier
 from passes.targets.replacement import Replacement
 from rewriter.capture.onnx_file import OnnxCapture
-from rewriter.onnx_nodes import NodeWriter
-
-
-class Editing(Protocol):
-    """What is needed of the editor of the model."""
-
-    capture: OnnxCapture
-    model: ir.Model
-    opset: int
-    write: NodeWriter
-
-    def value(self, name: Value) -> ir.Value: ...
+from rewriter.install.onnx_editor import Editor
 
 
 def linear_obstacle(capture: OnnxCapture, replacement: Replacement) -> str | None:
@@ -41,30 +27,23 @@ def linear_obstacle(capture: OnnxCapture, replacement: Replacement) -> str | Non
 
 
 def linear_call(
-    editor: Editing, nodes: list[ir.Node], replacement: Replacement, operands: list[ir.Value], dtype: ir.DataType
+    editor: Editor, nodes: list[ir.Node], replacement: Replacement, operands: list[ir.Value], dtype: ir.DataType
 ) -> ir.Value:
     """[B, H, S, E] in `dtype`, of q, k and v laid out as [B, heads, tokens, features]."""
-    site, spec, model = replacement.site, replacement.linear, editor.model
+    site, spec = replacement.site, replacement.linear
     assert spec is not None
     shown = _shown(editor, nodes, site)
     body = function(spec, editor.opset, shown is not None)
-    model.functions.setdefault(body.identifier(), body)
-    model.opset_imports.setdefault(DOMAIN, 1)
-    model.ir_version = max(model.ir_version, 8)
     held = [
         editor.write.constant(array, f"{site.name}.{role}")
         for role, array in stored(spec, replacement.tensors, dtype).items()
     ]
     inputs = [*operands, *held, *([] if shown is None else [shown])]
     described = attributes(spec, dtype, site.q.gain, site.k.gain)
-    name = editor.write.unique(f"{site.name}/attention")  # a name that captures read the site off
-    node = ir.Node(DOMAIN, body.name, inputs, described, num_outputs=1, name=name)
-    node.outputs[0].name = editor.write.unique(f"{site.name}.attended")
-    nodes.append(node)
-    return node.outputs[0]
+    return editor.call_at(nodes, site.name, "attention", [body], inputs, described)
 
 
-def _shown(editor: Editing, nodes: list[ir.Node], site: AttentionSite) -> ir.Value | None:
+def _shown(editor: Editor, nodes: list[ir.Node], site: AttentionSite) -> ir.Value | None:
     """Boolean, broadcasts to [B, T]: what the last query sees; None where there is no mask."""
     total: ir.Value | None = None
     for number, modifier in enumerate(m for m in site.modifiers if m.value in masks_of(site)):
@@ -75,7 +54,7 @@ def _shown(editor: Editing, nodes: list[ir.Node], site: AttentionSite) -> ir.Val
     return total
 
 
-def _last_row(editor: Editing, nodes: list[ir.Node], site: AttentionSite, modifier: Modifier, name: str) -> ir.Value:
+def _last_row(editor: Editor, nodes: list[ir.Node], site: AttentionSite, modifier: Modifier, name: str) -> ir.Value:
     """[B or 1, T or 1] of a mask [.., S, T], of which each axis but the last may be 1 or missing."""
     assert modifier.value is not None
     value, write, shape = editor.value(modifier.value), editor.write, editor.capture.flow.shape(modifier.value)
@@ -98,7 +77,7 @@ def _last_row(editor: Editing, nodes: list[ir.Node], site: AttentionSite, modifi
     return write.op(nodes, "Reshape", [value, write.ints([1, -1], f"{name}.flat")], f"{name}.by_key")
 
 
-def _kept(editor: Editing, nodes: list[ir.Node], modifier: Modifier, row: ir.Value, name: str) -> ir.Value:
+def _kept(editor: Editor, nodes: list[ir.Node], modifier: Modifier, row: ir.Value, name: str) -> ir.Value:
     """Boolean: which keys a row of a mask keeps."""
     write = editor.write
     if modifier.kind != "bias":

@@ -7,7 +7,6 @@ all layers that were seen to have one length at both sizes of the recording.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import onnx_ir as ir
 
@@ -33,27 +32,13 @@ from codegen.spec import FourierMixing, GatedAttention, GatedUnit, LinearMixing,
 from passes.dataflow import Value
 from passes.sublayer import Sublayer
 from passes.targets.replacement import Replacement
-from rewriter.capture.onnx_file import OnnxCapture
+from rewriter.install.onnx_editor import Editor
 from rewriter.install.onnx_padding import hiding, shown_tokens
-from rewriter.onnx_nodes import NodeWriter
 
 ADDED_BIAS = {"SkipLayerNormalization": 4, "SkipSimplifiedLayerNormalization": 3}
 """Fused operators that add an output projection's bias themselves, and the input that is the bias."""
 
 TableKey = tuple[ir.DataType, bool, tuple[int, ...]]
-
-
-class Editing(Protocol):
-    """What is needed of the editor of the model."""
-
-    capture: OnnxCapture
-    model: ir.Model
-    graph: ir.Graph
-    opset: int
-    write: NodeWriter
-    standing_in: dict[Value, ir.Value]
-
-    def value(self, name: Value) -> ir.Value: ...
 
 
 @dataclass
@@ -66,7 +51,7 @@ class Mixing:
         features: matrices of the transform over features, by width and type.
     """
 
-    editor: Editing
+    editor: Editor
     lengths: dict[TableKey, tuple[list[ir.Value], int]] = field(default_factory=dict)
     features: dict[tuple[int, ir.DataType], list[ir.Value]] = field(default_factory=dict)
 
@@ -117,16 +102,11 @@ class Mixing:
             body, described = function(spec, editor.opset), attributes(spec, kind)
             tables = [*self._features(spec, kind), *self._lengths(nodes, replacement.around, spec, x, kind)]
             stored = computed_in(kind)
-        self._declare(body)
         held = [
             editor.write.constant(replacement.tensors[part].astype(stored.numpy()), f"{name}.{part}")
             for part in spec.shapes
         ]
-        unique = editor.write.unique(f"{name}/mixing")  # a name that captures read the site off
-        node = ir.Node(DOMAIN, body.name, [x, *tables, *held], described, num_outputs=1, name=unique)
-        node.outputs[0].name = editor.write.unique(f"{name}.mixed")
-        nodes.append(node)
-        return node.outputs[0]
+        return editor.call_at(nodes, name, "mixing", [body], [x, *tables, *held], described)
 
     def _unit(
         self, nodes: list[ir.Node], replacement: Replacement, spec: GatedUnit, x: ir.Value, kind: ir.DataType
@@ -136,17 +116,11 @@ class Mixing:
             bodies, described = [unit.function(spec, editor.opset)], unit.attributes(spec, kind)
         else:
             bodies, described = chunked.functions(spec, editor.opset), chunked.attributes(spec, kind)
-        for body in bodies:
-            self._declare(body)
         held = [
             editor.write.constant(array, f"{name}.{role}")
             for role, array in unit.stored(spec, replacement.tensors, kind).items()
         ]
-        unique = editor.write.unique(f"{name}/mixing")
-        node = ir.Node(DOMAIN, bodies[0].name, [x, *held], described, num_outputs=1, name=unique)
-        node.outputs[0].name = editor.write.unique(f"{name}.mixed")
-        nodes.append(node)
-        return node.outputs[0]
+        return editor.call_at(nodes, name, "mixing", bodies, [x, *held], described)
 
     def _conditional(
         self, nodes: list[ir.Node], replacement: Replacement, spec: ConditionalAttention, x: ir.Value, kind: ir.DataType
@@ -156,7 +130,6 @@ class Mixing:
         masks = [editor.value(Value(m.value or "")) for m in hiding(flow, site)]
         shown = shown_tokens(editor.write, nodes, flow, site, masks, editor.opset)
         body = conditional.function(spec, editor.opset, masked=shown is not None)
-        self._declare(body)
         held = [
             editor.write.constant(
                 replacement.tensors[part].astype(stored_as(part, kind).numpy()), f"{site.name}.{part}"
@@ -164,11 +137,7 @@ class Mixing:
             for part in spec.shapes
         ]
         given = [x, *([] if shown is None else [shown]), *held]
-        unique = editor.write.unique(f"{site.name}/mixing")
-        node = ir.Node(DOMAIN, body.name, given, conditional_attributes(kind), num_outputs=1, name=unique)
-        node.outputs[0].name = editor.write.unique(f"{site.name}.mixed")
-        nodes.append(node)
-        return node.outputs[0]
+        return editor.call_at(nodes, site.name, "mixing", [body], given, conditional_attributes(kind))
 
     def _features(self, spec: FourierMixing, kind: ir.DataType) -> list[ir.Value]:
         key = (spec.hidden, computed_in(kind))
@@ -188,7 +157,7 @@ class Mixing:
         known = self.lengths.get(key)
         if key[2] and known is not None and known[1] <= here:
             return known[0]
-        self._declare(tables_function(spec, self.editor.opset))
+        self.editor.declare(tables_function(spec, self.editor.opset))
         name = self.editor.write.unique(f"{tables_name(spec)}_node")
         node = ir.Node(
             DOMAIN, tables_name(spec), [x], tables_attributes(kind), num_outputs=tables_count(spec), name=name
@@ -211,12 +180,6 @@ class Mixing:
             return ()
         inputs = (v.shape for v in self.editor.graph.inputs if v.shape is not None)
         return () if any(not isinstance(size, int) for shape in inputs for size in shape) else (first,)
-
-    def _declare(self, body: ir.Function) -> None:
-        model = self.editor.model
-        model.functions.setdefault(body.identifier(), body)
-        model.opset_imports.setdefault(DOMAIN, 1)
-        model.ir_version = max(model.ir_version, 8)
 
 
 def _without_added_bias(mixed: ir.Value) -> list[ir.Value]:

@@ -7,7 +7,6 @@ same for graphs of torch is `rewriter/install/fx_repeat.py`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
 import onnx_ir as ir
@@ -18,22 +17,9 @@ from passes.targets.replacement import Replacement
 from passes.token_blocks import parted_behind
 from passes.weights.repetition import Part, Repetition, repetition
 from rewriter.capture.onnx_file import OnnxCapture
+from rewriter.install.onnx_editor import Editor
 from rewriter.install.onnx_obstacles import unflattened_input
-from rewriter.install.onnx_weights import Emitted, emit_like
-from rewriter.onnx_nodes import NodeWriter
-
-
-class Editing(Protocol):
-    """What is needed of the editor of the model."""
-
-    capture: OnnxCapture
-    graph: ir.Graph
-    write: NodeWriter
-    standing_in: dict[Value, ir.Value]
-
-    def value(self, name: Value) -> ir.Value: ...
-
-    def share(self, value: ir.Value) -> ir.Value: ...
+from rewriter.install.onnx_weights import emit_like
 
 
 def repeatable(capture: OnnxCapture, replacement: Replacement, others: Sequence[Replacement]) -> bool:
@@ -83,7 +69,7 @@ def _laid(replacement: Replacement, output: Value) -> Repetition:
     return repetition(operands[0].projection.features, parts)
 
 
-def repeat_heads(editor: Editing, replacement: Replacement) -> tuple[list[ir.Node], float]:
+def repeat_heads(editor: Editor, replacement: Replacement) -> tuple[list[ir.Node], float]:
     """Edit the projections of keys and values; returns nodes that may be unread now, and the worst relative error of
     weights that had to be quantised anew."""
     outputs = dict.fromkeys(o.projection.output for _, o in replacement.site.shared)
@@ -91,7 +77,7 @@ def repeat_heads(editor: Editing, replacement: Replacement) -> tuple[list[ir.Nod
     return [node for node, _ in done], max(error for _, error in done)
 
 
-def _reproject(editor: Editing, replacement: Replacement, output: Value) -> tuple[ir.Node, float]:
+def _reproject(editor: Editor, replacement: Replacement, output: Value) -> tuple[ir.Node, float]:
     site, tensors, flow = replacement.site, replacement.tensors, editor.capture.flow
     shared = [(role, o) for role, o in site.shared if o.projection.output == output]
     projection, laid, name = shared[0][1].projection, _laid(replacement, output), f"{site.name}.{shared[0][0]}"
@@ -125,12 +111,7 @@ def _reproject(editor: Editing, replacement: Replacement, output: Value) -> tupl
     return producer, error
 
 
-def _held(editor: Editing, nodes: list[ir.Node], like: Value, array: Array, name: str) -> tuple[ir.Value, float]:
+def _held(editor: Editor, nodes: list[ir.Node], like: Value, array: Array, name: str) -> tuple[ir.Value, float]:
     """Numbers stored as the program stores the old ones, and the error of that."""
-    emitted: Emitted = emit_like(editor.value(like), array, name, editor.write.unique)
-    nodes += emitted.nodes
-    value = emitted.value if emitted.nodes else editor.share(emitted.value)
-    for stored in (*emitted.initializers, value):
-        if stored.producer() is None and stored.name and stored.name not in editor.graph.initializers:
-            editor.graph.register_initializer(stored)
-    return value, emitted.error
+    emitted = emit_like(editor.value(like), array, name, editor.write.unique)
+    return editor.hold(nodes, emitted), emitted.error

@@ -1,0 +1,98 @@
+"""What lies between a projection and the attention works on another number of heads: rotation, norms, caches."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from passes.dataflow import Value
+from passes.site import Operand
+from rewriter.install.onnx_editor import Editor
+
+
+def rewire(editor: Editor, operand: Operand, stem: ir.Value, new: ir.Value, heads: int) -> None:
+    """The path reads the new stem; its values, caches and presents change their number of heads."""
+    inside = {id(editor.capture.nodes[i]) for i in operand.path}
+    for node, position in list(stem.uses()):
+        if id(node) in inside:
+            node.replace_input_with(position, new)
+    if stem.is_graph_output():
+        _become_output(editor, stem, new)
+    if heads == operand.heads:
+        return
+    for index, axis in operand.reshapes:
+        _recount(editor, editor.capture.nodes[index], axis, operand.heads, heads)
+    for index in operand.path:
+        node = editor.capture.nodes[index]
+        _narrow_gain(editor, node)
+        if node.op_type == "RotaryEmbedding" and node.attributes.get_int("num_heads", 0) == operand.heads:
+            node.attributes["num_heads"] = ir.AttrInt64("num_heads", heads)
+        for value in node.outputs:
+            if value is not stem and not value.is_graph_output():
+                value.shape = None
+    if operand.past is not None and operand.past_head_axis is not None:
+        resize(editor.value(operand.past), operand.past_head_axis, heads)
+    for name, axis in operand.presents:
+        resize(new if name == operand.stem else editor.value(name), axis, heads)
+
+
+def _narrow_gain(editor: Editor, node: ir.Node) -> None:
+    """A norm whose numbers are spread over heads, and the same for all of them, is given those of one.
+
+    They are inputs of the norm, or written out behind it.
+    """
+    if node.op_type in {"RMSNormalization", "LayerNormalization", "SimplifiedLayerNormalization"}:
+        places = [1, 2]
+    elif node.op_type in {"Mul", "Add"}:
+        places = [i for i, value in enumerate(node.inputs) if value is not None and _is_constant(editor, value.name)]
+    else:
+        return
+    for position, value in enumerate(node.inputs):
+        name = value.name if value is not None and position in places else None
+        if name is None or len(editor.capture.flow.shape(name)) < 2:
+            continue
+        numbers = np.asarray(editor.capture.flow.value(name))
+        rows = numbers.reshape(-1, numbers.shape[-1])
+        if len(rows) > 1 and (rows == rows[0]).all():
+            node.replace_input_with(position, editor.write.constant(rows[0].copy(), f"{name}_of_one_head"))
+
+
+def _is_constant(editor: Editor, name: Value | None) -> bool:
+    if name is None or name not in editor.capture.values:  # what was put in a moment ago
+        return False
+    return not editor.capture.flow.data_dependent(name) and not editor.capture.flow.is_fed(name)
+
+
+def _recount(editor: Editor, node: ir.Node, axis: int, before: int, heads: int) -> None:
+    """Write the new number of heads into a shape that is written out."""
+    name = node.outputs[0].name
+    assert name is not None and node.inputs[1] is not None
+    size = editor.capture.flow.shape(name)[axis] // before * heads
+    nodes: list[ir.Node] = []
+    stem, rank = f"{name}.{heads}_heads", len(editor.capture.flow.shape(name))
+    parts = [editor.write.ints([size], f"{stem}.size")]
+    if axis > 0:
+        first = editor.write.ints([*range(axis)], f"{stem}.first")
+        parts.insert(0, editor.write.op(nodes, "Gather", [node.inputs[1], first], f"{stem}.lead"))
+    if axis + 1 < rank:
+        last = editor.write.ints([*range(axis + 1, rank)], f"{stem}.last")
+        parts.append(editor.write.op(nodes, "Gather", [node.inputs[1], last], f"{stem}.rest"))
+    shape = editor.write.op(nodes, "Concat", parts, f"{stem}.shape", axis=0)
+    editor.graph.insert_before(node, nodes)
+    node.replace_input_with(1, shape)
+
+
+def _become_output(editor: Editor, old: ir.Value, new: ir.Value) -> None:
+    position = next(i for i, o in enumerate(editor.graph.outputs) if o is old)
+    name, new.type, new.shape = old.name, old.type, old.shape
+    old.name = editor.write.unique(f"{name}_before")
+    new.name = name
+    editor.graph.outputs[position] = new
+
+
+def resize(value: ir.Value, axis: int, heads: int) -> None:
+    """Change one dimension of a declared shape."""
+    if value.shape is not None and not value.shape.is_unknown_dim(axis):
+        dims = list(value.shape)
+        dims[axis] = heads
+        value.shape = ir.Shape(dims)
