@@ -383,6 +383,8 @@ class _Editor:
         """Write the new number of heads into a shape that is written out."""
         name = node.outputs[0].name
         assert name is not None and node.inputs[1] is not None
+        if self._left_open(node.inputs[1], axis):
+            return
         size = self.capture.flow.shape(name)[axis] // before * heads
         nodes: list[ir.Node] = []
         stem, rank = f"{name}.{heads}_heads", len(self.capture.flow.shape(name))
@@ -396,6 +398,11 @@ class _Editor:
         shape = self.write.op(nodes, "Concat", parts, f"{stem}.shape", axis=0)
         self.graph.insert_before(node, nodes)
         node.replace_input_with(1, shape)
+
+    def _left_open(self, shape: ir.Value, axis: int) -> bool:
+        """Whether a constant shape leaves an axis to what comes in (-1, 0)."""
+        name = shape.name
+        return name is not None and self._is_constant(name) and bool(self.capture.flow.value(name)[axis] <= 0)
 
     def _become_output(self, old: ir.Value, new: ir.Value) -> None:
         position = next(i for i, o in enumerate(self.graph.outputs) if o is old)
