@@ -44,16 +44,15 @@ def site_error(flow: Flow, evidence: Evidence, replacement: Replacement) -> tupl
             ("v", evidence.path.v, evidence.v, replacement.kv_heads[1]),
         )
     )
-    reference = recorded(flow, evidence.path.output_view, evidence.q.tokens)
+    reference: Array = recorded(flow, evidence.path.output_view, evidence.q.tokens)
     decoupled = replacement.decoupled is not None
     keys, values = (
         x[:, np.arange(heads) * x.shape[1] // heads if decoupled else list(replacement.reads)] for x in (keys, values)
     )
-    scores = products(query, keys, evidence.path.scale)
-    for modifier in evidence.path.modifiers:
-        scores = apply_modifier(flow, modifier, scores)
-    output = softmax(scores)[..., : values.shape[2]] @ values
-    alive = np.asarray((scores > -1e4).any(-1))
+    past = evidence.k.tokens.new.start
+    output, alive = _attended(flow, evidence, query, keys, values, past)
+    if past:
+        reference, _ = _attended(flow, evidence, *_recorded_heads(flow, evidence, heads), past)
     if "out_weight" in replacement.tensors:
         output, reference = _behind(flow, replacement, output, reference)
         alive = np.asarray(alive.all(axis=1))
@@ -61,15 +60,37 @@ def site_error(flow: Flow, evidence: Evidence, replacement: Replacement) -> tupl
     return float(np.linalg.norm((output - reference)[alive])) / max(size, 1e-30), 1.0
 
 
-def _sparse_error(flow: Flow, evidence: Evidence, spec: GroupedQueryAttention) -> tuple[float, float]:
-    """Of the attention's output: the recorded operands, and fewer keys."""
+def _attended(
+    flow: Flow, evidence: Evidence, query: Array, keys: Array, values: Array, past: int
+) -> tuple[Array, Array]:
+    """(output [B, H, S, Dv], which queries see anything [B, H, S]) without the first `past` keys.
+
+    Those are cached, and what a recording holds there is made up: no projection wrote it.
+    """
+    scores = products(query, keys, evidence.path.scale)
+    for modifier in evidence.path.modifiers:
+        scores = apply_modifier(flow, modifier, scores)
+    scores[..., :past] = -np.inf
+    alive = np.asarray((scores > -1e4).any(-1))
+    return softmax(scores)[..., : values.shape[2]] @ values, alive
+
+
+def _recorded_heads(flow: Flow, evidence: Evidence, heads: int) -> tuple[Array, Array, Array]:
+    """Query, keys and values as recorded, each with all query heads."""
     path = evidence.path
     query, keys, values = (
         np.asarray(recorded(flow, view, traced.tokens), dtype=np.float64)
         for view, traced in ((path.q, evidence.q), (path.k, evidence.k), (path.v, evidence.v))
     )
+    keys, values = (x[:, np.arange(heads) * x.shape[1] // heads] for x in (keys, values))
+    return query, keys, values
+
+
+def _sparse_error(flow: Flow, evidence: Evidence, spec: GroupedQueryAttention) -> tuple[float, float]:
+    """Of the attention's output: the recorded operands, and fewer keys."""
+    path = evidence.path
+    query, keys, values = _recorded_heads(flow, evidence, spec.heads)
     reference = recorded(flow, path.output_view, evidence.q.tokens)
-    keys, values = (x[:, np.arange(spec.heads) * x.shape[1] // spec.heads] for x in (keys, values))
     scores = products(query, keys, path.scale)
     further = [m for m in path.modifiers if m.kind == "sinks"]
     for modifier in (m for m in path.modifiers if m.kind != "sinks"):

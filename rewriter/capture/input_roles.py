@@ -14,6 +14,8 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
+from rewriter.capture.cache_sizes import CACHE_SLOTS, cache_size
+
 Kind = Literal[
     "ids", "segments", "positions", "mask", "bias", "past", "image", "audio", "wave", "features",
     "flag", "count", "past_length", "total_length", "last_index",
@@ -28,12 +30,6 @@ MOVERS = frozenset(
 )
 """Operators that keep each element's value."""
 
-_PAST_SLOTS = {
-    "Attention": {4, 5},
-    "GroupQueryAttention": {3, 4},
-    "MultiHeadAttention": {6, 7},
-    "DecoderMaskedMultiHeadAttention": {5, 6},
-}
 _QKV_SLOTS = {0, 1, 2}
 _LARGE = 1e3
 
@@ -106,14 +102,14 @@ def _is_tensor(value: ir.Value) -> bool:
 def _role(model: ir.Model, value: ir.Value, decoder: bool) -> InputRole:
     arrivals = list(arrivals_of(model, value))
     kind = _kind(value, arrivals)
-    shape = _shape(value)
+    shape = _shape(value) if kind != "past" else _cache_shape(_shape(value), arrivals)
     other_side = _is_other_side(value, decoder)
     return InputRole(
         name=value.name or "",
         kind=kind,
         dtype=value.dtype or ir.DataType.FLOAT,
         shape=shape,
-        axes=_axes(kind, shape, other_side),
+        axes=_state_axes(shape) if kind == "past" and _is_state(value) else _axes(kind, shape, other_side),
         bound=_bound(arrivals) if kind in {"ids", "segments", "positions"} else None,
         true_masks=kind == "mask" and _true_masks(value, arrivals),
         additive=kind == "mask" and _is_float(value) and not _is_binary(arrivals),
@@ -124,6 +120,24 @@ def _role(model: ir.Model, value: ir.Value, decoder: bool) -> InputRole:
 def _shape(value: ir.Value) -> tuple[int | str | None, ...]:
     dims = value.shape.dims if value.shape is not None else ()
     return tuple(d if isinstance(d, int) else d.value for d in dims)
+
+
+def _cache_shape(shape: tuple[int | str | None, ...], arrivals: list[Arrival]) -> tuple[int | str | None, ...]:
+    """Heads and features that a cache leaves open, as the fused operator that reads it has them."""
+    for a in arrivals:
+        if a.moved_only and a.slot in CACHE_SLOTS.get(a.node.op_type, ()):
+            return sized(shape, *cache_size(a.node, a.node.inputs, a.slot))
+    return shape
+
+
+def sized(shape: tuple[int | str | None, ...], heads: int | None, features: int | None) -> tuple[int | str | None, ...]:
+    """A cache's shape [..., heads, P, features] with these numbers where it says none."""
+    if len(shape) < 4:
+        return shape
+    *lead, own_heads, past, own_features = shape
+    own = [n if d is None or isinstance(d, str) else d for d, n in ((own_heads, heads), (own_features, features))]
+    found = [d if n is None else n for d, n in zip((own_heads, own_features), own, strict=True)]
+    return (*lead, found[0], past, found[1])
 
 
 def _words(value: ir.Value) -> frozenset[str]:
@@ -203,7 +217,7 @@ def _named_kind(name: str, scalar: bool) -> Kind | None:
 
 def _reaches_past(rank: int, arrivals: list[Arrival]) -> bool:
     return any(
-        a.slot in _PAST_SLOTS.get(a.node.op_type, ()) or (rank >= 4 and a.moved_only and a.node.op_type == "Concat")
+        a.slot in CACHE_SLOTS.get(a.node.op_type, ()) or (rank >= 4 and a.moved_only and a.node.op_type == "Concat")
         for a in arrivals
     )
 
@@ -211,7 +225,7 @@ def _reaches_past(rank: int, arrivals: list[Arrival]) -> bool:
 def _reaches_scores(arrivals: list[Arrival]) -> bool:
     return any(
         a.node.op_type in {"Softmax", "MaskedSoftmax"}
-        or ("Attention" in a.node.op_type and a.slot not in _QKV_SLOTS | _PAST_SLOTS.get(a.node.op_type, set()))
+        or ("Attention" in a.node.op_type and a.slot not in _QKV_SLOTS | set(CACHE_SLOTS.get(a.node.op_type, ())))
         for a in arrivals
     )
 
@@ -449,6 +463,18 @@ def _axes(kind: Kind, shape: tuple[int | str | None, ...], other_side: bool) -> 
     axes = grids[kind].get(rank, ("batch",)) if kind in grids else rows.get(kind, ("batch",))
     others: list[Axis] = ["other"] * rank
     return (*axes, *others)[:rank]
+
+
+def _is_state(value: ir.Value) -> bool:
+    """Whether what is kept from call to call does not grow: [B, channels, taps], or so it is called."""
+    words, shape = _words(value), _shape(value)
+    fixed = len(shape) == 3 and not isinstance(shape[0], int) and all(isinstance(d, int) for d in shape[1:])
+    return fixed or bool(words & {"conv", "recurrent", "ssm", "state"} and not words & {"key", "value", "kv"})
+
+
+def _state_axes(shape: tuple[int | str | None, ...]) -> tuple[Axis, ...]:
+    others: list[Axis] = ["other"] * len(shape)
+    return ("batch", *others[1:])
 
 
 def _past_axes(shape: tuple[int | str | None, ...], cached: Axis) -> tuple[Axis, ...]:

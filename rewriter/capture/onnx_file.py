@@ -31,6 +31,7 @@ from rewriter.capture.onnx_constants import constant_tensor
 from rewriter.capture.onnx_elementwise import single_node
 from rewriter.capture.onnx_vocabulary import OPERATORS
 from rewriter.capture.quantised import QuantisedProduct, quantised_product
+from rewriter.capture.random_draws import require_no_draws
 from rewriter.capture.sequences import OnTensors, on_tensors
 from rewriter.capture.stretches import NODES as STRETCH
 from rewriter.capture.stretches import Stretches, open_stretches
@@ -54,6 +55,13 @@ _ELEMENT_TYPES = {
     "tensor(bfloat16)": ir.DataType.BFLOAT16,
     "tensor(double)": ir.DataType.DOUBLE,
 }
+
+
+_UNRUNNABLE = "check that the file runs in onnxruntime with inputs of any size"
+_UNIMPLEMENTED = (
+    "onnxruntime has no CPU kernel for it, and files are rewritten on the CPU: export in float32 (or float16), rewrite "
+    "that, and convert what comes out"
+)
 
 
 @dataclass(frozen=True)
@@ -111,10 +119,11 @@ def capture(model: ir.Model, written_out: Mapping[str, WrittenOut] | None = None
 
     Names are given to unnamed values, and model-local functions other than rewriter's own are inlined. `written_out`
     are the fused operators that `unfuse` wrote out in this model.
-    Raises UnsupportedModel with onnxruntime's reason if the model runs at none.
+    Raises UnsupportedModel with onnxruntime's reason if the model runs at none, or if it draws random numbers.
     """
     _inline_functions(model)
     _name_everything(model)
+    require_no_draws(model)
     nodes = tuple(model.graph)
     values = {v.name: v for v in _values(model) if v.name}
     products = {i: p for i, n in enumerate(nodes) if (p := quantised_product(n)) is not None}
@@ -162,7 +171,8 @@ def _feeds(
     if not all(w.runs_at(batch, length, past) for w in written_out.values()):
         return None
     mask: MaskStyle = "ones" if any(w.equal_lengths for w in written_out.values()) else "mixed"
-    return make_feeds(model, batch=batch, length=length, past=past, seed=seed, mask=mask)
+    caches = {name: size for w in written_out.values() for name, size in w.cache_sizes.items()}
+    return make_feeds(model, batch=batch, length=length, past=past, seed=seed, mask=mask, caches=caches)
 
 
 def _first_run(
@@ -181,7 +191,7 @@ def _first_run(
             reason = first_line(error)
     raise UnsupportedModel(
         f"onnxruntime cannot run the model: {reason}",
-        hint="check that the file runs in onnxruntime with inputs of any size",
+        hint=_UNIMPLEMENTED if "NOT_IMPLEMENTED" in reason else _UNRUNNABLE,
     )
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from rewriter.capture.cache_sizes import CACHE_SLOTS, cache_size
 from rewriter.onnx_nodes import NodeWriter, input_at
 
 DOMAIN = "com.microsoft"
@@ -23,6 +24,8 @@ _GROUP_QUERY_LIMITS = {
     15: "it normalises queries and keys itself",
 }
 """What inputs that are not covered mean."""
+_UPSTREAM = 64
+"""Values that are looked at for an operator's type."""
 
 # shapes: B batch, S queries, P cached tokens, T keys, H heads, N key/value heads, D features
 
@@ -58,6 +61,13 @@ class WrittenOut:
         """Its caches, [B, N, P, D]."""
         positions = (3, 4) if self.node.op_type == "GroupQueryAttention" else (4, 5)
         return [v for i in positions if i < len(self.inputs) and (v := self.inputs[i]) is not None]
+
+    @property
+    def cache_sizes(self) -> dict[str, tuple[int | None, int | None]]:
+        """(heads, features) of its caches that are inputs of the model, by name; None for what is not known."""
+        slots = (i for i in CACHE_SLOTS[self.node.op_type] if i < len(self.inputs))
+        read = ((i, v) for i in slots if (v := self.inputs[i]) is not None)
+        return {v.name: cache_size(self.node, self.inputs, i) for i, v in read if v.is_graph_input() and v.name}
 
     def operand(self, role: str) -> ir.Value | None:
         """What it reads as "q", "k" or "v"; None if that lies packed with another operand."""
@@ -432,7 +442,7 @@ class _Writer:
         return self._op("Concat", parts, "full_shape", axis=0)
 
     def _lowest(self) -> ir.Value:
-        return self._number(float(np.finfo(self.dtype.numpy()).min))
+        return self._number(float(self.dtype.min))
 
     def _op(self, kind: str, inputs: list[ir.Value], name: str, **attrs: int | list[int]) -> ir.Value:
         return self.writer.op(self.nodes, kind, inputs, f"{self.node.name}/{name}", **attrs)
@@ -637,6 +647,19 @@ _WRITERS: Mapping[str, type[_Writer]] = {
 
 
 def _float_type(node: ir.Node) -> ir.DataType:
-    values = [node.outputs[0], *node.inputs[:3]]
-    found = (v.dtype for v in values if v is not None)
-    return next((d for d in found if d is not None and d.is_floating_point()), ir.DataType.FLOAT)
+    """The type an operator computes in: declared, or of the caches and weights that its operands are made with."""
+    seen: list[ir.Value] = [v for v in (node.outputs[0], *node.inputs[:5]) if v is not None]
+    for value in seen:  # grows
+        known = value.const_value.dtype if value.const_value is not None else value.dtype
+        if known is not None and known.is_floating_point():
+            return known
+        maker = value.producer()
+        if maker is None or maker is node or len(seen) > _UPSTREAM:
+            continue
+        if maker.op_type == "Cast" and "to" in maker.attributes:
+            cast = ir.DataType(maker.attributes["to"].as_int())
+            if cast.is_floating_point():
+                return cast
+            continue
+        seen += [v for v in maker.inputs if v is not None and not any(v is s for s in seen)]
+    return ir.DataType.FLOAT

@@ -67,6 +67,8 @@ def _recount(editor: Editor, node: ir.Node, axis: int, before: int, heads: int) 
     """Write the new number of heads into a shape that is written out."""
     name = node.outputs[0].name
     assert name is not None and node.inputs[1] is not None
+    if _left_open(editor, node.inputs[1], axis):
+        return
     size = editor.capture.flow.shape(name)[axis] // before * heads
     nodes: list[ir.Node] = []
     stem, rank = f"{name}.{heads}_heads", len(editor.capture.flow.shape(name))
@@ -80,6 +82,12 @@ def _recount(editor: Editor, node: ir.Node, axis: int, before: int, heads: int) 
     shape = editor.write.op(nodes, "Concat", parts, f"{stem}.shape", axis=0)
     editor.graph.insert_before(node, nodes)
     node.replace_input_with(1, shape)
+
+
+def _left_open(editor: Editor, shape: ir.Value, axis: int) -> bool:
+    """Whether a constant shape leaves an axis to what comes in (-1, 0)."""
+    name = shape.name
+    return name is not None and _is_constant(editor, name) and bool(editor.capture.flow.value(name)[axis] <= 0)
 
 
 def _become_output(editor: Editor, old: ir.Value, new: ir.Value) -> None:

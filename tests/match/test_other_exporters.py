@@ -11,6 +11,7 @@ import pytest
 
 import rewriter
 from passes.match.scores import TURNED
+from rewriter.errors import UnsupportedModel
 from tests.match.graphs_by_hand import (
     DIM,
     HEADS,
@@ -339,3 +340,42 @@ def test_keys_that_learned_queries_of_a_fixed_batch_meet_are_found(perturbed: bo
     model = graph.model(last)
     moved = np.abs(run(rewriter.optimize(model, "gqa2"), graph.inputs) - run(model, graph.inputs)).max()
     assert moved > MOVED if perturbed else moved < EXACT
+
+
+@pytest.mark.parametrize("perturbed", [False, True], ids=["twin", "one-head-untied"])
+def test_heads_that_are_normed_side_by_side_with_tokens(perturbed: bool) -> None:
+    """[batch, tokens * heads, features] by [0, -1, features], behind a rotation: that axis is no number of heads."""
+    graph = Graph()
+    angles = np.arange(32)[:, None] / 5.0 ** np.arange(DIM // 2)
+    tables = [np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)]
+
+    def normed(x: str) -> str:
+        turned = graph.op("RotaryEmbedding", x, ints(0), *tables, domain="com.microsoft")
+        side_by_side = graph.op("Reshape", turned, ints(0, -1, DIM))
+        mean = graph.op("ReduceMean", graph.op("Mul", side_by_side, side_by_side), axes=[-1])
+        scaled = graph.op("Div", side_by_side, graph.op("Sqrt", graph.op("Add", mean, 1e-5)))
+        return by_heads(graph, graph.op("Reshape", scaled, ints(0, -1, WIDTH)))
+
+    q, k, v = _linear(graph, perturbed)
+    model = graph.model(finished(graph, attended(graph, normed(q), normed(k), by_heads(graph, v))))
+    small = rewriter.optimize(model, "gqa2")
+    for length in (6, 9):
+        x = {"x": graph.random.standard_normal((2, length, WIDTH)).astype(np.float32)}
+        moved = np.abs(run(small, x) - run(model, x)).max()
+        assert moved > MOVED if perturbed else moved < EXACT
+
+
+@pytest.mark.parametrize("drawn", ["dropout", "noise", "none"])
+def test_a_file_that_draws_random_numbers_is_refused_for_that(drawn: str) -> None:
+    graph = Graph()
+    q, k, v = (by_heads(graph, x) for x in _linear(graph, False))
+    mixed = finished(graph, attended(graph, q, k, v))
+    dropped = graph.op("Dropout", mixed, 0.1, np.array(drawn == "dropout"))
+    last = graph.op("Add", dropped, graph.op("RandomNormalLike", mixed)) if drawn == "noise" else dropped
+    model = graph.model(last)
+    if drawn == "none":
+        assert np.abs(run(rewriter.optimize(model, "gqa2"), graph.inputs) - run(model, graph.inputs)).max() < EXACT
+        return
+    with pytest.raises(UnsupportedModel, match=r"draws random numbers at .*(Dropout|RandomNormalLike)") as error:
+        rewriter.optimize(model, "gqa2")
+    assert "model.eval()" in error.value.hint

@@ -160,6 +160,15 @@ def test_mask_spans_past_and_new_tokens() -> None:
     assert empty["past_key"].shape == (2, 3, 0, 4) and empty["attention_mask"].shape == (2, 7)
 
 
+def test_a_state_that_does_not_grow_says_nothing_of_the_past() -> None:
+    model = graph(
+        "int64[batch,seq] input_ids, float[batch,2,past_len,4] past_key, float[batch,96,2] past_conv",
+        "out = own.thing(input_ids, past_key, past_conv)",
+    )
+    feeds = make_feeds(model, batch=3, past=4)
+    assert feeds["past_key"].shape == (3, 2, 4, 4) and feeds["past_conv"].shape == (3, 96, 2)
+
+
 def test_expressions_of_symbols_are_evaluated() -> None:
     model = decoder()
     mask = next(v for v in model.graph.inputs if v.name == "attention_mask")
