@@ -63,6 +63,18 @@ def _require_scratch(spec: MixedChunkAttention, dtype: DType, isa: Isa) -> None:
     assert load(made).plan(ctypes.byref(block)) == made.resources()["scratch_bytes"]
 
 
+def test_results_are_the_same_bits_on_any_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Panels fall to tasks differently, and sums stay as they were."""
+    spec = SPECS["several slices"]
+    weights, x = weights_of(spec), hidden_of(spec, 3, 70)
+    alone = found(spec, x, weights)
+    assert distance(alone.numpy(), reference.mixed_chunk_attention(spec, x, weights)) < CLOSE
+    for threads in (2, 3, 40):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert torch.equal(found(spec, x, weights), alone)
+    assert not torch.equal(found(spec, x + 1e-5, weights), alone)  # the control
+
+
 @pytest.mark.parametrize("name", ["causal", "several slices"])
 def test_long_causal_sequences_go_block_by_block(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = SPECS[name]
