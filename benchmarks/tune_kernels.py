@@ -1,12 +1,12 @@
 """Writes the tables by which ``kernels="auto"`` decides: how much faster a kernel is than torch's own operators.
 
-    python -m benchmarks.tune_kernels [--isa avx512 | --card] [--sparse | --routed] [--threads N | --cpu-time]
-        [--runs N] [--output DIR]
+    python -m benchmarks.tune_kernels [--isa avx512 | --card] [--sparse | --routed | --chunks]
+        [--threads N | --cpu-time] [--runs N] [--output DIR]
 
 Every instruction set that this processor has gets its file in codegen/tuning/, or, with --card, the graphics card.
---sparse measures sparse attention instead, on CPUs, and --routed feed-forward blocks that route tokens, into files of
-their own. The
-operators it is compared with are those that run otherwise: the torch body of the op.
+--sparse measures sparse attention instead, on CPUs, --routed feed-forward blocks that route tokens, and --chunks
+units of mixed chunk attention, on CPUs, into files of their own. The operators it is compared with are those that run
+otherwise: the torch body of the op.
 """
 
 from __future__ import annotations
@@ -35,10 +35,12 @@ from benchmarks.routed_kernels import Case as RoutedCase  # noqa: E402
 from benchmarks.routed_kernels import card_cases, card_works, tuned_cases  # noqa: E402
 from benchmarks.rows import Clock, interleaved, timed  # noqa: E402
 from codegen.device import Device, DType, Isa, host  # noqa: E402
-from codegen.launch import routed_host, torch_op  # noqa: E402
+from codegen.launch import chunk_host, operands, projection_host, routed_host, torch_op  # noqa: E402
+from codegen.ops.mixed_chunk_attention import torch_body as chunk_body  # noqa: E402
 from codegen.ops.routed_feed_forward import torch_body as routed_body  # noqa: E402
 from codegen.sight import Sight  # noqa: E402
-from codegen.spec import GroupedQueryAttention  # noqa: E402
+from codegen.spec import GroupedQueryAttention, MixedChunkAttention, PositionBias  # noqa: E402
+from codegen.tuning.chunks import Measured as ChunksMeasured  # noqa: E402
 from codegen.tuning.routed import Measured as RoutedMeasured  # noqa: E402
 from codegen.tuning.table import FOLDER, MARGIN, Measured, Problem, kind, regime, work  # noqa: E402
 
@@ -47,6 +49,12 @@ DTYPES = {DType.FLOAT32: torch.float32, DType.FLOAT16: torch.float16, DType.BFLO
 
 SECONDS, MOST_RUNS = 0.4, 60
 """Short problems are run more often: a busy machine's minimum takes that long to show."""
+
+UNITS = (
+    MixedChunkAttention(768, 1536, 128, chunk=256, bias=PositionBias.TOEPLITZ),
+    MixedChunkAttention(256, 512, 64, chunk=64, bias=PositionBias.TOEPLITZ, span=64),
+)
+"""FLASH's at BERT-base's width, and a small one."""
 
 Grid = Sequence[tuple[GroupedQueryAttention, Problem]]
 Call = Callable[[], torch.Tensor]
@@ -169,6 +177,38 @@ def measure_routed_card(arch: str, runs: int) -> list[RoutedMeasured]:
     return found
 
 
+def measure_chunks(isa: str, runs: int, clock: Clock) -> list[ChunksMeasured]:
+    """Units with their projections, by the kernels for `isa`, in float32, of short and long sequences."""
+    found, device = [], Device("cpu", isa)
+    with (
+        mock.patch.object(operands, "host", lambda: device),
+        mock.patch.object(projection_host, "host", lambda: device),
+    ):
+        for unit, causal, tokens in itertools.product(UNITS, (True, False), (256, 2048)):
+            found.append(_measured_chunks(replace(unit, causal=causal), tokens, DType.FLOAT32, isa, runs, clock))
+    operands._loaded.cache_clear()
+    return found
+
+
+def _measured_chunks(
+    spec: MixedChunkAttention, tokens: int, dtype: DType, isa: str, runs: int, clock: Clock
+) -> ChunksMeasured:
+    random = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=random).to(DTYPES[dtype])
+
+    x, weights = draw(1, tokens, spec.hidden), {n: draw(*s) / s[-1] ** 0.5 for n, s in spec.shapes.items()}
+    calls = [
+        functools.partial(body, spec, x, weights)
+        for body in (chunk_host.mixed_chunk_attention, chunk_body.mixed_chunk_attention)
+    ]
+    first = max(timed(call, 1)[0].minimum for call in calls)
+    mine, other = interleaved(max(runs, min(MOST_RUNS, int(SECONDS / first))), *calls, clock=clock)
+    sizes = (spec.hidden, spec.expanded, spec.base, spec.chunk, tokens)
+    return ChunksMeasured(dtype.value, isa, spec.causal, *sizes, round(other.minimum / mine.minimum, 2))
+
+
 def measured_routed(case: RoutedCase, dtype: DType, arch: str, ratio: float) -> RoutedMeasured:
     spec = case.spec
     sizes = (spec.experts, spec.hidden, spec.inner, case.places)
@@ -188,6 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--card", action="store_true", help="measure the CUDA card instead of the processor")
     parser.add_argument("--sparse", action="store_true", help="measure sparse attention instead")
     parser.add_argument("--routed", action="store_true", help="measure routed feed-forward blocks instead")
+    parser.add_argument("--chunks", action="store_true", help="measure mixed chunk attention instead")
     parser.add_argument("--output", type=Path, default=FOLDER)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--runs", type=int, default=7)
@@ -204,10 +245,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"this processor has no {isa}", file=sys.stderr)
             return 2
         about = {"processor": machine()["processor"], "threads": threads, "torch": torch.__version__}
-        if options.routed:
+        if options.routed or options.chunks:
+            kind_of, measuring = ("routed", measure_routed) if options.routed else ("chunks", measure_chunks)
             with torch.no_grad():
-                found = measure_routed(isa, options.runs, clock)
-            write_table(options.output / f"routed_cpu_{isa}.json", about, found, "routed")
+                found = measuring(isa, options.runs, clock)
+            write_table(options.output / f"{kind_of}_cpu_{isa}.json", about, found, kind_of)
             continue
         rows = []
         with torch.no_grad(), always(isa):
@@ -234,7 +276,10 @@ def tune_card(output: Path, runs: int, *, routed: bool) -> int:
 
 
 def write_table(
-    path: Path, about: dict[str, object], rows: Sequence[Measured | RoutedMeasured], key: str = "measured"
+    path: Path,
+    about: dict[str, object],
+    rows: Sequence[Measured | RoutedMeasured | ChunksMeasured],
+    key: str = "measured",
 ) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(_compact(about, key, [json.dumps(asdict(row)) for row in rows]))

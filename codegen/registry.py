@@ -18,8 +18,10 @@ from codegen.ops.linear_attention import cpp_kernel as linear_cpp
 from codegen.ops.linear_attention import triton_kernel as linear_triton
 from codegen.ops.mixed_chunk_attention import cpp_kernel as chunk_cpp
 from codegen.ops.mixed_chunk_attention import triton_kernel as chunk_triton
+from codegen.ops.projection import cpp_kernel as projection_cpp
 from codegen.ops.routed_feed_forward import cpp_kernel as routed_cpp
 from codegen.ops.routed_feed_forward import triton_kernel as routed_triton
+from codegen.projection import Projection
 from codegen.routed import RoutedFeedForward
 from codegen.spec import FourierMixing, GroupedQueryAttention, LinearAttention, MixedChunkAttention
 
@@ -190,6 +192,17 @@ KERNELS: tuple[Kernel, ...] = (
             source=chunk_triton.source,
         )
         for kind, archs in chunk_triton.ARCHS.items()
+    ),
+    Kernel(
+        op=Projection,
+        language=Language.CPP,
+        device_kind="cpu",
+        archs=tuple(isa.value for isa in Isa),
+        dtypes=projection_cpp.DTYPES,
+        legal=projection_cpp.legal,
+        name=projection_cpp.kernel_name,
+        source=projection_cpp.source,
+        resources=projection_cpp.resources,
     ),
     Kernel(
         op=RoutedFeedForward,

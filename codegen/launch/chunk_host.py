@@ -1,4 +1,5 @@
-"""Mixed chunk attention on CPUs: projections by torch, what is between them by a C++ kernel.
+"""Mixed chunk attention on CPUs: what is between the projections by a C++ kernel, these by another one where that was
+measured to be faster than torch.
 
 Long causal sequences go block by block, so that a block's gates and values are still in the cache when they are used.
 
@@ -13,11 +14,14 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
+from codegen.activation import Activation
+from codegen.launch import projection_host
 from codegen.launch.host import ChunkLaunch
 from codegen.launch.operands import processor_kernel, run_on_processor
 from codegen.ops.gated_attention.reference import check
-from codegen.ops.gated_attention.torch_body import Weights, expanded, heads
+from codegen.ops.gated_attention.torch_body import Weights, activated, expanded, heads
 from codegen.ops.mixed_chunk_attention.torch_body import BLOCK, learned_bias
+from codegen.projection import Projection
 from codegen.spec import MixedChunkAttention
 
 HEADS = ("quadratic_query", "linear_query", "quadratic_key", "linear_key")
@@ -35,28 +39,71 @@ def mixed_chunk_attention(
     check(spec, x, weights)
     bias = learned_bias(spec, weights, like=x)
     size = max(BLOCK // spec.chunk, 1) * spec.chunk
+    output, rooms = torch.empty_like(x), _Rooms(spec, x, min(size, x.shape[1]) if spec.causal else x.shape[1])
     if not spec.causal or x.shape[1] <= size:
-        return _at_once(spec, x, weights, bias, shown)
-    output, state = torch.empty_like(x), torch.zeros(x.shape[0], spec.base, spec.expanded)
+        _into(output, spec, x, weights, bias, shown, rooms)
+        return output
+    state = torch.zeros(x.shape[0], spec.base, spec.expanded)
     for first in range(0, x.shape[1], size):
         at = slice(first, first + size)
         hidden = None if shown is None else shown[:, at]
-        output[:, at] = _at_once(spec, x[:, at], weights, bias, hidden, state, first)
+        _into(output[:, at], spec, x[:, at], weights, bias, hidden, rooms, state, first)
     return output
 
 
-def _at_once(
+class _Rooms:
+    """Memory for what lies between both projections of a block, for one block after the other: memory that is new costs
+    a page fault for every page."""
+
+    def __init__(self, spec: MixedChunkAttention, x: Tensor, tokens: int) -> None:
+        held = projection_host.worthwhile(x)
+        self._whole = x.new_empty(x.shape[0], tokens, 2 * spec.expanded + spec.base) if held else None
+        self._product = x.new_empty(x.shape[0], tokens, spec.expanded)
+
+    def whole(self, tokens: int) -> Tensor | None:
+        """[B, S, 2 F + N]; None where torch takes memory of its own."""
+        return None if self._whole is None else self._whole[:, :tokens]
+
+    def product(self, tokens: int) -> Tensor:
+        """[B, S, F]"""
+        return self._product[:, :tokens]
+
+
+def _into(
+    output: Tensor,
     spec: MixedChunkAttention,
     x: Tensor,
     weights: Weights,
     bias: Tensor | None,
     shown: Tensor | None,
+    rooms: _Rooms,
     state: Tensor | None = None,
     first: int = 0,
-) -> Tensor:
-    gate, value, latent = expanded(spec, x, weights)
-    product = launch(spec, gate, value, heads(spec, latent, weights, first), bias, shown, state, first)
-    return functional.linear(product, weights["out_weight"], weights["out_bias"])
+) -> None:
+    gate, value, latent = _expanded(spec, x, weights, rooms.whole(x.shape[1]))
+    out = rooms.product(x.shape[1])
+    product = launch(spec, gate, value, heads(spec, latent, weights, first), bias, shown, state, first, out=out)
+    weight, added = weights["out_weight"], weights["out_bias"]
+    if projection_host.worthwhile(product):
+        projection_host.launch(Projection(spec.expanded, spec.hidden), product, weight, added, out=output)
+    else:
+        output[:] = functional.linear(product, weight, added)
+
+
+def _expanded(
+    spec: MixedChunkAttention, x: Tensor, weights: Weights, whole: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `expanded`, in `whole`; one activation of all is part of the product."""
+    if whole is None:
+        return expanded(spec, x, weights)
+    kinds: tuple[Activation | None, ...] = (spec.gate, spec.value, spec.latent)
+    if len(set(kinds)) == 1:
+        kinds = (None, None, None)
+    layer = Projection(spec.hidden, 2 * spec.expanded + spec.base, None if any(kinds) else spec.gate)
+    projection_host.launch(layer, x, weights["expand_weight"], weights["expand_bias"], out=whole)
+    parts = torch.split(whole, [spec.expanded, spec.expanded, spec.base], dim=-1)
+    gate, value, latent = (activated(kind, part) for kind, part in zip(kinds, parts, strict=True))
+    return gate, value, latent
 
 
 def launch(
@@ -68,6 +115,8 @@ def launch(
     shown: Tensor | None,
     state: Tensor | None = None,
     first: int = 0,
+    *,
+    out: Tensor | None = None,
 ) -> Tensor:
     """[B, S, F]: the gate times what was mixed, of gate and value [B, S, F] and four heads [B, S, N] of one dtype.
 
@@ -76,13 +125,14 @@ def launch(
         shown: bool [B, S], False for tokens that are hidden.
         state: dense float32 [B, N, F], of a causal spec: the sum of kᵀ v over the `first` tokens before, whole chunks;
             it is moved behind these tokens, in place. None for none before.
+        out: [B, S, F] of the same dtype to write to, whose tokens are dense; None for a new one.
 
     Raises NotLegal: the dtype, the device or the spec is beyond the kernel.
     """
     given = dict(zip(("gate", "value", *HEADS), (gate, value, *heads), strict=True))
     kernel = processor_kernel(spec, *given.values())
     held = {name: x if x.stride(2) == 1 else x.contiguous() for name, x in given.items()}
-    out = torch.empty(gate.shape, dtype=gate.dtype)
+    out = torch.empty(gate.shape, dtype=gate.dtype) if out is None else out
     if not out.numel():
         return out
     block = ChunkLaunch()

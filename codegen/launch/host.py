@@ -77,6 +77,19 @@ class ChunkLaunch(ctypes.Structure):
     )
 
 
+class ProjectionLaunch(ctypes.Structure):
+    """The argument block of templates/cpp/projection_launch.h.j2, field by field."""
+
+    _fields_ = (
+        *[(name, ctypes.c_void_p) for name in ("x", "weight", "bias", "out")],
+        *[(name, ctypes.c_int64) for name in ("batch", "tokens", "weight_stride")],
+        *[(f"{name}_stride", ctypes.c_int64 * 2) for name in ("x", "out")],
+        ("threads", ctypes.c_int64),
+        ("workspace", ctypes.c_void_p),
+        *[(name, ctypes.c_int64) for name in ("next", "workers")],
+    )
+
+
 class RoutedLaunch(ctypes.Structure):
     """The argument block of templates/cpp/routed_launch.h.j2, field by field."""
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from codegen.conditional import ConditionalAttention
-from codegen.launch import chunk_host, chunk_operator, fourier_op
+from codegen.launch import chunk_op, fourier_op
 from codegen.ops.conditional_attention.torch_body import conditional_attention
 from codegen.ops.gated_attention.torch_body import gated_attention
 from codegen.ops.linear_mixing.torch_body import linear_mixing
-from codegen.ops.mixed_chunk_attention.torch_body import mixed_chunk_attention
 from codegen.spec import GatedAttention, LinearMixing, MixedChunkAttention, TokenMixing
 
 
@@ -28,9 +26,8 @@ def mix(
     """[B, S, hidden] of x [B, S, hidden] and the spec's parameters, in x's dtype; for `kernels` see `fourier_op.mix`.
 
     Linear mixing is two matrix products, which no kernel of ours does better than torch; gated attention has none
-    either. That of mixed chunk attention is called where it is asked for by name, outside captured graphs and without
-    gradients: it was not measured to be faster everywhere. Conditional attention has none, and alone heeds `shown`
-    (bool [B, S], False for padding) and `soft` (routing as in training).
+    either. Conditional attention has none, and alone heeds `shown` (bool [B, S], False for padding) and `soft` (routing
+    as in training).
 
     Raises:
         NotLegal: kernels is "cpp", "triton" or "cuda", and the spec is one of Fourier mixing that has no such kernel,
@@ -44,14 +41,5 @@ def mix(
     if isinstance(spec, GatedAttention):
         return gated_attention(spec, x, parameters)
     if isinstance(spec, MixedChunkAttention):
-        if kernels == "cpp" and not _captured_or_trained(x, parameters):
-            return chunk_host.mixed_chunk_attention(spec, x, parameters)
-        if kernels == "triton":
-            return chunk_operator.mixed_chunk_attention(spec, x, parameters)
-        return mixed_chunk_attention(spec, x, parameters)
+        return chunk_op.mix(spec, x, parameters, kernels=kernels)
     return fourier_op.mix(spec, x, **parameters, kernels=kernels)
-
-
-def _captured_or_trained(x: Tensor, parameters: Mapping[str, Tensor]) -> bool:
-    gradients = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters.values()))
-    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or gradients

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from codegen.launch import chunk_op
 from codegen.ops.gated_attention import torch_body as quadratic
 from codegen.ops.gated_attention.reference import ROTARY_BASE
 from codegen.ops.gated_attention.torch_body import GatedState
@@ -145,7 +146,7 @@ class GatedAttentionUnit(nn.Module):
             return quadratic.gated_attention(self.spec, x, self.weights, shown)
         if isinstance(state, ChunkState):
             return chunked.resume(self.spec, x, self.weights, state)
-        return chunked.mixed_chunk_attention(self.spec, x, self.weights, shown)
+        return chunk_op.mix(self.spec, x, self.weights, shown)
 
     def start(self, batch: int) -> State:
         """Before the first token; raises ValueError for a unit that is not causal."""

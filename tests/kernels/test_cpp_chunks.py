@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from codegen.device import DType, Isa, host
-from codegen.errors import NotLegal
-from codegen.launch import chunk_host
+from codegen.errors import NoCompiler, NotLegal
+from codegen.launch import chunk_host, chunk_op
 from codegen.launch.host import ChunkLaunch, load
 from codegen.launch.mixing_op import mix
 from codegen.ops.mixed_chunk_attention import reference, torch_body
 from codegen.spec import MixedChunkAttention, PositionBias
+from codegen.tuning import chunks as tuning
 from tests.kernels.problems import ROUNDOFF, TORCH, choice, here
 from tests.unit.gated_problems import distance, hidden_of, tensors, weights_of
 
@@ -63,6 +64,18 @@ def _require_scratch(spec: MixedChunkAttention, dtype: DType, isa: Isa) -> None:
     assert load(made).plan(ctypes.byref(block)) == made.resources()["scratch_bytes"]
 
 
+def test_results_are_the_same_bits_on_any_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Panels fall to tasks differently, and sums stay as they were."""
+    spec = SPECS["several slices"]
+    weights, x = weights_of(spec), hidden_of(spec, 3, 70)
+    alone = found(spec, x, weights)
+    assert distance(alone.numpy(), reference.mixed_chunk_attention(spec, x, weights)) < CLOSE
+    for threads in (2, 3, 40):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert torch.equal(found(spec, x, weights), alone)
+    assert not torch.equal(found(spec, x + 1e-5, weights), alone)  # the control
+
+
 @pytest.mark.parametrize("name", ["causal", "several slices"])
 def test_long_causal_sequences_go_block_by_block(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = SPECS[name]
@@ -75,7 +88,9 @@ def test_long_causal_sequences_go_block_by_block(name: str, monkeypatch: pytest.
     for shown in (None, np.random.default_rng(1).random(x.shape[:2]) < 0.7):
         assert distance(found(spec, x, weights, shown).numpy(), right[shown is None]) < CLOSE
     real = chunk_host.launch
-    monkeypatch.setattr(chunk_host, "launch", lambda *given: real(*given[:6]))  # the control: nothing came before
+    monkeypatch.setattr(
+        chunk_host, "launch", lambda *given, out: real(*given[:6], out=out)
+    )  # the control: nothing came before
     assert distance(found(spec, x, weights).numpy(), right[True]) > 1e-3
 
 
@@ -113,9 +128,9 @@ def test_which_calls_the_kernel_computes(monkeypatch: pytest.MonkeyPatch) -> Non
     seen: list[MixedChunkAttention] = []
     real = chunk_host.launch
 
-    def spy(spec: MixedChunkAttention, *rest: Any) -> Tensor:
+    def spy(spec: MixedChunkAttention, *rest: Any, **more: Any) -> Tensor:
         seen.append(spec)
-        return real(spec, *rest)
+        return real(spec, *rest, **more)
 
     monkeypatch.setattr(chunk_host, "launch", spy)
     weights, x = tensors(weights_of(CAUSAL)), torch.from_numpy(hidden_of(CAUSAL, 1, 20))
@@ -131,3 +146,42 @@ def test_which_calls_the_kernel_computes(monkeypatch: pytest.MonkeyPatch) -> Non
     wide = replace(CAUSAL, chunk=2000)
     with pytest.raises(NotLegal, match="1024"):
         mix(wide, x, tensors(weights_of(wide)), kernels="cpp")
+
+
+def test_auto_goes_by_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    real = chunk_host.mixed_chunk_attention
+    monkeypatch.setattr(chunk_host, "mixed_chunk_attention", lambda *given: seen.append(1) or real(*given))
+    row = tuning.Measured("float32", host().arch, True, 12, 80, 6, 7, 40, 1.5)
+    monkeypatch.setattr(tuning, "measurements", lambda: (row,))
+    spec = replace(CAUSAL, expanded=80)
+    weights, x = tensors(weights_of(spec)), torch.from_numpy(hidden_of(spec, 1, 40))
+    unlike = (x[:, :5], x.double(), x.clone().requires_grad_())
+    for given in unlike:
+        tuning.faster.cache_clear()
+        mix(spec, given, {role: w.to(given.dtype) for role, w in weights.items()})
+    mix(spec, x, weights, kernels="off")
+    slower = replace(row, speedup=1.0)
+    for rows in ((slower,), (replace(row, causal=False),), ()):
+        tuning.faster.cache_clear()
+        monkeypatch.setattr(tuning, "measurements", lambda rows=rows: rows)
+        mix(spec, x, weights)
+    assert not seen
+    tuning.faster.cache_clear()
+    monkeypatch.setattr(tuning, "measurements", lambda: (row,))
+    output = mix(spec, x, weights)
+    assert seen
+    assert distance(output.numpy(), reference.mixed_chunk_attention(spec, x.numpy(), weights_of(spec))) < CLOSE
+    tuning.faster.cache_clear()
+
+
+def test_auto_is_torch_where_there_is_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> Tensor:
+        raise NoCompiler("there is none", hint="")
+
+    monkeypatch.setattr(chunk_op, "_worthwhile", lambda *_: True)
+    monkeypatch.setattr(chunk_host, "mixed_chunk_attention", fails)
+    weights, x = tensors(weights_of(CAUSAL)), torch.from_numpy(hidden_of(CAUSAL, 1, 20))
+    assert torch.equal(mix(CAUSAL, x, weights), torch_body.mixed_chunk_attention(CAUSAL, x, weights))
+    with pytest.raises(NoCompiler):
+        mix(CAUSAL, x, weights, kernels="cpp")

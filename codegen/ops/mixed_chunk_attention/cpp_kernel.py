@@ -15,9 +15,6 @@ TEMPLATE = "cpp/mixed_chunk_attention.cpp.j2"
 MAX_BASE, MAX_CHUNK = 512, 1024
 """Features of queries and keys, and tokens of a chunk, for which a worker's scratch is a few megabytes."""
 
-SLICE = 512
-"""Value features of a task: as many as keep the sum over chunks in the cache; each task works out all scores."""
-
 
 def kernel_name(spec: MixedChunkAttention, dtype: DType, isa: Isa) -> Lowered:
     """Readable, unique to the spec, and nothing but letters, digits and underscores."""
@@ -40,7 +37,6 @@ def source(spec: MixedChunkAttention, dtype: DType, isa: Isa) -> str:
             "chunk": spec.chunk,
             "causal": spec.causal,
             "averaged": spec.averaged,
-            "slice": min(spec.expanded, SLICE),
         },
     )
 
@@ -57,18 +53,16 @@ def legal(spec: Any, dtype: DType) -> str | None:
 def resources(spec: MixedChunkAttention, dtype: DType, isa: Isa) -> dict[str, int]:
     """What a kernel takes: bytes of scratch per thread."""
     lanes, products = lanes_of(isa), product_values(dtype, isa, spec.expanded)
-    n, c, s = (padded(size, lanes) for size in (spec.base, spec.chunk, min(spec.expanded, SLICE)))
-    held = products["block_rows"]
+    n, c = padded(spec.base, lanes), padded(spec.chunk, lanes)
+    held, panel = products["block_rows"], products["block_vectors"] * lanes
     return {
         "scratch_bytes": scratch_bytes(
             n * c,  # keys
-            spec.chunk * n,
-            s * (1 if products["v_in_place"] else spec.chunk),  # values
+            spec.chunk * (c + n),  # scores and linear queries
             held * n,
-            held * n,
-            held * c,  # scores
-            held * s,
-            spec.base * s,  # the sum over chunks
+            spec.chunk * panel,  # values
+            held * panel,
+            padded(spec.expanded, panel) * spec.base,  # the sum over chunks
         ),
         "vector_bytes": 4 * lanes,
     }

@@ -13,10 +13,12 @@
 //   latent = Activation.SILU
 //   dtype = bfloat16, instructions = avx2
 //
-// Mixed chunk attention between its projections. A task is a slice of one sequence's value features: it walks over the
-// chunks, adds each one's squared scores times values to linear queries times the sum over the chunks before, and
-// multiplies by the gate, all in one pass. Any number of threads may call the work
-// function; they draw tasks from one counter. All sums are in single precision.
+// Mixed chunk attention between its projections. A task is a sequence, or a slice of its value features where threads
+// would be idle otherwise: it walks over the chunks, and in each first works out squared scores. Then it goes from panel
+// to panel of value features, as wide as accumulators in registers are: a chunk's panel is copied to where it stays in
+// the nearest cache, scores times it and linear queries times the sum over the chunks before are added up, and the gate
+// is multiplied in, before the panel joins the sum. Any number of threads may call the work function; they
+// draw tasks from one counter. All sums are in single precision.
 #include <immintrin.h>
 #include <stdint.h>
 #include <string.h>
@@ -207,27 +209,23 @@ INLINE void product_wide(int rows, const float *a, int lda, const float *b, int6
 }
 
 constexpr int N = 6, F = 20, C = 7;  // features of queries and of values, tokens of a chunk
-constexpr int MR = 6;      // rows that are held in registers
-constexpr int SLICE = 20;   // value features of a task
-constexpr int SLICES = (F + SLICE - 1) / SLICE;
+constexpr int MR = 6, V = 2, PANEL = V * W;  // rows and columns that are held in registers
+constexpr int PANELS = (F + PANEL - 1) / PANEL;
 constexpr int padded(int n) { return (n + W - 1) / W * W; }
-constexpr int NP = padded(N), CP = padded(C), SP = padded(SLICE);
-constexpr bool V_IN_PLACE = false;
+constexpr int NP = padded(N), CP = padded(C), LEFT = CP + NP;
 
-// What a worker works on.
+// What a worker works on, most of it of one chunk.
 struct Scratch {
-  alignas(64) float keys[NP][CP];  // quadratic keys, transposed
-  alignas(64) float linear[C][NP];
-  alignas(64) float values[V_IN_PLACE ? 1 : C][SP];
-  alignas(64) float queries[MR][NP], linear_queries[MR][NP];
-  alignas(64) float scores[MR][CP];
-  alignas(64) float out[MR][SP];
-  alignas(64) float state[N][SP];
+  alignas(64) float keys[NP][CP];   // transposed: the quadratic ones, then the linear ones
+  alignas(64) float left[C][LEFT];  // squared scores, then linear queries
+  alignas(64) float queries[MR][NP];
+  alignas(64) float values[C][PANEL];
+  alignas(64) float out[MR][PANEL];
+  alignas(64) float state[PANELS][N][PANEL];  // the sum of kᵀ v
 };
 
 struct Task {
-  int64_t batch, first;  // the slice's first feature
-  int width, vectors;
+  int64_t batch, first, end;  // panels
   Scratch *scratch;
 };
 
@@ -241,117 +239,128 @@ INLINE bool is_shown(const ChunkLaunch &launch, int64_t batch, int64_t token) {
   return !launch.shown || launch.shown[batch * launch.tokens + token];
 }
 
-// c[rows x vectors] = or += a * b, for a width that is known when it runs.
-template <int STEP = 1>
-INLINE void product_over(int vectors, int rows, const float *a, int lda, const float *b, int64_t ldb, int depth, float *c,
-                         int ldc, bool add) {
-  constexpr int WIDE = 2;
-  int n = 0;
-  for (; n + WIDE <= vectors; n += WIDE) product<WIDE, STEP>(rows, a, lda, b + n * W, ldb, depth, c + n * W, ldc, add);
-  for (; n < vectors; ++n) product<1, STEP>(rows, a, lda, b + n * W, ldb, depth, c + n * W, ldc, add);
-}
-
-INLINE const float *values_of(const ChunkLaunch &launch, const Task &task, int64_t begin, int count, int64_t &ld) {
-  const T *value = (const T *)launch.value + task.batch * launch.value_stride[0] + begin * launch.value_stride[1] + task.first;
-  if (V_IN_PLACE) {
-    ld = launch.value_stride[1];
-    return (const float *)(const void *)value;
-  }
-  ld = SP;
-  float (*values)[SP] = task.scratch->values;
-  for (int j = 0; j < count; ++j) widen_row(values[V_IN_PLACE ? 0 : j], value + j * launch.value_stride[1], task.width);
-  return values[0];
-}
-
-// A chunk's kᵀ v joins the sum.
-static __attribute__((noinline)) void join(const ChunkLaunch &launch, const Task &task, int64_t begin, int count,
-                                           const float *values, int64_t ld) {
-  Scratch &s = *task.scratch;
-  const T *key = (const T *)launch.linear_key + task.batch * launch.linear_key_stride[0] + begin * launch.linear_key_stride[1];
-  for (int j = 0; j < count; ++j) {
-    if (is_shown(launch, task.batch, begin + j)) widen_row(s.linear[j], key + j * launch.linear_key_stride[1], N);
-    else memset(s.linear[j], 0, sizeof s.linear[j]);
-  }
-  for (int f = 0; f < N; f += MR)
-    product_over<NP>(task.vectors, (int)least(MR, N - f), &s.linear[0][f], 1, values, ld, count, s.state[f], SP, true);
-}
-
-INLINE void hold_keys(const ChunkLaunch &launch, const Task &task, int64_t begin, int count) {
-  const int64_t step = launch.quadratic_key_stride[1];
-  const T *key = (const T *)launch.quadratic_key + task.batch * launch.quadratic_key_stride[0] + begin * step;
+// A chunk's keys, transposed; those that are not there are zero, and with `hide` those that are hidden too.
+OUTLINE void hold_keys(const ChunkLaunch &launch, const Task &task, const T *key, int64_t step, int64_t begin, int count,
+                       bool hide) {
   for (int j = 0; j < CP; j += W)
     for (int u = 0; u < NP; u += W) {
       vf block[W];
       for (int i = 0; i < W; ++i) {
         const T *row = key + (j + i) * step + u;
-        block[i] = j + i >= count ? vf{} : N - u >= W ? widen(row) : widen_part(row, N - u);
+        const bool there = j + i < count && !(hide && !is_shown(launch, task.batch, begin + j + i));
+        block[i] = !there ? vf{} : N - u >= W ? widen(row) : widen_part(row, N - u);
       }
       transpose(block);
       for (int i = 0; i < W; ++i) store(&task.scratch->keys[u + i][j], block[i]);
     }
 }
 
-// Squared positive scores of rows [first, first + rows) of the chunk.
-INLINE void weigh(const ChunkLaunch &launch, const Task &task, int64_t begin, int first, int rows, int count) {
+INLINE void hold_linear_keys(const ChunkLaunch &launch, const Task &task, int64_t begin, int count) {
+  const int64_t step = launch.linear_key_stride[1];
+  const T *key = (const T *)launch.linear_key + task.batch * launch.linear_key_stride[0] + begin * step;
+  hold_keys(launch, task, key, step, begin, count, true);
+}
+
+// Squared positive scores of rows [first, first + rows) of the chunk, as far as they are used.
+INLINE void weigh(const ChunkLaunch &launch, const Task &task, int64_t begin, int first, int rows, int reach) {
   Scratch &s = *task.scratch;
   for (int r = 0; r < rows; ++r) {
-    float *line = s.scores[r];
+    float *line = s.left[first + r];
     const float *bias = launch.bias ? launch.bias + (int64_t)(first + r) * C : nullptr;
     const int end = first + r + 1;
-    for (int j = 0; j < CP; j += W) {
+    for (int j = 0; j < reach; j += W) {
       vf score = load(line + j) * splat(1.0f / C);
       if (bias) {
         alignas(64) float part[W] = {};
-        memcpy(part, bias + j, (size_t)(C - j < W ? C - j : W) * sizeof(float));
-        score += load(part);
+        if (C - j < W) memcpy(part, bias + j, (size_t)(C - j) * sizeof(float));
+        score += load(C - j < W ? part : bias + j);
       }
       score = score > 0 ? score * score : score == score ? vf{} : score;
       store(line + j, LANES + j < end ? score : vf{});
     }
     if (!launch.shown) continue;
-    for (int j = 0; j < count; ++j)
+    for (int j = 0; j < reach; ++j)
       if (!is_shown(launch, task.batch, begin + j)) line[j] = 0.0f;
   }
 }
 
-static __attribute__((noinline)) void attend(const ChunkLaunch &launch, const Task &task, int64_t number, int64_t begin,
-                                             int count, const float *values, int64_t ld) {
+// What stands on the left of all products with a chunk's values and with the sum.
+OUTLINE void hold_left(const ChunkLaunch &launch, const Task &task, int64_t number, int64_t begin, int count) {
   Scratch &s = *task.scratch;
   const float divisor = (float)C * (float)(number > 0 ? number : 1);
   const float share = 1.0f / divisor;
-  hold_keys(launch, task, begin, count);
+  const int64_t step = launch.quadratic_query_stride[1], linear_step = launch.linear_query_stride[1], key_step = launch.quadratic_key_stride[1];
+  const T *query = (const T *)launch.quadratic_query + task.batch * launch.quadratic_query_stride[0] + begin * step;
+  const T *linear = (const T *)launch.linear_query + task.batch * launch.linear_query_stride[0] + begin * linear_step;
+  const T *key = (const T *)launch.quadratic_key + task.batch * launch.quadratic_key_stride[0] + begin * key_step;
+  hold_keys(launch, task, key, key_step, begin, count, false);
   for (int first = 0; first < count; first += MR) {
-    const int rows = (int)least(MR, count - first);
-    const int64_t token = begin + first;
-    const T *query = (const T *)launch.quadratic_query + task.batch * launch.quadratic_query_stride[0] + token * launch.quadratic_query_stride[1];
-    const T *linear = (const T *)launch.linear_query + task.batch * launch.linear_query_stride[0] + token * launch.linear_query_stride[1];
+    const int rows = (int)least(MR, count - first), reach = first + rows;
     for (int r = 0; r < rows; ++r) {
-      widen_row(s.queries[r], query + r * launch.quadratic_query_stride[1], N);
-      widen_row(s.linear_queries[r], linear + r * launch.linear_query_stride[1], N);
-      for (int u = 0; u < NP; u += W) store(&s.linear_queries[r][u], load(&s.linear_queries[r][u]) * splat(share));
+      float *queries = &s.left[first + r][CP];
+      widen_row(s.queries[r], query + (first + r) * step, N);
+      widen_row(queries, linear + (first + r) * linear_step, N);
+      for (int u = 0; u < NP; u += W) store(queries + u, load(queries + u) * splat(share));
     }
-    product_over(CP / W, rows, s.queries[0], NP, s.keys[0], CP, N, s.scores[0], CP, false);
-    weigh(launch, task, begin, first, rows, count);
-    product_over(task.vectors, rows, s.scores[0], CP, values, ld, first + rows, s.out[0], SP, false);
-    if (number > 0) product_over(task.vectors, rows, s.linear_queries[0], NP, s.state[0], SP, N, s.out[0], SP, true);
-    const T *gate = (const T *)launch.gate + task.batch * launch.gate_stride[0] + token * launch.gate_stride[1] + task.first;
-    T *out = (T *)launch.out + task.batch * launch.out_stride[0] + token * launch.out_stride[1] + task.first;
-    for (int r = 0; r < rows; ++r)
-      for (int e = 0; e < task.width; e += W) {
-        const T *by = gate + r * launch.gate_stride[1] + e;
-        T *to = out + r * launch.out_stride[1] + e;
-        if (task.width - e >= W) narrow(to, load(&s.out[r][e]) * widen(by));
-        else narrow_part(to, load(&s.out[r][e]) * widen_part(by, task.width - e), task.width - e);
+    int j = 0;
+    for (; j + PANEL <= CP && j < reach; j += PANEL)
+      product<V, 1>(rows, s.queries[0], NP, &s.keys[0][j], CP, N, s.left[first] + j, LEFT, false);
+    for (; j < reach; j += W) product<1, 1>(rows, s.queries[0], NP, &s.keys[0][j], CP, N, s.left[first] + j, LEFT, false);
+    weigh(launch, task, begin, first, rows, reach);
+  }
+}
+
+INLINE int width_of(int64_t panel) { return (int)least(PANEL, F - panel * PANEL); }
+
+OUTLINE void hold_values(const ChunkLaunch &launch, const Task &task, int64_t panel, int64_t begin, int count) {
+  const int64_t step = launch.value_stride[1];
+  const T *value = (const T *)launch.value + task.batch * launch.value_stride[0] + begin * step + panel * PANEL;
+  const int width = width_of(panel);
+  float *to = task.scratch->values[0];
+  for (int j = 0; j < count; ++j, value += step, to += PANEL) {
+    if (width == PANEL) for (int n = 0; n < V; ++n) store(to + n * W, widen(value + n * W));
+    else for (int n = 0; n < V; ++n) store(to + n * W, width > n * W ? widen_part(value + n * W, (int)least(W, width - n * W)) : vf{});
+  }
+}
+
+// Scores times values and linear queries times the sum, times the gate: one panel of a chunk's result.
+OUTLINE void mix_panel(const ChunkLaunch &launch, const Task &task, int64_t panel, bool sums, int64_t begin, int count) {
+  Scratch &s = *task.scratch;
+  const int64_t gate_step = launch.gate_stride[1], out_step = launch.out_stride[1];
+  const int width = width_of(panel);
+  const T *gate = (const T *)launch.gate + task.batch * launch.gate_stride[0] + begin * gate_step + panel * PANEL;
+  T *out = (T *)launch.out + task.batch * launch.out_stride[0] + begin * out_step + panel * PANEL;
+  for (int first = 0; first < count; first += MR) {
+    const int rows = (int)least(MR, count - first), reach = first + rows;
+    for (int r = 0; r < rows; ++r) {  // rows lie far apart
+      __builtin_prefetch(gate + r * gate_step);
+      __builtin_prefetch(out + r * out_step, 1);
+    }
+    product<V, 1>(rows, s.left[first], LEFT, s.values[0], PANEL, reach, s.out[0], PANEL, false);
+    if (sums) product<V, 1>(rows, &s.left[first][CP], LEFT, s.state[panel][0], PANEL, N, s.out[0], PANEL, true);
+    for (int r = 0; r < rows; ++r, gate += gate_step, out += out_step)
+      for (int e = 0; e < width; e += W) {
+        const vf mixed = load(&s.out[r][e]);
+        if (width - e >= W) narrow(out + e, mixed * widen(gate + e));
+        else narrow_part(out + e, mixed * widen_part(gate + e, width - e), width - e);
       }
   }
 }
 
+// A chunk's kᵀ v joins the sum.
+OUTLINE void join_panel(const Task &task, int64_t panel, int count) {
+  Scratch &s = *task.scratch;
+  for (int f = 0; f < N; f += MR)
+    product<V, 1>((int)least(MR, N - f), s.keys[f], CP, s.values[0], PANEL, count, s.state[panel][f], PANEL, true);
+}
+
 // The sum over the chunks before, from the caller or back to it.
-INLINE void hold_state(const ChunkLaunch &launch, const Task &task, bool back) {
-  for (int n = 0; launch.state && n < N; ++n) {
-    float *theirs = launch.state + (task.batch * N + n) * F + task.first, *ours = task.scratch->state[n];
-    memcpy(back ? theirs : ours, back ? ours : theirs, (size_t)task.width * sizeof(float));
-  }
+OUTLINE void hold_state(const ChunkLaunch &launch, const Task &task, bool back) {
+  for (int64_t panel = task.first; launch.state && panel < task.end; ++panel)
+    for (int n = 0; n < N; ++n) {
+      float *theirs = launch.state + (task.batch * N + n) * F + panel * PANEL, *ours = task.scratch->state[panel][n];
+      memcpy(back ? theirs : ours, back ? ours : theirs, (size_t)width_of(panel) * sizeof(float));
+    }
 }
 
 INLINE void run_task(const ChunkLaunch &launch, const Task &task) {
@@ -361,12 +370,28 @@ INLINE void run_task(const ChunkLaunch &launch, const Task &task) {
     for (int64_t number = 0; number * C < launch.tokens; ++number) {
       const int64_t begin = number * C;
       const int count = (int)least(C, launch.tokens - begin);
-      int64_t ld;
-      const float *values = values_of(launch, task, begin, count, ld);
-      if (walk) attend(launch, task, launch.before + number, begin, count, values, ld);
-      if (true) join(launch, task, begin, count, values, ld);
+      const int64_t before = launch.before + number;
+      const bool joins = launch.state || begin + count < launch.tokens, sums = before > 0;
+      if (walk) hold_left(launch, task, before, begin, count);
+      if (joins) hold_linear_keys(launch, task, begin, count);
+      for (int64_t panel = task.first; panel < task.end; ++panel) {
+        hold_values(launch, task, panel, begin, count);
+        if (walk) mix_panel(launch, task, panel, sums, begin, count);
+        if (joins) join_panel(task, panel, count);
+      }
     }
   hold_state(launch, task, true);
+}
+
+// How many panels a task has: all of a sequence's, unless sequences do not come out even on the threads. Scores are
+// worked out once for each task.
+INLINE int64_t panels_of(const ChunkLaunch &launch) {
+  return launch.batch % launch.threads == 0 ? PANELS : (PANELS + launch.threads - 1) / launch.threads;
+}
+
+INLINE int64_t slices_of(const ChunkLaunch &launch) {
+  const int64_t each = panels_of(launch);
+  return (PANELS + each - 1) / each;
 }
 
 }  // namespace
@@ -375,9 +400,9 @@ INLINE void run_task(const ChunkLaunch &launch, const Task &task) {
 
 // The bytes of workspace that `launch->threads` threads take.
 EXPORT int64_t chunks_f20_n6_c7_causal_bf16_avx2_0fedb046_plan(ChunkLaunch *launch) {
-  const int64_t tasks = launch->batch * SLICES;
-  if (launch->threads > tasks) launch->threads = tasks;
   if (launch->threads < 1) launch->threads = 1;
+  const int64_t tasks = launch->batch * slices_of(*launch);
+  if (launch->threads > tasks) launch->threads = tasks < 1 ? 1 : tasks;
   launch->next = launch->workers = 0;
   return launch->threads * (int64_t)sizeof(Scratch);
 }
@@ -390,12 +415,12 @@ EXPORT void chunks_f20_n6_c7_causal_bf16_avx2_0fedb046_work(void *pointer) {
   ChunkLaunch &launch = *(ChunkLaunch *)pointer;
   const int64_t worker = __atomic_fetch_add(&launch.workers, 1, __ATOMIC_RELAXED);
   if (worker >= launch.threads) return;
+  const int64_t each = panels_of(launch), slices = slices_of(launch);
   for (;;) {
     const int64_t number = __atomic_fetch_add(&launch.next, 1, __ATOMIC_RELAXED);
-    if (number >= launch.batch * SLICES) return;
-    const int64_t first = number % SLICES * SLICE;
-    const int width = (int)least(SLICE, F - first);
-    run_task(launch, {number / SLICES, first, width, (width + W - 1) / W, (Scratch *)launch.workspace + worker});
+    if (number >= launch.batch * slices) return;
+    const int64_t first = number % slices * each;
+    run_task(launch, {number / slices, first, least(first + each, PANELS), (Scratch *)launch.workspace + worker});
   }
 }
 
