@@ -29,11 +29,14 @@ LAYOUT = frozenset(
 )  # fmt: skip
 """Operators that only move elements: provenance runs them on index tensors."""
 
-CONTRACTIONS = frozenset(
-    {
-        "MatMul", "Gemm", "Linear", "Einsum", "FusedMatMul", "Conv", "MatMulInteger", "MatMulNBits", "QLinearMatMul",
-    }
-)  # fmt: skip
+PACKED_WEIGHTS: Mapping[str, int] = {
+    "MatMulInteger": 1, "MatMulNBits": 1, "MatMulBnb4": 1, "MatMulFpQ4": 1, "MatMulIntegerToFloat": 1,
+    "DynamicQuantizeMatMul": 1, "MatMulBlockQuantizedFp4Weight": 1, "MatMulBlockQuantizedFp8Weight": 1,
+    "GemmFloat8": 1, "QOrderedMatMul": 2, "QGemm": 3, "QLinearMatMul": 3,
+}  # fmt: skip
+"""Products whose weight, the input at that position, is stored in a form of the operator's own."""
+
+CONTRACTIONS = frozenset({"MatMul", "Gemm", "Linear", "Einsum", "FusedMatMul", "Conv", *PACKED_WEIGHTS})
 """Operators that sum products over a shared axis."""
 
 PRODUCTS = CONTRACTIONS | {"Baddbmm"}
@@ -219,15 +222,15 @@ class Flow:
         return {}
 
     def _find_operands(self, node: Node) -> tuple[int, int] | None:
-        if node.op in {"MatMulInteger", "MatMulNBits", "Linear", "Conv"}:
-            pairs: Iterable[tuple[int, int]] = ((0, 1),)
-        elif node.op == "QLinearMatMul":
-            pairs = ((0, 3),)
+        if node.op in {"Linear", "Conv"} or node.op in PACKED_WEIGHTS:
+            pairs: Iterable[tuple[int, int]] = ((0, PACKED_WEIGHTS.get(node.op, 1)),)
         else:
             pairs = ((0, 1), (1, 0))
         for x, w in pairs:
-            if self.is_constant(node.inputs[w]) and self.is_fed(node.inputs[x]):
+            if w < len(node.inputs) and self.is_constant(node.inputs[w]) and self.is_fed(node.inputs[x]):
                 shape = self.shape(node.inputs[w])
+                if len(shape) == 1 and node.op in PACKED_WEIGHTS:  # packed without rows and columns
+                    return x, w
                 # an outer product (positions times inverse frequencies) contracts an axis of size 1
                 if len(shape) >= 2 and self._contracted(node, w, shape) > 1 and self.turned_pairs(node) is None:
                     return x, w

@@ -53,7 +53,7 @@ def layout_of(flow: Flow, node: Node) -> Layout | str:
     assert operands is not None
     if node.op not in {"MatMul", "Gemm", "Linear", "FusedMatMul", "Einsum"}:
         return f"the projection is a {node.op}"
-    if node.op == "Gemm" and node.attrs.get("beta", 1.0) != 1.0:
+    if node.op == "Gemm" and node.attrs.get("beta", 1.0) not in (0.0, 1.0) and any(node.inputs[2:]):
         return "the projection scales its bias"
     if any(node.attrs.get(name, 0) for name in ("transA", "transBatchA", "transBatchB")):
         return "the projection reads its input transposed"

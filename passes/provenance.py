@@ -530,7 +530,8 @@ def _find_projection(flow: Flow, value: Value) -> tuple[Node, Value | None] | No
         readers = flow.readers(matrix)
         if len(readers) == 1 and _bias_of(flow, readers[0], matrix, _features(flow, node)) is not None:
             return None
-        bias = node.inputs[2] if node.op in {"Gemm", "Linear"} and len(node.inputs) > 2 and node.inputs[2] else None
+        held = node.op in {"Gemm", "Linear"} and len(node.inputs) > 2 and node.attrs.get("beta", 1.0) != 0
+        bias = node.inputs[2] if held and node.inputs[2] else None
         return node, bias
     if node.op == "Add":
         for matrix in node.inputs:
@@ -569,6 +570,8 @@ def _features(flow: Flow, node: Node) -> int:
     shape = flow.shape(node.inputs[operands[1]])
     if node.op == "Einsum":
         return einsum_features(node, operands[1], shape)
+    if len(shape) == 1:  # packed
+        return int(node.attrs.get("N", 0))
     if node.op != "Conv" and len(shape) > 2:  # a stack of matrices, one for each head
         return int(np.prod(shape)) // shape[-1 if node.attrs.get("transB", 0) else -2]
     return shape[0 if node.op in {"Linear", "Conv"} or node.attrs.get("transB", 0) else -1]

@@ -35,7 +35,7 @@ class _Entering:
 
 def _entering(node: Node, producers: Mapping[Value, Node]) -> _Entering | None:
     if node.op == "Div" and len(node.inputs) == 2:
-        top, total = (producers.get(v) for v in node.inputs)
+        top, total = producers.get(node.inputs[0]), _before_spreading(node.inputs[1], producers)
         summed = total is not None and total.op == "ReduceSum" and total.inputs[0] == node.inputs[0]
         return _Entering(top.inputs[0]) if top is not None and top.op == "Exp" and summed else None
     if node.op == "Exp":
@@ -43,7 +43,15 @@ def _entering(node: Node, producers: Mapping[Value, Node]) -> _Entering | None:
         if shifted is not None and shifted.op == "LogSoftmax":
             return _Entering(shifted.inputs[0], shifted.attrs)
         if shifted is not None and shifted.op == "Sub" and len(shifted.inputs) == 2:
-            total = producers.get(shifted.inputs[1])
+            total = _before_spreading(shifted.inputs[1], producers)
             if total is not None and total.op == "ReduceLogSumExp" and total.inputs[0] == shifted.inputs[0]:
                 return _Entering(shifted.inputs[0])
     return None
+
+
+def _before_spreading(value: Value, producers: Mapping[Value, Node]) -> Node | None:
+    """What makes one number per row, which may then be written out for each element of the row (as JAX does)."""
+    node = producers.get(value)
+    while node is not None and node.op in {"Reshape", "Unsqueeze", "Expand", "Identity"}:
+        node = producers.get(node.inputs[0])
+    return node

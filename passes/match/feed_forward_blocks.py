@@ -81,7 +81,7 @@ def _block(flow: Flow, down: Node) -> Block | None:
     if operands is None:
         return None
     hidden, width = _sizes(flow, down, operands[1])
-    if hidden < width:
+    if hidden < max(width, 1):
         return None
     inside = _between(flow, down.inputs[operands[0]])
     if inside is None:
@@ -124,8 +124,10 @@ def _weight_position(flow: Flow, node: Node) -> int:
 
 
 def _sizes(flow: Flow, node: Node, weight: int) -> tuple[int, int]:
-    """(features in, features out) of a contraction."""
+    """(features in, features out) of a contraction; 0 where the weight is packed into one axis."""
     shape = flow.shape(node.inputs[weight])
+    if len(shape) < 2:
+        return 0, 0
     if node.op in {"Linear", "Conv"} or node.attrs.get("transB", 0):
         return shape[1], shape[0]
     return (shape[-2], shape[-1]) if weight == 1 or node.op == "QLinearMatMul" else (shape[-1], shape[-2])

@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from passes.dataflow import LAYOUT, Array, Flow, Node, Value
+from passes.dataflow import LAYOUT, PACKED_WEIGHTS, Array, Flow, Node, Value
 from passes.match.head_gains import FoundGains, find_gains, require_mergeable
 from passes.match.scores import NotUnderstood, OperandView
 from passes.projections import Layout, layout_of
@@ -733,7 +733,7 @@ def _describe(flow: Flow, output: Value) -> tuple[Projection, Layout]:
     operands = flow.projection_operands(node)
     assert operands is not None
     x, w = (node.inputs[i] for i in operands)
-    if node.op in {"MatMulInteger", "MatMulNBits", "QLinearMatMul"}:
+    if node.op in PACKED_WEIGHTS:
         raise NotUnderstood(
             f"the projection's weight is stored for {node.op}; rewrite the float model and quantise it afterwards"
         )

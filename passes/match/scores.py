@@ -417,6 +417,9 @@ class _Backward:
             return node.inputs[0]
         if node.op == "Reshape" and _keeps_last_two(self.flow, node):
             return node.inputs[0]
+        if len(relaid := _relaid(self.flow, node)) > 1:
+            self.nodes += [n.index for n in relaid[1:]]
+            return relaid[-1].inputs[0]
         if node.op == "Transpose" and _swaps_last_two(self.flow, node):
             self.turned = not self.turned
             return node.inputs[0]
@@ -520,13 +523,21 @@ class _Backward:
             return None
         if (shifted := self._even_shift(node)) is not None:
             return shifted
-        a, b = node.inputs[:2]
+        a, b = node.inputs[0], self._before_spreading(node.inputs[1])
         shape = self.flow.shape(a)
         deep = self.flow.data_dependent(b) and self.flow.shape(b)[-1:] == (1,) and shape[-1] > 1
         if not deep or len(self.flow.shape(b)) != len(shape):
             return None
         self.shifted = True
         return a
+
+    def _before_spreading(self, value: Value) -> Value:
+        """What is repeated along rows, where that is written out."""
+        node = self.flow.producer(value)
+        while node is not None and node.op in {"Expand", "Identity"}:
+            value = node.inputs[0]
+            node = self.flow.producer(value)
+        return value
 
     def _even_shift(self, node: Node) -> Value | None:
         """The scores that one and the same stored number is added to or taken from, whatever their place."""
@@ -636,6 +647,24 @@ def _keeps_last_two(flow: Flow, node: Node) -> bool:
     return len(before) >= 2 and before[-2:] == after[-2:]
 
 
+def _relaid(flow: Flow, node: Node, down: bool = False) -> tuple[Node, ...]:
+    """Nodes, from this one up (or down), that only lay scores out anew, and keep the last two axes taken together.
+
+    TensorFlow's exporter writes contractions with an axis of size 1 at the end, so that none of them keeps these alone.
+    """
+    found: list[Node] = []
+    here: Node | None = node
+    while here is not None and here.op in {"Reshape", "Squeeze", "Unsqueeze"} and len(found) < 4:
+        found.append(here)
+        ends = (found[0].inputs[0], here.outputs[0]) if down else (here.inputs[0], node.outputs[0])
+        before, after = (flow.shape(v) for v in ends)
+        if len(before) >= 2 and before[-2:] == after[-2:]:
+            return tuple(found)
+        readers = flow.live_readers(here.outputs[0]) if down else []
+        here = (readers[0] if len(readers) == 1 else None) if down else flow.producer(here.inputs[0])
+    return ()
+
+
 def _flattens_rows(flow: Flow, node: Node) -> bool:
     """Whether rows of scores are brought onto one axis, as a softmax over two axes wants them, or back."""
     if node.op not in {"Reshape", "Flatten"}:
@@ -742,6 +771,9 @@ def _context(flow: Flow, value: Value, turned: bool) -> _Mix | str | None:
         kept = kept or (node.op == "Expand" and flow.shape(node.inputs[0]) == flow.shape(node.outputs[0]))
         if kept or (node.op == "Slice" and _drops_columns(flow, node)):
             value = node.outputs[0]
+        elif len(relaid := _relaid(flow, node, down=True)) > 1:
+            nodes += [n.index for n in relaid[1:]]
+            value = relaid[-1].outputs[0]
         elif node.op == "Transpose" and _swaps_last_two(flow, node):
             turned, value = not turned, node.outputs[0]
         elif node.op in {"Where", "MaskedFill"} and _replaces_nan(flow, node) and (tests or _hides_again(flow, node)):

@@ -529,6 +529,7 @@ def _canonical_op(node: ir.Node) -> str:
         return "Conv" if node.op_type == "ConvInteger" else node.op_type  # of integers, but a convolution
     known = CONTRACTIONS | {
         "RotaryEmbedding", "SimplifiedLayerNormalization", "GroupedQueryAttention", "QLinearSoftmax",
+        "QuantizeLinear", "DequantizeLinear",
     }  # fmt: skip
     # an attention of whatever kind has a softmax inside, unless it is linear
     if node.domain == "com.microsoft" and node.op_type.endswith("Attention") and not node.op_type.startswith("Linear"):

@@ -17,6 +17,7 @@ from tests.match.graphs_by_hand import (
     HEADS,
     SCALE,
     WIDTH,
+    Array,
     Graph,
     Writer,
     attended,
@@ -379,3 +380,88 @@ def test_a_file_that_draws_random_numbers_is_refused_for_that(drawn: str) -> Non
     with pytest.raises(UnsupportedModel, match=r"draws random numbers at .*(Dropout|RandomNormalLike)") as error:
         rewriter.optimize(model, "gqa2")
     assert "model.eval()" in error.value.hint
+
+
+def test_projections_in_a_packing_that_is_not_read_are_refused_as_attention() -> None:
+    """bitsandbytes' four bits: [out * in / 2] bytes without rows and columns."""
+    graph = Graph()
+
+    def packed(x: str, rows: int = WIDTH) -> str:
+        codes = graph.random.integers(0, 256, WIDTH * rows // 2).astype(np.uint8)
+        scales = np.full(WIDTH * rows // 16, 0.2, np.float32)
+        return graph.op(
+            "MatMulBnb4", x, codes, scales, domain="com.microsoft", K=WIDTH, N=rows, block_size=16, quant_type=1
+        )
+
+    mixed = attended(graph, *(by_heads(graph, packed("x")) for _ in range(3)))
+    hidden = finished(graph, mixed)
+    out = graph.op("MatMul", graph.op("Relu", packed(hidden, 2 * WIDTH)), graph.matrix(2 * WIDTH, WIDTH))
+    seen = rewriter.inspect(graph.model(graph.op("Add", out, hidden)))
+    assert seen.not_attention == ()
+    assert ["stored for MatMulBnb4; rewrite the float model" in r.reason for r in seen.refusals] == [True]
+
+
+@pytest.mark.parametrize("perturbed", [False, True], ids=["twin", "one-head-untied"])
+def test_weights_dequantised_by_microsofts_operator_are_those_of_the_standard_one(perturbed: bool) -> None:
+    graph = Graph()
+
+    def stored(flat: Array) -> str:
+        scale = np.abs(flat).max() / 127  # the largest number keeps its code where weights are stored anew
+        codes = np.round(flat / scale).astype(np.int8)
+        return graph.op("DequantizeLinear", codes, scale, np.array(0, np.int8), domain="com.microsoft")
+
+    q, k, v = (by_heads(graph, graph.op("MatMul", "x", stored(p.flat[0]))) for p in projections(graph, perturbed))
+    model = graph.model(finished(graph, attended(graph, q, k, v)))
+    moved = np.abs(run(rewriter.optimize(model, "gqa2"), graph.inputs) - run(model, graph.inputs)).max()
+    assert moved > MOVED if perturbed else moved < EXACT
+
+
+@pytest.mark.parametrize("perturbed", [False, True], ids=["twin", "one-head-untied"])
+def test_a_softmax_whose_rows_are_spread_out_and_biases_that_count_nothing(perturbed: bool) -> None:
+    """As JAX lowers a mapped softmax (each row's largest and sum, expanded to all keys), and Gemm's beta of 0."""
+    graph = Graph()
+    flat = graph.op("Reshape", "x", ints(-1, WIDTH))
+    q, k, v = projections(graph, perturbed)
+    made = [
+        graph.op("Gemm", flat, q.flat[0], beta=0.0),
+        graph.op("Gemm", flat, k.flat[0], 100 * k.flat[1], beta=0.0),
+        graph.op("Gemm", flat, v.flat[0], v.flat[1]),
+    ]
+    shape = graph.op("Shape", "x")
+    q_, k_, v_ = (by_heads(graph, graph.op("Reshape", m, shape)) for m in made)
+    scores = graph.op("Mul", graph.op("MatMul", q_, graph.op("Transpose", k_, perm=[0, 1, 3, 2])), SCALE)
+
+    def spread(row: str) -> str:
+        return graph.op("Expand", graph.op("Unsqueeze", row, ints(3)), graph.op("Shape", scores))
+
+    largest = graph.op("Max", np.array(-np.inf, np.float32), graph.op("ReduceMax", scores, axes=[3], keepdims=0))
+    above = graph.op("Exp", graph.op("Sub", scores, graph.op("Identity", spread(largest))))
+    weights = graph.op("Div", above, spread(graph.op("ReduceSum", above, ints(3), keepdims=0)))
+    model = graph.model(finished(graph, graph.op("MatMul", weights, v_)))
+    moved = np.abs(run(rewriter.optimize(model, "gqa2"), graph.inputs) - run(model, graph.inputs)).max()
+    assert moved > MOVED if perturbed else moved < EXACT
+
+
+@pytest.mark.parametrize("perturbed", [False, True], ids=["twin", "one-head-untied"])
+def test_contractions_with_an_axis_of_one_at_the_end(perturbed: bool) -> None:
+    """As TensorFlow's exporter takes Einsum apart: [batch * heads, ...] to [batch, heads, ..., 1], then squeezed."""
+    graph = Graph()
+
+    def last_two(x: str, rank: int) -> str:
+        return graph.op("Slice", graph.op("Shape", x), ints(rank - 2), ints(rank))
+
+    def joined(x: str) -> str:
+        return graph.op("Reshape", x, graph.op("Concat", ints(-1), last_two(x, 4), axis=0))
+
+    def split(x: str) -> str:
+        apart = graph.op("Concat", ints(-1, HEADS), last_two(x, 3), ints(1), axis=0)
+        return graph.op("Squeeze", graph.op("Reshape", x, apart), ints(4))
+
+    q, k, v = (joined(by_heads(graph, x)) for x in _linear(graph, perturbed))
+    scores = split(graph.op("MatMul", q, graph.op("Transpose", k, perm=[0, 2, 1])))
+    weights = graph.op("Softmax", graph.op("Mul", scores, SCALE), axis=-1)
+    shape = graph.op("Concat", ints(-1), last_two(weights, 4), axis=0)
+    weights = graph.op("Reshape", graph.op("Unsqueeze", weights, ints(4)), shape)
+    model = graph.model(finished(graph, split(graph.op("MatMul", weights, v))))
+    moved = np.abs(run(rewriter.optimize(model, "gqa2"), graph.inputs) - run(model, graph.inputs)).max()
+    assert moved > MOVED if perturbed else moved < EXACT
