@@ -152,11 +152,11 @@ def _inspect_torch(model: Any, example_inputs: Any, name: str) -> Inspection:
 
     if isinstance(model, torch.export.ExportedProgram):
         from passes.match.stacked import find_plain_attention
-        from rewriter.capture.torch_export import view
+        from rewriter.capture.torch_export import functional, view
         from rewriter.install.fx_projections import with_linear_projections
 
         args, kwargs = model.example_inputs
-        flow = view(with_linear_projections(model), args, kwargs).flow
+        flow = view(with_linear_projections(functional(model)), args, kwargs).flow
         matches = find_plain_attention(flow)
         return _inspection(name, "torch", None, None, flow, matches, find_feed_forward(flow, matches.names))
     from rewriter.placement import on_processor

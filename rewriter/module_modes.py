@@ -25,9 +25,16 @@ def training(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _in_mode(module: nn.Module, *, training: bool) -> Iterator[None]:
-    """Modes are set by `train`, which some modules override, e.g. to take adapters out of their weights again."""
+    """Modes are set by `train`, which some modules override, e.g. to take adapters out of their weights again.
+
+    Exported modules refuse: they are what they were exported as.
+    """
     before = [(m, m.training) for m in module.modules()]
-    module.train(training)
+    try:
+        module.train(training)
+    except NotImplementedError:
+        yield
+        return
     try:
         yield
     finally:

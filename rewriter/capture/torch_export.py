@@ -9,7 +9,7 @@ import contextlib
 import io
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,7 @@ from passes.dataflow import Array, Flow, Node, Value, Weight
 from passes.products import with_products
 from passes.softmaxes import with_softmaxes
 from rewriter.capture.aten_names import Literal, canonical
+from rewriter.capture.flex_attention import OPERATOR, UNREAD, operands, written_out
 from rewriter.capture.folded_norms import fold_norms
 from rewriter.capture.pointwise import write_as_linear
 from rewriter.capture.torch_trace import trace, writes_through_views
@@ -107,14 +108,35 @@ def exported(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
             contextlib.redirect_stderr(io.StringIO()),  # on failure the exporter prints the graph it has so far
         ):
             program = torch.export.export(module, args, dict(kwargs), strict=False)
-            if writes_through_views(program.graph):
-                program = program.run_decompositions({})  # no operator is decomposed, but none works in place any more
-            return with_linear_maps(program)
+            return with_linear_maps(functional(program))
     except Exception as error:  # torch.export raises many unrelated types
         raise NotExportable(
             f"torch.export could not capture the model: {first_line(error)}",
             hint="pass example_inputs that the model accepts, or make its forward exportable",
         ) from error
+
+
+def functional(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """The program without what cannot be recorded node by node: writing into slices, and vmap; itself if it has none.
+
+    No operator is decomposed, but none works in place any more.
+    """
+    return program if is_functional(program.graph) else program.run_decompositions({})
+
+
+def is_functional(graph: torch.fx.Graph) -> bool:
+    """Whether each node of a graph that computes on hidden states can be recorded by itself.
+
+    What flex_attention is given as masks is made by vmap, too, of positions alone.
+    """
+    if writes_through_views(graph):
+        return False
+    return any(fx.target is OPERATOR for fx in graph.nodes) or not any(is_mapped(fx) for fx in graph.nodes)
+
+
+def is_mapped(fx: FxNode) -> bool:
+    """Whether a node is part of a vmap, within which tensors lack the axis that is mapped over."""
+    return str(getattr(fx.target, "__module__", "")).startswith("torch._functorch")
 
 
 def with_linear_maps(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
@@ -230,9 +252,13 @@ class _Builder:
     def _call(self, module: GraphModule, fx: FxNode, env: dict[str, Any], prefix: str, names: dict[str, Value]) -> None:
         args: Any = torch.fx.node.map_arg(fx.args, lambda n: env[n.name])
         kwargs: Any = torch.fx.node.map_arg(fx.kwargs, lambda n: env[n.name])
+        if fx.target is OPERATOR:
+            self._attend(fx, args, kwargs, env, prefix, names)
+            return
         inner = next((a for a in args if isinstance(a, GraphModule)), None)
         if inner is not None:
-            self._inline(fx, inner, args, env, prefix, names)
+            start = next(i for i, a in enumerate(args) if a is inner) + 1
+            self._inline(fx, inner, fx.args[start:], env, prefix, names)
             return
         assert callable(fx.target)
         if fx.target is operator.getitem:
@@ -249,27 +275,49 @@ class _Builder:
         self,
         fx: FxNode,
         inner: GraphModule,
-        args: Sequence[Any],
+        arguments: Sequence[Any],
         env: dict[str, Any],
         prefix: str,
         names: dict[str, Value],
     ) -> None:
         """A higher-order operator that wraps a region (autocast, no_grad) is seen through."""
-        start = next(i for i, a in enumerate(args) if a is inner) + 1
         holders = [n for n in inner.graph.nodes if n.op == "placeholder"]
         scope = f"{prefix}{fx.name}."
         inside: dict[str, Any] = {}
         inside_names: dict[str, Value] = {}
-        for holder, argument, value in zip(holders, fx.args[start:], args[start:], strict=True):
-            inside[holder.name] = value
+        for holder, argument in zip(holders, arguments, strict=True):
+            inside[holder.name] = env[argument.name] if isinstance(argument, FxNode) else argument
             if isinstance(argument, FxNode):
                 inside_names[holder.name] = names.get(argument.name, "")
         outer = self._graph(inner, inside, scope, inside_names)
         pieces = outer if isinstance(outer, (tuple, list)) else (outer,)
         env[fx.name] = tuple(self.values.get(p) for p in pieces)
         for user in fx.users:
-            if user.target is operator.getitem:
+            if user.target is operator.getitem and user.args[1] < len(pieces):  # type: ignore[operator]
                 names[user.name] = pieces[user.args[1]]  # type: ignore[index]
+
+    def _attend(
+        self,
+        fx: FxNode,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        env: dict[str, Any],
+        prefix: str,
+        names: dict[str, Value],
+    ) -> None:
+        """flex_attention in plain operators; where that is not the same, an attention that is not read."""
+        result = OPERATOR(*args, **kwargs)
+        inner = written_out(fx, args, result)
+        if inner is not None:
+            for node in inner.graph.nodes:
+                node.meta["nn_module_stack"] = fx.meta.get("nn_module_stack")
+            self._inline(fx, inner, operands(fx), env, prefix, names)
+            env[fx.name] = (env[fx.name][0], *result[1:])
+            return
+        env[fx.name] = result
+        names[fx.name] = prefix + fx.name
+        self._note(fx, env, prefix, names)
+        self.nodes[-1] = replace(self.nodes[-1], op="Attention", attrs={"unread": UNREAD})
 
     def _note(self, fx: FxNode, env: dict[str, Any], prefix: str, names: dict[str, Value]) -> None:
         result = env[fx.name]

@@ -114,7 +114,7 @@ class Editor:
         """The graph's node for a value; raises UnsupportedModel if a wrapped region hides it."""
         found = self._by_value.get(value)
         if found is None:
-            raise UnsupportedModel(f"{value} lies inside a wrapped region (autocast, no_grad)", hint=HINT)
+            raise UnsupportedModel(f"{value} lies inside a wrapped region (autocast, flex_attention)", hint=HINT)
         return found
 
     # ------------------------------------------------------------ planning: nothing is edited yet

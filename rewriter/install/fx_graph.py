@@ -25,7 +25,14 @@ from passes.match.stacked import find_plain_attention
 from passes.refused_readers import ALSO_READ, refused_readers
 from passes.site import Refusal
 from passes.targets.replacement import Replacement
-from rewriter.capture.torch_export import view_graph_module, view_program, with_linear_maps
+from rewriter.capture.torch_export import (
+    functional,
+    is_functional,
+    is_mapped,
+    view_graph_module,
+    view_program,
+    with_linear_maps,
+)
 from rewriter.errors import UnsupportedModel, UsageError, first_line
 from rewriter.install.fx_check import require_equal
 from rewriter.install.fx_editor import Editor, SitePlan
@@ -83,16 +90,21 @@ def rewrite_exported_program(
     args, kwargs = _as_exported(program.call_spec.in_spec, args or (), kwargs or {})
     view = view_program(program, args, kwargs)
     matches = find_plain_attention(view.flow)
-    store = ProgramStore(program)
-    done = _edit(Editor(view, store), decide(view.flow, matches), matches.refusals)
-    if not done.replacements:
-        return GraphRewrite(program, view.flow, matches, (), done.refused)
-    result = store.finish()
-    parameters = {**result.state_dict, **result.constants}
-    keys = {s.arg.name: s.target for s in result.graph_signature.input_specs if s.target is not None}
-    bound = {n: parameters[keys[n]] if n in keys else view.bound[n] for n in _placeholders(result.graph_module)}
-    require_equal(view, result.graph_module, bound, done.replacements, done.attended)
-    return GraphRewrite(result, view.flow, matches, done.replacements, done.refused, done.kept)
+    chosen = decide(view.flow, matches)
+
+    def edited(why: str | None) -> GraphRewrite[ExportedProgram]:
+        store = ProgramStore(program)
+        done = _edit(Editor(view, store), chosen, matches.refusals, why)
+        if not done.replacements:
+            return GraphRewrite(program, view.flow, matches, (), done.refused)
+        result = store.finish()
+        parameters = {**result.state_dict, **result.constants}
+        keys = {s.arg.name: s.target for s in result.graph_signature.input_specs if s.target is not None}
+        bound = {n: parameters[keys[n]] if n in keys else view.bound[n] for n in _placeholders(result.graph_module)}
+        require_equal(view, result.graph_module, bound, done.replacements, done.attended)
+        return GraphRewrite(result, view.flow, matches, done.replacements, done.refused, done.kept)
+
+    return _proved(edited)
 
 
 def rewrite_graph_module(
@@ -100,24 +112,29 @@ def rewrite_graph_module(
 ) -> GraphRewrite[GraphModule]:
     """Rewrite a graph module, recorded on these inputs; the result is called the same way.
 
-    A graph of aten operators is edited as it is. Any other (from symbolic tracing, say) is exported first, for
-    inference, with dimensions of size 2 and more dynamic where torch.export accepts that.
+    A graph of aten operators is edited as it is. Any other (from symbolic tracing, say, or one that writes into slices)
+    is exported first, for inference, with dimensions of size 2 and more dynamic where torch.export accepts that.
 
     Raises:
         UsageError: if the inputs do not fit the graph.
         UnsupportedModel: if the graph cannot be exported, or what was decided cannot be installed at any site or fails
             its check.
     """
-    flat = module if is_flat(module) else _exported(module, args, kwargs)
+    flat = module if is_flat(module) and is_functional(module.graph) else _exported(module, args, kwargs)
     view = view_graph_module(flat, _bound(flat, args, kwargs))
     matches = find_plain_attention(view.flow)
-    store = ModuleStore(flat)
-    done = _edit(Editor(view, store), decide(view.flow, matches), matches.refusals)
-    if not done.replacements:
-        return GraphRewrite(module, view.flow, matches, (), done.refused)
-    result = store.finish()
-    require_equal(view, result, view.bound, done.replacements, done.attended)
-    return GraphRewrite(result, view.flow, matches, done.replacements, done.refused, done.kept)
+    chosen = decide(view.flow, matches)
+
+    def edited(why: str | None) -> GraphRewrite[GraphModule]:
+        store = ModuleStore(flat)
+        done = _edit(Editor(view, store), chosen, matches.refusals, why)
+        if not done.replacements:
+            return GraphRewrite(module, view.flow, matches, (), done.refused)
+        result = store.finish()
+        require_equal(view, result, view.bound, done.replacements, done.attended)
+        return GraphRewrite(result, view.flow, matches, done.replacements, done.refused, done.kept)
+
+    return _proved(edited)
 
 
 def is_flat(module: GraphModule) -> bool:
@@ -130,13 +147,27 @@ def _is_flat_node(node: FxNode) -> bool:
         module = getattr(node.target, "__module__", "")
         symbolic = getattr(node.target, "__name__", "").lstrip("_").startswith("sym_")
         overload = isinstance(node.target, (torch._ops.OpOverload, torch._ops.HigherOrderOperator))
-        return overload or module in {operator.add.__module__, "math"} or symbolic
+        return overload or module in {operator.add.__module__, "math"} or symbolic or is_mapped(node)
     if node.op == "call_module":
         return not node.users  # a check of the inputs, as exported graph modules have
     return node.op != "call_method"
 
 
 # ------------------------------------------------------------ the edit
+
+
+def _proved(edited: Callable[[str | None], GraphRewrite[Kind]]) -> GraphRewrite[Kind]:
+    """With attentions written anew; where that does not compute what it should, with those that were there kept.
+
+    `edited` takes why all are to be kept, None to write anew what can be.
+    """
+    try:
+        return edited(None)
+    except UnsupportedModel as error:
+        try:
+            return edited(f"written anew it is not what it was: {first_line(error)}")
+        except UnsupportedModel:
+            raise error from None
 
 
 @dataclass(frozen=True)
@@ -147,8 +178,11 @@ class _Edited:
     attended: Mapping[str, str]
 
 
-def _edit(editor: Editor, replacements: Sequence[Replacement], refusals: Sequence[Refusal]) -> _Edited:
-    plans, repeats, refused = _plan(editor, replacements, refusals)
+def _edit(
+    editor: Editor, replacements: Sequence[Replacement], refusals: Sequence[Refusal], why: str | None = None
+) -> _Edited:
+    """`why` is a reason to write no attention anew."""
+    plans, repeats, refused = _plan(editor, replacements, refusals, why)
     planned = {p.replacement.site.name for p in plans} | {p.replacement.site.name for p in repeats}
     if replacements and not planned:
         raise UnsupportedModel("; ".join(f"{name}: {reason}" for name, reason in list(refused.items())[:3]))
@@ -164,7 +198,7 @@ def _edit(editor: Editor, replacements: Sequence[Replacement], refusals: Sequenc
 
 
 def _plan(
-    editor: Editor, replacements: Sequence[Replacement], refusals: Sequence[Refusal]
+    editor: Editor, replacements: Sequence[Replacement], refusals: Sequence[Refusal], why: str | None
 ) -> tuple[list[SitePlan | MixPlan], list[RepeatPlan], dict[str, str]]:
     """Sites to be written anew, sites to be repeated, and reasons by site for the rest.
 
@@ -175,6 +209,9 @@ def _plan(
     failed = {name: ALSO_READ.format(other) for name, other in others.items()}
     for replacement in replacements:
         if replacement.site.name in failed:
+            continue
+        if why is not None:
+            failed[replacement.site.name] = why
             continue
         try:
             plans.append(editor.plan(replacement.together()))
@@ -286,7 +323,7 @@ def _try_export(module: GraphModule, call: inspect.BoundArguments, dynamic: Any)
     try:
         with torch.no_grad():
             program = torch.export.export(module, call.args, call.kwargs, dynamic_shapes=dynamic, strict=False)
-            return with_linear_maps(program)
+            return with_linear_maps(functional(program))
     except Exception as error:  # torch.export raises many unrelated types
         if dynamic is not None:
             return None

@@ -51,7 +51,9 @@ def resizes(flow: Flow, nodes: Mapping[str, FxNode], operand: Operand, heads: in
     """
     path = below_stem(flow, operand)
     if any(is_nested(n) for n in path):
-        raise UnsupportedModel("its rotation or norm lies inside a wrapped region (autocast, no_grad)", hint=HINT)
+        raise UnsupportedModel(
+            "its rotation or norm lies inside a wrapped region (autocast, flex_attention)", hint=HINT
+        )
     if heads == operand.heads:
         return []
     held = {operand.stem: _heads_at_stem(flow, operand)}

@@ -269,7 +269,10 @@ def _query_heads(module: nn.Module) -> int:
 
 
 def _integer(holder: Any, name: str) -> int | None:
-    value = getattr(holder, name, None)
+    try:
+        value = getattr(holder, name, None)
+    except Exception:  # a config whose layers differ in it refuses to give one number for all
+        return None
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 

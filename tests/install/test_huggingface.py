@@ -251,3 +251,17 @@ def test_pushing_to_the_hub_is_refused(tmp_path: Path) -> None:
         model.save_pretrained(tmp_path / "saved", push_to_hub=True)
     model.save_pretrained(tmp_path / "saved", is_main_process=False)
     assert not (tmp_path / "saved").exists()
+
+
+def test_a_config_that_tells_no_number_for_all_layers_has_no_knob() -> None:
+    class Varied:
+        num_attention_heads = 4
+
+        @property
+        def num_key_value_heads(self) -> int:
+            raise RuntimeError("it varies between layers")
+
+    module = nn.Module()
+    module.attention = nn.Module()
+    module.attention.config, module.attention.num_key_value_groups = Varied(), 1  # type: ignore[assignment]
+    assert not knob_applies(module, "attention", *keys("attention"))
