@@ -6,15 +6,11 @@ Shape legend: B batch, S tokens, I inputs, O outputs.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules import module
+from torch import Tensor
 
-from codegen.activation import Activation
 from codegen.device import host
-from codegen.errors import KernelError
 from codegen.launch.host import ProjectionLaunch
 from codegen.launch.operands import processor_kernel, run_on_processor
-from codegen.ops.activation.torch_body import activate
 from codegen.ops.projection.reference import require_fitting
 from codegen.projection import Projection
 
@@ -26,42 +22,6 @@ AMD EPYC. With AVX-512 it was not measured."""
 def worthwhile(x: Tensor) -> bool:
     """Whether the kernel is there for x's dtype and was measured to be faster than torch's product."""
     return x.dtype is torch.float32 and x.device.type == "cpu" and host().arch in FASTER_ON
-
-
-LEAST_WORK = 1 << 26
-"""Multiplications from which on the kernel was measured."""
-
-
-def linear(layer: nn.Module, x: Tensor, activation: Activation | None = None) -> Tensor:
-    """[B, S, O]: what the layer makes of x [B, S, I], activated; if it is linear, by the kernel where worthwhile.
-
-    The layer itself is called wherever gradients are wanted, graphs are captured, under autocast, with hooks and for
-    small products.
-    """
-    if type(layer) is nn.Linear and not _hooked(layer) and worthwhile(x) and _plain(x, layer.weight, layer.bias):
-        spec = Projection(layer.in_features, layer.out_features, activation)
-        try:
-            return launch(spec, x, layer.weight, layer.bias)
-        except KernelError:  # there is no compiler, or no room for what it makes
-            pass
-    found: Tensor = layer(x)
-    return found if activation is None else activate(activation, found)
-
-
-def _hooked(layer: nn.Module) -> bool:
-    return bool(layer._forward_hooks or layer._forward_pre_hooks or module._global_forward_hooks)
-
-
-def _plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether the kernel would be run now, by itself, on enough, without a backward pass to come."""
-    parameters = [weight] if bias is None else [weight, bias]
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or torch.onnx.is_in_onnx_export():
-        return False
-    if torch.is_autocast_enabled("cpu") or x.dim() != 3 or any(p.dtype != x.dtype for p in parameters):
-        return False
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters)):
-        return False
-    return x.shape[0] * x.shape[1] * weight.numel() >= LEAST_WORK
 
 
 def launch(

@@ -17,8 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from codegen.activation import Activation
-from codegen.launch.projection_host import linear
 from codegen.ops.linear_mixing.torch_body import linear_mixing
 from codegen.ops.mixture_of_experts.torch_body import routed
 from codegen.spec import LinearMixing, MixtureOfExperts
@@ -122,8 +120,8 @@ class FeedForward(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        inner = linear(self.intermediate, x, Activation.GELU_TANH)
-        return self.dropout(linear(self.output, inner)), x.new_zeros(())
+        inner = functional.gelu(self.intermediate(x), approximate="tanh")
+        return self.dropout(self.output(inner)), x.new_zeros(())
 
 
 class Experts(nn.Module):

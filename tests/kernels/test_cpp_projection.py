@@ -100,40 +100,6 @@ def test_what_is_said_of_scratch_and_what_it_refuses() -> None:
         projection_host.launch(spec, x, weight, bias, out=torch.empty(1, 4, spec.outputs))
 
 
-@needs_kernels
-def test_which_layers_the_kernel_computes(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[Projection] = []
-    real = projection_host.launch
-
-    def spy(spec: Projection, *rest: Tensor) -> Tensor:
-        seen.append(spec)
-        return real(spec, *rest)
-
-    class Doubled(torch.nn.Linear):
-        def forward(self, x: Tensor) -> Tensor:
-            return 2 * super().forward(x)
-
-    monkeypatch.setattr(projection_host, "launch", spy)
-    monkeypatch.setattr(projection_host, "FASTER_ON", (host().arch,))
-    monkeypatch.setattr(projection_host, "LEAST_WORK", 19 * 37 * 9)
-    torch.manual_seed(0)
-    layer, doubled, hooked = torch.nn.Linear(19, 37), Doubled(19, 37), torch.nn.Linear(19, 37)
-    hooked.register_forward_hook(lambda *given: given[2] + 1)
-    x = torch.randn(1, 9, 19)
-
-    def right(of: torch.nn.Module, given: Tensor) -> Tensor:
-        return torch.nn.functional.silu(of(given))
-
-    assert torch.equal(projection_host.linear(layer, x, Activation.SILU), right(layer, x)), "gradients are wanted"
-    with torch.no_grad():
-        for of, given in ((doubled, x), (hooked, x), (layer, x[:, 1:]), (layer, x[0])):
-            assert torch.equal(projection_host.linear(of, given, Activation.SILU), right(of, given))
-        assert not seen
-        found = projection_host.linear(layer, x, Activation.SILU)
-        assert seen == [SPECS["odd"]]
-        torch.testing.assert_close(found, right(layer, x))
-
-
 def test_golden_source() -> None:
     require_golden("projection_f32_avx512.cpp", source(SPECS["odd"], DType.FLOAT32, Isa.AVX512))
 
