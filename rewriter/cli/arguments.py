@@ -22,14 +22,18 @@ def require_model(path: Path) -> None:
 
 
 def require_output(model: Path, output: Path, *, folder: bool = False) -> None:
-    """`folder`: a folder is written, whatever the model is. What a killed command left half-written there goes."""
+    """`folder`: a folder is written, whatever the model is.
+
+    What a killed command left half-written there goes. Of files it goes when they are written: it tells whose data are.
+    """
     parent = output.absolute().parent
     if not os.path.isdir(parent):
         raise UsageError(f"the output folder {parent} does not exist", hint="create it first")
     if not os.access(parent, os.W_OK):
         raise UsageError(f"the output folder {parent} is not writable", hint="check its permissions")
     require_place(output, longer=0 if folder or model.is_dir() else len(DATA_SUFFIX))
-    recover(output.absolute())
+    if folder or model.is_dir():
+        recover(output.absolute())
     if folder:
         if output.exists() and not output.is_dir():
             raise UsageError(f"{output} is a file", hint="name a folder")
