@@ -24,7 +24,7 @@ def require_model(path: Path) -> None:
 def require_output(model: Path, output: Path, *, folder: bool = False) -> None:
     """`folder`: a folder is written, whatever the model is.
 
-    What a killed command left half-written there goes. Of files it goes when they are written: it tells whose data are.
+    What a killed command left half-written there goes.
     """
     parent = output.absolute().parent
     if not os.path.isdir(parent):
@@ -34,6 +34,10 @@ def require_output(model: Path, output: Path, *, folder: bool = False) -> None:
     require_place(output, longer=0 if folder or model.is_dir() else len(DATA_SUFFIX))
     if folder or model.is_dir():
         recover(output.absolute())
+    else:
+        from rewriter.install.onnx_write import clean_up
+
+        clean_up(output)
     if folder:
         if output.exists() and not output.is_dir():
             raise UsageError(f"{output} is a file", hint="name a folder")

@@ -65,6 +65,11 @@ def save(model: ir.Model, path: str | Path, *, external_data: ExternalData = "au
             target.drop_temporaries()
 
 
+def clean_up(path: Path) -> None:
+    """Remove what killed calls of `save` left beside `path`. Raises UsageError where nothing can be written."""
+    _Target.at(path).clean_stale()
+
+
 def _wants_data_file(model: ir.Model, external_data: ExternalData) -> bool:
     tensors = [tensor for _, tensor in _initializers(model)]
     total = sum(tensor.nbytes for tensor in tensors if tensor.dtype != ir.DataType.STRING)
