@@ -26,6 +26,7 @@ from passes.products import with_products
 from passes.provenance import PASS_THROUGH
 from passes.softmaxes import with_softmaxes
 from rewriter.capture.bounded_run import RunsTooLong, run_within, time_limit
+from rewriter.capture.exact_integers import with_unsigned_weights
 from rewriter.capture.feeds import MaskStyle, candidate_sizes, make_feeds
 from rewriter.capture.onnx_constants import constant_tensor
 from rewriter.capture.onnx_elementwise import single_node
@@ -206,6 +207,7 @@ class _Session:
     def _opened(self) -> ort.InferenceSession | Stretches:
         proto = ir.serde.serialize_model(self.model)
         drop_unread(proto, self.model)
+        with_unsigned_weights(proto)
         present = {o.name for o in proto.graph.output}
         wanted = [n for n in self.extra if n not in present]
         opened = partial(open_session, folder=data_folder(self.model), optimise=False)

@@ -17,6 +17,7 @@ from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 import rewriter
 from passes.match.scores import INTEGER_SCORES
 from passes.replay import TOLERANCES
+from rewriter.capture.exact_integers import with_unsigned_weights
 from rewriter.capture.onnx_load import load
 from rewriter.capture.quantised import QuantisedProduct, quantised_product
 from rewriter.errors import NothingToRewrite
@@ -151,6 +152,7 @@ def multiplied(model: onnx.ModelProto, product: QuantisedProduct) -> np.ndarray:
     given = onnx.helper.make_tensor_value_info(x, onnx.TensorProto.FLOAT, [1, 1, product.shape[0]])
     graph = onnx.helper.make_graph(nodes, "g", [given], [onnx.ValueInfoProto(name=result)], model.graph.initializer)
     part = onnx.helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
+    with_unsigned_weights(part)  # signed ones overflow where the processor has no VNNI
     session = ort.InferenceSession(part.SerializeToString(), providers=["CPUExecutionProvider"])
     return np.asarray(session.run([result], {x: np.ones((1, 1, product.shape[0]), np.float32)})[0]).reshape(-1)
 
