@@ -1,4 +1,4 @@
-"""How many heads and features the cache of a fused attention has, where the input that holds it does not say so."""
+"""How large the cache of a fused attention is, where the input that holds it does not say so."""
 
 from __future__ import annotations
 
@@ -26,8 +26,18 @@ _SAME_WIDTH = frozenset(
 """Operators whose result's last axis is that of an operand: of the second for products and sums."""
 
 
-def cache_size(node: ir.Node, inputs: Sequence[ir.Value | None], slot: int) -> tuple[int | None, int | None]:
-    """(heads, features) of the cache at input `slot` of a fused operator; None for what its inputs do not tell."""
+CacheSize = tuple[int | None, int | None, int | None]
+"""(heads, tokens, features) of a cache; None for what is open."""
+
+
+def cache_size(node: ir.Node, inputs: Sequence[ir.Value | None], slot: int) -> CacheSize:
+    """The size of the cache at input `slot` of a fused operator, as far as the operator and its inputs tell."""
+    heads, features = _heads_and_features(node, inputs, slot)
+    slides = node.attributes.get_int("sliding_window_cache", 0)  # a buffer that holds the window, full or not
+    return heads, _count(node, "local_window_size") if slides else None, features
+
+
+def _heads_and_features(node: ir.Node, inputs: Sequence[ir.Value | None], slot: int) -> tuple[int | None, int | None]:
     heads, kv_heads = (_count(node, *names) for names in (("num_heads", "q_num_heads"), ("kv_num_heads", "num_heads")))
     query, key, value = (inputs[i] if i < len(inputs) else None for i in range(3))
     if heads is None or kv_heads is None:

@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from rewriter.capture.cache_sizes import CacheSize
 from rewriter.capture.input_roles import Axis, InputRole, constant_array, input_roles, sized
 from rewriter.errors import UnsupportedModel, UsageError
 
@@ -56,21 +57,21 @@ def make_feeds(
     seed: int = 0,
     mask: MaskStyle = "mixed",
     shapes: Mapping[str, Sequence[int]] | None = None,
-    caches: Mapping[str, tuple[int | None, int | None]] | None = None,
+    caches: Mapping[str, CacheSize] | None = None,
 ) -> dict[str, Array]:
     """Inputs that any transformer graph should accept, one array per graph input.
 
     Declared sizes are respected; open dimensions become `batch`, `length`, `past` and what follows from them.
     Ids stay below the tables that they index; masks of style "mixed" hide something in the last row and never
     everything a query may see; positions go on behind the past. `shapes` fixes whole inputs by name, and through
-    shared symbols and roles the others follow. `caches` says (heads, features) of caches that leave them open.
+    shared symbols and roles the others follow. `caches` says how large caches are that leave it open.
 
     Raises:
         UnsupportedModel: an input is a sequence, an optional or a string, or has no declared rank.
         UsageError: `shapes` names no input, or contradicts what an input declares.
     """
     known = caches or {}
-    found = tuple(replace(r, shape=sized(r.shape, *known.get(r.name, (None, None)))) for r in input_roles(model))
+    found = tuple(replace(r, shape=sized(r.shape, known.get(r.name, (None, None, None)))) for r in input_roles(model))
     _check_feedable(model, found)
     roles = _fix_shapes(found, shapes or {})
     sizes = _respect_declared(roles, Sizes(batch, length, past))

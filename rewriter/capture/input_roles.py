@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
-from rewriter.capture.cache_sizes import CACHE_SLOTS, cache_size
+from rewriter.capture.cache_sizes import CACHE_SLOTS, CacheSize, cache_size
 
 Kind = Literal[
     "ids", "segments", "positions", "mask", "bias", "past", "image", "audio", "wave", "features",
@@ -123,21 +123,19 @@ def _shape(value: ir.Value) -> tuple[int | str | None, ...]:
 
 
 def _cache_shape(shape: tuple[int | str | None, ...], arrivals: list[Arrival]) -> tuple[int | str | None, ...]:
-    """Heads and features that a cache leaves open, as the fused operator that reads it has them."""
+    """What a cache's shape leaves open, as the fused operator that reads it has it."""
     for a in arrivals:
         if a.moved_only and a.slot in CACHE_SLOTS.get(a.node.op_type, ()):
-            return sized(shape, *cache_size(a.node, a.node.inputs, a.slot))
+            return sized(shape, cache_size(a.node, a.node.inputs, a.slot))
     return shape
 
 
-def sized(shape: tuple[int | str | None, ...], heads: int | None, features: int | None) -> tuple[int | str | None, ...]:
+def sized(shape: tuple[int | str | None, ...], size: CacheSize) -> tuple[int | str | None, ...]:
     """A cache's shape [..., heads, P, features] with these numbers where it says none."""
     if len(shape) < 4:
         return shape
-    *lead, own_heads, past, own_features = shape
-    own = [n if d is None or isinstance(d, str) else d for d, n in ((own_heads, heads), (own_features, features))]
-    found = [d if n is None else n for d, n in zip((own_heads, own_features), own, strict=True)]
-    return (*lead, found[0], past, found[1])
+    told = (d if n is None or isinstance(d, int) else n for d, n in zip(shape[-3:], size, strict=True))
+    return (*shape[:-3], *told)
 
 
 def _words(value: ir.Value) -> frozenset[str]:

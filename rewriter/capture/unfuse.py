@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from rewriter.capture.cache_sizes import CACHE_SLOTS, cache_size
+from rewriter.capture.cache_sizes import CACHE_SLOTS, CacheSize, cache_size
 from rewriter.onnx_nodes import NodeWriter, input_at
 
 DOMAIN = "com.microsoft"
@@ -63,8 +63,8 @@ class WrittenOut:
         return [v for i in positions if i < len(self.inputs) and (v := self.inputs[i]) is not None]
 
     @property
-    def cache_sizes(self) -> dict[str, tuple[int | None, int | None]]:
-        """(heads, features) of its caches that are inputs of the model, by name; None for what is not known."""
+    def cache_sizes(self) -> dict[str, CacheSize]:
+        """How large its caches are that are inputs of the model, by name."""
         slots = (i for i in CACHE_SLOTS[self.node.op_type] if i < len(self.inputs))
         read = ((i, v) for i in slots if (v := self.inputs[i]) is not None)
         return {v.name: cache_size(self.node, self.inputs, i) for i, v in read if v.is_graph_input() and v.name}
