@@ -293,15 +293,18 @@ def _past_head_axis(tracer: Tracer, ids: Array, new: slice, past: Value | None, 
 
 
 def _presents(tracer: Tracer, path: tuple[int, ...], lookup: _Lookup) -> tuple[tuple[Value, int], ...]:
-    """Program outputs on the path: the grown cache that a decoder hands back."""
-    values = [v for i in path for v in tracer.flow.nodes[i].outputs if v in tracer.flow.outputs]
+    """Program outputs on the path, or cut out of what lies there: the grown cache that a decoder hands back."""
+    flow = tracer.flow
+    values = [v for i in path for v in flow.nodes[i].outputs]
+    cut = [(v, r.outputs[0]) for v in values for r in flow.live_readers(v) if r.op == "Slice"]
+    returned = [(v, out) for v, out in (*((v, v) for v in values), *cut) if out in flow.outputs]
     found = []
-    for value in values:
+    for value, output in returned:
         axes = _axes_at(tracer, value, lookup)
         if axes is None or "h" not in axes:
-            raise NotUnderstood(f"the program also returns {value}, which is not exactly the operand's heads")
-        found.append((value, axes.index("h")))
-    return tuple(found)
+            raise NotUnderstood(f"the program also returns {output}, which is not exactly the operand's heads")
+        found.append((output, axes.index("h")))
+    return tuple(dict.fromkeys(found))
 
 
 def _reshapes(tracer: Tracer, path: tuple[int, ...], lookup: _Lookup) -> tuple[tuple[int, int], ...]:

@@ -70,8 +70,7 @@ def make_feeds(
         UnsupportedModel: an input is a sequence, an optional or a string, or has no declared rank.
         UsageError: `shapes` names no input, or contradicts what an input declares.
     """
-    known = caches or {}
-    found = tuple(replace(r, shape=sized(r.shape, known.get(r.name, (None, None, None)))) for r in input_roles(model))
+    found = _roles(model, caches)
     _check_feedable(model, found)
     roles = _fix_shapes(found, shapes or {})
     sizes = _respect_declared(roles, Sizes(batch, length, past))
@@ -100,13 +99,18 @@ def _check_size(name: str, shape: tuple[int, ...]) -> None:
         )
 
 
-def candidate_sizes(model: ir.Model) -> list[tuple[int, int, int]]:
+def _roles(model: ir.Model, caches: Mapping[str, CacheSize] | None) -> tuple[InputRole, ...]:
+    known, unknown = caches or {}, (None, None, None)
+    return tuple(replace(role, shape=sized(role.shape, known.get(role.name, unknown))) for role in input_roles(model))
+
+
+def candidate_sizes(model: ir.Model, caches: Mapping[str, CacheSize] | None = None) -> list[tuple[int, int, int]]:
     """(batch, length, past) to try in turn when a file has sizes baked in that it does not declare.
 
     First the default, then sizes read off constants and declared shapes inside the graph, then usual trace sizes.
-    Sizes that the declared inputs do not allow are corrected, and duplicates dropped.
+    Sizes that the declared inputs, or `caches`, do not allow are corrected, and duplicates dropped.
     """
-    roles = input_roles(model)
+    roles = _roles(model, caches)
     has_past = any(role.kind == "past" for role in roles)
     pasts = (3, 0) if has_past else (0,)
     first, others = [(2, 7), (1, 7)], [*_baked_pairs(model), (1, 8), (2, 8), (1, 16), (1, 1), (1, 128)]

@@ -26,6 +26,7 @@ from passes.products import with_products
 from passes.provenance import PASS_THROUGH
 from passes.softmaxes import with_softmaxes
 from rewriter.capture.bounded_run import RunsTooLong, run_within, time_limit
+from rewriter.capture.cache_sizes import CacheSize
 from rewriter.capture.exact_integers import with_unsigned_weights
 from rewriter.capture.feeds import MaskStyle, candidate_sizes, make_feeds
 from rewriter.capture.onnx_constants import constant_tensor
@@ -99,8 +100,9 @@ class OnnxCapture:
     def other(self) -> OnnxCapture | None:
         """The same model recorded at other sizes; None if its sizes are fixed."""
         batch, length, past = self.sizes
-        grown = past + 1 if past else 0
-        return self.at((batch + 1, length + 2, grown)) or self.at((batch, length + 2, grown))
+        pasts = (past + 1, past) if past else (0,)  # some caches are as large as they are
+        tried = (self.at((b, length + 2, p)) for p in pasts for b in (batch + 1, batch))
+        return next((other for other in tried if other is not None), None)
 
     def at(self, sizes: tuple[int, int, int], seed: int = 1) -> OnnxCapture | None:
         """The same file recorded at other sizes; None if it does not run there or has the sizes baked in."""
@@ -172,15 +174,18 @@ def _feeds(
     if not all(w.runs_at(batch, length, past) for w in written_out.values()):
         return None
     mask: MaskStyle = "ones" if any(w.equal_lengths for w in written_out.values()) else "mixed"
-    caches = {name: size for w in written_out.values() for name, size in w.cache_sizes.items()}
-    return make_feeds(model, batch=batch, length=length, past=past, seed=seed, mask=mask, caches=caches)
+    return make_feeds(model, batch=batch, length=length, past=past, seed=seed, mask=mask, caches=_caches(written_out))
+
+
+def _caches(written_out: Mapping[str, WrittenOut]) -> dict[str, CacheSize]:
+    return {name: size for w in written_out.values() for name, size in w.cache_sizes.items()}
 
 
 def _first_run(
     model: ir.Model, written_out: Mapping[str, WrittenOut], session: _Session
 ) -> tuple[dict[str, Array], dict[str, Array], tuple[int, int, int]]:
     reason = "no sizes to try"
-    for sizes in candidate_sizes(model):
+    for sizes in candidate_sizes(model, _caches(written_out)):
         feeds = _feeds(model, written_out, sizes)
         if feeds is None:
             continue

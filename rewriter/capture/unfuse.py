@@ -80,7 +80,9 @@ class WrittenOut:
         return self.node.op_type == "GroupQueryAttention"
 
     def runs_at(self, batch: int, length: int, past: int) -> bool:
-        """Whether the operator takes inputs of these sizes."""
+        """Whether the operator takes inputs of these sizes, and what stands for it does the same with them."""
+        if (window := _sliding(self.node)) and past != window:  # a buffer that is not full holds no tokens at its end
+            return False
         return self.node.op_type != "GroupQueryAttention" or batch == 1 or length == 1 or past == 0
 
 
@@ -193,10 +195,16 @@ def _group_query_obstacle(node: ir.Node) -> str | None:
             return reason
     if _present(node, 3):
         return "it returns its scores"
-    if node.attributes.get_int("sliding_window_cache", 0):
-        return "its cache forgets tokens outside a window"
     pasts = [input_at(node, 3), input_at(node, 4)]
+    if _sliding(node) and None in pasts:
+        return "it fills a cache that forgets tokens outside a window, and is given none"
     return None if all(v is None or v.is_graph_input() for v in pasts) else "its cache is changed before it is read"
+
+
+def _sliding(node: ir.Node) -> int:
+    """Tokens that its cache holds, where that forgets those outside a window; else 0."""
+    slides = node.attributes.get_int("sliding_window_cache", 0)
+    return max(node.attributes.get_int("local_window_size", 0), 0) if slides else 0
 
 
 def _standard_obstacle(node: ir.Node) -> str | None:
@@ -320,7 +328,13 @@ class _Writer:
         for bias in self._added(q, k):
             scores = self._op("Add", [scores, bias], "biased")
         mixed = self._op("MatMul", [self._weights(scores, k), self._repeated(v)], "mixed")
-        return self._replace([self._merged(mixed), k, v], before)
+        return self._replace([self._merged(mixed), self._kept(k), self._kept(v)], before)
+
+    def _kept(self, grown: ir.Value) -> ir.Value:
+        """The cache as it is returned."""
+        window = _sliding(self.node)
+        ends = [self._ints([n]) for n in (-window, 2**31 - 1, 2)] if window else []
+        return self._op("Slice", [grown, *ends], "kept") if window else grown
 
     def _weights(self, scores: ir.Value, k: ir.Value) -> ir.Value:
         sinks = self._sinks(scores)
