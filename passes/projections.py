@@ -146,6 +146,11 @@ def einsum_terms(flow: Flow, node: Node) -> tuple[str, str, str]:
     equation = str(node.attrs.get("equation", "")).replace(" ", "")
     inputs, _, result = equation.partition("->")
     terms = inputs.split(",")
+    if len(terms) > 2 and result:
+        raise ValueError(
+            f"einsum {equation!r} contracts {len(terms)} factors at once; written as one contraction after the other "
+            "(attention weights with values first), which is the same, it is read"
+        )
     if len(terms) != 2 or not result:
         raise ValueError(f"einsum {equation!r} is not understood")
     if "..." in equation:

@@ -116,7 +116,8 @@ class _Found:
         return self._normalised[value]
 
     def _softmax(self, node: Node) -> bool:
-        return node.op in _SOFTMAXES and node.index not in self.elsewhere
+        inside = bool(node.attrs.get("softmax_inside"))  # of control flow, which is refused for that
+        return inside or (node.op in _SOFTMAXES and node.index not in self.elsewhere)
 
     def exponentials(self, first: Node, later: Node) -> bool:
         """Whether what `first` gives is raised to a power of e before `later` reads it."""

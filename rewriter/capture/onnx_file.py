@@ -284,7 +284,8 @@ class _Constants:
         held = self.model.graph.initializers
         known: set[str] = set()
         for node in self.model.graph:
-            if all(v is None or not v.name or v.name in known or v.name in held for v in node.inputs):
+            plain = all(v is None or not v.name or v.name in known or v.name in held for v in node.inputs)
+            if plain and not _captured(node, ()):  # bodies read values that are no inputs of the node
                 known.update(o.name for o in node.outputs if o.name)
         return frozenset(known)
 
@@ -501,6 +502,8 @@ def _node(index: int, node: ir.Node) -> Node:
         attrs["is_causal"] = int("Causal" in node.op_type)
     if (reason := obstacle(node)) is not None:
         attrs["unread"] = reason
+    if any(_holds_anchor(body) for body in _bodies(node)):
+        attrs["softmax_inside"] = True
     inputs = tuple((v.name or "") if v is not None else "" for v in node.inputs)
     if node.op_type == "RotaryEmbedding" and node.domain == "com.microsoft":  # the standard one takes positions last
         inputs = (inputs[0], *inputs[2:4], inputs[1])

@@ -465,3 +465,32 @@ def test_contractions_with_an_axis_of_one_at_the_end(perturbed: bool) -> None:
     model = graph.model(finished(graph, split(graph.op("MatMul", weights, v))))
     moved = np.abs(run(rewriter.optimize(model, "gqa2"), graph.inputs) - run(model, graph.inputs)).max()
     assert moved > MOVED if perturbed else moved < EXACT
+
+
+def test_a_softmax_in_a_branch_that_is_always_taken_is_refused_for_where_it_stands() -> None:
+    """The branch reads the scores; none of the node's own inputs depends on them."""
+    graph = Graph()
+    q, k, v = (by_heads(graph, x) for x in _linear(graph, False))
+    scores = graph.op("MatMul", q, graph.op("Transpose", k, perm=[0, 1, 3, 2]))
+    branches = {
+        name: onnx.helper.make_graph(
+            [onnx.helper.make_node("Softmax", [scores], [f"{name}.out"], axis=-1)],
+            name,
+            [],
+            [onnx.helper.make_tensor_value_info(f"{name}.out", onnx.TensorProto.FLOAT, None)],
+        )
+        for name in ("then_branch", "else_branch")
+    }
+    weights = graph.op("If", np.array(True), **branches)
+    seen = rewriter.inspect(graph.model(finished(graph, graph.op("MatMul", weights, v))))
+    assert ["a softmax stands in a body of If" in r.reason for r in seen.refusals] == [True]
+
+
+def test_contractions_of_three_factors_are_refused_with_what_to_do() -> None:
+    graph = Graph()
+    q, k, v = (by_heads(graph, x) for x in _linear(graph, False))
+    scores = graph.op("Mul", graph.op("MatMul", q, graph.op("Transpose", k, perm=[0, 1, 3, 2])), SCALE)
+    factors = (graph.op("Softmax", scores), v, graph.matrix(HEADS, DIM, WIDTH))
+    out = graph.op("Einsum", *factors, equation="bhst,bhtd,hdw->bsw")
+    seen = rewriter.inspect(graph.model(out))
+    assert ["written as one contraction after the other" in r.reason for r in seen.refusals] == [True]
