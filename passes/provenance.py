@@ -45,7 +45,7 @@ SourceKind = Literal["projection", "biased", "norm", "input"]
 
 _POOLING = frozenset({"amax", "ReduceMax", "MaxPool", "max_pool1d", "max_pool2d"})
 _AVERAGING = frozenset({"mean", "ReduceMean", "AveragePool", "avg_pool1d", "avg_pool2d", "adaptive_avg_pool2d"})
-_SCATTERING = frozenset({"index_add", "scatter_add", "scatter_reduce", "index_put"})
+_SCATTERING = frozenset({"index_add", "index_copy", "scatter", "scatter_add", "scatter_reduce", "index_put"})
 
 
 class Opaque(Exception):
@@ -123,9 +123,18 @@ class Form:
         )
 
     def plus(self, other: Form) -> Form:
+        """The sum; an element that both have at one place is one term with their coefficients added."""
         shape = np.broadcast_shapes(self.shape, other.shape)
         a, b = self.broadcast(shape), other.broadcast(shape)
-        return Form(a.ids + b.ids, a.coefficients + b.coefficients, _sum(a.bias, b.bias))
+        ids, coefficients = list(a.ids), list(a.coefficients)
+        for term, coefficient in zip(b.ids, b.coefficients, strict=True):
+            same = next((i for i, own in enumerate(a.ids) if np.array_equal(own, term)), None)
+            if same is None:
+                ids.append(term)
+                coefficients.append(coefficient)
+            else:
+                coefficients[same] = coefficients[same] + coefficient
+        return Form(tuple(ids), tuple(coefficients), _sum(a.bias, b.bias))
 
     def evaluate(self, flow: Flow, sources: Sequence[Source]) -> Array:
         """The value this form denotes, float64, from the recorded sources."""
@@ -261,7 +270,15 @@ class Tracer:
                 "no single token is compared; leave this attention as it is (layers= selects others)",
                 node,
             )
-        if node.op.rpartition(".")[2].rstrip("_") in _SCATTERING:
+        scatters = node.op.rpartition(".")[2].rstrip("_") in _SCATTERING
+        if scatters and not any(self.flow.data_dependent(v) for v in node.inputs[1:-1] if v):
+            raise Opaque(
+                "new tokens are written at given places into a tensor that holds all (a cache of fixed size); heads "
+                "are read where past keys and values are joined to new ones: give example inputs that make the model "
+                "attend without a cache, or join them",
+                node,
+            )
+        if scatters:
             raise Opaque(
                 "what projections give is added up, between projection and score, at places that are chosen by "
                 "something computed from hidden states (a router), so heads are no linear map of one token",

@@ -97,7 +97,11 @@ def match_anchor(tracer: Tracer, anchor: Node, name: str, layer: int) -> tuple[A
     heads = q.operand.heads
     group = _group(k, heads)
     if group != _group(v, heads):
-        raise NotUnderstood("keys and values are shared by different query heads")
+        raise NotUnderstood(
+            "keys and values are shared by different query heads (as in differential attention, where two heads with "
+            "keys of their own weigh one head's values), so no group of heads could share both; leave this attention "
+            "as it is (layers= selects others)"
+        )
     replayed = replay(flow, path, q, k, v)
     limit = TOLERANCES[flow.dtype]
     if not replayed.worst <= limit:

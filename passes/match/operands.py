@@ -346,6 +346,12 @@ def _main_source(tracer: Tracer, ids: list[Array]) -> Source:
             "to share one"
         )
     if len(learned) > 1 and len(ids) > 1 and _sources_apart(tracer, ids):
+        if len({_state(tracer.flow, s.under or s.value) for s in learned}) > 1:
+            raise NotUnderstood(
+                "it is the sum of projections of different hidden states (as of a layer's own values and those of an "
+                "earlier layer), whose heads could only be merged together; leave this attention as it is (layers= "
+                "selects others)"
+            )
         raise NotUnderstood(
             "it is the sum of two projections (as of a layer and a low-rank adapter beside it); merge the adapter into "
             "the layer's weights first"
@@ -372,6 +378,23 @@ def _main_source(tracer: Tracer, ids: list[Array]) -> Source:
                             "zeros or learned tokens, which no projection makes, are joined to it (add_zero_attn, "
                             "add_bias_kv, a prefix); without them it is read")  # fmt: skip
     return learned[0]
+
+
+def _state(flow: Flow, value: Value) -> Value:
+    """What a projection reads; where another one gives that (an adapter's first matrix), what that one reads."""
+    while (node := flow.producer(value)) is not None:
+        found = projection_at(flow, value)
+        operands = None if found is None else flow.projection_operands(found[0])
+        if found is not None and operands is not None:
+            value = found[0].inputs[operands[0]]
+        elif node.op in LAYOUT | PASS_THROUGH | {"Mul", "Div"}:
+            above = [v for v in node.inputs if v and flow.data_dependent(v)]
+            if len(above) != 1:
+                break
+            value = above[0]
+        else:
+            break
+    return value
 
 
 def _sources_apart(tracer: Tracer, ids: list[Array]) -> bool:

@@ -793,6 +793,13 @@ def _read_apart(readers: list[Node]) -> str:
         return "only the largest of each token's count (a hard assignment), so no softmax weighs values"
     if operators & CONTRACTIONS and all(n.op in CONTRACTIONS | {"Transpose", "ReduceSum"} for n in readers):
         return "they enter several products (as where their inverse is approximated, in Nyström attention)"
+    if operators <= {"Gather", "Slice", "Split"}:
+        return (
+            "parts of them are read apart and combined (as in differential attention, where one head's weights are "
+            "subtracted from another's); leave this attention as it is (layers= selects others)"
+        )
+    if operators <= {"Div", "ReduceSum"}:
+        return "they are normalised once more (divided by a sum of theirs); what replaces them is a softmax alone"
     return f"{len(readers)} readers: {', '.join(sorted(operators))}"
 
 

@@ -110,6 +110,12 @@ def exported(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
             program = torch.export.export(module, args, dict(kwargs), strict=False)
             return with_linear_maps(functional(program))
     except Exception as error:  # torch.export raises many unrelated types
+        scripted = next((n for n, m in module.named_modules() if isinstance(m, torch.jit.ScriptModule)), None)
+        if scripted is not None:
+            raise NotExportable(
+                f"{scripted} is compiled to TorchScript, which torch.export does not see through",
+                hint="build the model with the module that it was made from",
+            ) from error
         raise NotExportable(
             f"torch.export could not capture the model: {first_line(error)}",
             hint="pass example_inputs that the model accepts, or make its forward exportable",
@@ -258,7 +264,8 @@ class _Builder:
         inner = next((a for a in args if isinstance(a, GraphModule)), None)
         if inner is not None:
             start = next(i for i, a in enumerate(args) if a is inner) + 1
-            self._inline(fx, inner, fx.args[start:], env, prefix, names)
+            with _around(fx, args):
+                self._inline(fx, inner, fx.args[start:], env, prefix, names)
             return
         assert callable(fx.target)
         if fx.target is operator.getitem:
@@ -364,6 +371,13 @@ class _Builder:
         leaves = torch.utils._pytree.tree_leaves(self.outputs)
         outputs = tuple(v for v in leaves if isinstance(v, str) and v in produced)
         return Flow(with_softmaxes(with_products(self.nodes)), tuple(self.inputs), outputs, self.weights, read, dtype)
+
+
+def _around(fx: FxNode, args: Sequence[Any]) -> contextlib.AbstractContextManager[Any]:
+    """What a region runs in, where that changes what its operators give."""
+    if getattr(fx.target, "__name__", "") == "wrap_with_autocast":
+        return torch.autocast(*args[:4])
+    return contextlib.nullcontext()
 
 
 def _guard_mutation(fx: FxNode, args: Any, kwargs: Any) -> tuple[Any, Any]:

@@ -49,7 +49,9 @@ def crowd(path: str, sites: Sequence[AttentionSite]) -> str | None:
 def layout_obstacle(flow: Flow, site: AttentionSite) -> str | None:
     """What no module but the one that is there can read: its projections, and the order of its heads."""
     if any(_convolves(flow, o) for o in site.operands):
-        return "its projections are convolutions, which a module of its own does not have"
+        return (
+            "its projections are convolutions or parts of a stack of matrices, which a module of its own does not have"
+        )
     if site.joined:
         return "tokens of several projections are joined, as its forward does"
     if site.interleaved:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,11 +20,27 @@ TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, tor
 def run(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """One forward call in eval mode without gradients; modes are restored.
 
-    A model that draws random numbers draws the same in every call.
+    A model that draws random numbers draws the same in every call. torch's own layers compute padded tokens as others:
+    their fast path leaves those out, and puts zeros in their place.
     """
-    with evaluating(module), torch.no_grad(), torch.random.fork_rng(range(torch.cuda.device_count())):
+    with (
+        evaluating(module),
+        torch.no_grad(),
+        torch.random.fork_rng(range(torch.cuda.device_count())),
+        _without_fast_path(),
+    ):
         torch.manual_seed(0)
         return module(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _without_fast_path() -> Iterator[None]:
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def verify_torch(before: Any, after: Any, kwargs: Mapping[str, Any], *, exact: bool) -> Verification:

@@ -315,7 +315,41 @@ class ChosenQueries(Projects):
         return self.merged((q @ k.transpose(-2, -1)).softmax(-1) @ v)
 
 
+class EarlierValues(Projects):
+    """Values are mixed with those of the features that came before a nonlinearity, as of an earlier layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(F.gelu(self.before(x)))
+        _, _, earlier = self.heads(x)
+        return self.merged((q @ k.transpose(-2, -1)).softmax(-1) @ (0.25 * v + 0.75 * earlier))
+
+
+class Differential(Projects):
+    """The weights of every other head are subtracted from those of the one before."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        weights = (q @ k.transpose(-2, -1)).softmax(-1).unflatten(1, (HEADS // 2, 2))
+        return self.merged(((weights[:, :, 0] - 0.5 * weights[:, :, 1]).repeat_interleave(2, 1)) @ v)
+
+
+class Renormalised(Projects):
+    """Weights are normalised over queries as well, as slots compete for tokens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        weights = (q @ k.transpose(-2, -1)).softmax(-1)
+        return self.merged((weights / (weights.sum(-2, keepdim=True) + 1e-6)) @ v)
+
+
 REASONS: dict[type[Projects], str] = {
+    EarlierValues: "sum of projections of different hidden states",
+    Differential: "as in differential attention",
+    Renormalised: "they are normalised once more",
     Landmarks: "tokens are averaged between projection and score",
     Inverted: "they enter several products",
     Gated: "they are combined with other numbers first (Mul",
@@ -355,6 +389,45 @@ def test_what_is_not_read_is_refused_with_what_is_true_of_it(kind: type[Projects
         torch.onnx.export(module, (_x(),), str(path), dynamo=False, opset_version=17, input_names=["x"])
         seen = rewriter.inspect(path)
     assert not seen.sites and seen.refusals and all(REASONS[kind] in r.reason for r in seen.refusals)
+
+
+class FixedCache(Projects):
+    """Keys and values are written into tensors of all tokens, at given places."""
+
+    def __init__(self, copied: bool) -> None:
+        super().__init__()
+        self.copied = copied
+        self.register_buffer("keys", torch.randn(2, HEADS, 9, DIM))
+        self.register_buffer("values", torch.randn(2, HEADS, 9, DIM))
+
+    def forward(self, x: Tensor, places: Tensor) -> Tensor:
+        q, *new = self.heads(x)
+        held = [getattr(self, name).clone() for name in ("keys", "values")]
+        for tensor, given in zip(held, new, strict=True):
+            if self.copied:
+                tensor.index_copy_(2, places, given)
+            else:
+                tensor[:, :, places] = given
+        return self.merged((q @ held[0].transpose(-2, -1)).softmax(-1) @ held[1])
+
+
+@pytest.mark.parametrize("copied", [True, False])
+def test_a_cache_of_fixed_size_is_refused_as_such(copied: bool) -> None:
+    seen = rewriter.inspect(FixedCache(copied).eval(), example_inputs=(_x(), torch.arange(TOKENS) + 2))
+    assert ["(a cache of fixed size)" in r.reason for r in seen.refusals] == [True]
+
+
+class ValuesTwice(Projects):
+    """An element that is added to itself is one element."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        return self.merged((q @ k.transpose(-2, -1)).softmax(-1) @ (0.25 * v + 0.75 * v))
+
+
+def test_parts_of_one_projection_add_up() -> None:
+    (site,) = rewriter.inspect(ValuesTwice().eval(), example_inputs=(_x(),)).sites
+    assert site.v.rotary is None
 
 
 class Pools(nn.Module):

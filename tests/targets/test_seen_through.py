@@ -138,3 +138,35 @@ class Renormalised(Flexible):
 def test_sums_of_flex_attention_are_refused_for_what_they_are() -> None:
     with pytest.raises(RewriteError, match="its log-sum-exp is used"):
         rewriter.optimize(_twin(Renormalised), f"gqa{KEPT}", example_inputs=(_x(),))
+
+
+def test_padded_tokens_of_torch_layers_are_compared_without_their_fast_path() -> None:
+    """The fast path puts zeros in the place of padded tokens, which no other way of calling the layers does."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 64, batch_first=True)
+    module = nn.TransformerEncoder(layer, 1, enable_nested_tensor=True).eval().requires_grad_(False)
+    packed = module.layers[0].self_attn  # type: ignore[union-attr]
+    for tensor in (packed.in_proj_weight, packed.in_proj_bias):  # type: ignore[union-attr]
+        groups = tensor.unflatten(0, (3, KEPT, HEADS // KEPT, DIM))  # type: ignore[operator, union-attr]
+        groups[1:] = groups[1:, :, :1].clone().expand_as(groups[1:])
+    padded = torch.zeros(2, TOKENS, dtype=torch.bool)
+    padded[1, 9:] = True
+    call = {"src": _x(), "src_key_padding_mask": padded}
+    made = rewriter.optimize(module, f"gqa{KEPT}", example_inputs=call)
+    with torch.no_grad():
+        assert (made(**call) - module(**call))[~padded].abs().max() <= EXACT
+
+
+class Scripted(Attention):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = torch.jit.script(nn.Softmax(-1))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        mixed: Tensor = self.mix(q @ k.mT) @ v
+        return mixed
+
+
+def test_parts_compiled_to_torchscript_are_named() -> None:
+    with pytest.raises(RewriteError, match="mix is compiled to TorchScript"):
+        rewriter.optimize(Scripted().eval(), f"gqa{KEPT}", example_inputs=(_x(),))
