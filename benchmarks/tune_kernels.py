@@ -151,8 +151,7 @@ def measure_card(arch: str, runs: int) -> list[Measured]:
 def measure_routed(isa: str, runs: int, clock: Clock) -> list[RoutedMeasured]:
     """Routed feed-forward blocks on the processor, by the kernel for `isa`."""
     found = []
-    with mock.patch.object(routed_host, "host", lambda: Device("cpu", isa)):
-        routed_host._loaded.cache_clear()
+    with mock.patch.object(operands, "host", lambda: Device("cpu", isa)):
         for dtype, case in itertools.product(DTYPES, tuned_cases()):
             x, rows, weights, held = replace(case, dtype=DTYPES[dtype]).operands()
             ours = functools.partial(routed_host.launch, case.spec, x, rows, weights, held)
@@ -160,7 +159,7 @@ def measure_routed(isa: str, runs: int, clock: Clock) -> list[RoutedMeasured]:
             first = max(timed(call, 1)[0].minimum for call in (ours, theirs))
             mine, other = interleaved(max(runs, min(MOST_RUNS, int(SECONDS / first))), ours, theirs, clock=clock)
             found.append(measured_routed(case, dtype, isa, other.minimum / mine.minimum))
-    routed_host._loaded.cache_clear()
+    operands._loaded.cache_clear()
     return found
 
 
