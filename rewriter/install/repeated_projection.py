@@ -88,6 +88,7 @@ def swap(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 def spread_parameter(module: nn.Module, name: str, index: Tensor, axis: int) -> None:
     """Store only one of each group of slices of ``module.name`` that `index` says are equal (and that must be)."""
     trainable = getattr(module, name).requires_grad
+    _own_class(module)
     parametrize.register_parametrization(module, name, Spread(index, axis), unsafe=True)
     parametrizations: Any = module.parametrizations
     parametrizations[name].original.requires_grad_(trainable)
@@ -95,7 +96,17 @@ def spread_parameter(module: nn.Module, name: str, index: Tensor, axis: int) -> 
 
 def unspread_parameter(module: nn.Module, name: str) -> None:
     """Undo `spread_parameter`; the parameter holds the spread tensor."""
+    _own_class(module)
     parametrize.remove_parametrizations(module, name)
+
+
+def _own_class(module: nn.Module) -> None:
+    """A parametrised module shares its class, where its parameters are properties, with what it was copied from; one of
+    its own may be changed."""
+    if parametrize.is_parametrized(module):
+        shared = type(module)
+        held = {n: v for n, v in vars(shared).items() if n not in {"__dict__", "__weakref__"}}
+        module.__class__ = type(shared.__name__, shared.__bases__, held)
 
 
 def spreads(module: nn.Module) -> dict[str, Spread]:

@@ -170,3 +170,28 @@ class Scripted(Attention):
 def test_parts_compiled_to_torchscript_are_named() -> None:
     with pytest.raises(RewriteError, match="mix is compiled to TorchScript"):
         rewriter.optimize(Scripted().eval(), f"gqa{KEPT}", example_inputs=(_x(),))
+
+
+class WeightNormed(Attention):
+    """Projections that compute their weights: heads whose stored numbers are equal are equal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for projection in (self.q, self.k, self.v, self.o):
+            nn.utils.parametrizations.weight_norm(projection)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return _of_one_head(q, k, v)
+
+
+def test_a_rewritten_copy_leaves_parametrised_projections_of_the_original_alone() -> None:
+    module = nn.Sequential(_twin(WeightNormed), _twin(WeightNormed))
+    with torch.no_grad():
+        before = module(_x())
+        made = rewriter.optimize(module, f"gqa{KEPT}", example_inputs=(_x(),))
+        assert torch.equal(module(_x()), before)
+        assert (made(_x()) - before).abs().max() <= EXACT
+    with pytest.raises(
+        RewriteError, match="k weight is computed, not stored"
+    ):  # heads that differ: nothing to put there
+        rewriter.optimize(module, "mqa", example_inputs=(_x(),))
