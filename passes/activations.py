@@ -15,7 +15,7 @@ import numpy as np
 from codegen.sight import Pattern, visible
 from passes.dataflow import Array, Flow, Value
 from passes.match.attention import Evidence
-from passes.match.scores import apply_modifier
+from passes.match.score_terms import apply_modifier
 from passes.replay import recorded
 from passes.site import AttentionSite, Operand
 from passes.weights.group import Blocks, complex_pairs

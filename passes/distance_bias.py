@@ -18,7 +18,7 @@ from codegen.ops.conditional_attention.reference import bucket
 from passes.dataflow import Array, Flow
 from passes.hidden_keys import HIDES
 from passes.match.attention import Evidence
-from passes.match.scores import total_bias
+from passes.match.score_terms import total_bias
 from passes.site import AttentionSite
 from passes.sublayer import NoSublayer
 

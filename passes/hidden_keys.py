@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from passes.dataflow import SHAPE_READERS, Flow, Value, read_inputs
-from passes.match.scores import total_bias
+from passes.match.score_terms import total_bias
 from passes.site import AttentionSite, Operand
 
 HIDES = -1e4

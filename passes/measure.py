@@ -10,8 +10,9 @@ from codegen.ops.token_mixing import token_mixing
 from codegen.spec import GroupedQueryAttention, TokenMixing
 from passes.dataflow import Array, Flow
 from passes.match.attention import Evidence
+from passes.match.operand_view import OperandView
 from passes.match.operands import Traced
-from passes.match.scores import OperandView, apply_modifier
+from passes.match.score_terms import apply_modifier
 from passes.replay import products, recorded, rotated, softmax, widened_product
 from passes.targets.replacement import Replacement
 

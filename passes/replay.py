@@ -12,9 +12,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from passes.dataflow import Array, Flow
-from passes.match.operands import Tokens, Traced, in_blocks
+from passes.match.canonical_order import in_blocks
+from passes.match.operand_view import OperandView
+from passes.match.operands import Tokens, Traced
 from passes.match.roundings import Rounding, executed, operand_roundings
-from passes.match.scores import OperandView, ScorePath, apply_modifier
+from passes.match.score_terms import apply_modifier
+from passes.match.scores import ScorePath
 from passes.site import Projection
 
 TOLERANCES = {"float64": 1e-4, "float32": 1e-4, "float16": 2e-2, "bfloat16": 6e-2, "int8": 6e-2}

@@ -7,14 +7,17 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from passes.dataflow import LAYOUT, Flow, Node, Value
+from passes.match.canonical_order import HeadsApart, in_blocks
 from passes.match.folded import unfolded
 from passes.match.groups import joined, require_groups
 from passes.match.learned_query import with_learned_queries
 from passes.match.linear_map import output_map
 from passes.match.names import common_scope, exporter_scope, layer_of
-from passes.match.operands import HeadsApart, Traced, in_blocks
+from passes.match.operands import Traced
 from passes.match.repeats import trace_repeated
-from passes.match.scores import FreeQuery, NotUnderstood, ScorePath, Unrelated, anchors, score_path, total_bias
+from passes.match.score_terms import total_bias
+from passes.match.scores import ScorePath, anchors, score_path
+from passes.match.verdicts import FreeQuery, NotUnderstood, Unrelated
 from passes.match.without_softmax import without_softmax
 from passes.provenance import PASS_THROUGH, Memory, Tracer
 from passes.replay import TOLERANCES, replay

@@ -19,7 +19,7 @@ from passes.match.feed_forward_blocks import Block, blocks, mixtures
 from passes.match.linear_map import linear_map
 from passes.match.names import common_scope, exporter_scope, layer_of
 from passes.match.roundings import Rounding, executed, operand_roundings, quantizer_of
-from passes.match.scores import NotUnderstood, Unrelated
+from passes.match.verdicts import NotUnderstood, Unrelated
 from passes.nonlinearities import NONLINEARITIES
 from passes.provenance import PASS_THROUGH, data_operands
 from passes.replay import TOLERANCES, relative

@@ -15,7 +15,8 @@ from passes.dataflow import LAYOUT, Flow, Value
 from passes.match.head_axis import with_heads_together
 from passes.match.operands import Traced
 from passes.match.repeats import trace_repeated
-from passes.match.scores import NotUnderstood, ScorePath
+from passes.match.scores import ScorePath
+from passes.match.verdicts import NotUnderstood
 from passes.provenance import PASS_THROUGH, Tracer
 from passes.site import Modifier
 

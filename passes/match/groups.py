@@ -11,9 +11,11 @@ from dataclasses import replace
 
 from passes.dataflow import Flow
 from passes.match.head_axis import with_heads_together
+from passes.match.operand_view import OperandView
 from passes.match.operands import Traced
 from passes.match.repeats import trace_repeated
-from passes.match.scores import NotUnderstood, OperandView, ScorePath
+from passes.match.scores import ScorePath
+from passes.match.verdicts import NotUnderstood
 from passes.provenance import Tracer
 from passes.site import Modifier
 

@@ -9,8 +9,9 @@ from itertools import permutations
 import numpy as np
 
 from passes.dataflow import LAYOUT, Array, Flow, Node
+from passes.match.operand_view import OperandView
 from passes.match.operands import Tokens
-from passes.match.scores import OperandView, ScorePath
+from passes.match.scores import ScorePath
 from passes.provenance import PASS_THROUGH
 from passes.replay import recorded
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from passes.dataflow import Array, Flow, Node, Value
-from passes.match.scores import NotUnderstood
+from passes.match.verdicts import NotUnderstood
 from passes.provenance import NORMS, PASS_THROUGH, Source
 from passes.site import HeadGains
 

@@ -11,8 +11,9 @@ from collections.abc import Hashable
 from dataclasses import dataclass, replace
 
 from passes.dataflow import Flow, Value, read_inputs
-from passes.match.operands import Traced, path_between, trace_operand
-from passes.match.scores import OperandView
+from passes.match.operand_path import path_between
+from passes.match.operand_view import OperandView
+from passes.match.operands import Traced, trace_operand
 from passes.provenance import NORMS, Tracer, cache_root, projection_at
 from passes.site import Norm, Operand
 

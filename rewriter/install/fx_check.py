@@ -24,7 +24,7 @@ from codegen.spec import LinearAttention
 from passes.dataflow import Array, Flow, Value
 from passes.hidden_keys import HIDES
 from passes.layout import canonical, laid_out
-from passes.match.scores import apply_modifier
+from passes.match.score_terms import apply_modifier
 from passes.replay import TOLERANCES, softmax
 from passes.targets.replacement import Replacement
 from passes.weights.head_gains import stored_gains

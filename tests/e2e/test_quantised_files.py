@@ -15,7 +15,7 @@ from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, q
 from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
 import rewriter
-from passes.match.scores import INTEGER_SCORES
+from passes.match.verdicts import INTEGER_SCORES
 from passes.replay import TOLERANCES
 from rewriter.capture.exact_integers import with_unsigned_weights
 from rewriter.capture.onnx_load import load

@@ -10,7 +10,7 @@ import onnx
 import pytest
 
 import rewriter
-from passes.match.scores import TURNED
+from passes.match.verdicts import TURNED
 from rewriter.errors import UnsupportedModel
 from tests.match.graphs_by_hand import (
     DIM,

@@ -1,0 +1,40 @@
+"""What is said of an attention, or a softmax, that is not read; and reasons that several modules give."""
+
+from __future__ import annotations
+
+from passes.dataflow import Value
+
+TALKING_HEADS = "its scores are mixed between heads by learned weights (talking heads)"
+TURNED = "something is added to its scores where they are [keys, queries], or masks them there"
+INTEGER_SCORES = (
+    "its scores are computed in integers (QLinearMatMul); quantise in the QDQ format instead, "
+    "or rewrite the float model and quantise it afterwards"
+)
+CONTENT_BIAS = (
+    "the score bias is computed from hidden states (content-dependent positions); only biases from masks and positions "
+    "can be kept"
+)
+
+
+class NotUnderstood(Exception):
+    """An attention with a step that matching does not understand; the message is the refusal's reason."""
+
+
+class SurelyAttention(NotUnderstood):
+    """Scores of pairs of tokens were seen: this is an attention, wherever its weights lead."""
+
+
+class Unrelated(Exception):
+    """A softmax that is no attention; the message says what it is instead."""
+
+
+class FreeQuery(NotUnderstood):
+    """A query that no fed data reaches.
+
+    Attributes:
+        query: the operand; a projected parameter, or what `otherwise` says.
+    """
+
+    def __init__(self, query: Value, otherwise: Exception) -> None:
+        super().__init__(str(otherwise))
+        self.query, self.otherwise = query, otherwise
