@@ -135,8 +135,8 @@ def _folder(build: Callable[[int], Any], *, onto: str = OUT) -> Callable[[Path],
     return prepare
 
 
-def _rewrite_folder(onto: str = OUT) -> Callable[[Path], list[str]]:
-    return lambda folder: ["rewrite", str(folder / IN), str(folder / onto), "-t", "mqa"]
+def _rewrite_folder(onto: str = OUT, *options: str) -> Callable[[Path], list[str]]:
+    return lambda folder: ["rewrite", str(folder / IN), str(folder / onto), "-t", "mqa", *options]
 
 
 def _folder_seen(name: str = OUT) -> Callable[[Path], str]:
@@ -243,6 +243,7 @@ OPERATIONS = {
         ),
         Operation("rewrite folder", _folder(_llama), _rewrite_folder(), _folder_seen()),
         Operation("rewrite folder in place", _folder(_llama, onto=IN), _rewrite_folder(IN), _folder_seen(IN)),
+        Operation("rewrite folder streamed", _folder(_llama), _rewrite_folder(OUT, "--streamed"), _folder_seen()),
         Operation("rewrite folder to a manifest", _folder(_gpt2), _rewrite_folder(), _folder_seen()),
         Operation("kernels", _kernels, _write_kernels, _kernels_seen, _kernel_environment),
         Operation("uptrain", _uptrain, _train, _trained),

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 LAYERS, POSITIONS, WINDOW, PAST = 2, 64, 5, 6
+ODD = ("mixed", "clamped", "content")
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class Architecture:
         spelling: "matmul", "einsum", "sdpa" or "bmm" (batch and heads are one axis).
         cross: keys and values come from a second input.
         cached: keys and values of earlier tokens are inputs, and those of all tokens outputs.
+        odd: what must be refused: scores that are "mixed" between heads by learned weights, "clamped", or get a bias
+            from hidden states ("content"); "" for none.
     """
 
     seed: int
@@ -69,6 +72,7 @@ class Architecture:
     order: str
     k_bias: bool
     cached: bool
+    odd: str
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -118,6 +122,7 @@ def draw(seed: int) -> Architecture:
         padding="" if causal == "sdpa" else r.choice(["", "", "boolean", "additive"]),
         bias="" if causal == "sdpa" else r.choice(["", "", "", "table", "alibi"]), spelling=spelling,
         sinks=plain and r.random() < 0.1, out_bias=r.random() < 0.5, cross=cross, order="", k_bias=True, cached=False,
+        odd="",
     )  # fmt: skip
     return _varied(drawn, random.Random(-1 - seed))
 
@@ -137,6 +142,7 @@ def _varied(a: Architecture, r: random.Random) -> Architecture:
         k_bias=a.packing != "separate" or not a.kv_bias or r.random() < 0.6,
         spelling="bmm" if plain_scores and r.random() < 0.2 else a.spelling,
         cached=not a.cross and not a.tokens_first and a.causal != "sdpa" and r.random() < 0.2,
+        odd=r.choice(ODD) if a.spelling != "sdpa" and r.random() < 0.15 else "",
     )  # fmt: skip
 
 
@@ -205,6 +211,10 @@ class Attention(nn.Module):
             self.table = nn.Parameter(torch.randn(a.heads, 2 * POSITIONS))
         if a.sinks:
             self.sinks = nn.Parameter(torch.randn(a.heads))
+        if a.odd == "mixed":
+            self.between = nn.Linear(a.heads, a.heads, bias=False)
+        elif a.odd == "content":
+            self.content = nn.Linear(a.dim, 1)
 
     # ------------------------------------------------------------ heads
 
@@ -300,7 +310,7 @@ class Attention(nn.Module):
 
     def _mixed(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         a = self.a
-        scale = a.dim**-0.5
+        scale, keys = a.dim**-0.5, k
         if a.spelling == "sdpa":
             k, v = self._repeated(k), self._repeated(v)
             return functional.scaled_dot_product_attention(q, k, v, mask, is_causal=a.causal == "sdpa")
@@ -320,6 +330,8 @@ class Attention(nn.Module):
             scores = scores.flatten(1, 2)
         if a.spelling == "bmm":
             scores = _split(scores, 0, batch, a.heads)
+        if a.odd:
+            scores = self._oddly(scores, keys)
         if a.softcap:
             scores = 3.0 * torch.tanh(scores / 3.0)
         if mask is not None:
@@ -334,6 +346,14 @@ class Attention(nn.Module):
         if a.spelling == "bmm":
             return _split(weights.flatten(0, 1) @ v, 0, batch, a.heads)
         return torch.einsum("bhij,bhjd->bhid", weights, v) if einsum else weights @ v
+
+    def _oddly(self, scores: Tensor, keys: Tensor) -> Tensor:
+        """Scores [B, H, S, T] of keys [B, kv_heads, T, D], as nothing with fewer heads could have them."""
+        if self.a.odd == "mixed":
+            return self.between(scores.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # type: ignore[no-any-return]
+        if self.a.odd == "clamped":
+            return scores.clamp(-1.0, 1.0)
+        return scores + self._repeated(torch.tanh(self.content(keys))).transpose(-1, -2)
 
     def _repeated(self, x: Tensor) -> Tensor:
         a = self.a

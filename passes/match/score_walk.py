@@ -305,7 +305,10 @@ class ScoreWalk:
             raise NotUnderstood("scores are clamped by a tensor")
         low, high = (self._number(node, side, v) for side, v in zip(("min", "max"), bounds, strict=True))
         if low > -HIDDEN or high < HIDDEN:
-            raise NotUnderstood(f"scores are clamped between {low:g} and {high:g}")
+            raise NotUnderstood(
+                f"scores are clamped between {low:g} and {high:g}, which no attention that would be written anew does; "
+                "leave this one as it is (layers= selects others)"
+            )
         return score
 
     def _number(self, node: Node, side: str, bound: Value) -> float:

@@ -32,6 +32,18 @@ def test_numbers_behind_a_norm_that_are_alike_for_all_heads_become_those_of_one(
     assert outcome.architecture.norm == "own rms" and outcome.onnx.status == "rewritable" and not outcome.problem
 
 
+@pytest.mark.parametrize(("seed", "odd"), [(3, "clamped"), (6, "content"), (7, "mixed")])
+def test_both_doors_refuse_alike(seed: int, odd: str) -> None:
+    outcome = campaign.run(seed)
+    assert outcome.architecture.odd == odd and outcome.torch.status == "refused" and not outcome.problem
+    plain = replace(outcome.architecture, odd="")
+    assert campaign.in_torch(plain).status == campaign.in_file(plain).status == "rewritable"
+    taken = replace(
+        outcome, torch=campaign.Finding("rewritable", "", 0.0, 0.0), onnx=campaign.Finding("rewritable", "", 0.0, 0.0)
+    )
+    assert "odd" in campaign.problem(taken)
+
+
 def test_seeds_differ_and_repeat() -> None:
     drawn = [draw(seed) for seed in range(50)]
     assert len({replace(a, seed=0) for a in drawn}) > 45

@@ -112,6 +112,8 @@ def test_a_hybrid_loses_more_the_fewer_attentions_stay() -> None:
     assert [row[0] for row in rows] == [5, 4, 2] and "two different texts" in printed
     assert rows[0][2] > rows[-1][2] and rows[0][3] > rows[-1][3]
     assert all(fitted > plain for _, plain, fitted, _ in rows), "calibration is a better start"
+    padded = {name: float(cosine) for name, cosine in re.findall(r"^(original|plain|fitted) +(\S+)$", printed, re.M)}
+    assert padded["original"] > 0.999 and padded["plain"] < 0.9, "padding is mixed in, unless lengths are sorted"
 
 
 def test_a_target_of_ones_own_is_worse_than_the_mean_as_the_paper_says() -> None:
