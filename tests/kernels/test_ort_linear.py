@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
@@ -88,6 +89,17 @@ def test_with_the_library_the_kernel_runs_and_without_it_the_function(
     assert distance(spec, replace(x, v=x.v * 1.001), found) > K  # the control
     assert operators_run(fast.session) == {function_name(spec, hide)}
     assert "MatMul" in operators_run(plain.session)
+
+
+def test_what_memory_held_before_does_not_matter(library: Path, tmp_path: Path) -> None:
+    """Twelve features are no whole vectors: what lay behind them was multiplied by zero, which NaN survives."""
+    x = draw(LEARNED, torch.float32, 2, 40, 40)
+    fast = Run(LEARNED, x, library, tmp_path)
+    wished = fast(x)
+    for _ in range(30):
+        junk = [np.full(size, np.nan, np.float32) for size in (256, 1024, 4096, 16384) * 8]
+        del junk
+        assert torch.equal(fast(x), wished)
 
 
 @pytest.mark.parametrize("name", SPECS)

@@ -398,7 +398,7 @@ INLINE void attend_far(const Task &task, int64_t head, float gain, int first, in
     for (int f = 0; f < padded(F); f += W) {
       const vf x = load(&s.features[r][f]) * splat(gain);
       store(&s.features[r][f], x);
-      total += (LANES + f < F ? x : vf{}) * load(s.sums + f);
+      total += LANES + f < F ? x * load(s.sums + f) : vf{};  // behind the last feature stands whatever was there
     }
     s.total[r] += sum_of(total);
   }
