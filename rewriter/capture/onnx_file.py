@@ -284,8 +284,7 @@ class _Constants:
         held = self.model.graph.initializers
         known: set[str] = set()
         for node in self.model.graph:
-            plain = all(v is None or not v.name or v.name in known or v.name in held for v in node.inputs)
-            if plain and not _captured(node, ()):  # bodies read values that are no inputs of the node
+            if all(name in known or name in held for name in _reads(node)):
                 known.update(o.name for o in node.outputs if o.name)
         return frozenset(known)
 
@@ -335,13 +334,12 @@ class _Constants:
             if id(current) in found:
                 continue
             found[id(current)] = current
-            above = (self._producers.get(v.name or "") for v in current.inputs if v is not None)
+            above = (self._producers.get(name) for name in _reads(current))
             todo.extend(n for n in above if n is not None)
         return sorted(found.values(), key=lambda n: self._places[id(n)])
 
     def _initializers(self, node: ir.Node) -> Iterator[onnx.TensorProto]:
-        names = [v.name for v in node.inputs if v is not None and v.name]
-        for name in dict.fromkeys(names):
+        for name in dict.fromkeys(_reads(node)):
             held = self.model.graph.initializers.get(name)
             if held is not None and held.const_value is not None:
                 proto = onnx.numpy_helper.from_array(held.const_value.numpy(), name)
@@ -553,6 +551,11 @@ def _canonical_op(node: ir.Node) -> str:
 
 def _attribute(attribute: ir.Attr) -> Any:
     return None if attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) else attribute.value
+
+
+def _reads(node: ir.Node) -> tuple[str, ...]:
+    """Everything that a node reads: its inputs, and what its bodies read that are no inputs of it."""
+    return (*(v.name for v in node.inputs if v is not None and v.name), *_captured(node, ()))
 
 
 def _captured(node: ir.Node, explicit: tuple[str, ...]) -> tuple[str, ...]:

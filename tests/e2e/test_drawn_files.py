@@ -1,4 +1,7 @@
-"""Files that hypothesis builds: valid ones are read, nearly valid ones refused, and nothing else comes of either."""
+"""Files that hypothesis builds: valid ones are read, nearly valid ones refused, and nothing else comes of either.
+
+The same ones in each run; without `derandomize` others, which is how they were looked for.
+"""
 
 from __future__ import annotations
 
@@ -108,7 +111,7 @@ def inspected(model: onnx.ModelProto) -> Any:
 
 
 @pytest.mark.slow
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(sound())
 def test_sound_files_are_read(model: onnx.ModelProto) -> None:
     onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])  # sound, it says
@@ -116,7 +119,7 @@ def test_sound_files_are_read(model: onnx.ModelProto) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(sound(), st.sampled_from(BREAKS), st.integers(0, 63))
 def test_broken_files_are_refused_as_such(model: onnx.ModelProto, how: Callable[..., None], at: int) -> None:
     how(model, at)
@@ -126,7 +129,7 @@ def test_broken_files_are_refused_as_such(model: onnx.ModelProto, how: Callable[
 
 
 @pytest.mark.slow
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(sound(), st.data())
 def test_bytes_that_change_end_in_nothing_else(model: onnx.ModelProto, data: st.DataObject) -> None:
     content = bytearray(model.SerializeToString())
