@@ -34,11 +34,11 @@ def cache_size(node: ir.Node, inputs: Sequence[ir.Value | None], slot: int) -> C
     """The size of the cache at input `slot` of a fused operator, as far as the operator and its inputs tell."""
     heads, features = _heads_and_features(node, inputs, slot)
     slides = node.attributes.get_int("sliding_window_cache", 0)  # a buffer that holds the window, full or not
-    return heads, _count(node, "local_window_size") if slides else None, features
+    return heads, count(node, "local_window_size") if slides else None, features
 
 
 def _heads_and_features(node: ir.Node, inputs: Sequence[ir.Value | None], slot: int) -> tuple[int | None, int | None]:
-    heads, kv_heads = (_count(node, *names) for names in (("num_heads", "q_num_heads"), ("kv_num_heads", "num_heads")))
+    heads, kv_heads = (count(node, *names) for names in (("num_heads", "q_num_heads"), ("kv_num_heads", "num_heads")))
     query, key, value = (inputs[i] if i < len(inputs) else None for i in range(3))
     if heads is None or kv_heads is None:
         return None, None
@@ -50,7 +50,8 @@ def _heads_and_features(node: ir.Node, inputs: Sequence[ir.Value | None], slot: 
     return kv_heads, _part(key, kv_heads) or _part(query, heads)
 
 
-def _count(node: ir.Node, *names: str) -> int | None:
+def count(node: ir.Node, *names: str) -> int | None:
+    """The first of these attributes that is there, if it is a number of at least one."""
     held = next((node.attributes[n] for n in names if n in node.attributes), None)
     return held.as_int() if held is not None and held.type == ir.AttributeType.INT and held.as_int() > 0 else None
 

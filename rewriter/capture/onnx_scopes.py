@@ -27,21 +27,18 @@ def require_sound_names(proto: onnx.ModelProto, name: str) -> None:
     _check_graph(proto.graph, (), name)
     for function in proto.functions:
         where = f"the function {function.name[:80]!r}"
-        _require_once((*function.input, *_made(function.node)), "a value of a function", name)
-        known = {*function.input, *_made(function.node)}
+        known = _require_once((*function.input, *_made(function.node)), "a value of a function", name)
         _check_nodes(function.node, (known,), name, where)
         _check_outputs(function.output, (known,), name, where)
 
 
 def _check_graph(graph: onnx.GraphProto, outer: Scopes, name: str) -> None:
     where = f"the body {graph.name[:80]!r}" if outer else "the graph"
-    inputs = [x.name for x in graph.input]
-    _require_once(inputs, "an input", name)
+    inputs = _require_once((x.name for x in graph.input), "an input", name)
     _require_one_content(graph, name)
     stored = {*(x.name for x in graph.initializer), *(x.values.name for x in graph.sparse_initializer)}
-    given = stored.union(inputs)  # an initializer may be an input's default
-    _require_once((*given, *_made(graph.node)), "a value", name)
-    known = given.union(_made(graph.node))
+    given = inputs | stored  # an initializer may be an input's default
+    known = _require_once((*given, *_made(graph.node)), "a value", name)
     scopes = (known, *outer)
     _check_nodes(graph.node, scopes, name, where)
     _check_outputs((output.name for output in graph.output), scopes, name, where)
@@ -77,12 +74,14 @@ def _is_known(name: str, scopes: Scopes) -> bool:
     return any(name in known for known in scopes)
 
 
-def _require_once(names: Iterable[str], what: str, name: str) -> None:
+def _require_once(names: Iterable[str], what: str, name: str) -> set[str]:
+    """All of them; raises InvalidModelFile if one comes twice."""
     seen: set[str] = set()
     for text in names:
         if text and text in seen:
             raise InvalidModelFile(f"{name} is malformed: it holds {what} {text[:80]!r} twice", hint=_AGAIN)
         seen.add(text)
+    return seen
 
 
 def _require_one_content(graph: onnx.GraphProto, name: str) -> None:

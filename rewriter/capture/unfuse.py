@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from rewriter.capture.cache_sizes import CACHE_SLOTS, CacheSize, cache_size
+from rewriter.capture.cache_sizes import CACHE_SLOTS, CacheSize, cache_size, count
 from rewriter.onnx_nodes import NodeWriter, input_at
 
 DOMAIN = "com.microsoft"
@@ -140,8 +140,7 @@ def _uncounted(node: ir.Node, kind: str) -> str | None:
     """Which number of heads an operator has to say and does not."""
     both = ("q_num_heads", "kv_num_heads")  # of the standard operator, where heads lie side by side
     for name in _COUNTS.get(kind, both if any(n in node.attributes for n in both) else ()):
-        attribute = node.attributes.get(name)
-        if attribute is None or attribute.type != ir.AttributeType.INT or attribute.as_int() < 1:
+        if count(node, name) is None:
             return f"its attribute {name} is no number of heads; export the model again"
     return None
 
