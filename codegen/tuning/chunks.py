@@ -8,16 +8,11 @@ the measured one that is most like it; where nothing like it was measured, torch
 from __future__ import annotations
 
 import functools
-import json
-import math
 from dataclasses import dataclass
-from typing import Any
 
 from codegen.device import DType
 from codegen.spec import MixedChunkAttention
-from codegen.tuning.table import FOLDER, MARGIN, SMALLEST
-
-NAMES = "chunks_*.json"
+from codegen.tuning.table import nearest_is_faster, shipped
 
 
 @dataclass(frozen=True)
@@ -45,21 +40,12 @@ class Measured:
 @functools.cache
 def measurements() -> tuple[Measured, ...]:
     """All lines of all tables that ship."""
-    rows: list[dict[str, Any]] = []
-    for path in sorted(FOLDER.glob(NAMES)):
-        rows += json.loads(path.read_text())["chunks"]
-    return tuple(Measured(**row) for row in rows)
+    return tuple(Measured(**row) for row in shipped("chunks"))
 
 
 @functools.lru_cache(maxsize=4096)
 def faster(spec: MixedChunkAttention, dtype: DType, arch: str, tokens: int) -> bool:
     """Whether the kernels are expected to beat torch's operators on a batch of so many tokens."""
     alike = [m for m in measurements() if (m.dtype, m.arch, m.causal) == (dtype.value, arch, spec.causal)]
-    if not alike or tokens * spec.hidden * spec.expanded < SMALLEST * min(m.work for m in alike):
-        return False
-
-    def distance(m: Measured) -> float:
-        pairs = [(getattr(m, name), getattr(spec, name)) for name in ("hidden", "expanded", "base", "chunk")]
-        return sum(abs(math.log2(a / b)) for a, b in (*pairs, (m.tokens, tokens)))
-
-    return min(alike, key=distance).speedup >= MARGIN
+    sizes = {name: getattr(spec, name) for name in ("hidden", "expanded", "base", "chunk")}
+    return nearest_is_faster(alike, tokens * spec.hidden * spec.expanded, {**sizes, "tokens": tokens})

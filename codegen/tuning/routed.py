@@ -8,16 +8,11 @@ judged by the measured one that is most like it; where nothing like it was measu
 from __future__ import annotations
 
 import functools
-import json
-import math
 from dataclasses import dataclass
-from typing import Any
 
 from codegen.device import DType
 from codegen.routed import RoutedFeedForward
-from codegen.tuning.table import FOLDER, MARGIN, SMALLEST
-
-NAMES = "routed_*.json"
+from codegen.tuning.table import nearest_is_faster, shipped
 
 
 @dataclass(frozen=True)
@@ -36,26 +31,20 @@ class Measured:
     places: int
     speedup: float
 
+    @property
+    def work(self) -> int:
+        return self.places * self.hidden * self.inner
+
 
 @functools.cache
 def measurements() -> tuple[Measured, ...]:
     """All lines of all tables that ship."""
-    rows: list[dict[str, Any]] = []
-    for path in sorted(FOLDER.glob(NAMES)):
-        rows += json.loads(path.read_text())["routed"]
-    return tuple(Measured(**row) for row in rows)
+    return tuple(Measured(**row) for row in shipped("routed"))
 
 
 @functools.lru_cache(maxsize=4096)
 def faster(spec: RoutedFeedForward, dtype: DType, arch: str, places: int) -> bool:
     """Whether the kernel is expected to beat torch's operators, with this many places for each expert."""
     alike = [m for m in measurements() if (m.dtype, m.arch, m.gated) == (dtype.value, arch, spec.gated)]
-    size = places * spec.hidden * spec.inner
-    if not alike or size < SMALLEST * min(m.places * m.hidden * m.inner for m in alike):
-        return False
-
-    def distance(m: Measured) -> float:
-        pairs = ((m.experts, spec.experts), (m.hidden, spec.hidden), (m.inner, spec.inner), (m.places, places))
-        return sum(abs(math.log2(a / b)) for a, b in pairs)
-
-    return min(alike, key=distance).speedup >= MARGIN
+    sizes = {"experts": spec.experts, "hidden": spec.hidden, "inner": spec.inner, "places": places}
+    return nearest_is_faster(alike, places * spec.hidden * spec.inner, sizes)

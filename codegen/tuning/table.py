@@ -9,9 +9,10 @@ from __future__ import annotations
 import functools
 import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from codegen.device import DType
 from codegen.sight import Pattern
@@ -97,5 +98,35 @@ def faster(spec: GroupedQueryAttention, dtype: DType, isa: str, problem: Problem
             + 0.5 * abs(math.log2(m.work / size))
             + 3 * (m.bias != spec.bias)
         )
+
+    return min(alike, key=distance).speedup >= MARGIN
+
+
+class Timed(Protocol):
+    """One line of a table: the sizes of a problem, the work that it is, and how many times as fast a kernel was."""
+
+    @property
+    def work(self) -> int: ...
+
+    @property
+    def speedup(self) -> float: ...
+
+
+def shipped(kind: str) -> list[dict[str, Any]]:
+    """All lines of the tables ``<kind>_*.json`` in this folder."""
+    rows: list[dict[str, Any]] = []
+    for path in sorted(FOLDER.glob(f"{kind}_*.json")):
+        rows += json.loads(path.read_text())[kind]
+    return rows
+
+
+def nearest_is_faster(alike: Sequence[Timed], work: int, sizes: Mapping[str, int]) -> bool:
+    """Whether the kernel was faster at the measured problem that is nearest in all `sizes`, of those that are `alike`;
+    not where none are, or where there is far less work than in any."""
+    if not alike or work < SMALLEST * min(m.work for m in alike):
+        return False
+
+    def distance(m: Timed) -> float:
+        return sum(abs(math.log2(getattr(m, name) / size)) for name, size in sizes.items())
 
     return min(alike, key=distance).speedup >= MARGIN
