@@ -1,4 +1,4 @@
-"""Runs files with loops for a limited time: a stranger's loop may go round for ever, and onnxruntime would, too."""
+"""Runs files for a limited time: a stranger's loop may go round for ever, and onnxruntime would, too."""
 
 from __future__ import annotations
 
@@ -11,25 +11,38 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from passes.dataflow import Array
+from rewriter.capture.memory_limit import TakesTooMuch, too_much
 from rewriter.errors import UnsupportedModel, UsageError
 
-SECONDS = 60.0
+SECONDS, SECONDS_WITHOUT_LOOPS = 60.0, 600.0
 VARIABLE = "REWRITER_RUN_TIMEOUT"
+_BYTES_A_SECOND = 20_000_000
+"""Of weights, in a slow run of a model that is merely large."""
 
 
 class RunsTooLong(UnsupportedModel):
     """A run was stopped; trying other sizes would take as long again."""
 
 
-def time_limit(model: ir.Model) -> float | None:
-    """Seconds that one run of a model may take; None where nothing in it can go round for ever.
+OUT_OF_BOUNDS = (RunsTooLong, TakesTooMuch)
+"""After these nothing else needs trying."""
+
+
+def loop_limit(model: ir.Model) -> float | None:
+    """As `time_limit`, but None if the model has no loop: for runs at sizes that a user chose."""
+    return time_limit(model) if _has_loop(model) else None
+
+
+def time_limit(model: ir.Model) -> float:
+    """Seconds that one run of a model at small sizes may take: a minute, ten without loops, more for large models.
 
     Raises UsageError if the variable that may change them holds no positive number.
     """
-    graphs = [*model.graphs(), *model.functions.values()]
-    if not any(node.op_type == "Loop" for graph in graphs for node in graph):
-        return None
-    given = os.environ.get(VARIABLE, str(SECONDS))
+    given = os.environ.get(VARIABLE)
+    if given is None:
+        held = (value.const_value for value in model.graph.initializers.values())
+        weights = sum(t.nbytes for t in held if t is not None and t.dtype != ir.DataType.STRING)
+        return (SECONDS if _has_loop(model) else SECONDS_WITHOUT_LOOPS) + weights / _BYTES_A_SECOND
     try:
         seconds = float(given)
     except ValueError:
@@ -37,6 +50,11 @@ def time_limit(model: ir.Model) -> float | None:
     if not seconds > 0:
         raise UsageError(f"{VARIABLE}={given!r} is no number of seconds", hint="give a positive one, or unset it")
     return seconds
+
+
+def _has_loop(model: ir.Model) -> bool:
+    graphs = [*model.graphs(), *model.functions.values()]
+    return any(node.op_type == "Loop" for graph in graphs for node in graph)
 
 
 class Runs(Protocol):
@@ -50,9 +68,12 @@ class Runs(Protocol):
 def run_within(
     seconds: float | None, session: Runs, names: Sequence[str] | None, feeds: Mapping[str, Array]
 ) -> list[Any]:
-    """As ``session.run``, stopped after some seconds if a number is given; raises RunsTooLong then."""
-    if seconds is None:
-        return list(session.run(names, dict(feeds)))
+    """As ``session.run``, stopped after some seconds if a number is given.
+
+    Raises:
+        RunsTooLong: it was stopped, which happens between two nodes.
+        TakesTooMuch: the runtime was given no memory.
+    """
     options = ort.RunOptions()
     late = threading.Event()
 
@@ -60,17 +81,23 @@ def run_within(
         late.set()
         options.terminate = True  # looked at before each node, in bodies of loops too
 
-    timer = threading.Timer(seconds, stop)
+    timer = threading.Timer(seconds or 0.0, stop)
     timer.daemon = True
-    timer.start()
+    if seconds is not None:
+        timer.start()
     try:
         return list(session.run(names, dict(feeds), options))
     except Exception as error:
-        if not late.is_set():
+        refused = too_much(error)
+        if refused is None and not late.is_set():
             raise
-        raise RunsTooLong(
-            f"a run of the model, which has a loop, did not end within {seconds:g} seconds",
-            hint=f"check the loop's end; if it is only slow, set {VARIABLE} to more seconds",
-        ) from error
+        raise refused or _too_long(seconds) from error
     finally:
         timer.cancel()
+
+
+def _too_long(seconds: float | None) -> RunsTooLong:
+    return RunsTooLong(
+        f"a run of the model did not end within {seconds:g} seconds",
+        hint=f"check its loops, if it has any; if it is only slow, set {VARIABLE} to more seconds",
+    )

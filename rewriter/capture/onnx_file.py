@@ -25,10 +25,11 @@ from passes.match.scores import anchors
 from passes.products import with_products
 from passes.provenance import PASS_THROUGH
 from passes.softmaxes import with_softmaxes
-from rewriter.capture.bounded_run import RunsTooLong, run_within, time_limit
+from rewriter.capture.bounded_run import OUT_OF_BOUNDS, run_within, time_limit
 from rewriter.capture.cache_sizes import CacheSize
 from rewriter.capture.exact_integers import with_unsigned_weights
 from rewriter.capture.feeds import MaskStyle, candidate_sizes, make_feeds
+from rewriter.capture.memory_limit import too_much
 from rewriter.capture.onnx_constants import constant_tensor
 from rewriter.capture.onnx_elementwise import single_node
 from rewriter.capture.onnx_vocabulary import OPERATORS
@@ -191,7 +192,7 @@ def _first_run(
             continue
         try:
             return session.run(feeds), feeds, sizes
-        except RunsTooLong:
+        except OUT_OF_BOUNDS:
             raise
         except Exception as error:  # onnxruntime raises unrelated types
             reason = first_line(error)
@@ -223,7 +224,7 @@ class _Session:
         try:
             return opened(proto)
         except Exception as error:  # onnxruntime raises unrelated types
-            raise _refused(f"open the model: {first_line(error)}") from error
+            raise too_much(error) or _refused(f"open the model: {first_line(error)}") from error
 
     @cached_property
     def types(self) -> dict[str, str]:
@@ -288,6 +289,10 @@ class _Constants:
                 known.update(o.name for o in node.outputs if o.name)
         return frozenset(known)
 
+    @cached_property
+    def _time_limit(self) -> float:
+        return time_limit(self.model)
+
     def value(self, name: str) -> Array:
         initializer = self.model.graph.initializers.get(name)
         if initializer is not None and initializer.const_value is not None:
@@ -319,11 +324,12 @@ class _Constants:
         )
         try:
             session = open_session(proto, None, optimise=False)
-            return widened(np.asarray(run_within(time_limit(self.model), session, None, {})[0]))
-        except RunsTooLong:
+            return widened(np.asarray(run_within(self._time_limit, session, None, {})[0]))
+        except OUT_OF_BOUNDS:
             raise
         except Exception as error:
-            raise _refused(f"compute the constant {name[:80]!r}: {first_line(error)}") from error
+            reason = f"compute the constant {name[:80]!r}: {first_line(error)}"
+            raise too_much(error) or _refused(reason) from error
 
     def _subgraph(self, node: ir.Node) -> list[ir.Node]:
         """The nodes above a constant value's, itself included, in execution order."""

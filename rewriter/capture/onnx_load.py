@@ -16,6 +16,7 @@ from typing import IO, TYPE_CHECKING
 
 import onnx_ir as ir
 
+from rewriter.capture.memory_limit import grant
 from rewriter.capture.onnx_functions import require_finite_functions
 from rewriter.capture.onnx_scopes import require_sound_names
 from rewriter.errors import InvalidModelFile, UnsupportedModel, UsageError
@@ -52,6 +53,7 @@ def load(path: str | Path) -> ir.Model:
     for tensor in _tensors(proto):
         _check_tensor(tensor, data, path.name)
     data.require_apart(path.name)
+    grant(data.taken)
     model = _deserialize(proto, path.name)
     ir.external_data.set_base_dir(model.graph, data.folder)
     _follow_links(model, data)
@@ -279,7 +281,7 @@ def _deserialize(proto: onnx.ModelProto, name: str) -> ir.Model:
             model = ir.from_proto(proto)
         parts: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
         for part in parts:
-            if not _in_order(part):
+            if not _in_order(part, set()):
                 part.sort()
         return model
     except Exception as error:  # onnx_ir raises whatever its parts raise on malformed graphs
@@ -301,15 +303,18 @@ def _reader_kept_quiet() -> Iterator[None]:
         logger.setLevel(before)
 
 
-def _in_order(part: ir.Graph | ir.Function) -> bool:
-    """Whether nodes stand behind what they read: converters append some at the end, which runtimes put right silently,
-    and later stages go by the order."""
-    place = {node: index for index, node in enumerate(part)}
-    now = 0
-    for node in ir.traversal.RecursiveGraphIterator(part):  # bodies read what stands before their node
-        now = place.get(node, now)
-        if any(v is not None and (maker := v.producer()) in place and place[maker] > now for v in node.inputs):
+def _in_order(nodes: Iterable[ir.Node], made: set[ir.Node]) -> bool:
+    """Whether nodes, those of bodies too, stand behind what they read: converters append some at the end, which runtimes
+    put right silently, and later stages go by the order. `made` are nodes before these, and grows by them."""
+    for node in nodes:
+        makers = (value.producer() for value in node.inputs if value is not None)
+        if any(maker is not None and maker not in made for maker in makers):
             return False
+        for attribute in node.attributes.values():
+            bodies = {ir.AttributeType.GRAPH: (attribute.value,), ir.AttributeType.GRAPHS: attribute.value}
+            if not all(_in_order(body, made) for body in bodies.get(attribute.type, ())):
+                return False
+        made.add(node)
     return True
 
 
@@ -439,6 +444,11 @@ class _DataFolder:
                         hint="export it again",
                     )
                 end, last = offset + length, tensor
+
+    @property
+    def taken(self) -> int:
+        """Bytes of the files that tensors take."""
+        return sum(length for stretches in self._stretches.values() for _, length in stretches)
 
     def holds(self, path: str) -> bool:
         """True if `path` leads to a file in the folder of the model as it was named."""

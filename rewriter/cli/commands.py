@@ -9,7 +9,7 @@ import typer
 
 from rewriter.cli.arguments import calibration_of, require_model, require_output, require_page, shapes_of, target_of
 from rewriter.cli.flags import current
-from rewriter.cli.limits import refuse_drift, refuse_if_strict, require_limits, with_limits
+from rewriter.cli.limits import memory_for, refuse_drift, refuse_if_strict, require_limits, with_limits
 from rewriter.cli.options import (
     Debug,
     ExternalData,
@@ -83,7 +83,7 @@ def inspect(
         from rewriter.report.site_drawing import require_drawable
 
         require_drawable(graph)
-    with working("inspecting"):
+    with working("inspecting", memory_for(model)):
         import rewriter
 
         found = rewriter.inspect(str(model))
@@ -143,7 +143,7 @@ def rewrite(
     require_limits(max_kl, min_cosine)
     if not verify and (max_kl is not None or min_cosine is not None):
         raise UsageError("--max-kl and --min-cosine need the verification", hint="drop --no-verify")
-    with working(f"rewriting to {target}"):
+    with working(f"rewriting to {target}", memory_for(model, calibrated=calibration is not None)):
         import rewriter
 
         done = rewriter.optimize(
@@ -188,7 +188,7 @@ def verify(
     require_model(output)
     require_model(against)
     require_limits(max_kl, min_cosine)
-    with working("verifying"):
+    with working("verifying", memory_for(output, against)):
         import rewriter
 
         found = rewriter.verify(str(output), str(against)).to_dict()
@@ -235,7 +235,7 @@ def profile(
     require_model(after)
     require_page(html)
     shapes = shapes_of(shape or ())
-    with working("profiling"):
+    with working("profiling", memory_for() if provider is Provider.CPU else None):
         import rewriter
 
         found = rewriter.profile(

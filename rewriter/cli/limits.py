@@ -1,12 +1,25 @@
-"""Limits that the user sets: no refused site, no more drift than this."""
+"""Limits: no refused site, no more drift than this, no more memory than a model of this size needs."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
+from rewriter.capture.memory_limit import limited_memory
 from rewriter.errors import RewriteError, UsageError, VerificationFailed
+
+
+def memory_for(*models: Path, calibrated: bool = False) -> AbstractContextManager[None]:
+    """What a command may take for these: what the machine has, or less if only files say what is computed.
+
+    Folders are held to their weights where these are built, and calibration data are as large as the user chose.
+    """
+    if any(model.is_dir() for model in models):
+        return nullcontext()
+    return limited_memory(() if calibrated else models)
 
 
 def refuse_if_strict(strict: bool, refused: Sequence[Mapping[str, Any]]) -> None:

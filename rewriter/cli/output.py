@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from rewriter import progress as progress_bars
@@ -51,11 +52,12 @@ def _to_output() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def working(what: str) -> Iterator[None]:
-    """Progress on standard error, and whatever libraries print kept off standard output."""
+def working(what: str, memory: AbstractContextManager[None] | None = None) -> Iterator[None]:
+    """Progress on standard error, whatever libraries print kept off standard output, and memory within its limits."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(quiet())
         stack.enter_context(progress_bars.showing(what, asked=current().progress))
+        stack.enter_context(memory or contextlib.nullcontext())
         yield
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 import typer
 
 from codegen.errors import KernelError
+from rewriter.capture.memory_limit import too_much
 from rewriter.cli.commands import app
 from rewriter.cli.flags import current, read
 from rewriter.cli.output import complain, print_text
@@ -109,8 +110,8 @@ def _explain(error: Exception) -> tuple[str, str, int]:
     if hasattr(error, "format_message"):  # click's, whether typer carries a copy of click or imports it
         command = getattr(getattr(error, "ctx", None), "command_path", "rewriter")
         return str(error.format_message()), f"see: {command} --help", UsageError.exit_code
-    if isinstance(error, MemoryError):
-        return "out of memory", "free some, or store the model with external data", 1
+    if (refused := too_much(error)) is not None:
+        return str(refused), refused.hint, refused.exit_code
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "the disk is full", "free some space, or name another disk for temporary files in TMPDIR", 1
     if isinstance(error, FileNotFoundError) and not _stands_somewhere():

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from codegen.scratch import scratch_folder
 from rewriter import progress
-from rewriter.capture.bounded_run import RunsTooLong, run_within, time_limit
+from rewriter.capture.bounded_run import OUT_OF_BOUNDS, loop_limit, run_within
 from rewriter.capture.feeds import candidate_sizes, make_feeds
 from rewriter.capture.input_roles import input_roles
 from rewriter.capture.onnx_load import load
@@ -149,8 +149,8 @@ def _subjects(before: Path, after: Path, conditions: Conditions, shapes: Shapes 
     for size in _sizes(old, shapes):
         feeds = cache_ports(old).neutral(make_feeds(old, batch=size[0], length=size[1], past=size[2], shapes=shapes))
         try:
-            run_within(time_limit(old), session, None, feeds)
-        except RunsTooLong:
+            run_within(loop_limit(old), session, None, feeds)
+        except OUT_OF_BOUNDS:
             raise
         except Exception as error:  # onnxruntime's errors share no public base class
             trouble = trouble or first_line(error)

@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from rewriter.capture.memory_limit import too_much
 from rewriter.errors import UnsupportedModel, UsageError, first_line
 from rewriter.verify.session import session_options
 
@@ -63,7 +64,7 @@ def open_session(
                 str(path), options, providers=_wanted(provider, cuda_graph), enable_fallback=0
             )
     except Exception as error:  # onnxruntime's errors share no public base class
-        raise UnsupportedModel(
+        raise too_much(error) or UnsupportedModel(
             f"onnxruntime cannot open {path.name} on {provider}: {first_line(error)}",
             hint=_open_hint(provider, cuda_graph),
         ) from error

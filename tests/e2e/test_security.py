@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import resource
 import shutil
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -518,6 +519,42 @@ def test_a_constant_of_an_unknown_domain(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------------- loops
+
+
+def with_a_constant(path: Path, numbers: int) -> Path:
+    """A sound model, and beside it a constant of so many numbers whose sum is added to what comes out."""
+    model = onnx.load(write(Stack(1, hidden=16, inner=16, heads=4), path, external=False))
+    output = model.graph.output[0].name
+    for node in model.graph.node:
+        node.output[:] = ["inner" if name == output else name for name in node.output]
+    model.graph.initializer.append(nh.from_array(np.array([numbers]), "size"))
+    model.graph.node.extend([
+        oh.make_node("ConstantOfShape", ["size"], ["large"]), oh.make_node("ReduceSum", ["large"], ["sum"], keepdims=0),
+        oh.make_node("Add", ["inner", "sum"], [output]),
+    ])  # fmt: skip
+    onnx.save(model, path)
+    return path
+
+
+def test_memory_beyond_what_a_file_of_this_size_needs_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small, large = (str(with_a_constant(tmp_path / f"{n}.onnx", n)) for n in (1000, 2 * 10**9))
+    unlimited = resource.getrlimit(resource.RLIMIT_DATA)
+    assert said("rewrite", small, str(tmp_path / "out.onnx"), "-t", "mqa")[0] == 0, "the control"
+    commands = (("inspect", large), ("rewrite", large, str(tmp_path / "out.onnx"), "-t", "mqa"),
+                ("verify", large, "--against", large))  # fmt: skip
+    for words in commands:
+        code, text = said(*words)
+        assert code == 1 and "more than the 4.0 GB of memory" in text and "hint: " in text, (words, text[-300:])
+    monkeypatch.setenv("REWRITER_MEMORY_LIMIT", "0.5")
+    medium = str(with_a_constant(tmp_path / "medium.onnx", 2 * 10**8))
+    code, text = said("profile", medium, medium, "--runs", "1")
+    assert code == 1 and "more than the 0.5 GB of memory" in text and "hint: " in text, text[-300:]
+    monkeypatch.setenv("REWRITER_MEMORY_LIMIT", "a lot")
+    code, text = said("inspect", small)
+    assert code == 2 and "REWRITER_MEMORY_LIMIT='a lot' is no number of GB" in text
+    assert resource.getrlimit(resource.RLIMIT_DATA) == unlimited
 
 
 def with_loop(path: Path, rounds: int) -> Path:

@@ -422,6 +422,32 @@ def test_nodes_that_stand_before_what_they_read() -> None:
         from_proto(proto)
 
 
+@pytest.mark.parametrize("last", ("flag", "q"), ids=("out of order", "cycle"))
+def test_nodes_of_a_body_that_stand_before_what_they_read(last: str) -> None:
+    proto = model()
+    proto.graph.input.append(oh.make_tensor_value_info("flag", onnx.TensorProto.BOOL, []))
+    nodes = [oh.make_node("Not", ["p"], ["q"]), oh.make_node("Identity", [last], ["p"])]
+    body = oh.make_graph(nodes, "body", [], [oh.make_tensor_value_info("q", onnx.TensorProto.BOOL, None)])
+    proto.graph.node.append(oh.make_node("If", ["flag"], ["z"], then_branch=body, else_branch=body))
+    if last == "q":
+        with pytest.raises(InvalidModelFile, match="cycle"):
+            from_proto(proto)
+        return
+    chosen = list(from_proto(proto).graph)[-1]
+    assert [n.op_type for n in chosen.attributes["then_branch"].as_graph()] == ["Identity", "Not"]
+
+
+def test_a_body_that_reads_what_its_own_node_makes() -> None:
+    proto = model()
+    proto.graph.input.append(oh.make_tensor_value_info("flag", onnx.TensorProto.BOOL, []))
+    body = oh.make_graph(
+        [oh.make_node("Identity", ["z"], ["q"])], "body", [], [oh.make_tensor_value_info("q", 1, None)]
+    )
+    proto.graph.node.append(oh.make_node("If", ["flag"], ["z"], then_branch=body, else_branch=body))
+    with pytest.raises(InvalidModelFile, match="cycle"):
+        from_proto(proto)
+
+
 def test_proto_whose_weights_are_elsewhere(pair: Path) -> None:
     with pytest.raises(UnsupportedModel, match="external file"):
         from_proto(onnx.load(pair, load_external_data=False))
