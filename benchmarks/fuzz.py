@@ -2,10 +2,10 @@
 
     python -m benchmarks.fuzz [--first SEED] [--count N] [--json F] [--markdown F]
 
-A seed takes one of a few small models and breaks it: in its bytes, or in its structure (nodes removed, doubled or wired
-otherwise, absurd attributes, shapes, types and versions, hostile names, weights that lie elsewhere). It is then
-inspected and rewritten under a limit on memory. Anything but a typed error is a fault of ours, and is printed with
-its seed: `--first SEED --count 1` repeats it.
+A seed takes one of a few small models, half of them with control flow or a function, and breaks it: in its bytes, or in
+its structure (nodes removed, doubled or wired otherwise, absurd attributes, shapes, types and versions, hostile names,
+weights that lie elsewhere). It is then inspected and rewritten under a limit on memory. Anything but a typed error is a
+fault of ours, and is printed with its seed: `--first SEED --count 1` repeats it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import random
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableSequence, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ import torch
 
 import rewriter
 from benchmarks import fuzzing
+from benchmarks.bodies import KINDS, with_body
 from benchmarks.campaign import export
 from benchmarks.fuzzing import Found, attempted
 from benchmarks.options import parser, seeds
@@ -42,8 +43,10 @@ Random = random.Random
 
 
 @functools.cache
-def sound(seed: int) -> bytes:
-    """A sound file's content."""
+def sound(seed: int, body: str | None = None) -> bytes:
+    """A sound file's content; `body` is what control flow one of its weights passes through."""
+    if body is not None:
+        return with_body(sound(seed), body)
     a = draw(seed)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "sound.onnx"
@@ -54,7 +57,7 @@ def sound(seed: int) -> bytes:
 def broken(seed: int) -> bytes:
     """A file that was broken in one to three ways, always the same for a seed."""
     r = Random(seed)
-    content = sound(r.choice(MODELS))
+    content = sound(r.choice(MODELS), r.choice([None, None, None, *KINDS]))
     if r.random() < 0.3:
         return break_bytes(content, r)
     model = onnx.load_from_string(content)
@@ -82,22 +85,38 @@ def break_bytes(content: bytes, r: Random) -> bytes:
     return bytes(data)
 
 
+def _nodes(model: onnx.ModelProto, r: Random) -> MutableSequence[onnx.NodeProto]:
+    """Those of the graph or, if there are any, of a body or a function half the time."""
+    inner = [found for part in (model.graph, *model.functions) for found in _bodies(part.node)]
+    inner.extend(function.node for function in model.functions)
+    inner = [found for found in inner if found]
+    return r.choice(inner) if inner and r.random() < 0.5 else model.graph.node
+
+
+def _bodies(nodes: Iterable[onnx.NodeProto]) -> Iterator[MutableSequence[onnx.NodeProto]]:
+    for graph in (a.g for node in nodes for a in node.attribute if a.HasField("g")):
+        yield graph.node
+        yield from _bodies(graph.node)
+
+
 def _node(model: onnx.ModelProto, r: Random) -> onnx.NodeProto:
-    found: onnx.NodeProto = r.choice(model.graph.node)
-    return found
+    return r.choice(_nodes(model, r))
 
 
 def remove_node(model: onnx.ModelProto, r: Random) -> None:
-    model.graph.node.remove(_node(model, r))
+    nodes = _nodes(model, r)
+    nodes.remove(r.choice(nodes))
 
 
 def double_node(model: onnx.ModelProto, r: Random) -> None:
-    model.graph.node.append(_node(model, r))
+    nodes = _nodes(model, r)
+    nodes.append(r.choice(nodes))
 
 
 def wire_otherwise(model: onnx.ModelProto, r: Random) -> None:
     """An input or an output becomes some other node's output: cycles and doubled names."""
-    node, other = _node(model, r), _node(model, r).output[0]
+    nodes = _nodes(model, r)
+    node, other = r.choice(nodes), r.choice(nodes if r.random() < 0.5 else _nodes(model, r)).output[0]
     names = node.input if node.input and r.random() < 0.7 else node.output
     names[r.randrange(len(names))] = other
 

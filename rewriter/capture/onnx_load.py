@@ -304,8 +304,8 @@ def _reader_kept_quiet() -> Iterator[None]:
 
 
 def _in_order(nodes: Iterable[ir.Node], made: set[ir.Node]) -> bool:
-    """Whether nodes, those of bodies too, stand behind what they read: converters append some at the end, which runtimes
-    put right silently, and later stages go by the order. `made` are nodes before these, and grows by them."""
+    """Whether nodes, those of bodies too, stand behind what they read: converters append some at the end, which
+    runtimes put right silently, and later stages go by the order. `made` are nodes before these, and grows by them."""
     for node in nodes:
         makers = (value.producer() for value in node.inputs if value is not None)
         if any(maker is not None and maker not in made for maker in makers):

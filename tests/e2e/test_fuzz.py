@@ -9,6 +9,7 @@ import onnx
 import pytest
 
 from benchmarks import fuzz
+from benchmarks.bodies import KINDS
 
 SEEDS = range(5000, 5060)
 
@@ -33,6 +34,19 @@ def test_each_way_changes_the_file() -> None:
             texts.add(model.SerializeToString())
         assert texts - {content}, way.__name__
     assert fuzz.broken(7) == fuzz.broken(7) != fuzz.broken(8)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sound_files_with_bodies_are_rewritten_and_broken_inside(kind: str, tmp_path: Path) -> None:
+    content = fuzz.sound(fuzz.MODELS[0], kind)
+    (tmp_path / "in.onnx").write_bytes(content)
+    assert fuzz.rewriter.optimize(tmp_path / "in.onnx", "mqa").rewrite_report.to_dict()["sites"]
+    touched = 0
+    for seed in range(12):
+        model = onnx.load_from_string(content)
+        fuzz.remove_node(model, fuzz.Random(seed))
+        touched += len(model.graph.node) == len(onnx.load_from_string(content).graph.node)
+    assert touched, "a node of a body was removed, none of the graph"
 
 
 def test_a_fault_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
