@@ -3,8 +3,9 @@
     python -m benchmarks.coverage_fuzz [--seconds N] [--corpus DIR] [--json F] [--markdown F] [--quick]
 
 Needs atheris (the extra "fuzz"). Inputs are changed as bytes, and as models (the ways of benchmarks/fuzz.py). Each is
-opened, matched and written; anything but a `RewriteError`, a crash, a minute or 4 GB is a fault, and is kept in
-DIR/faults. The corpus stays in DIR and is where the next run begins; benchmarks/corpus is where the first one does.
+opened, matched and written as a command does it, within limits on time and memory; anything but a `RewriteError`, a
+crash, a minute or 4 GB is a fault, and is kept in DIR/faults. The corpus stays in DIR and is where the next run begins;
+benchmarks/corpus is where the first one does.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.bodies import KINDS, with_body
 from benchmarks.fuzzing import put_counts
 from benchmarks.options import parser, quick_or
 from benchmarks.rows import Row, write_json
@@ -32,6 +34,9 @@ FAULTS = "faults"
 MISSING = "atheris is not installed (pip install 'rewriter[fuzz]')"
 CHILD = "--in-this-process"
 LIMITS = ("-timeout=60", "-rss_limit_mb=4096", "-max_len=20000", "-print_final_stats=1")
+
+OURS = {"REWRITER_RUN_TIMEOUT": "5", "REWRITER_MEMORY_LIMIT": "2"}
+"""Limits of ours, far below those of the fuzzer, which must hold."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ def run(corpus: Path, seconds: int, *, seed: int = 0) -> Found:
     before = set(faults.iterdir())
     options = [f"-max_total_time={seconds}", f"-artifact_prefix={faults}/", f"-seed={seed + 1}", *LIMITS]
     words = [sys.executable, "-m", "benchmarks.coverage_fuzz", CHILD, str(corpus), *options]
-    environment = {**os.environ, "PYTHONPATH": str(CORPUS.parents[1]), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **OURS, "PYTHONPATH": str(CORPUS.parents[1]), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(words, env=environment, capture_output=True, text=True, errors="replace", check=False)
     said = done.stdout + done.stderr
     edges = [int(n) for n in re.findall(r"\bcov: (\d+)", said)]
@@ -120,23 +125,26 @@ def _fuzz(arguments: Sequence[str]) -> None:
 def walk(path: Path, output: Path) -> None:
     """Open, match, rewrite, write and read again; typed errors are fine anywhere."""
     import rewriter
+    from rewriter.capture.memory_limit import limited_memory
     from rewriter.capture.onnx_load import load
     from rewriter.errors import RewriteError
     from rewriter.install.onnx_write import save
 
     try:
-        model: Any = load(path)
-        save(model, output, external_data="always")
-        load(output)
-        rewriter.inspect(path).to_dict()
-        rewriter.optimize(path, "mqa", verify=False).save(output)
+        with limited_memory([path]):
+            model: Any = load(path)
+            save(model, output, external_data="always")
+            load(output)
+            rewriter.inspect(path).to_dict()
+            rewriter.optimize(path, "mqa", verify=False).save(output)
     except RewriteError as error:
         if not error.hint:
             raise AssertionError(f"an error without a hint: {error}") from error
 
 
 def small_models() -> list[bytes]:
-    """What the corpus began with: one layer of attention, the same rewritten, and with its weights as constants."""
+    """What the corpus began with: one layer of attention, the same rewritten, with its weights as constants, and with
+    one of them behind control flow of each kind."""
     import onnx
 
     import rewriter
@@ -153,7 +161,8 @@ def small_models() -> list[bytes]:
         nodes = [*constants, *model.graph.node]
         del model.graph.node[:], model.graph.initializer[:]
         model.graph.node.extend(nodes)
-        return [path.read_bytes(), output.read_bytes(), bytes(model.SerializeToString())]
+        behind = [with_body(path.read_bytes(), kind) for kind in KINDS]
+        return [path.read_bytes(), output.read_bytes(), bytes(model.SerializeToString()), *behind]
 
 
 # ---------------------------------------------------------------------- command line
