@@ -49,6 +49,17 @@ def test_weights_are_widened_block_by_block(monkeypatch: pytest.MonkeyPatch, tra
     assert (found != x @ matrix).any(), "the last row counts"
 
 
+def test_products_of_large_single_precision_weights_are_near_enough() -> None:
+    rng = np.random.default_rng(0)
+    x, matrix = rng.standard_normal((5, 1500)), rng.standard_normal((1500, 700), np.float32)
+    exact = x @ matrix.astype(np.float64)
+    off = np.abs(replay.widened_product(x, matrix) - exact).max() / np.abs(exact).max()
+    assert 0 < off < 1e-6, "float32 within a block"
+    assert np.abs(replay.widened_product(x, matrix.astype(np.float64)) - exact).max() < 1e-12
+    small = replay.widened_product(x[:, :50], matrix[:50])
+    assert np.abs(small - x[:, :50] @ matrix[:50].astype(np.float64)).max() < 1e-12
+
+
 def test_weights_are_turned_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     matrix, columns = rng.standard_normal((50, 7), np.float32), rng.permutation(7)[:5]
