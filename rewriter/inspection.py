@@ -151,13 +151,13 @@ def _inspect_torch(model: Any, example_inputs: Any, name: str) -> Inspection:
     import torch
 
     if isinstance(model, torch.export.ExportedProgram):
-        from passes.match.stacked import find_plain_attention
+        from passes.match.attention import find_attention
         from rewriter.capture.torch_export import functional, view
         from rewriter.install.fx_projections import with_linear_projections
 
         args, kwargs = model.example_inputs
         flow = view(with_linear_projections(functional(model)), args, kwargs).flow
-        matches = find_plain_attention(flow)
+        matches = find_attention(flow)
         return _inspection(name, "torch", None, None, flow, matches, find_feed_forward(flow, matches.names))
     from rewriter.placement import on_processor
     from rewriter.torch_rewrite import match_torch

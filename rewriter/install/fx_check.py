@@ -26,6 +26,7 @@ from passes.hidden_keys import HIDES
 from passes.layout import canonical, laid_out
 from passes.match.score_terms import apply_modifier
 from passes.replay import TOLERANCES, softmax
+from passes.site import Projection
 from passes.targets.replacement import Replacement
 from passes.weights.head_gains import stored_gains
 from rewriter.capture.torch_export import GraphView
@@ -93,12 +94,25 @@ def _widened(view: GraphView, replacements: Iterable[Replacement]) -> dict[Value
                 by_head = np.repeat(array.reshape(heads, operand.dim, *array.shape[1:]), repeats, axis=0)
                 tensor = changed.setdefault(value, view.tensors[value].detach().clone())
                 rows = torch.from_numpy(places[part].reshape(-1).astype(np.int64))
-                target = tensor.t() if part == "weight" and not projection.out_first else tensor
-                if part != "weight":
-                    target = tensor.view(-1)
                 wide = torch.from_numpy(np.ascontiguousarray(by_head.reshape(-1, *array.shape[1:])))
-                target[rows.to(tensor.device)] = wide.to(dtype=tensor.dtype, device=tensor.device)
+                wide, rows = wide.to(dtype=tensor.dtype, device=tensor.device), rows.to(tensor.device)
+                if part == "weight":
+                    changed[value] = _with_rows(projection, tensor, rows, wide)
+                else:
+                    tensor.view(-1)[rows] = wide
     return changed
+
+
+def _with_rows(projection: Projection, stored: Tensor, rows: Tensor, new: Tensor) -> Tensor:
+    """The weight with some rows of its matrix, seen as [out, in], replaced; may write into `stored`."""
+    if projection.weight_axes is None:
+        (stored if projection.out_first else stored.t())[rows] = new
+        return stored
+    turned = stored.permute(projection.weight_axes)
+    matrix = turned.reshape(-1, projection.features)
+    matrix[:, rows] = new.t()
+    back = [projection.weight_axes.index(axis) for axis in range(stored.dim())]
+    return matrix.view(turned.shape).permute(back).contiguous()
 
 
 def _new_output(view: GraphView, replacement: Replacement) -> dict[Value, Tensor]:
@@ -110,7 +124,7 @@ def _new_output(view: GraphView, replacement: Replacement) -> dict[Value, Tensor
         array = replacement.tensors.get(f"out_{part}")
         if array is not None and value is not None and out is not None:
             old = view.tensors[value]
-            turned = array if part == "bias" or out.out_first else array.T
+            turned = array if part == "bias" else out.stored(array, tuple(old.shape))
             new = torch.from_numpy(np.array(turned, order="C"))
             changed[value] = new.to(dtype=old.dtype, device=old.device).view(old.shape)
     return changed

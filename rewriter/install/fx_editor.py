@@ -30,7 +30,7 @@ from rewriter.install.fx_path import Resize, below_stem, is_nested, resizes
 from rewriter.install.fx_sight import narrowed
 from rewriter.install.fx_store import Store
 
-FLATTENING = frozenset({"Reshape", "Identity", "Cast"})
+FLATTENING = frozenset({"Reshape", "Identity", "Cast", "Unsqueeze"})
 
 _ROLES = {"q": "query", "k": "key", "v": "value"}
 
@@ -163,13 +163,24 @@ class Editor:
         return SitePlan(replacement, tuple(plans))
 
     def _plan_queries(self, site: AttentionSite) -> list[Reprojection]:
-        """Queries from projections that go away, since keys or values come from them too."""
+        """Queries from projections or parts of parameters that go away, since keys or values come from them too."""
         gone = {o.projection.node for _, o in site.shared}
-        kept = [(f"q{i or ''}", o) for i, o in enumerate(site.q.parts) if o.projection.node in gone]
+        parts = {v for _, o in site.shared for v in self._parted(o)}
+        kept = [
+            (f"q{i or ''}", o)
+            for i, o in enumerate(site.q.parts)
+            if o.projection.node in gone or parts & set(self._parted(o))
+        ]
         return [
             self._plan_operand(site, role, o, site.heads, operand_weight(self.flow, o), operand_bias(self.flow, o))
             for role, o in kept
         ]
+
+    def _parted(self, operand: Operand) -> list[Value]:
+        """The stored weights that an operand's matrix is a part of."""
+        weight = operand.projection.weight
+        size = int(np.prod(self.flow.shape(weight)))
+        return [v for v in self.flow.weights_above(weight) if int(np.prod(self.flow.weights[v].shape)) > size]
 
     def _plan_operand(
         self, site: AttentionSite, role: str, operand: Operand, heads: int, weight: Array, bias: Array | None
@@ -261,7 +272,7 @@ class Editor:
             assert out is not None
             array = replacement.tensors[f"out_{part}"]
             old = self.node(value)
-            array = array if part == "bias" or out.out_first else array.T
+            array = array if part == "bias" else out.stored(array, self.flow.shape(value))
             new = self._new_numbers(site.name, value, "out", part, array)
             for index in (out.node, getattr(self.flow.producer(out.output), "index", out.node)):
                 reader = self._of(index)

@@ -20,8 +20,7 @@ from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
 from passes.dataflow import Flow
-from passes.match.attention import Matches
-from passes.match.stacked import find_plain_attention
+from passes.match.attention import Matches, find_attention
 from passes.refused_readers import ALSO_READ, refused_readers
 from passes.site import Refusal
 from passes.targets.replacement import Replacement
@@ -89,7 +88,7 @@ def rewrite_exported_program(
         args, kwargs = program.example_inputs
     args, kwargs = _as_exported(program.call_spec.in_spec, args or (), kwargs or {})
     view = view_program(program, args, kwargs)
-    matches = find_plain_attention(view.flow)
+    matches = find_attention(view.flow)
     chosen = decide(view.flow, matches)
 
     def edited(why: str | None) -> GraphRewrite[ExportedProgram]:
@@ -122,7 +121,7 @@ def rewrite_graph_module(
     """
     flat = module if is_flat(module) and is_functional(module.graph) else _exported(module, args, kwargs)
     view = view_graph_module(flat, _bound(flat, args, kwargs))
-    matches = find_plain_attention(view.flow)
+    matches = find_attention(view.flow)
     chosen = decide(view.flow, matches)
 
     def edited(why: str | None) -> GraphRewrite[GraphModule]:
