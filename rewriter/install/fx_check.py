@@ -8,7 +8,8 @@ rewrite may change, whether the step is exact or lossy.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -41,12 +42,14 @@ def require_equal(
     bound: Mapping[str, Any],
     replacements: Iterable[Replacement],
     attended: Mapping[str, str],
+    apart: Collection[str] = (),
 ) -> None:
     """Compare site outputs and graph outputs of the rewritten `module` with the widened original's.
 
     Args:
         bound: what each placeholder of `module` holds.
         attended: by site name the name of the node that took the place of the site's output.
+        apart: names of sites that share keys or values with attentions that stay: only they read new ones.
 
     Raises UnsupportedModel if they differ by more than rounding.
     """
@@ -55,7 +58,11 @@ def require_equal(
     for name, value in view.names.items():
         sources.setdefault(value, name)
     outputs = {r.site.name: sources[r.around.output if r.mixing else r.site.output] for r in replacements}
-    before = _Run(view.module, _widened(view, replacements), view.names, outputs.values(), replacements, view.flow)
+    widened = _widened(view, [r for r in replacements if r.site.name not in apart])
+    own = {r.site.output: _widened(view, [r]) for r in replacements if r.site.name in apart}
+    for r in (r for r in replacements if r.site.name in apart):
+        widened |= _new_output(view, r)
+    before = _Run(view.module, widened, view.names, outputs.values(), replacements, view.flow, own)
     after = _Run(module, {}, {}, attended.values())
     try:
         with torch.no_grad():
@@ -141,8 +148,11 @@ class _Run(Interpreter):
         kept: Iterable[str],
         replacements: Iterable[Replacement] = (),
         flow: Flow | None = None,
+        own: Mapping[Value, Mapping[Value, Tensor]] = MappingProxyType({}),
     ) -> None:
-        super().__init__(module)
+        """`own`: values for which weights are others, and these weights; all else is as it is."""
+        super().__init__(module, garbage_collect_values=not own)
+        self._own = own
         replacements = list(replacements)
         self._flow = flow
         self._otherwise = {r.site.output: r for r in replacements if r.pattern or r.linear is not None}
@@ -163,6 +173,8 @@ class _Run(Interpreter):
         result = super().run_node(n)
         value = self._names.get(n.name, "")
         result = self._replaced.get(value, result)
+        if value in self._own:
+            result = self._with_weights(n, self._own[value])
         if value in self._mixed:
             result = self._mix(self._mixed[value], result)
         if value in self._otherwise:
@@ -174,6 +186,22 @@ class _Run(Interpreter):
         if n.name in self._kept:
             self.seen[n.name] = result.clone() if self._mutates else result
         return result
+
+    def _with_weights(self, end: FxNode, weights: Mapping[Value, Tensor]) -> Any:
+        """What `end` would give in this run with these weights. Outputs of other attentions are as they are."""
+        new: dict[FxNode, Any] = {}
+        for node in self.module.graph.nodes:  # type: ignore[union-attr]
+            value = self._names.get(node.name, "")
+            if value in weights:
+                new[node] = weights[value]
+            elif (node is end or value not in self._own) and any(n in new for n in node.all_input_nodes):
+                arguments, keywords = torch.fx.node.map_arg(
+                    (node.args, node.kwargs), lambda n: new[n] if n in new else self.env[n]
+                )
+                new[node] = node.target(*arguments, **keywords)
+            if node is end:
+                break
+        return new[end]
 
     def _mix(self, replacement: Replacement, like: Tensor) -> Tensor:
         """What the oracle makes of the sublayer's input in this run, laid out like its output."""
