@@ -11,8 +11,8 @@ from passes.dataflow import PRODUCTS, Flow, Node, Value
 from passes.site import AttentionSite, Refusal
 
 ALSO_READ = (
-    "{}, which is not rewritten, reads the same keys or values and would change with them; export the model to ONNX "
-    "and rewrite the file, where each reads its own"
+    "{}, which is not rewritten, reads the same keys or values and would change with them; rewrite the exported "
+    "program (torch.export.export) or .onnx file, where each reads its own"
 )
 """Where a projection itself has to be changed; for the name of the attention."""
 

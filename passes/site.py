@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
 from passes.dataflow import Array, Value
 
 
@@ -53,6 +55,15 @@ class Projection:
             return rows if self.out_first else rows.T
         back = [self.weight_axes.index(axis) for axis in range(len(shape))]
         return rows.T.reshape([shape[axis] for axis in self.weight_axes]).transpose(back)
+
+    def feature_axes(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The axes of a stored weight of this shape along which output features lie; joined, they are all of them."""
+        if self.weight_axes is None:
+            return (0,) if self.out_first else (len(shape) - 1,)
+        count = next(
+            n for n in range(1, len(shape)) if np.prod([shape[a] for a in self.weight_axes[-n:]]) == self.features
+        )
+        return self.weight_axes[-count:]
 
     def bias_positions(self, columns: Array) -> Array:
         """Where in the bias the numbers for these columns stand."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from passes.match.attention import Matches
 from passes.match.feed_forward import FeedForwards, find_feed_forward
 from passes.match.names import layer_of
 from passes.picture import Picture, feed_forward_picture, refusal_picture, site_picture
+from passes.refused_readers import ALSO_READ, refused_readers
 from passes.site import AttentionSite, NotAttention, Refusal
 from passes.sublayer import NoSublayer, sublayer
 from passes.targets.block import surroundings
@@ -151,13 +153,13 @@ def _inspect_torch(model: Any, example_inputs: Any, name: str) -> Inspection:
     import torch
 
     if isinstance(model, torch.export.ExportedProgram):
-        from passes.match.stacked import find_plain_attention
+        from passes.match.attention import find_attention
         from rewriter.capture.torch_export import functional, view
         from rewriter.install.fx_projections import with_linear_projections
 
         args, kwargs = model.example_inputs
         flow = view(with_linear_projections(functional(model)), args, kwargs).flow
-        matches = find_plain_attention(flow)
+        matches = _tried(model, None, flow, find_attention(flow))
         return _inspection(name, "torch", None, None, flow, matches, find_feed_forward(flow, matches.names))
     from rewriter.placement import on_processor
     from rewriter.torch_rewrite import match_torch
@@ -170,9 +172,31 @@ def _inspect_torch(model: Any, example_inputs: Any, name: str) -> Inspection:
             if not refusals:
                 raise
             return Inspection(name, "torch", None, None, (), refusals, ())
+        matches = _tried(model, example_inputs, captured.flow, matches)
         blocks = find_feed_forward(captured.flow, matches.names)
         matches = replace(matches, refusals=(*matches.refusals, *_uncalled(model, captured.flow)))
         return _inspection(name, "torch", None, None, captured.flow, matches, blocks, module=True)
+
+
+def _tried(model: Any, example_inputs: Any, flow: Flow, matches: Matches) -> Matches:
+    """Sites whose keys or values a refused attention reads are sites where heads can be shared in them alone, which
+    only trying tells."""
+    from rewriter.optimize import optimize
+
+    readers = refused_readers(flow, matches.sites, matches.refusals)
+    doubtful = {s.name: ALSO_READ.format(readers[s.name]) for s in matches.sites if s.name in readers}
+    if not doubtful:
+        return matches
+    names = "|".join(re.escape(name) for name in doubtful)
+    try:
+        made = optimize(model, "mqa", layers=f"^({names})$", example_inputs=example_inputs, verify=False)
+        refused = {r.name: r.reason for r in made.rewrite_report.refused}
+    except RewriteError:
+        refused = doubtful
+    failed = [s for s in matches.sites if s.name in doubtful and s.name in refused]
+    more = [Refusal(s.name, s.layer, refused[s.name], s.anchor, s.owner, s.heads, s.head_dim) for s in failed]
+    kept = tuple(s for s in matches.sites if s not in failed)
+    return replace(matches, sites=kept, refusals=tuple(sorted((*matches.refusals, *more), key=lambda r: r.anchor)))
 
 
 def _unexportable(model: Any, reason: str) -> Iterator[Refusal]:

@@ -13,15 +13,15 @@ import torch
 
 from codegen.spec import GatedAttention, MixedChunkAttention
 from passes.dataflow import Array, Flow, Value
-from passes.match.attention import Matches
+from passes.match.attention import Matches, find_attention
 from passes.match.feed_forward import find_feed_forward
-from passes.match.stacked import find_plain_attention
 from passes.protocols import Probe
 from passes.refused_readers import ALSO_READ, refused_readers
 from passes.site import AttentionSite, Operand, Refusal
 from passes.targets.grouped_query import specification
 from passes.targets.replacement import Replacement
 from passes.weights.head_gains import gains_like, stored_gains
+from passes.weights.projection import merges_in_order
 from rewriter.calibration.batches import batches, is_sampled
 from rewriter.calibration.sampled import sampled_text
 from rewriter.calibration.torch_probe import module_probe
@@ -51,7 +51,7 @@ def match_torch(module: torch.nn.Module, example_inputs: Any) -> tuple[TorchCapt
     """Capture and match; raises UnsupportedModel, or UsageError where example inputs are missing."""
     require_plain(module)
     captured, call = _captured(module, example_inputs)
-    return captured, find_plain_attention(captured.flow), call
+    return captured, find_attention(captured.flow), call
 
 
 def require_plain(module: torch.nn.Module) -> None:
@@ -132,7 +132,7 @@ def _rewritten(
         example_inputs = example_inputs if calibration is None else _examples(module, example_inputs, calibration)
         captured, (args, kwargs) = _captured(module, example_inputs)
     with watch.stage("match"):
-        matches = find_plain_attention(captured.flow)
+        matches = find_attention(captured.flow)
     with watch.stage("transform"):
 
         def probe(found: Matches) -> Probe:
@@ -365,7 +365,7 @@ def _install_one(module: torch.nn.Module, flow: Flow, group: _Owned, records: Ma
         raise UnsupportedModel(f"{group.path} is called with different kinds of arguments in one forward")
     site = first.site
     output = _output_writes(module, flow, first)
-    before = _original_parameters(module, flow, site)
+    before = _original_parameters(module, flow, site, group.path)
     after = _new_parameters(before, first)
     q_key, k_key, v_key = (_key(flow, o) for o in (site.q, site.k, site.v))
     turned = "q_weight" in first.tensors
@@ -420,7 +420,7 @@ def _output_writes(
         parameter = None if weight is None else _parameter(module, weight.name)
         if parameter is None:
             raise UnsupportedModel(f"the output projection's {part} is computed, not stored, so it cannot be replaced")
-        new = _like(array if part == "bias" or out.out_first else array.T, parameter)
+        new = _like(array if part == "bias" else out.stored(array, flow.shape(value)), parameter)
         writes.append((parameter, new.view_as(parameter)))
     return writes
 
@@ -468,22 +468,40 @@ def _submodule(flow: Flow, site: AttentionSite, owner: str, role: str) -> str | 
     return path[len(owner) + 1 if owner else 0 :] if inside else None
 
 
-def _original_parameters(module: torch.nn.Module, flow: Flow, site: AttentionSite) -> MixerParameters:
+def _original_parameters(module: torch.nn.Module, flow: Flow, site: AttentionSite, owner: str) -> MixerParameters:
     tensors: dict[str, Any] = {}
     for role, operand in (("q", site.q), ("k", site.k), ("v", site.v)):
         tensors[f"{role}_weight"] = _rows(module, flow, operand, operand.projection.weight, True)
         bias = operand.projection.bias
         tensors[f"{role}_bias"] = None if bias is None else _rows(module, flow, operand, bias, False)
-    return MixerParameters(**tensors)
+    return MixerParameters(**tensors, **_bare_output(module, flow, site, owner))
+
+
+def _bare_output(module: torch.nn.Module, flow: Flow, site: AttentionSite, owner: str) -> dict[str, torch.Tensor]:
+    """The output projection where the owner holds it as bare parameters; empty where it is a module, or outside."""
+    out = site.out
+    if out is None or _submodule(flow, site, owner, "out") is not None or not merges_in_order(flow, site):
+        return {}
+    names = [flow.weights[v].name for v in flow.weights_above(out.weight)]
+    if not names or not all(n.rpartition(".")[0] == owner for n in names):
+        return {}
+    matrix = np.asarray(out.matrix(flow.value(out.weight)))
+    found = {"out_weight": matrix if out.out_first else matrix.T}
+    if out.bias is not None:
+        found["out_bias"] = np.asarray(flow.value(out.bias)).reshape(-1)
+    like = next(module.parameters())
+    return {name: _like(array, like) for name, array in found.items()}
 
 
 def _rows(module: torch.nn.Module, flow: Flow, operand: Operand, value: str, matrix: bool) -> torch.Tensor:
     """The projection's own parameter where all of it is this operand's, else the rows that are."""
     weight = flow.weights.get(value)
     tensor = _parameter(module, weight.name) if weight is not None else None
-    if tensor is None:  # computed from stored ones, as a slice of a packed matrix is
+    if tensor is None or (matrix and operand.projection.weight_axes is not None):
+        # computed from stored ones, as a slice of a packed matrix is, or a stack of matrices
         like = next(module.parameters())
-        tensor = torch.from_numpy(np.ascontiguousarray(flow.value(value))).to(dtype=like.dtype, device=like.device)
+        numbers = operand.projection.matrix(flow.value(value)) if matrix else flow.value(value)
+        tensor = torch.from_numpy(np.ascontiguousarray(numbers)).to(dtype=like.dtype, device=like.device)
     if matrix and not operand.projection.out_first:
         tensor = tensor.detach().t()
     elif _key(flow, operand) is not None and (matrix or operand.projection.bias_index is None):
@@ -506,7 +524,8 @@ def _parameter(module: torch.nn.Module, key: str) -> torch.Tensor | None:
 def _new_parameters(before: MixerParameters, replacement: Replacement) -> MixerParameters:
     """Parameters that the replacement changes new, in the old dtype and on the old device; the others as they were."""
     changed: dict[str, Any] = {}
-    for name in ("q_weight", "q_bias", "k_weight", "k_bias", "v_weight", "v_bias"):
+    parts = ("q_weight", "q_bias", "k_weight", "k_bias", "v_weight", "v_bias", "out_weight", "out_bias")
+    for name in parts:
         old = getattr(before, name)
         if old is not None and name in replacement.tensors:
             changed[name] = _like(replacement.tensors[name], old)

@@ -8,7 +8,8 @@ rewrite may change, whether the step is exact or lossy.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from passes.hidden_keys import HIDES
 from passes.layout import canonical, laid_out
 from passes.match.score_terms import apply_modifier
 from passes.replay import TOLERANCES, softmax
+from passes.site import Projection
 from passes.targets.replacement import Replacement
 from passes.weights.head_gains import stored_gains
 from rewriter.capture.torch_export import GraphView
@@ -40,12 +42,14 @@ def require_equal(
     bound: Mapping[str, Any],
     replacements: Iterable[Replacement],
     attended: Mapping[str, str],
+    apart: Collection[str] = (),
 ) -> None:
     """Compare site outputs and graph outputs of the rewritten `module` with the widened original's.
 
     Args:
         bound: what each placeholder of `module` holds.
         attended: by site name the name of the node that took the place of the site's output.
+        apart: names of sites that share keys or values with attentions that stay: only they read new ones.
 
     Raises UnsupportedModel if they differ by more than rounding.
     """
@@ -54,7 +58,11 @@ def require_equal(
     for name, value in view.names.items():
         sources.setdefault(value, name)
     outputs = {r.site.name: sources[r.around.output if r.mixing else r.site.output] for r in replacements}
-    before = _Run(view.module, _widened(view, replacements), view.names, outputs.values(), replacements, view.flow)
+    widened = _widened(view, [r for r in replacements if r.site.name not in apart])
+    own = {r.site.output: _widened(view, [r]) for r in replacements if r.site.name in apart}
+    for r in (r for r in replacements if r.site.name in apart):
+        widened |= _new_output(view, r)
+    before = _Run(view.module, widened, view.names, outputs.values(), replacements, view.flow, own)
     after = _Run(module, {}, {}, attended.values())
     try:
         with torch.no_grad():
@@ -93,12 +101,25 @@ def _widened(view: GraphView, replacements: Iterable[Replacement]) -> dict[Value
                 by_head = np.repeat(array.reshape(heads, operand.dim, *array.shape[1:]), repeats, axis=0)
                 tensor = changed.setdefault(value, view.tensors[value].detach().clone())
                 rows = torch.from_numpy(places[part].reshape(-1).astype(np.int64))
-                target = tensor.t() if part == "weight" and not projection.out_first else tensor
-                if part != "weight":
-                    target = tensor.view(-1)
                 wide = torch.from_numpy(np.ascontiguousarray(by_head.reshape(-1, *array.shape[1:])))
-                target[rows.to(tensor.device)] = wide.to(dtype=tensor.dtype, device=tensor.device)
+                wide, rows = wide.to(dtype=tensor.dtype, device=tensor.device), rows.to(tensor.device)
+                if part == "weight":
+                    changed[value] = _with_rows(projection, tensor, rows, wide)
+                else:
+                    tensor.view(-1)[rows] = wide
     return changed
+
+
+def _with_rows(projection: Projection, stored: Tensor, rows: Tensor, new: Tensor) -> Tensor:
+    """The weight with some rows of its matrix, seen as [out, in], replaced; may write into `stored`."""
+    if projection.weight_axes is None:
+        (stored if projection.out_first else stored.t())[rows] = new
+        return stored
+    turned = stored.permute(projection.weight_axes)
+    matrix = turned.reshape(-1, projection.features)
+    matrix[:, rows] = new.t()
+    back = [projection.weight_axes.index(axis) for axis in range(stored.dim())]
+    return matrix.view(turned.shape).permute(back).contiguous()
 
 
 def _new_output(view: GraphView, replacement: Replacement) -> dict[Value, Tensor]:
@@ -110,7 +131,7 @@ def _new_output(view: GraphView, replacement: Replacement) -> dict[Value, Tensor
         array = replacement.tensors.get(f"out_{part}")
         if array is not None and value is not None and out is not None:
             old = view.tensors[value]
-            turned = array if part == "bias" or out.out_first else array.T
+            turned = array if part == "bias" else out.stored(array, tuple(old.shape))
             new = torch.from_numpy(np.array(turned, order="C"))
             changed[value] = new.to(dtype=old.dtype, device=old.device).view(old.shape)
     return changed
@@ -127,8 +148,11 @@ class _Run(Interpreter):
         kept: Iterable[str],
         replacements: Iterable[Replacement] = (),
         flow: Flow | None = None,
+        own: Mapping[Value, Mapping[Value, Tensor]] = MappingProxyType({}),
     ) -> None:
-        super().__init__(module)
+        """`own`: values for which weights are others, and these weights; all else is as it is."""
+        super().__init__(module, garbage_collect_values=not own)
+        self._own = own
         replacements = list(replacements)
         self._flow = flow
         self._otherwise = {r.site.output: r for r in replacements if r.pattern or r.linear is not None}
@@ -149,6 +173,8 @@ class _Run(Interpreter):
         result = super().run_node(n)
         value = self._names.get(n.name, "")
         result = self._replaced.get(value, result)
+        if value in self._own:
+            result = self._with_weights(n, self._own[value])
         if value in self._mixed:
             result = self._mix(self._mixed[value], result)
         if value in self._otherwise:
@@ -160,6 +186,22 @@ class _Run(Interpreter):
         if n.name in self._kept:
             self.seen[n.name] = result.clone() if self._mutates else result
         return result
+
+    def _with_weights(self, end: FxNode, weights: Mapping[Value, Tensor]) -> Any:
+        """What `end` would give in this run with these weights. Outputs of other attentions are as they are."""
+        new: dict[FxNode, Any] = {}
+        for node in self.module.graph.nodes:  # type: ignore[union-attr]
+            value = self._names.get(node.name, "")
+            if value in weights:
+                new[node] = weights[value]
+            elif (node is end or value not in self._own) and any(n in new for n in node.all_input_nodes):
+                arguments, keywords = torch.fx.node.map_arg(
+                    (node.args, node.kwargs), lambda n: new[n] if n in new else self.env[n]
+                )
+                new[node] = node.target(*arguments, **keywords)
+            if node is end:
+                break
+        return new[end]
 
     def _mix(self, replacement: Replacement, like: Tensor) -> Tensor:
         """What the oracle makes of the sublayer's input in this run, laid out like its output."""

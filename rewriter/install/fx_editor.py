@@ -30,7 +30,7 @@ from rewriter.install.fx_path import Resize, below_stem, is_nested, resizes
 from rewriter.install.fx_sight import narrowed
 from rewriter.install.fx_store import Store
 
-FLATTENING = frozenset({"Reshape", "Identity", "Cast"})
+FLATTENING = frozenset({"Reshape", "Identity", "Cast", "Unsqueeze"})
 
 _ROLES = {"q": "query", "k": "key", "v": "value"}
 
@@ -61,8 +61,15 @@ class Reprojection:
 
 @dataclass(frozen=True)
 class SitePlan:
+    """One site to be written anew.
+
+    Attributes:
+        apart: an attention that stays reads the same keys or values: what lies between is made a second time.
+    """
+
     replacement: Replacement
     operands: tuple[Reprojection, ...]
+    apart: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,6 +106,7 @@ class Editor:
     _parameters: dict[tuple[Value, bytes, bytes], _NewParameter] = field(default_factory=dict)
     _stems: dict[tuple[Value, int], Laid] = field(default_factory=dict)
     _replaced: list[FxNode] = field(default_factory=list)
+    _copies: dict[FxNode, FxNode] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.flow = self.view.flow
@@ -119,8 +127,8 @@ class Editor:
 
     # ------------------------------------------------------------ planning: nothing is edited yet
 
-    def plan(self, replacement: Replacement) -> SitePlan | MixPlan:
-        """What will be done at a site. Raises UnsupportedModel if it cannot be."""
+    def plan(self, replacement: Replacement, *, apart: bool = False) -> SitePlan | MixPlan:
+        """What will be done at a site; `apart` is as in `SitePlan`. Raises UnsupportedModel if it cannot be."""
         if replacement.mixing is not None:
             return plan_mixing(self, replacement)
         if replacement.decoupled is not None:
@@ -141,7 +149,7 @@ class Editor:
             raise UnsupportedModel("it has attention sinks among its scores", hint=HINT)
         for role, operand in () if stay else site.shared:
             weight, bias = tensors[f"{role}_weight"], tensors.get(f"{role}_bias")
-            planned = self._plan_operand(site, role, operand, spec.kv_heads, weight, bias)
+            planned = self._plan_operand(site, role, operand, spec.kv_heads, weight, bias, apart=apart)
             plans.append(replace(planned, gains=self._gains(replacement, role, operand)))
         if stay:
             pass
@@ -160,24 +168,43 @@ class Editor:
             self.node(value)
         if not stay:
             _require_one_mask(spec)
-        return SitePlan(replacement, tuple(plans))
+        return SitePlan(replacement, tuple(plans), apart)
 
     def _plan_queries(self, site: AttentionSite) -> list[Reprojection]:
-        """Queries from projections that go away, since keys or values come from them too."""
+        """Queries from projections or parts of parameters that go away, since keys or values come from them too."""
         gone = {o.projection.node for _, o in site.shared}
-        kept = [(f"q{i or ''}", o) for i, o in enumerate(site.q.parts) if o.projection.node in gone]
+        parts = {v for _, o in site.shared for v in self._parted(o)}
+        kept = [
+            (f"q{i or ''}", o)
+            for i, o in enumerate(site.q.parts)
+            if o.projection.node in gone or parts & set(self._parted(o))
+        ]
         return [
             self._plan_operand(site, role, o, site.heads, operand_weight(self.flow, o), operand_bias(self.flow, o))
             for role, o in kept
         ]
 
+    def _parted(self, operand: Operand) -> list[Value]:
+        """The stored weights that an operand's matrix is a part of."""
+        weight = operand.projection.weight
+        size = int(np.prod(self.flow.shape(weight)))
+        return [v for v in self.flow.weights_above(weight) if int(np.prod(self.flow.weights[v].shape)) > size]
+
     def _plan_operand(
-        self, site: AttentionSite, role: str, operand: Operand, heads: int, weight: Array, bias: Array | None
+        self,
+        site: AttentionSite,
+        role: str,
+        operand: Operand,
+        heads: int,
+        weight: Array,
+        bias: Array | None,
+        *,
+        apart: bool = False,
     ) -> Reprojection:
         self.node(operand.stem)
         require_known(operand.stem_axes, splittable=False, apart=role == "q")
         if heads != operand.heads:
-            self._require_private(site, role, operand)
+            self._require_private(site, role, operand, apart=apart)
         changes = tuple(resizes(self.flow, self._nodes, operand, heads))
         projected = self._three_axes(operand)
         if parted_behind(self.flow, operand, projected):
@@ -192,13 +219,18 @@ class Editor:
             found[value] = gains_like(operand, replacement.tensors[f"{role}_{part}"], self.flow.shape(value))
         return found
 
-    def _require_private(self, site: AttentionSite, role: str, operand: Operand) -> None:
-        """Fewer heads may be seen by this attention only, and by caches that the graph hands out."""
+    def _require_private(self, site: AttentionSite, role: str, operand: Operand, *, apart: bool) -> None:
+        """Fewer heads may be seen by this attention only, and by caches that the graph hands out; `apart` is as in
+        `SitePlan`."""
         if operand.past is not None:
             raise UnsupportedModel(
                 f"its {role} cache {operand.past} is an input of the graph, whose shape must not change",
                 hint="export the model without a key/value cache, or rewrite the module",
             )
+        if apart and operand.presents:
+            raise UnsupportedModel(f"its {role} heads leave the graph as a cache", hint=HINT)
+        if apart:
+            return
         path = below_stem(self.flow, operand)
         changed = [operand.stem, *(v for n in path for v in n.outputs if v)]
         presents = {value for value, _ in operand.presents}
@@ -234,6 +266,8 @@ class Editor:
             mixed = apply_mixing(self, plan)
             self.attended[site.name] = self._by_value[output] = mixed  # which a later site may read
             return
+        for planned in plan.operands if plan.apart else ():
+            self._separate(planned.operand)
         seams: dict[str, Laid] = {
             role: (self.node(o.seam), o.seam_axes) for role, o in (("q", site.q), ("k", site.k), ("v", site.v))
         }
@@ -246,6 +280,20 @@ class Editor:
             self._measure([self._nodes[self.flow.nodes[i].name] for i in sorted(numbers)])
         self._attend(plan.replacement, seams)
         self._project_output(plan.replacement)
+
+    def _separate(self, operand: Operand) -> None:
+        """Edit a copy of what lies between stem and seam from now on; who else reads it keeps what was there."""
+        copies = self._copies
+        for name in [n.name for n in below_stem(self.flow, operand)]:
+            original = self._nodes[name]
+            if original in copies.values():
+                continue
+            for fx in (original, *(u for u in list(original.users) if u.target is operator.getitem)):
+                with self.graph.inserting_after(fx):
+                    copies[fx] = self.graph.node_copy(fx, lambda n: copies.get(n, n))
+            self._nodes[name] = copies[original]
+        for value, node in self._by_value.items():
+            self._by_value[value] = copies.get(node, node)
 
     @staticmethod
     def _output_parts(replacement: Replacement) -> dict[Value, str]:
@@ -261,7 +309,7 @@ class Editor:
             assert out is not None
             array = replacement.tensors[f"out_{part}"]
             old = self.node(value)
-            array = array if part == "bias" or out.out_first else array.T
+            array = array if part == "bias" else out.stored(array, self.flow.shape(value))
             new = self._new_numbers(site.name, value, "out", part, array)
             for index in (out.node, getattr(self.flow.producer(out.output), "index", out.node)):
                 reader = self._of(index)

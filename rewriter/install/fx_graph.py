@@ -20,9 +20,8 @@ from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
 from passes.dataflow import Flow
-from passes.match.attention import Matches
-from passes.match.stacked import find_plain_attention
-from passes.refused_readers import ALSO_READ, refused_readers
+from passes.match.attention import Matches, find_attention
+from passes.refused_readers import refused_readers
 from passes.site import Refusal
 from passes.targets.replacement import Replacement
 from rewriter.capture.torch_export import (
@@ -89,7 +88,7 @@ def rewrite_exported_program(
         args, kwargs = program.example_inputs
     args, kwargs = _as_exported(program.call_spec.in_spec, args or (), kwargs or {})
     view = view_program(program, args, kwargs)
-    matches = find_plain_attention(view.flow)
+    matches = find_attention(view.flow)
     chosen = decide(view.flow, matches)
 
     def edited(why: str | None) -> GraphRewrite[ExportedProgram]:
@@ -101,7 +100,7 @@ def rewrite_exported_program(
         parameters = {**result.state_dict, **result.constants}
         keys = {s.arg.name: s.target for s in result.graph_signature.input_specs if s.target is not None}
         bound = {n: parameters[keys[n]] if n in keys else view.bound[n] for n in _placeholders(result.graph_module)}
-        require_equal(view, result.graph_module, bound, done.replacements, done.attended)
+        require_equal(view, result.graph_module, bound, done.replacements, done.attended, done.apart)
         return GraphRewrite(result, view.flow, matches, done.replacements, done.refused, done.kept)
 
     return _proved(edited)
@@ -122,7 +121,7 @@ def rewrite_graph_module(
     """
     flat = module if is_flat(module) and is_functional(module.graph) else _exported(module, args, kwargs)
     view = view_graph_module(flat, _bound(flat, args, kwargs))
-    matches = find_plain_attention(view.flow)
+    matches = find_attention(view.flow)
     chosen = decide(view.flow, matches)
 
     def edited(why: str | None) -> GraphRewrite[GraphModule]:
@@ -131,7 +130,7 @@ def rewrite_graph_module(
         if not done.replacements:
             return GraphRewrite(module, view.flow, matches, (), done.refused)
         result = store.finish()
-        require_equal(view, result, view.bound, done.replacements, done.attended)
+        require_equal(view, result, view.bound, done.replacements, done.attended, done.apart)
         return GraphRewrite(result, view.flow, matches, done.replacements, done.refused, done.kept)
 
     return _proved(edited)
@@ -176,6 +175,7 @@ class _Edited:
     refused: tuple[tuple[str, str], ...]
     kept: Mapping[str, Kept]
     attended: Mapping[str, str]
+    apart: frozenset[str]
 
 
 def _edit(
@@ -194,7 +194,8 @@ def _edit(
         editor.finish([r.site for r in done])
     attended = {name: node.name for name, node in editor.attended.items()}
     kept = {p.replacement.site.name: Kept(False, True, p.why) for p in repeats}
-    return _Edited(done, tuple(refused.items()), kept, attended)
+    apart = frozenset(p.replacement.site.name for p in plans if isinstance(p, SitePlan) and p.apart)
+    return _Edited(done, tuple(refused.items()), kept, attended, apart)
 
 
 def _plan(
@@ -206,15 +207,13 @@ def _plan(
     """
     plans: list[SitePlan | MixPlan] = []
     others = refused_readers(editor.flow, (r.site for r in replacements), refusals)
-    failed = {name: ALSO_READ.format(other) for name, other in others.items()}
+    failed: dict[str, str] = {}
     for replacement in replacements:
-        if replacement.site.name in failed:
-            continue
         if why is not None:
             failed[replacement.site.name] = why
             continue
         try:
-            plans.append(editor.plan(replacement.together()))
+            plans.append(editor.plan(replacement.together(), apart=replacement.site.name in others))
         except (UnsupportedModel, ValueError) as error:
             failed[replacement.site.name] = str(error)
     failed = _spread_over_shared(replacements, failed, "it shares its weights with {}, which cannot be written anew")
@@ -223,7 +222,9 @@ def _plan(
     for replacement in replacements:
         name = replacement.site.name
         other = replacement.mixing or replacement.linear or replacement.decoupled or replacement.pattern
-        if name in failed and (other or name in others):
+        if name in failed and name in others:
+            refused[name] = f"{failed[name]}; {others[name]}, which is not rewritten, reads the same keys or values"
+        elif name in failed and other:
             refused[name] = failed[name]
         elif name in failed:
             try:

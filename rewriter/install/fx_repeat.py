@@ -53,6 +53,8 @@ def plan_repeats(editor: Editor, replacement: Replacement, why: str) -> RepeatPl
         projection = reader.operand.projection
         for value in (projection.input, projection.output):
             editor.node(value)
+        if projection.weight_axes is not None:
+            raise UnsupportedModel(f"{why}; its projections are stacks of matrices, which would have to be kept")
         if projection.bias_index is not None:
             raise UnsupportedModel(f"{why}; a bias is added further on, which would have to shrink with the projection")
     _laid([r for r in _readers(replacement) if r.operand.projection.output == replacement.site.k.projection.output])

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from passes.dataflow import Array, Flow, Value
 from rewriter.errors import UnsupportedModel
+from rewriter.install.repeated_projection import joined, parted
 from rewriter.install.stored_weight import Location, locate
 
 _VARIANCE = "running_var"
@@ -39,7 +40,7 @@ class NormedColumns:
     @property
     def bias(self) -> Location:
         """Where what is added to these features is stored, once they are neutral."""
-        return Location(f"{self.norm}.bias", 0, self.matrix.features, self.channels)
+        return Location(f"{self.norm}.bias", (0,), self.matrix.features, self.channels)
 
 
 def normed_columns(flow: Flow, value: Value, axis: int, columns: Array) -> NormedColumns | None:
@@ -49,7 +50,7 @@ def normed_columns(flow: Flow, value: Value, axis: int, columns: Array) -> Norme
     norms = [n.rpartition(".")[0] for n in names if n.rpartition(".")[2] == _VARIANCE]
     if node is None or node.op != "Mul" or len(norms) != 1:
         return None
-    place = locate(flow, node.inputs[0], axis, columns)
+    place = locate(flow, node.inputs[0], (axis,), columns)
     return None if place is None else NormedColumns(place, norms[0], columns)
 
 
@@ -85,9 +86,10 @@ def _move(holder: nn.Module, norm: Any, columns: NormedColumns) -> None:
         bias = getattr(holder, "bias", None)
         mean = norm.running_mean[channels] - (0 if bias is None else bias[places])
         added = norm.bias[channels] - mean * factor
-        matrix = getattr(holder, name).detach().clone().movedim(columns.matrix.axis, 0)
-        matrix[places] *= factor.view(-1, *[1] * (matrix.dim() - 1))
-        _put(holder, name, matrix.movedim(0, columns.matrix.axis))
+        matrix, axes = getattr(holder, name).detach().clone(), columns.matrix.axes
+        rows = joined(matrix, axes)
+        rows[places] *= factor.view(-1, *[1] * (rows.dim() - 1))
+        _put(holder, name, parted(rows, axes, [matrix.shape[axis] for axis in axes]))
         if bias is not None:
             _put(holder, "bias", bias.detach().index_fill(0, places, 0.0))
         variance = norm.weight[channels].square() - norm.eps

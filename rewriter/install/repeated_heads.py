@@ -27,6 +27,8 @@ from rewriter.install.kept import Kept
 from rewriter.install.neutral_norm import NormedColumns, neutralise, normed_columns
 from rewriter.install.repeated_projection import (
     RepeatedProjection,
+    joined,
+    parted,
     replace_projection,
     spread_parameter,
     swap,
@@ -141,7 +143,7 @@ class _Edit:
 
     Attributes:
         path, name: of the module that holds it, and of the parameter there.
-        axis: along which its columns lie.
+        axes: along which its columns lie, joined.
         index: for each old column the new one that it repeats.
         wide: of the old shape, each new head repeated for the heads it stands for.
         projects: False for what a norm multiplies heads by.
@@ -149,7 +151,7 @@ class _Edit:
 
     path: str
     name: str
-    axis: int
+    axes: tuple[int, ...]
     index: Tensor
     wide: Tensor
     projects: bool = True
@@ -238,16 +240,17 @@ def _edits(model: nn.Module, flow: Flow, replacements: Sequence[Replacement]) ->
     for r in replacements:
         for role, operand in r.site.shared:
             projection = operand.projection
+            axes = projection.feature_axes(flow.shape(projection.weight))
             read = (
-                ("weight", projection.weight, 0 if projection.out_first else -1, operand.columns),
-                ("bias", projection.bias, None, projection.bias_positions(operand.columns)),
+                ("weight", projection.weight, axes, operand.columns),
+                ("bias", projection.bias, (), projection.bias_positions(operand.columns)),
             )
-            for part, value, axis, where in read:
+            for part, value, along, where in read:
                 if value is None:
                     continue
-                place, rows = _place(flow, operand, value, axis, where), r.tensors[f"{role}_{part}"]
+                place, rows = _place(flow, operand, value, along, where), r.tensors[f"{role}_{part}"]
                 if place is None or not _is_parameter(model, place.key):
-                    if _stays(flow.value(value), axis, where, rows):
+                    if part == "bias" and _stays(flow.value(value), where, rows):
                         continue
                     raise UnsupportedModel(f"its {role} {part} is computed, not stored", hint=HINT)
                 entry = _Entry(Part(place.positions, r.grouped.kv_heads), rows)
@@ -262,11 +265,14 @@ def _edits(model: nn.Module, flow: Flow, replacements: Sequence[Replacement]) ->
     return [replace(edit, projects=key not in norms) for key, edit in zip(entries, edits, strict=True)]
 
 
-def _place(flow: Flow, operand: Operand, value: Value, axis: int | None, columns: Array) -> Location | None:
-    """Where columns of a matrix (which has an axis of them) or of a bias are stored."""
-    place = locate(flow, value, axis, columns)
+def _place(flow: Flow, operand: Operand, value: Value, axes: Sequence[int], columns: Array) -> Location | None:
+    """Where columns of a matrix (which has axes of them) or of a bias are stored."""
+    summed = [axis for axis in operand.projection.weight_axes or () if axis not in axes]
+    if axes and summed != sorted(summed):
+        return None  # rows of its matrix run otherwise than what is stored
+    place = locate(flow, value, axes, columns)
     if place is None and (normed := _normed(flow, operand)) is not None:
-        return normed.bias if axis is None else normed.matrix
+        return normed.matrix if axes else normed.bias
     return place
 
 
@@ -276,7 +282,7 @@ def _gains_entry(flow: Flow, operand: Operand, value: Value, numbers: Array, hea
     shape = flow.shape(value)
     long = [axis for axis, size in enumerate(shape) if size > 1]
     by_head = len(long) > 1  # heads and features have an axis each
-    place = locate(flow, value, long[0] if by_head else None)
+    place = locate(flow, value, long[:1] if by_head else ())
     if place is None or operand.norm is None or operand.norm.gains is None:
         raise UnsupportedModel("what a norm multiplies its heads by is computed, not stored", hint=HINT)
     where = np.arange(operand.heads)[:, None] if by_head else operand.norm.gains.places
@@ -284,11 +290,10 @@ def _gains_entry(flow: Flow, operand: Operand, value: Value, numbers: Array, hea
     return place, _Entry(Part(place.positions[where], heads), rows)
 
 
-def _stays(old: Array, axis: int | None, columns: Array, rows: Array) -> bool:
-    """Whether new `rows` of merged heads are what stands in `columns` [heads, dim] already, as zeros of a bias are."""
+def _stays(old: Array, columns: Array, numbers: Array) -> bool:
+    """Whether the new `numbers` of merged heads are what stands in `columns` [heads, dim] already, as zeros are."""
     heads, dim = columns.shape
-    before = (old.reshape(-1) if axis is None else np.moveaxis(old, axis, 0))[columns]
-    after = rows.reshape(-1, dim, *before.shape[2:])
+    before, after = old.reshape(-1)[columns], numbers.reshape(-1, dim)
     return bool(np.array_equal(before, after[np.arange(heads) * len(after) // heads]))
 
 
@@ -299,19 +304,20 @@ def _is_parameter(model: nn.Module, key: str) -> bool:
 def _edit_of(model: nn.Module, place: Location, entries: Sequence[_Entry]) -> _Edit:
     path, _, name = place.key.rpartition(".")
     old = _parameter(model, path, name)
-    if old.shape[place.axis] != place.features:
+    sizes = [old.shape[axis] for axis in place.axes]
+    if int(np.prod(sizes)) != place.features:
         raise UnsupportedModel(f"it shares {place.key} with a module that was rewritten by itself", hint=HINT)
     try:
         laid = repetition(place.features, [entry.part for entry in entries])
     except ValueError as error:
         raise UnsupportedModel(str(error), hint=HINT) from error
-    columns = old.detach().movedim(place.axis, 0)
+    columns = joined(old.detach(), place.axes)
     new = [torch.from_numpy(np.ascontiguousarray(e.rows)).to(dtype=old.dtype, device=old.device) for e in entries]
     index = torch.from_numpy(laid.index).to(old.device)
     distinct = torch.cat(
         [columns[torch.from_numpy(laid.kept).to(old.device)], *(n.view(-1, *columns.shape[1:]) for n in new)]
     )
-    return _Edit(path, name, place.axis, index, distinct[index].movedim(0, place.axis).contiguous())
+    return _Edit(path, name, place.axes, index, parted(distinct[index], place.axes, sizes).contiguous())
 
 
 def _parameter(model: nn.Module, path: str, name: str) -> nn.Parameter:
@@ -368,7 +374,9 @@ def _projects(module: nn.Module, edits: Sequence[_Edit]) -> bool:
     """Whether a module is a projection by these parameters and nothing else: seen by trying."""
     matrix, bias = _split(edits)
     held = {name for name, parameter in module._parameters.items() if parameter is not None}
-    if matrix is None or held != {e.name for e in edits} or (bias and not torch.equal(bias.index, matrix.index)):
+    if matrix is None or len(matrix.axes) > 1 or held != {e.name for e in edits}:
+        return False
+    if bias and not torch.equal(bias.index, matrix.index):
         return False
     if isinstance(module, RepeatedProjection):
         return True
@@ -376,7 +384,7 @@ def _projects(module: nn.Module, edits: Sequence[_Edit]) -> bool:
         return False
     weight = module._parameters[matrix.name]
     assert weight is not None
-    rows = weight if matrix.axis == 0 else weight.mT
+    rows = joined(weight, matrix.axes)
     offset = None if bias is None else module._parameters[bias.name]
     x = torch.linspace(-1, 1, 6 * rows.shape[1], device=weight.device, dtype=weight.dtype).view(2, 3, -1)
     try:
@@ -401,7 +409,7 @@ def _distinct(module: nn.Module, edit: _Edit) -> nn.Parameter:
     old = module._parameters[edit.name]
     assert old is not None
     first = np.unique(edit.index.cpu().numpy(), return_index=True)[1]
-    rows = edit.wide.movedim(edit.axis, 0)[torch.from_numpy(first).to(edit.wide.device)]
+    rows = joined(edit.wide, edit.axes)[torch.from_numpy(first).to(edit.wide.device)]
     return owned_parameter(rows, old, old.requires_grad)
 
 
@@ -412,7 +420,7 @@ def _as_parameters(model: nn.Module, edits: Sequence[_Edit]) -> Callable[[], Non
     for module, edit, old in zip(held, edits, before, strict=True):
         assert old is not None
         module._parameters[edit.name] = nn.Parameter(edit.wide, requires_grad=old.requires_grad)
-        spread_parameter(module, edit.name, edit.index, edit.axis)
+        spread_parameter(module, edit.name, edit.index, edit.axes)
 
     def undo() -> None:
         for module, edit, old in zip(held, edits, before, strict=True):

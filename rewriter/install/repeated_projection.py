@@ -6,7 +6,7 @@ is computed once. Elsewhere the stored parameter shrinks and is spread out each 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,24 +47,44 @@ class RepeatedProjection(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, columns={columns}"
 
 
-class Spread(nn.Module):
-    """A parametrization: slices of the stored tensor, laid out (and repeated) along one axis."""
+def joined(tensor: Tensor, axes: Sequence[int]) -> Tensor:
+    """[columns, ...]: the slices of a tensor along these axes, which are one in the result."""
+    return tensor.movedim(tuple(axes), tuple(range(len(axes)))).flatten(0, len(axes) - 1)
 
-    def __init__(self, index: Tensor, axis: int) -> None:
+
+def parted(columns: Tensor, axes: Sequence[int], sizes: Sequence[int]) -> Tensor:
+    """The inverse of `joined`, for axes of these sizes."""
+    apart = columns.reshape(*sizes, *columns.shape[1:])
+    return apart.movedim(tuple(range(len(axes))), tuple(axes))
+
+
+class Spread(nn.Module):
+    """A parametrization: slices of the stored tensor, laid out (and repeated) along axes of the tensor that is read.
+
+    Attributes:
+        axes, sizes: those axes, and how long they are. Slices along one axis are stored along it, slices along several
+            as ``[slices, ...]``.
+        index: for each slice that is read (the axes joined) the stored one.
+    """
+
+    def __init__(self, index: Tensor, axes: Sequence[int], sizes: Sequence[int]) -> None:
         super().__init__()
-        self.axis = axis
+        self.axes, self.sizes = tuple(axes), tuple(sizes)
         self.register_buffer("index", index)
         self.index: Tensor
 
     def forward(self, stored: Tensor) -> Tensor:
-        return stored.index_select(self.axis, self.index)
+        if len(self.axes) == 1:
+            return stored.index_select(self.axes[0], self.index)
+        return parted(stored.index_select(0, self.index), self.axes, self.sizes)
 
     def right_inverse(self, spread: Tensor) -> Tensor:
         """One of the slices that are equal, for each that is stored."""
         count = int(self.index.max()) + 1
         last = torch.zeros(count, dtype=self.index.dtype, device=self.index.device)
         last[self.index] = torch.arange(len(self.index), device=self.index.device)
-        return spread.index_select(self.axis, last)
+        columns = joined(spread, self.axes).index_select(0, last)
+        return columns if len(self.axes) > 1 else columns.movedim(0, self.axes[0])
 
 
 def replace_projection(model: nn.Module, path: str, new: RepeatedProjection) -> None:
@@ -85,11 +105,12 @@ def swap(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
                 setattr(parent, name, new)
 
 
-def spread_parameter(module: nn.Module, name: str, index: Tensor, axis: int) -> None:
+def spread_parameter(module: nn.Module, name: str, index: Tensor, axes: Sequence[int]) -> None:
     """Store only one of each group of slices of ``module.name`` that `index` says are equal (and that must be)."""
-    trainable = getattr(module, name).requires_grad
+    spread = getattr(module, name)
+    trainable, sizes = spread.requires_grad, [spread.shape[axis] for axis in axes]
     _own_class(module)
-    parametrize.register_parametrization(module, name, Spread(index, axis), unsafe=True)
+    parametrize.register_parametrization(module, name, Spread(index, axes, sizes), unsafe=True)
     parametrizations: Any = module.parametrizations
     parametrizations[name].original.requires_grad_(trainable)
 
@@ -125,7 +146,10 @@ def describe(module: nn.Module) -> dict[str, Any]:
     if isinstance(module, RepeatedProjection):
         shape = [*module.weight.shape, module.bias is not None, len(module.index)]
         return {"kind": "repeated", "shape": shape}
-    names = {name: [step.axis, len(step.index), int(step.index.max()) + 1] for name, step in spreads(module).items()}
+    names = {
+        name: [step.axes[0] if len(step.axes) == 1 else list(step.axes), len(step.index), int(step.index.max()) + 1]
+        for name, step in spreads(module).items()
+    }
     return {"kind": "spread", "parameters": names}
 
 
@@ -147,9 +171,10 @@ def rebuild(model: nn.Module, path: str, description: Mapping[str, Any]) -> None
         new = RepeatedProjection(empty(rows, columns), empty(rows) if bias else None, index)
         replace_projection(model, path, new)
         return
-    for name, (axis, features, count) in description["parameters"].items():
+    for name, (along, features, count) in description["parameters"].items():
+        axes = [int(axis) for axis in along] if isinstance(along, list) else [int(along)]
         index = torch.arange(int(features), device=getattr(module, name).device) % int(count)
-        spread_parameter(module, name, index, int(axis))
+        spread_parameter(module, name, index, axes)
 
 
 def repeated(model: nn.Module) -> dict[str, nn.Module]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,13 +17,14 @@ class Location:
 
     Attributes:
         key: the parameter's state-dict key.
-        axis: its axis along which the columns lie.
-        features: how many there are along it; more than the value's where it is packed with others.
-        positions: the place along it of each of the value's columns, or of those that were asked for, in their shape.
+        axes: its axes along which the columns lie, joined in this order: one of a matrix, those for heads and features
+            of a stack of matrices.
+        features: how many there are along them; more than the value's where it is packed with others.
+        positions: the place along them of each of the value's columns, or of those that were asked for, in their shape.
     """
 
     key: str
-    axis: int
+    axes: tuple[int, ...]
     features: int
     positions: Array
 
@@ -37,16 +39,18 @@ def parameter_of(flow: Flow, value: Value) -> Weight | None:
     return flow.weights[value]
 
 
-def locate(flow: Flow, value: Value, axis: int | None, columns: Array | None = None) -> Location | None:
-    """Where the columns of `value`, which run along its `axis`, are stored; None if they are not, each in one place.
+def locate(flow: Flow, value: Value, axes: Sequence[int], columns: Array | None = None) -> Location | None:
+    """Where the columns of `value`, which run along its `axes`, are stored; None if they are not, each in one place.
 
-    Without an axis each element is a column; of a value that is joined from several parameters (a bias of a parameter,
+    Without axes each element is a column; of a value that is joined from several parameters (a bias of a parameter,
     zeros and another parameter) only some `columns` may be asked for. Slices, transposes, reshapes and joins between
     the two are run on element numbers.
     """
     stored = _Stored(flow)
     numbers = stored.numbers(value)
-    lines = numbers.reshape(-1, 1) if axis is None else np.moveaxis(numbers, axis, 0).reshape(numbers.shape[axis], -1)
+    along = tuple(range(numbers.ndim)) if not axes else tuple(axis % numbers.ndim for axis in axes)
+    features = int(np.prod([numbers.shape[axis] for axis in along], dtype=np.int64))
+    lines = np.moveaxis(numbers, along, range(len(along))).reshape(features, -1)
     wanted = np.arange(len(lines)) if columns is None else columns
     lines = lines[wanted.reshape(-1)]
     for name, start in stored.starts.items():
@@ -84,8 +88,16 @@ class _Stored:
 
 def _located(key: str, shape: tuple[int, ...], numbers: Array, wanted: tuple[int, ...]) -> Location | None:
     """From the numbers [columns, rest] of elements that a value takes from a parameter of this shape."""
-    for axis, place in enumerate(np.unravel_index(numbers, shape)):
-        whole = numbers.shape[1] * shape[axis] == int(np.prod(shape))
-        if whole and (place == place[:, :1]).all() and len(np.unique(place[:, 0])) == len(place):
-            return Location(key, axis, shape[axis], place[:, 0].reshape(wanted))
+    places = np.unravel_index(numbers, shape)
+    fixed = tuple(axis for axis, place in enumerate(places) if (place == place[:, :1]).all())
+    if not (np.diff(numbers, axis=1) > 0).all():  # what is written back is in the stored order
+        return None
+    for axes in (*((axis,) for axis in fixed), fixed):
+        sizes = [shape[axis] for axis in axes]
+        features = int(np.prod(sizes, dtype=np.int64))
+        if not axes or numbers.shape[1] * features != int(np.prod(shape)):
+            continue
+        where = np.ravel_multi_index([places[axis][:, 0] for axis in axes], sizes)
+        if len(np.unique(where)) == len(where):
+            return Location(key, axes, features, where.reshape(wanted))
     return None

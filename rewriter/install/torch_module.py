@@ -206,7 +206,7 @@ def _check_grouping(
     proof: RewrittenMixer, mixer: RewrittenMixer, after: MixerParameters, record: CallRecord, owner: str
 ) -> None:
     """The new mixer must equal the old form with the new queries and each new head repeated for its group."""
-    proof.q_proj = mixer.q_proj
+    proof.q_proj, proof.out_proj = mixer.q_proj, mixer.out_proj
     proof.follow(replace(proof.spec, pattern=mixer.spec.pattern))
 
     def wide(tensor: Tensor | None, heads: int) -> nn.Parameter | None:

@@ -40,8 +40,8 @@ def _weight_read(module: Projects) -> tuple[object, str]:
 def test_columns_are_found_where_they_are_stored(way: str) -> None:
     module = Projects(WAYS[way])
     flow, value = _weight_read(module)
-    place = locate(flow, value, 0)  # type: ignore[arg-type]
-    assert place is not None and (place.key, place.axis, place.features) == ("packed", 0, 24)
+    place = locate(flow, value, (0,))  # type: ignore[arg-type]
+    assert place is not None and (place.key, place.axes, place.features) == ("packed", (0,), 24)
     read = WAYS[way](module.packed)
     assert torch.equal(module.packed[torch.from_numpy(place.positions)], read)
     assert len(np.unique(place.positions)) == len(read)
@@ -54,14 +54,14 @@ def test_columns_are_found_where_they_are_stored(way: str) -> None:
 )
 def test_what_is_computed_or_not_whole_is_not_found(way: Callable[[Tensor], Tensor]) -> None:
     flow, value = _weight_read(Projects(way))
-    assert locate(flow, value, 0) is None  # type: ignore[arg-type]
+    assert locate(flow, value, (0,)) is None  # type: ignore[arg-type]
 
 
 def test_some_columns_of_what_is_joined_are_found_where_they_are_stored() -> None:
     module = Projects(lambda w: torch.cat([w[:6], torch.zeros(4, 5), w[12:]]))
     flow, value = _weight_read(module)
-    assert locate(flow, value, 0) is None  # type: ignore[arg-type]
-    assert locate(flow, value, 0, np.arange(4, 8)) is None  # type: ignore[arg-type]
-    place = locate(flow, value, 0, np.arange(10, 22).reshape(3, 4))  # type: ignore[arg-type]
+    assert locate(flow, value, (0,)) is None  # type: ignore[arg-type]
+    assert locate(flow, value, (0,), np.arange(4, 8)) is None  # type: ignore[arg-type]
+    place = locate(flow, value, (0,), np.arange(10, 22).reshape(3, 4))  # type: ignore[arg-type]
     assert place is not None and place.key == "packed"
     assert np.array_equal(place.positions, np.arange(12, 24).reshape(3, 4))

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 import rewriter
 from passes.match.attention import find_attention
-from passes.match.stacked import REASON as STACKED
 from passes.targets.grouped_query import GroupedQuery
 from passes.targets.linear_attention import LinearHeads
 from rewriter.capture.torch_export import capture
@@ -315,23 +314,6 @@ def test_initializers_that_layers_share_stay_shared_and_are_not_taken_for_others
     new = onnx.load(tmp_path / "new.onnx")
     halved = [i.dims for i in new.graph.initializer if sorted(i.dims) == [WIDTH // 2, WIDTH]]
     assert len(halved) == 4  # keys and values of two attentions, not of three
-
-
-class ByHead(nn.Linear):
-    """A weight with an axis for heads."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.tensordot(x, self.weight.view(HEADS, DIM, WIDTH), dims=([2], [2])).flatten(2)
-
-
-def test_weights_with_an_axis_for_heads_are_refused_in_modules_and_found_in_files(tmp_path: Path) -> None:
-    module = randomize(nn.Sequential(Plain()))
-    module[0].key = ByHead(WIDTH, WIDTH)  # type: ignore[index, union-attr]
-    module[0].key.weight = nn.Parameter(module[0].key.weight.view(HEADS, DIM, WIDTH))  # type: ignore[index, union-attr]
-    assert [r.reason for r in rewriter.inspect(module, example_inputs=(_x(),)).refusals] == [STACKED]
-    path = tmp_path / "file.onnx"
-    torch.onnx.export(module, (_x(),), str(path), dynamo=False, opset_version=17, input_names=["x"])
-    assert len(rewriter.inspect(path).sites) == 1
 
 
 class TemperedLate(Attends):

@@ -62,11 +62,23 @@ def features(seed: int = 0) -> Tensor:
     return torch.randn(2, 6, WIDTH, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("door", ["module", "program"])
-def test_what_would_change_it_is_refused(model: Layers, door: str) -> None:
-    given = model if door == "module" else torch.export.export(model, (features(),))
-    with pytest.raises(RewriteError, match=r"layers\.\d#1, which is not rewritten, reads the same .* ONNX"):
-        rewriter.optimize(given, target=f"gqa{KEPT}", example_inputs=(features(),))
+def test_what_would_change_it_is_refused_and_not_called_rewritable(model: Layers) -> None:
+    with pytest.raises(RewriteError, match=r"layers\.\d#1, which is not rewritten, reads the same .*onnx"):
+        rewriter.optimize(model, target=f"gqa{KEPT}", example_inputs=(features(),))
+    found = rewriter.inspect(model, example_inputs=(features(),))
+    assert not found.sites and sum("reads the same keys" in r.reason for r in found.refusals) == 2
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_a_program_changes_the_other_one_alone(model: Layers, calibrated: bool) -> None:
+    program = torch.export.export(model, (features(),), dynamic_shapes=({1: torch.export.Dim("tokens", max=64)},))
+    assert len(rewriter.inspect(program).sites) == 2
+    calibration = [{"x": features(7)}] if calibrated else None
+    made = rewriter.optimize(program, f"gqa{KEPT}", calibration=calibration).module()
+    with torch.no_grad():
+        right, before = model(features(1), shared=True), model(features(1))
+        assert calibrated or (made(features(1)) - right).abs().max() <= EXACT
+        assert (made(features(1)) - before).abs().max() > (0 if calibrated else MOVED)
 
 
 def test_a_file_changes_the_other_one_alone(model: Layers, tmp_path: Path) -> None:
