@@ -58,10 +58,11 @@ def replay(flow: Flow, path: ScorePath, q: Traced, k: Traced, v: Traced) -> Repl
     query, *spread = seen if rounds else mine
     keys, values = (_spread(x, heads) for x in spread)
     scores = products(query, keys, path.scale)
-    for count, modifier in enumerate(path.modifiers):
+    before = len(path.modifiers) - path.behind
+    for count, modifier in enumerate(path.modifiers[:before]):
         scores = executed(flow, (r for r in path.roundings if r.after == count), scores)
         scores = apply_modifier(flow, modifier, scores)
-    scores = executed(flow, (r for r in path.roundings if r.after == len(path.modifiers)), scores)
+    scores = executed(flow, (r for r in path.roundings if r.after == before), scores)
     scores = _as_computed(scores, flow.dtype)
     score_error = 0.0
     if path.scores is not None:
@@ -69,6 +70,8 @@ def replay(flow: Flow, path: ScorePath, q: Traced, k: Traced, v: Traced) -> Repl
         pair = (_from_top(scores), _from_top(seen_scores)) if path.shifted else (scores, seen_scores)
         score_error = relative(*_shown(*pair))
         scores = seen_scores if rounds else scores
+    for modifier in path.modifiers[before:]:
+        scores = apply_modifier(flow, modifier, scores)
     output = softmax(scores)[..., : values.shape[2]] @ values
     seen_output = recorded(flow, path.output_view, q.tokens)
     return Replay(errors[0], errors[1], errors[2], score_error, _output_error(output, seen_output, scores))
