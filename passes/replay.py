@@ -15,7 +15,7 @@ from passes.dataflow import Array, Flow
 from passes.match.canonical_order import in_blocks
 from passes.match.operand_view import OperandView
 from passes.match.operands import Tokens, Traced
-from passes.match.roundings import Rounding, executed, operand_roundings
+from passes.match.roundings import Rounding, executed, operand_roundings, rounded_in_branches, unrounded
 from passes.match.score_terms import apply_modifier
 from passes.match.scores import ScorePath
 from passes.site import Projection
@@ -58,10 +58,11 @@ def replay(flow: Flow, path: ScorePath, q: Traced, k: Traced, v: Traced) -> Repl
     query, *spread = seen if rounds else mine
     keys, values = (_spread(x, heads) for x in spread)
     scores = products(query, keys, path.scale)
-    for count, modifier in enumerate(path.modifiers):
+    before = len(path.modifiers) - path.behind
+    for count, modifier in enumerate(path.modifiers[:before]):
         scores = executed(flow, (r for r in path.roundings if r.after == count), scores)
         scores = apply_modifier(flow, modifier, scores)
-    scores = executed(flow, (r for r in path.roundings if r.after == len(path.modifiers)), scores)
+    scores = executed(flow, (r for r in path.roundings if r.after == before), scores)
     scores = _as_computed(scores, flow.dtype)
     score_error = 0.0
     if path.scores is not None:
@@ -69,6 +70,8 @@ def replay(flow: Flow, path: ScorePath, q: Traced, k: Traced, v: Traced) -> Repl
         pair = (_from_top(scores), _from_top(seen_scores)) if path.shifted else (scores, seen_scores)
         score_error = relative(*_shown(*pair))
         scores = seen_scores if rounds else scores
+    for modifier in path.modifiers[before:]:
+        scores = apply_modifier(flow, modifier, scores)
     output = softmax(scores)[..., : values.shape[2]] @ values
     seen_output = recorded(flow, path.output_view, q.tokens)
     return Replay(errors[0], errors[1], errors[2], score_error, _output_error(output, seen_output, scores))
@@ -79,10 +82,28 @@ def _rebuilt(flow: Flow, view: OperandView, traced: Traced, seen: Array) -> tupl
     mine, errors = seen.copy(), []
     for part in traced.parts:
         made = rebuild(flow, part, view)
-        errors += [relative(made, seen[:, :, part.tokens.new]), _norm_error(flow, part), _gains_error(flow, part)]
+        wished = _without_roundings(flow, view, part)
+        wished = seen if wished is None else wished
+        errors += [relative(made, wished[:, :, part.tokens.new]), _norm_error(flow, part), _gains_error(flow, part)]
         if errors[-3] < float("inf"):
             mine[:, :, part.tokens.new] = made
     return mine, max(errors)
+
+
+def _without_roundings(flow: Flow, view: OperandView, traced: Traced) -> Array | None:
+    """The operand [B, H, T, D] as the program would compute it if it quantised nothing on the way; None where `rebuild`
+    executes all of that.
+
+    Each branch of a rotation is rounded and cut off by itself, which the description knows nothing of.
+    """
+    operand = traced.operand
+    if flow.dtype != "int8" or not rounded_in_branches(flow, operand.projection.output, view.value):
+        return None
+    starts = {flow.nodes[operand.projection.node].outputs[0]} | ({operand.norm.output} if operand.norm else set())
+    clean = unrounded(flow, view.value, starts)
+    return recorded(
+        replace(flow, read=lambda name: clean if name == view.value else flow.read(name)), view, traced.tokens
+    )
 
 
 def rebuild(flow: Flow, traced: Traced, view: OperandView | None = None) -> Array:

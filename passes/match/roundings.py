@@ -6,7 +6,7 @@ what the program saw.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,16 +54,48 @@ def executed(flow: Flow, roundings: Iterable[Rounding], values: Array) -> Array:
 def operand_roundings(flow: Flow, matrix: Value, output: Value, end: Value) -> tuple[tuple[Rounding, ...], ...]:
     """(before the bias, after it): roundings between a projection's product `matrix` and the operand at the anchor.
 
-    `output` is the projection's result, bias included. Where two branches meet (a rotation written out), only what
-    comes after is found.
+    `output` is the projection's result, bias included. Where two branches meet (a rotation written out), none are
+    found; what the operand would be without them says `unrounded`.
     """
     after, last = _walk(flow, end, output)
     if last != output:
-        return (), after
+        return (), ()
     node = flow.producer(output)
     addends = [v for v in node.inputs if flow.data_dependent(v)] if node is not None and node.op == "Add" else []
     before, _ = _walk(flow, addends[0], matrix) if len(addends) == 1 else ((), output)
     return before, after
+
+
+def rounded_in_branches(flow: Flow, output: Value, end: Value) -> bool:
+    """Whether quantisers stand in branches between a value and the operand made of it, or behind them."""
+    found, last = _walk(flow, end, output)
+    if last == output:
+        return False
+    between = flow.ancestors(last, stop=lambda node: output in node.outputs)
+    return bool(found) or any(quantizer_of(flow, node) is not None for node in between)
+
+
+def unrounded(flow: Flow, value: Value, starts: Collection[Value]) -> Array:
+    """What a value would be if nothing were quantised between the recorded `starts` and it.
+
+    Raises NotImplementedError where a node does not run by itself.
+    """
+    known: dict[Value, Array] = {}
+
+    def computed(name: Value) -> Array:
+        node = flow.producer(name)
+        if node is None or name in starts or not flow.data_dependent(name):
+            return flow.value(name)
+        if name not in known:
+            quantize = quantizer_of(flow, node)
+            if quantize is not None:
+                known[name] = computed(quantize.inputs[0])
+            else:
+                made = node.evaluate([computed(v) if v else None for v in node.inputs])
+                known.update(zip(node.outputs, made, strict=True))
+        return known[name]
+
+    return computed(value)
 
 
 def _walk(flow: Flow, value: Value, start: Value) -> tuple[tuple[Rounding, ...], Value]:

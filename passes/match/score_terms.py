@@ -7,6 +7,9 @@ import numpy as np
 from passes.dataflow import Array, Flow
 from passes.site import Modifier
 
+HIDDEN = 1e4
+"""Scores so far down are masked; no score that counts is so far up either."""
+
 
 def total_bias(flow: Flow, modifiers: tuple[Modifier, ...], shape: tuple[int, int, int, int]) -> Array:
     """All additive and masking modifiers as one float64 tensor of `shape` [B, H, S, T]."""

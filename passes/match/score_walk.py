@@ -10,7 +10,7 @@ from passes.dataflow import CONTRACTIONS, LAYOUT, Array, Flow, Node, Value
 from passes.match.contractions import contracted_by, contracts, require_projected
 from passes.match.roundings import Rounding, quantizer_of
 from passes.match.score_layout import flattens_rows, keeps_last_two, relaid_by, swaps_last_two
-from passes.match.score_terms import total_bias
+from passes.match.score_terms import HIDDEN, total_bias
 from passes.match.verdicts import (
     CONTENT_BIAS,
     INTEGER_SCORES,
@@ -24,9 +24,6 @@ from passes.match.verdicts import (
 from passes.provenance import PASS_THROUGH, projection_at
 from passes.site import Modifier
 
-HIDDEN = 1e4
-"""Scores so far down are masked; no score that counts is so far up either."""
-
 
 @dataclass
 class ScoreWalk:
@@ -38,6 +35,8 @@ class ScoreWalk:
     flow: Flow
     turned: bool = False
     """Whether scores are [keys, queries] where the walk is."""
+    behind: tuple[Modifier, ...] = ()
+    """Masks that are applied to the weights, behind the softmax."""
     scale: float = 1.0
     modifiers: list[Modifier] = field(default_factory=list)
     nodes: list[int] = field(default_factory=list)
@@ -239,7 +238,7 @@ class ScoreWalk:
         shape = self.flow.shape(score)
         if len(shape) != 4 or not np.isin(factor, (0, 1)).all() or any(m.kind == "softcap" for m in self.modifiers):
             return False
-        masks = tuple(m for m in reversed(self.modifiers) if m.kind != "sinks")
+        masks = tuple(m for m in (*reversed(self.modifiers), *self.behind) if m.kind != "sinks")
         hidden = total_bias(self.flow, masks, shape) <= -HIDDEN
         return bool((np.broadcast_to(factor, shape) == 1)[~hidden].all())
 

@@ -61,6 +61,8 @@ class ScorePath:
     """Whether a number per row is subtracted before the softmax: scores are then known up to it."""
     roundings: tuple[Rounding, ...] = ()
     """Fake quantisation between the contraction and the softmax, in order; `after` counts modifiers."""
+    behind: int = 0
+    """How many modifiers, the last ones, are applied to the weights: `scores` are without them."""
     ranks: tuple[int, ...] = ()
     """How many axes the scores have where each modifier meets them; empty for fused anchors."""
 
@@ -164,7 +166,8 @@ def _written_out(flow: Flow, softmax: Node) -> ScorePath:
     columns = rank >= 2 and axis == rank - 2
     mixes = values_weighted_by(flow, softmax.outputs[0], turned=columns)
     try:
-        back = ScoreWalk(flow, turned=columns).run(softmax.inputs[0])
+        behind = mixes.masks if isinstance(mixes, Mix) else ()
+        back = ScoreWalk(flow, turned=columns, behind=tuple(m for m, _ in behind)).run(softmax.inputs[0])
     except Unrelated as error:
         reason = _learned_alone(flow, softmax) or _samples(flow, softmax)
         if reason is not None:
@@ -190,14 +193,17 @@ def _written_out(flow: Flow, softmax: Node) -> ScorePath:
     alpha, beta = (float(back.contraction.attrs.get(n, 1.0)) for n in ("alpha", "beta"))
     first = () if added is None else (Modifier("bias", added, back.scale * beta),)
     contracted = flow.shape(back.contraction.outputs[0])
+    if behind and any(m.kind == "sinks" for m in back.modifiers):
+        raise NotUnderstood("the weights of scores with attention sinks are masked behind the softmax")
     met = (_by_window(m, contracted, shape) for m, shape in zip(back.modifiers, back.shapes, strict=True))
-    modifiers = (*first, *reversed([*met]))
-    ranks = (*(3 for _ in first), *reversed(back.ranks))
-    roundings = tuple(replace(r, after=len(modifiers) - r.after) for r in reversed(back.roundings))
+    before = (*first, *reversed([*met]))
+    modifiers = (*before, *(_by_window(m, contracted, shape) for m, shape in behind))
+    ranks = (*(3 for _ in first), *reversed(back.ranks), *(len(shape) for _, shape in behind))
+    roundings = tuple(replace(r, after=len(before) - r.after) for r in reversed(back.roundings))
     return ScorePath(
         softmax, q, k, mixes.v, back.scale * alpha, modifiers, softmax.inputs[0], mixes.output,
         (back.contraction.index, *back.nodes, softmax.index, *mixes.nodes), mixes.zero_nan,
-        columns, back.shifted, roundings, ranks,
+        columns, back.shifted, roundings, len(behind), ranks,
     )  # fmt: skip
 
 

@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from passes.dataflow import CONTRACTIONS, Flow, Node, Value
 from passes.match.contractions import moves_batch, require_projected
+from passes.match.masked_weights import Blanked, blanked, hides_again, normalised
 from passes.match.operand_view import OperandView
 from passes.match.score_layout import flattens_rows, keeps_last_two, relaid_by, swaps_last_two
 from passes.match.verdicts import INTEGER_SCORES
 from passes.projections import einsum_terms
 from passes.provenance import PASS_THROUGH
-
-_EXPRESSION = 6
-"""Operators one on top of the other that two masks are compared by."""
+from passes.site import Modifier
 
 
 @dataclass(frozen=True)
 class Mix:
+    """The product of weights with values.
+
+    Attributes:
+        zero_nan: whether rows whose keys are all masked give zeros.
+        masks: what hides keys from the weights, as masks of their scores, and the shape of the weights that each meets.
+    """
+
     v: OperandView
     output: OperandView
     nodes: tuple[int, ...]
     zero_nan: bool
+    masks: tuple[tuple[Modifier, tuple[int, ...]], ...] = ()
 
 
 def values_weighted_by(flow: Flow, value: Value, turned: bool) -> Mix | str | None:
@@ -33,9 +40,22 @@ def values_weighted_by(flow: Flow, value: Value, turned: bool) -> Mix | str | No
     """
     nodes: list[int] = []
     zero_nan = False
+    masks: list[tuple[Modifier, tuple[int, ...]]] = []
+    waiting: list[tuple[Blanked, Node]] = []
+    """Masks behind which weights have not been normalised again yet."""
     while True:
         if value in flow.outputs:
             return "the attention weights are an output of the model"
+        again = normalised(flow, value, turned)
+        if isinstance(again, str):
+            return again
+        if again is not None:
+            nodes, zero_nan, value = [*nodes, *again.nodes], zero_nan or again.zero_rows, again.result
+            masks += [(mask.modifier, flow.shape(mask.result)) for mask, _ in waiting]
+            waiting = []
+            if masks and turned:
+                return "they are masked behind the softmax where they are [keys, queries]"
+            continue
         readers = flow.live_readers(value)
         tests = [n for n in readers if n.op == "IsNaN"]
         rest = [n for n in readers if n not in tests]
@@ -45,7 +65,10 @@ def values_weighted_by(flow: Flow, value: Value, turned: bool) -> Mix | str | No
         nodes += [n.index for n in tests]
         nodes.append(node.index)
         if node.op in CONTRACTIONS:
-            return _value_operand(flow, node, value, turned, tuple(nodes), zero_nan)
+            if waiting:
+                return _not_normalised(waiting[0][1])
+            mix = _value_operand(flow, node, value, turned, tuple(nodes), zero_nan)
+            return replace(mix, masks=tuple(masks)) if isinstance(mix, Mix) else mix
         kept = node.op in PASS_THROUGH or (node.op == "Reshape" and keeps_last_two(flow, node))
         kept = kept or flattens_rows(flow, node)
         kept = kept or (node.op == "Expand" and flow.shape(node.inputs[0]) == flow.shape(node.outputs[0]))
@@ -56,14 +79,39 @@ def values_weighted_by(flow: Flow, value: Value, turned: bool) -> Mix | str | No
             value = relaid[-1].outputs[0]
         elif node.op == "Transpose" and swaps_last_two(flow, node):
             turned, value = not turned, node.outputs[0]
-        elif node.op in {"Where", "MaskedFill"} and _replaces_nan(flow, node) and (tests or _hides_again(flow, node)):
+        elif tests and node.op in {"Where", "MaskedFill"} and _replaces_nan(flow, node):
             zero_nan, value = True, node.outputs[0]
+        elif (zeroed := blanked(flow, node, value)) is not None:
+            if hides_again(flow, zeroed, value):
+                zero_nan = True
+            else:
+                waiting.append((zeroed, node))
+            value = zeroed.result
         elif node.op in {"Where", "MaskedFill"}:
-            return f"some of them are replaced (by {node.op}), and not just where the same mask hid their scores"
+            return f"some of them are replaced (by {node.op}) with other numbers than zero, or by what data decides"
+        elif node.op == "Mul" and any(flow.is_fed(v) and not flow.data_dependent(v) for v in node.inputs):
+            return (
+                "they are multiplied by what the program is fed, which may be other than zero and one (a mask that is "
+                "an input of floats); compare it with zero first (mask != 0), which is read"
+            )
         elif node.op in {"Add", "Sub", "Mul", "Div"}:
             return f"they are combined with other numbers first ({node.op}; a gate, or other weights added to them)"
         else:
             return f"operator {node.op} reads them"
+
+
+def _not_normalised(node: Node) -> str:
+    """What to say of weights that are masked and go on as they are left."""
+    return (
+        f"some of them are set to zero (by {node.op}) where their scores were not hidden by the same mask, and they "
+        "are not normalised again, so they add up to less than one; mask the scores, or leave this attention as it is "
+        "(layers= selects others)"
+    )
+
+
+def _replaces_nan(flow: Flow, node: Node) -> bool:
+    fill = node.inputs[1] if node.op == "Where" else node.inputs[2]
+    return not flow.data_dependent(fill) and not np.any(flow.value(fill))
 
 
 def _read_apart(readers: list[Node]) -> str:
@@ -106,66 +154,6 @@ def _drops_columns(flow: Flow, node: Node) -> bool:
     before, after = flow.value(node.inputs[0]), flow.value(node.outputs[0])
     width = after.shape[-1]
     return before.shape[:-1] == after.shape[:-1] and bool(np.array_equal(before[..., :width], after))
-
-
-def _replaces_nan(flow: Flow, node: Node) -> bool:
-    fill = node.inputs[1] if node.op == "Where" else node.inputs[2]
-    return not flow.data_dependent(fill) and not np.any(flow.value(fill))
-
-
-def _hides_again(flow: Flow, node: Node) -> bool:
-    """Whether a mask of fed data zeroes weights that are zero already, save in rows where all keys are masked."""
-    condition, before = (node.inputs[0], node.inputs[2]) if node.op == "Where" else (node.inputs[1], node.inputs[0])
-    if flow.data_dependent(condition) or not flow.data_dependent(before):
-        return False
-    if _masked_alike(flow, condition, before):
-        return True
-    weights, after = flow.value(before), flow.value(node.outputs[0])
-    zeroed = np.broadcast_to(flow.value(condition).astype(bool), weights.shape)
-    if zeroed.shape != after.shape or not zeroed.any() or zeroed.all(-1).all():
-        return False
-    alive = zeroed & ~zeroed.all(-1, keepdims=True)
-    return not (weights[alive] != 0).any() and bool(np.array_equal(after[~zeroed], weights[~zeroed]))
-
-
-def _masked_alike(flow: Flow, condition: Value, weights: Value) -> bool:
-    """Whether the softmax that gives `weights` had its scores replaced by minus infinity under the same condition.
-
-    Told from how both are computed, since an example may hide nothing.
-    """
-    node = _above_casts(flow, weights)
-    if node is None or node.op != "Softmax" or (mask := _above_casts(flow, node.inputs[0])) is None:
-        return False
-    if mask.op == "MaskedFill":
-        hides, fill = mask.inputs[1:3]
-    elif mask.op == "Where" and flow.data_dependent(mask.inputs[2]):
-        hides, fill = mask.inputs[:2]
-    else:
-        return False
-    lowest = not flow.data_dependent(fill) and bool(np.isneginf(flow.value(fill)).all())
-    return lowest and _computed_alike(flow, condition, hides, _EXPRESSION)
-
-
-def _above_casts(flow: Flow, value: Value) -> Node | None:
-    node = flow.producer(value)
-    while node is not None and node.op in PASS_THROUGH:
-        node = flow.producer(node.inputs[0])
-    return node
-
-
-def _computed_alike(flow: Flow, a: Value, b: Value, depth: int) -> bool:
-    """Whether two values are the same operators on the same values, or on equal constants, up to some depth."""
-    if a == b:
-        return True
-    if flow.is_constant(a) and flow.is_constant(b):
-        return np.array_equal(flow.value(a), flow.value(b))
-    first, second = flow.producer(a), flow.producer(b)
-    if depth == 0 or first is None or second is None or first.op != second.op or first.likeness() is None:
-        return False
-    same = first.likeness() == second.likeness() and len(first.inputs) == len(second.inputs)
-    place = first.outputs.index(a) == second.outputs.index(b)
-    pairs = zip(first.inputs, second.inputs, strict=False)
-    return same and place and all(_computed_alike(flow, x, y, depth - 1) for x, y in pairs)
 
 
 def _value_operand(

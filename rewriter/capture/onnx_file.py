@@ -21,6 +21,7 @@ import onnxruntime as ort
 from codegen.ops.grouped_query_attention.onnx_tiles import masked_name
 from passes.dataflow import CONTRACTIONS, LAYOUT, Array, Flow, Node, Value, Weight, unflattened, unlike
 from passes.match.feed_forward_blocks import recorded_values
+from passes.match.masked_weights import MEET, OF_SUMS, SUMS
 from passes.match.scores import anchors
 from passes.products import with_products
 from passes.provenance import PASS_THROUGH
@@ -624,18 +625,18 @@ def _wanted(flow: Flow) -> set[Value]:
 
 def _downstream(flow: Flow, anchor: Node) -> list[Node]:
     """The anchor and what its output flows through until a projection reads it."""
-    found, todo, mixed = {anchor.index: anchor}, [(anchor, anchor.op != "Softmax")], False
+    found, todo = {anchor.index: anchor}, [(anchor, anchor.op != "Softmax", False)]
     while todo:
-        node, mixed = todo.pop()
+        node, mixed, summed = todo.pop()
+        follows = LAYOUT | PASS_THROUGH | ({"IsNaN"} if mixed else MEET) | (OF_SUMS if summed else set())
         for value in node.outputs:
             for reader in flow.consumers(value):
                 if reader.index in found:
                     continue
                 found[reader.index] = reader
-                follows = LAYOUT | PASS_THROUGH | {"IsNaN", "Where"}
                 if reader.op in CONTRACTIONS:
                     if flow.projection_operands(reader) is None and not mixed:
-                        todo.append((reader, True))
+                        todo.append((reader, True, False))
                 elif reader.op in follows:
-                    todo.append((reader, mixed))
+                    todo.append((reader, mixed, summed or reader.op in SUMS))
     return list(found.values())

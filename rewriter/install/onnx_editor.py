@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import onnx_ir as ir
 
 from passes.dataflow import Value
@@ -56,6 +57,12 @@ class Editor:
 
     def value(self, name: Value) -> ir.Value:
         return self.standing_in.get(name) or self.capture.values[name]
+
+    def as_boolean(self, nodes: list[ir.Node], mask: Value, value: ir.Value, name: str) -> ir.Value:
+        """A mask, or `value` made of it, as a condition: weights behind a softmax may be multiplied by numbers."""
+        if self.capture.flow.value(mask).dtype == np.bool_:
+            return value
+        return self.write.op(nodes, "Cast", [value], name, to=int(ir.DataType.BOOL))
 
     def share(self, value: ir.Value) -> ir.Value:
         """Equal new initializers are stored once: weights that layers shared stay shared."""

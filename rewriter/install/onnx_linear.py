@@ -80,9 +80,11 @@ def _last_row(editor: Editor, nodes: list[ir.Node], site: AttentionSite, modifie
 def _kept(editor: Editor, nodes: list[ir.Node], modifier: Modifier, row: ir.Value, name: str) -> ir.Value:
     """Boolean: which keys a row of a mask keeps."""
     write = editor.write
+    assert modifier.value is not None
     if modifier.kind != "bias":
+        row = editor.as_boolean(nodes, modifier.value, row, f"{name}.boolean")
         return row if modifier.kind == "mask" else write.op(nodes, "Not", [row], name)
-    assert modifier.value is not None and modifier.number is not None
+    assert modifier.number is not None
     dtype = editor.capture.element_type(modifier.value) or row.dtype or ir.DataType.FLOAT
     if modifier.number != 1.0:
         row = write.op(nodes, "Mul", [row, write.scalar(modifier.number, dtype, f"{name}.factor")], f"{name}.scaled")

@@ -56,6 +56,7 @@ def _additive(
         masked = modifier.number if np.isinf(modifier.number) else max(modifier.number, low)
         fill = editor.write.scalar(masked, dtype, f"{name}.masked")
         pair = [zero, fill] if modifier.kind == "mask" else [fill, zero]
+        value = editor.as_boolean(nodes, modifier.value, value, f"{name}.kept")
         value = editor.write.op(nodes, "Where", [value, *pair], name)
     if modifier.apart is not None:
         return _joined(editor, nodes, value, editor.capture.flow.shape(modifier.value), modifier.apart, name)

@@ -99,6 +99,15 @@ class Blanked(Attends):
         return weights.masked_fill(later, 0.0) @ v
 
 
+class MaskedLate(Attends):
+    """Weights are masked, and normalised again by what is left of their sum."""
+
+    def weigh(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        earlier = torch.arange(TOKENS)[None] <= torch.arange(TOKENS)[:, None]
+        weights: Tensor = (q @ k.transpose(-2, -1) / DIM**0.5).softmax(-1) * earlier
+        return weights / (weights.sum(-1, keepdim=True) + 1e-9) @ v
+
+
 class BiasByHead(Attends):
     """The value's bias is a parameter of its own, laid out by heads before it is added."""
 
@@ -211,6 +220,7 @@ CONVENTIONS: dict[str, Callable[[], Attends]] = {
     "temperatures-capped": Cooled,
     "masks-by-window": Windowed,
     "masked-twice": Blanked,
+    "masked-late": MaskedLate,
     "bias-by-head": BiasByHead,
     "heads-before-batch": HeadsBeforeBatch,
     "unread-bias": UnreadBias,
