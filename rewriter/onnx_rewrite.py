@@ -31,6 +31,7 @@ from rewriter.capture.unfuse import WrittenOut, fused_nodes, unfuse
 from rewriter.decision import LISTS, Decision, Stopwatch, decide, is_causal, report, rows, with_kept
 from rewriter.errors import NothingToRewrite, VerificationFailed
 from rewriter.install.kept import Kept, noted
+from rewriter.install.onnx_experts import contrib_obstacle
 from rewriter.install.onnx_function import install
 from rewriter.install.onnx_obstacles import block_obstacle, obstacle
 from rewriter.install.onnx_repeat import repeatable
@@ -113,6 +114,17 @@ def _noting_floats(captured: OnnxCapture, blocks: BlockDecision) -> BlockDecisio
     """Experts are stored as floating-point numbers, whatever the block's matrices were stored as."""
     stored = {r.site.name for r in blocks.replacements if _of_integers(captured.flow, r.site.down.weight)}
     return blocks.noting(stored, "its matrices were stored as integers, its experts are not")
+
+
+def _noting_operators(captured: OnnxCapture, blocks: BlockDecision) -> BlockDecision:
+    """Where onnxruntime's own operator was asked for: that it is written, or why it is not."""
+    for r in blocks.replacements if any(r.contrib for r in blocks.replacements) else ():
+        reason = contrib_obstacle(captured, r)
+        told = "runs in onnxruntime alone, by com.microsoft.MoE"
+        if reason is not None:
+            told = f"written in standard operators; com.microsoft.MoE does not fit: {reason}"
+        blocks = blocks.noting({r.site.name}, told)
+    return blocks
 
 
 def _of_integers(flow: Flow, value: Value) -> bool:
@@ -232,7 +244,8 @@ def _edited(
         decision, kept = _installable(captured, decision)
         known = {name for name, _ in decision.refused}
         decision = replace(decision, refused=(*decision.refused, *(r for r in refused if r[0] not in known)))
-        decision = replace(decision, blocks=_noting_floats(captured, decision.blocks))
+        noted_blocks = _noting_operators(captured, _noting_floats(captured, decision.blocks))
+        decision = replace(decision, blocks=noted_blocks)
         site_rows = tuple(noted(row, kept) for row in rows(captured.flow, matches, decision.replacements))
     summary = report(
         captured.flow,

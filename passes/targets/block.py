@@ -102,6 +102,7 @@ class BlockReplacement:
         merge: how it was made: "split", "split, fitted" or "copies" for experts, "selected" or "fitted" for branches.
         batch_first: as in `Surroundings`, where that matters.
         behind: name of the attention before the block, whose replacement is given the cache; of units.
+        contrib: in a file, a runtime's own operator is wanted where one computes the spec; of experts.
     """
 
     site: FeedForwardSite
@@ -114,6 +115,7 @@ class BlockReplacement:
     notes: tuple[str, ...] = ()
     batch_first: bool = True
     behind: str | None = None
+    contrib: bool = False
 
     def flops(self, flow: Flow) -> int:
         """On the recorded inputs, two for each multiplication."""

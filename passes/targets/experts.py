@@ -7,6 +7,10 @@ token visits half of the experts on average. With all of it every expert works o
 even, and the mixture computes what the block did. Copies: every expert starts as the whole block (upcycling), at the
 paper's capacities and with a random router, for training on.
 
+Where tokens choose, they ask for as many split experts as that work is, of copies for one, and experts have room for
+what is asked for on average, so that some choices are left out. A larger capacity factor leaves out fewer; one as large
+as the number of experts none.
+
 Probabilities are not renormalised, as in the paper's code, so split experts are scaled up: by the number of experts
 without calibration, by least squares with it. Without calibration the router points at each expert's own columns; with
 it, it is fitted to how much each expert contributes to the original's result.
@@ -14,6 +18,7 @@ it, it is fitted to how much each expert contributes to the original's result.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -53,14 +58,21 @@ class Experts:
         experts: how many.
         work: share of the dense block's products that split experts do, in (0, 1]; the capacity factor of copies.
         method: "split" or "copies".
+        routing: who chooses.
+        capacity_factor: where tokens choose, the room of an expert over an even share of the tokens (that many over
+            `experts`); None for what `work` asks for.
         middle: how many blocks in the middle of all that are selected; None for all.
+        contrib: in a file, write onnxruntime's com.microsoft.MoE where it computes the same. Such files run in
+            onnxruntime alone. Elsewhere, and in modules, it changes nothing.
     """
 
     experts: int = 16
     work: float = 0.5
     method: Literal["split", "copies"] = "split"
     routing: Routing = Routing.EXPERTS_CHOOSE
+    capacity_factor: float | None = None
     middle: int | None = None
+    contrib: bool = False
 
     def __post_init__(self) -> None:
         if self.experts < 2:
@@ -69,6 +81,18 @@ class Experts:
             raise ValueError(f'method must be "split" or "copies", not {self.method!r}')
         if not 0 < self.work <= 1:
             raise ValueError(f"work must be in (0, 1], not {self.work}")
+        if self.capacity_factor is None:
+            return
+        if self.routing is Routing.EXPERTS_CHOOSE:
+            raise ValueError("capacity_factor must be left out where experts choose: it is their work")
+        if not 0 < self.capacity_factor < math.inf:
+            raise ValueError(f"capacity_factor must be a positive number, not {self.capacity_factor}")
+
+    @property
+    def computes_the_block(self) -> bool:
+        """Whether nothing is left out, so that split experts are the dense block."""
+        room = self.capacity_factor is None or self.capacity_factor >= self.experts
+        return self.method == "split" and self.work == 1 and room
 
     def chosen(self, sites: Sequence[FeedForwardSite]) -> tuple[FeedForwardSite, ...]:
         """Those in the middle: blocks 5 to 8 of the paper's 14."""
@@ -91,14 +115,15 @@ class Experts:
         name = site.activation.name
         assert name is not None
         is_split = self.method == "split"
+        asked = self.experts * self.work if is_split else self.work
         return MixtureOfExperts(
             site.width,
             site.hidden // self.experts if is_split else site.hidden,
             self.experts,
             routing=self.routing,
             activation=ACTIVATIONS[name],
-            capacity_factor=self.experts * self.work if is_split else self.work,
-            selected=1 if self.routing is Routing.EXPERTS_CHOOSE else max(1, round(self.experts * self.work)),
+            capacity_factor=asked if self.capacity_factor is None else self.capacity_factor,
+            selected=1 if self.routing is Routing.EXPERTS_CHOOSE else max(1, round(asked)),
             gated=block.gate is not None,
             up_bias=block.up_bias is not None,
             down_bias=False,
@@ -117,7 +142,7 @@ class Experts:
 
     def fitted(self, flow: Flow, site: FeedForwardSite, around: Surroundings, x: Array) -> BlockReplacement:
         """By the block's hidden states x [N, width] on calibration data."""
-        if self.method == "copies" or self.work == 1:
+        if self.method == "copies" or self.computes_the_block:
             return self.transform(flow, site, around)
         block = dense_block(flow, site)
         kind = ACTIVATIONS[site.activation.name or ""]
@@ -143,18 +168,26 @@ class Experts:
         self, site: FeedForwardSite, block: DenseBlock, tensors: dict[str, Array], how: str, notes: tuple[str, ...]
     ) -> BlockReplacement:
         spec = self.spec(site, block)
-        exact = self.method == "split" and self.work == 1
+        exact = self.computes_the_block
         router = {} if "router_weight" in tensors else self._router(tensors)
         ordered = {name: (tensors | router)[name] for name in spec.shapes}
         notes = notes if exact else (*notes, "padded tokens are routed too")
         return BlockReplacement(
-            site, spec, ordered, f"ffn{site.hidden}", f"moe{self.experts}", how, exact=exact, notes=notes
+            site,
+            spec,
+            ordered,
+            f"ffn{site.hidden}",
+            f"moe{self.experts}",
+            how,
+            exact=exact,
+            notes=notes,
+            contrib=self.contrib,
         )
 
     def _router(self, tensors: Mapping[str, Array]) -> dict[str, Array]:
         """Without data."""
         router = central_router(tensors)
-        if self.method == "split" and self.work == 1:
+        if self.computes_the_block:
             return {name: np.zeros_like(array) for name, array in router.items()}
         if self.method == "split":
             return router

@@ -101,7 +101,8 @@ class Editor:
 
     def declare(self, body: ir.Function) -> None:
         self.model.functions.setdefault(body.identifier(), body)
-        self.model.opset_imports.setdefault(body.domain, 1)
+        for domain in (body.domain, *body.opset_imports):
+            self.model.opset_imports.setdefault(domain, 1)
         self.model.ir_version = max(self.model.ir_version, 8)
 
     def was_stored(self, names: Sequence[str]) -> tuple[str, ...]:

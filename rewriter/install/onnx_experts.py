@@ -13,10 +13,12 @@ from codegen.ops.conditional_feed_forward import onnx_body as conditional
 from codegen.ops.conditional_routing import onnx_body as routing
 from codegen.ops.gated_attention import onnx_body as unit
 from codegen.ops.mixed_chunk_attention import onnx_body as chunked
+from codegen.ops.mixture_of_experts import microsoft_moe
 from codegen.ops.mixture_of_experts import onnx_body as mixture
 from codegen.spec import GatedAttention, MixedChunkAttention, MixtureOfExperts
 from passes.dataflow import Array, Value
-from passes.targets.block import BlockReplacement, BlockSpec, given_to
+from passes.targets.block import BlockReplacement, given_to
+from rewriter.capture.onnx_file import OnnxCapture
 from rewriter.install.onnx_editor import Editor
 
 
@@ -35,7 +37,25 @@ class _Declared:
     stored: Callable[[Mapping[str, Array], ir.DataType], Mapping[str, Array]]
 
 
-def _declared(spec: BlockSpec, opset: int) -> _Declared:
+def contrib_obstacle(capture: OnnxCapture, replacement: BlockReplacement) -> str | None:
+    """Why onnxruntime's own operator cannot be written here, or None if it can."""
+    assert isinstance(replacement.spec, MixtureOfExperts)
+    return microsoft_moe.why_not(replacement.spec, _kind(capture, _given(capture, replacement)))
+
+
+def _given(capture: OnnxCapture, replacement: BlockReplacement) -> Value:
+    """What the function reads."""
+    by_sequence = not isinstance(replacement.spec, MixtureOfExperts)
+    site = replacement.site
+    return given_to(capture.flow, site) if by_sequence else Value(site.up.projection.input)
+
+
+def _kind(capture: OnnxCapture, name: Value) -> ir.DataType:
+    return capture.element_type(name) or capture.values[name].dtype or ir.DataType.FLOAT
+
+
+def _declared(capture: OnnxCapture, replacement: BlockReplacement, opset: int) -> _Declared:
+    spec = replacement.spec
     if isinstance(spec, GatedAttention):
         held = functools.partial(unit.stored, spec)
         return _Declared([unit.function(spec, opset)], "unit", functools.partial(unit.attributes, spec), held)
@@ -45,6 +65,9 @@ def _declared(spec: BlockSpec, opset: int) -> _Declared:
     if isinstance(spec, ConditionalFeedForward):
         body, described, types = conditional.function(spec, opset), routing.attributes, routing.stored_as
         return _Declared([body], "branches", described, functools.partial(_as, types))
+    if replacement.contrib and contrib_obstacle(capture, replacement) is None:
+        turned = functools.partial(_turned, spec)
+        return _Declared([microsoft_moe.function(spec, opset)], "experts", lambda _: [], turned)
     body, described, types = mixture.function(spec, opset), mixture.attributes, mixture.stored_as
     return _Declared([body], "experts", described, functools.partial(_as, types))
 
@@ -55,17 +78,20 @@ def _as(
     return {part: tensor.astype(stored_as(part, kind).numpy()) for part, tensor in tensors.items()}
 
 
+def _turned(spec: MixtureOfExperts, tensors: Mapping[str, Array], kind: ir.DataType) -> Mapping[str, Array]:
+    return {part: tensor.astype(kind.numpy()) for part, tensor in microsoft_moe.stored(spec, tensors).items()}
+
+
 def install_block(editor: Editor, replacement: BlockReplacement) -> ir.Node:
     """Put the function's call in the place of the block's output; returns the node that gave it, now unread."""
     site = replacement.site
-    declared = _declared(replacement.spec, editor.opset)
+    declared = _declared(editor.capture, replacement, editor.opset)
     flow = editor.capture.flow
-    by_sequence = not isinstance(replacement.spec, MixtureOfExperts)
-    name = given_to(flow, site) if by_sequence else Value(site.up.projection.input)
+    name = _given(editor.capture, replacement)
     x, output = editor.value(name), editor.value(site.output)
     producer = output.producer()
     assert producer is not None
-    kind = editor.capture.element_type(name) or x.dtype or ir.DataType.FLOAT
+    kind = _kind(editor.capture, name)
     nodes: list[ir.Node] = []
     if len(flow.shape(name)) != 3:
         x = editor.write.op(

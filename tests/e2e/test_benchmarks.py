@@ -15,6 +15,7 @@ from benchmarks import (
     curves,
     end_to_end,
     fidelity,
+    file_experts,
     flash_layers,
     kernels,
     real_models,
@@ -23,6 +24,7 @@ from benchmarks import (
 )
 from benchmarks.attentions import DOORS, Outcome
 from benchmarks.peers import PeerResult, model_type
+from codegen.spec import Activation
 
 ROW = {"name", "case", "ours", "peer", "peer_name", "unit", "ratio", "goal", "ok"}
 MACHINE = {"processor", "cores", "memory_gib", "accelerator", "python", "torch_threads", "packages"}
@@ -357,3 +359,11 @@ def test_a_place_that_is_not_there_is_an_error(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="no place for 'real models'"):
             real_models.main(["--quick", "--only", "minilm", "--readme", str(page)])
         assert page.read_text() == text
+
+
+def test_experts_in_files_beside_the_runtimes_own(tmp_path: Path) -> None:
+    page = tmp_path / "benchmarks.md"
+    case = file_experts.Case(8, 12, 2, Activation.RELU, tokens=20, experts=4)
+    assert file_experts.main(["--runs", "1", "--markdown", str(page)], wanted=[case]) == 0
+    cells = page.read_text().strip().splitlines()[-1].strip("| ").split(" | ")
+    assert cells[0] == str(case) and float(cells[-1]) < 1e-5

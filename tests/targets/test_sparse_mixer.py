@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 import torch
@@ -24,6 +26,7 @@ from passes.targets.sparse_mixer import SparseMixer
 from rewriter.cli import run
 from rewriter.errors import NothingToRewrite, UsageError
 from rewriter.install.expert_mixer import ExpertMixer, expert_mixers
+from tests.covering import covering
 from tests.zoo.feeds import INNER, WIDTH, text
 from tests.zoo.models import ZOO
 from tests.zoo.randomize import randomize
@@ -198,6 +201,58 @@ def test_files_get_the_same_experts(exporter: str, zoo_onnx: ZooOnnx, tmp_path: 
     assert checked.ok and any(check.name == "exact" for check in checked.checks)
 
 
+TOKENS_CHOOSE: dict[str, dict[str, Any]] = {
+    "split": {},
+    "split, all served": {"capacity_factor": 4.0},
+    "copies": {"method": "copies", "work": 1.0},
+    "copies, all served": {"method": "copies", "work": 1.0, "capacity_factor": 4.0},
+}
+
+
+@pytest.mark.parametrize(("how", "exporter"), covering(tuple(TOKENS_CHOOSE), ("dynamo18", "torchscript17")))
+def test_tokens_choose_in_files_as_in_modules(how: str, exporter: str, zoo_onnx: ZooOnnx, tmp_path: Path) -> None:
+    case, out = ZOO["bert-sdpa"], tmp_path / "out.onnx"
+    target = blocks_only(**{"work": 0.5, "routing": Routing.TOKENS_CHOOSE} | TOKENS_CHOOSE[how])
+    done = rewriter.optimize(zoo_onnx(case, exporter), target)
+    done.save(out)
+    assert {row.merge for row in done.rewrite_report.sites if row.before != row.after} == {how.split(",")[0]}
+    module = rewriter.optimize(case.build(), target, example_inputs=case.inputs(2, 9, 0))
+    spec = next(iter(expert_mixers(module).values())).spec
+    assert spec.selected == (1 if "copies" in how else 2) and spec.drops_nothing == ("all" in how)
+    inputs = case.inputs(3, 11, 1)
+    twin, found = case.run(module, inputs).numpy(), answer(out, {n: t.numpy() for n, t in inputs.items()})
+    assert np.abs(found - twin).max() < 1e-4 * np.abs(twin).max()
+    chosen = rewriter.optimize(case.build(), replace(target, blocks=blocks_only(work=0.5).blocks))
+    other = case.run(chosen, inputs).numpy()
+    assert np.abs(found - other).max() > 1e-3 * np.abs(other).max(), "the control: experts choose"
+
+
+def test_files_call_the_runtimes_own_operator_where_it_fits(zoo_onnx: ZooOnnx, tmp_path: Path) -> None:
+    """torch's encoder applies relu, BERT the exact gelu, which the operator does not have."""
+    chosen = {"work": 0.5, "routing": Routing.TOKENS_CHOOSE, "capacity_factor": 4.0}
+    for name, told in (
+        ("torch-encoder", "onnxruntime alone"),
+        ("bert-sdpa", "does not fit: it has no activation gelu"),
+    ):
+        case, own = ZOO[name], tmp_path / f"{name}.onnx"
+        source, given = zoo_onnx(case, "dynamo18"), case.inputs(3, 11, 1)
+        feeds = {n: t.numpy() for n, t in given.items()}
+        done = rewriter.optimize(source, blocks_only(**chosen, contrib=True))
+        done.save(own)
+        rows = [row for row in done.rewrite_report.sites if row.before != row.after]
+        assert len(rows) == 2 and all(told in row.notes[-1] for row in rows)
+        calls = [n.op_type for f in onnx.load(own).functions for n in f.node if n.domain == "com.microsoft"]
+        assert calls == (["MoE"] if name == "torch-encoder" else [])
+        rewriter.optimize(source, blocks_only(**chosen)).save(tmp_path / "standard.onnx")
+        expected = answer(tmp_path / "standard.onnx", feeds)
+        assert np.abs(answer(own, feeds) - expected).max() < 1e-5 * np.abs(expected).max()
+        original = answer(source, feeds)
+        assert np.abs(expected - original).max() > 1e-3 * np.abs(original).max(), "the control: something was changed"
+        assert rewriter.verify(own, source).ok
+        reasons = {r.reason for r in rewriter.inspect(own).feed_forward.refusals}
+        assert reasons == {"it is a mixture of experts already"}
+
+
 def test_the_command_line_makes_a_sparse_mixer(
     zoo_onnx: ZooOnnx, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -261,7 +316,10 @@ def test_the_targets_names_and_layers() -> None:
     numbers: Any = list(range(14))
     assert sparse.blocks.chosen(numbers) == (5, 6, 7, 8) and sparse.blocks.chosen(numbers[:6]) == (1, 2, 3, 4)
     assert sparse.blocks.chosen(numbers[:3]) == (0, 1, 2)
-    for broken in ({"experts": 1}, {"work": 0.0}, {"work": 1.5}, {"method": "halves"}):
+    room = {"capacity_factor": 0.0, "routing": Routing.TOKENS_CHOOSE}
+    for broken in (
+        {"experts": 1}, {"work": 0.0}, {"work": 1.5}, {"method": "halves"}, {"capacity_factor": 2.0}, room
+    ):  # fmt: skip
         with pytest.raises(ValueError, match="must be"):
             Experts(**broken)  # type: ignore[arg-type]
 
@@ -270,7 +328,7 @@ def test_copies_start_as_the_whole_block() -> None:
     case = ZOO["vit-sdpa"]
     done = rewriter.optimize(case.build(), blocks_only(method="copies"))
     mixer = next(iter(expert_mixers(done).values()))
-    assert mixer.spec.expert_hidden == INNER and mixer.spec.capacity_factor == 1.0
+    assert mixer.spec.expert_hidden == INNER and mixer.spec.capacity_factor == 1.0 and mixer.spec.selected == 1
     assert all(torch.equal(mixer.up_weight[0], expert) for expert in mixer.up_weight)
     assert {row.merge for row in done.rewrite_report.sites if row.before != row.after} == {"copies"}
     assert done.rewrite_report.parameters.after > done.rewrite_report.parameters.before

@@ -273,20 +273,22 @@ def test_a_captured_graph_takes_any_length(routing: Routing) -> None:
 # ------------------------------------------------------------------ ONNX
 
 
-def model(spec: MixtureOfExperts, opset: int, dtype: ir.DataType = ir.DataType.FLOAT) -> bytes:
-    """One call of the function, on x of any size; parameters are inputs."""
+def model(spec: MixtureOfExperts, opset: int, dtype: ir.DataType = ir.DataType.FLOAT, by: Any = None) -> bytes:
+    """One call of the function (or of another: with its inputs' shapes and a call's attributes), on x of any size;
+    parameters are inputs."""
+    body, shapes, described = by or (function(spec, opset), spec.shapes, attributes(dtype))
 
     def value(name: str, shape: tuple[Any, ...], kind: ir.DataType) -> ir.Value:
         return ir.Value(name=name, type=ir.TensorType(kind), shape=ir.Shape(shape))
 
     x = value("x", (None, None, spec.hidden), dtype)
-    held = [value(name, shape, stored_as(name, dtype)) for name, shape in spec.shapes.items()]
-    node = ir.Node(DOMAIN, function_name(spec), [x, *held], attributes(dtype), num_outputs=1)
+    held = [value(name, shape, stored_as(name, dtype)) for name, shape in shapes.items()]
+    node = ir.Node(DOMAIN, body.name, [x, *held], described, num_outputs=1)
     output = node.outputs[0]
     output.name, output.type, output.shape = "y", ir.TensorType(dtype), ir.Shape([None, None, spec.hidden])
-    opsets = {"": opset, DOMAIN: 1}
+    opsets = {"": opset, DOMAIN: 1} | body.opset_imports
     graph = ir.Graph([x, *held], [output], nodes=[node], name="g", opset_imports=opsets)
-    proto = ir.serde.serialize_model(ir.Model(graph, ir_version=8, functions=[function(spec, opset)]))
+    proto = ir.serde.serialize_model(ir.Model(graph, ir_version=8, functions=[body]))
     onnx.checker.check_model(proto)
     return bytes(proto.SerializeToString())
 
@@ -299,10 +301,16 @@ def run(content: bytes, feeds: dict[str, Array]) -> Array:
     return np.asarray(session.run(None, feeds)[0])
 
 
-@pytest.mark.parametrize(("routing", "opset"), covering(tuple(Routing), (12, 13, 15, 16, 18, 21, 24)))
-def test_the_function_equals_the_oracle_at_every_opset(routing: Routing, opset: int) -> None:
-    selected = 2 if routing is Routing.TOKENS_CHOOSE else 1
-    spec = MixtureOfExperts(6, 9, 4, routing, group_limit=30, selected=selected, gated=True, bias=True)
+ROOMS = {"experts choose": 1.0, "tokens choose": 1.0, "tokens choose, all served": 4.0}
+"""Capacity factors for four experts."""
+
+
+@pytest.mark.parametrize(("case", "opset"), covering(tuple(ROOMS), (12, 13, 15, 16, 18, 21, 24)))
+def test_the_function_equals_the_oracle_at_every_opset(case: str, opset: int) -> None:
+    routing = Routing.EXPERTS_CHOOSE if case == "experts choose" else Routing.TOKENS_CHOOSE
+    more = {"selected": 2 if routing is Routing.TOKENS_CHOOSE else 1, "capacity_factor": ROOMS[case]}
+    spec = MixtureOfExperts(6, 9, 4, routing, group_limit=30, gated=True, bias=True, **more)  # type: ignore[arg-type]
+    assert spec.drops_nothing == (case == "tokens choose, all served")
     content = model(spec, opset)
     for length in (1, 2, 7, 16, 31, 40):
         feeds = operands(spec, 2, length, seed=length)
@@ -383,39 +391,25 @@ def test_names_differ_where_specs_do() -> None:
 # ------------------------------------------------------------------ onnxruntime's own operator
 
 
-def microsoft_model(spec: MixtureOfExperts, feeds: dict[str, Array]) -> bytes:
-    """Logits and one com.microsoft.MoE."""
-    kind = ir.TensorType(ir.DataType.FLOAT)
-    turned = {n: feeds[n].transpose(0, 2, 1) for n in ("up_weight", "down_weight")}
-    arrays = {n: turned.get(n, a) for n, a in feeds.items() if n != "x"}
-    held = {
-        n: ir.Value(name=n, type=kind, shape=ir.Shape(a.shape), const_value=ir.tensor(a)) for n, a in arrays.items()
-    }
-    x = ir.Value(name="x", type=kind, shape=ir.Shape([None, spec.hidden]))
-    products = ir.Node("", "MatMul", [x, held["router_weight"]], num_outputs=1)
-    logits = ir.Node("", "Add", [products.outputs[0], held["router_bias"]], num_outputs=1)
-    experts = [held[n] for n in ("up_weight", "up_bias", "down_weight", "down_bias")]
-    inputs = [x, logits.outputs[0], *experts]
-    node = ir.Node(microsoft_moe.DOMAIN, microsoft_moe.OPERATOR, inputs, microsoft_moe.attributes(spec), num_outputs=1)
-    output = node.outputs[0]
-    output.name, output.type, output.shape = "y", kind, ir.Shape([None, spec.hidden])
-    nodes, initializers = [products, logits, node], list(held.values())
-    opsets = {"": 18, microsoft_moe.DOMAIN: 1}
-    graph = ir.Graph([x], [output], nodes=nodes, name="g", opset_imports=opsets, initializers=initializers)
-    return bytes(ir.serde.serialize_model(ir.Model(graph, ir_version=8)).SerializeToString())
-
-
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize("activation", microsoft_moe.ACTIVATIONS, ids=[a.value for a in microsoft_moe.ACTIVATIONS])
-@pytest.mark.parametrize("selected", [1, 2])
-def test_the_runtimes_own_operator_computes_what_it_is_said_to_fit(activation: Activation, selected: int) -> None:
-    spec = MixtureOfExperts(
-        8, 12, 4, Routing.TOKENS_CHOOSE, activation, capacity_factor=4.0, selected=selected, min_capacity=1
-    )
-    feeds = operands(spec, 1, 20)
-    found = run(microsoft_model(spec, feeds), {"x": feeds["x"][0]})
-    assert distance(found, oracle(spec, **feeds).output[0]) < CLOSE
-    tight = replace(spec, capacity_factor=0.5)  # the control: a capacity that it does not have
-    assert distance(found, oracle(tight, **feeds).output[0]) > 1e-2
+def test_the_runtimes_own_operator_computes_what_it_is_said_to_fit(activation: Activation, gated: bool) -> None:
+    for selected in (1, 2):
+        spec = MixtureOfExperts(
+            8, 12, 4, Routing.TOKENS_CHOOSE, activation, capacity_factor=4.0, selected=selected, min_capacity=1,
+            gated=gated, router_bias=selected == 1, up_bias=selected == 2, down_bias=selected == 1, bias=selected == 2,
+        )  # fmt: skip
+        feeds = operands(spec, 2, 10)
+        if gated and activation is not Activation.SILU:
+            assert microsoft_moe.why_not(spec) == f"on CPUs its gate is silu's, not {activation.value}'s"
+            continue
+        held = microsoft_moe.stored(spec, {n: a for n, a in feeds.items() if n != "x"})
+        shapes = {n: a.shape for n, a in held.items()}
+        content = model(spec, 18, by=(microsoft_moe.function(spec, 18), shapes, []))
+        found = run(content, {"x": feeds["x"], **held})
+        assert distance(found, oracle(spec, **feeds).output) < CLOSE
+        tight = replace(spec, capacity_factor=0.5)  # the control: a capacity that it does not have
+        assert distance(found, oracle(tight, **feeds).output) > 1e-2
 
 
 def test_the_runtimes_own_operator_is_refused_elsewhere() -> None:
@@ -428,4 +422,5 @@ def test_the_runtimes_own_operator_is_refused_elsewhere() -> None:
         (replace(fits, gated=True), "gate"),
     ):
         with pytest.raises(ValueError, match=reason):
-            microsoft_moe.attributes(spec)
+            microsoft_moe.function(spec, 18)
+    assert "float16" in (microsoft_moe.why_not(fits, ir.DataType.FLOAT16) or "")

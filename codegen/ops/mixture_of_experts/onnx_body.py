@@ -2,10 +2,11 @@
 
 Tokens are gathered for each expert, and experts work one by one. Where experts choose, what they give is
 added up by ScatterND from opset 16 on; before, every expert's answer to every token is looked up, zero where there is
-none, and summed. Where tokens choose, each token looks up the answers to its own choices. TopK breaks ties by the lower
-index, by its definition.
+none, and summed. Where tokens choose, each token looks up the answers to its own choices; where every choice is
+served, an expert works on just those tokens that ask for it. TopK breaks ties by the lower index, by its definition.
 
-Shape legend: N = G T tokens in G groups, E experts, C capacity, K selected experts, H features, F features inside.
+Shape legend: N = G T tokens in G groups, E experts, C capacity, K selected experts, M = N K choices, n tokens of one
+expert, H features, F features inside.
 """
 
 from __future__ import annotations
@@ -52,10 +53,9 @@ def function(spec: MixtureOfExperts, opset: int) -> ir.Function:
     x = ir.Value(name="x_BSH")
     held = {name: ir.Value(name=name) for name in spec.shapes}
     flat = body.reshaped(x, [-1, spec.hidden], "tokens_NH")
-    sizes = _sizes(body, spec, flat)
-    probabilities = _probabilities(body, spec, flat, held, sizes)
+    probabilities = _probabilities(body, spec, flat, held)
     by = _by_experts if spec.routing is Routing.EXPERTS_CHOOSE else _by_tokens
-    mixed = by(body, spec, flat, probabilities, held, sizes)
+    mixed = (_all_served if spec.drops_nothing else by)(body, spec, flat, probabilities, held)
     if spec.bias:
         mixed = body.op("Add", [mixed, held["bias"]], "shifted_NH")
     output = body.op("Reshape", [mixed, body.op("Shape", [x], "shape")], "output_BSH")
@@ -141,12 +141,15 @@ def _double(body: _Body, number: float) -> ir.Value:
     return body.op("Constant", [], "number", [ir.AttrTensor("value", tensor)])
 
 
-def _probabilities(body: _Body, spec: MixtureOfExperts, flat: ir.Value, held: Parameters, sizes: _Sizes) -> ir.Value:
-    """[G, T, E], in what the router computes in."""
+def _probabilities(body: _Body, spec: MixtureOfExperts, flat: ir.Value, held: Parameters) -> ir.Value:
+    """[N, E], in what the router computes in."""
     logits = body.op("MatMul", [body.cast(flat, "compute", "wide_NH"), held["router_weight"]], "products_NE")
     if spec.router_bias:
         logits = body.op("Add", [logits, held["router_bias"]], "logits_NE")
-    probabilities = body.op("Softmax", [logits], "probabilities_NE", [ir.AttrInt64("axis", 1)])
+    return body.op("Softmax", [logits], "probabilities_NE", [ir.AttrInt64("axis", 1)])
+
+
+def _in_groups(body: _Body, spec: MixtureOfExperts, probabilities: ir.Value, sizes: _Sizes) -> ir.Value:
     return body.reshaped(probabilities, [sizes.groups, sizes.group, spec.experts], "probabilities_GTE")
 
 
@@ -154,9 +157,11 @@ def _probabilities(body: _Body, spec: MixtureOfExperts, flat: ir.Value, held: Pa
 
 
 def _by_experts(
-    body: _Body, spec: MixtureOfExperts, flat: ir.Value, probabilities: ir.Value, held: Parameters, sizes: _Sizes
+    body: _Body, spec: MixtureOfExperts, flat: ir.Value, probabilities: ir.Value, held: Parameters
 ) -> ir.Value:
     """[N, H]"""
+    sizes = _sizes(body, spec, flat)
+    probabilities = _in_groups(body, spec, probabilities, sizes)
     turned = body.turned(probabilities, [0, 2, 1], "probabilities_GET")
     gates, index = body.best(turned, sizes.capacity, 2, "chosen_GEC")
     start = body.product(body.reshaped(body.counted(sizes.groups, "groups"), [-1, 1, 1], "g_G11"), sizes.group, "start")
@@ -199,9 +204,11 @@ def _looked_up(body: _Body, spec: MixtureOfExperts, rows: ir.Value, weighted: ir
 
 
 def _by_tokens(
-    body: _Body, spec: MixtureOfExperts, flat: ir.Value, probabilities: ir.Value, held: Parameters, sizes: _Sizes
+    body: _Body, spec: MixtureOfExperts, flat: ir.Value, probabilities: ir.Value, held: Parameters
 ) -> ir.Value:
     """[N, H]"""
+    sizes = _sizes(body, spec, flat)
+    probabilities = _in_groups(body, spec, probabilities, sizes)
     gates, choices = body.best(probabilities, body.ints([spec.selected]), 2, "asked_GTK")
     first = body.op("Gather", [gates, body.scalar(0)], "best_GT", [ir.AttrInt64("axis", 2)])
     gates, choices = body.turned(gates, [0, 2, 1], "gates_GKT"), body.turned(choices, [0, 2, 1], "choices_GKT")
@@ -263,6 +270,33 @@ def _rows(body: _Body, spec: MixtureOfExperts, slots: ir.Value, kept: ir.Value, 
     return body.reshaped(rows, [spec.experts, -1], "rows_En")
 
 
+def _all_served(
+    body: _Body, spec: MixtureOfExperts, flat: ir.Value, probabilities: ir.Value, held: Parameters
+) -> ir.Value:
+    """[N, H]"""
+    gates, choices = body.best(probabilities, body.ints([spec.selected]), 1, "asked_NK")
+    asked = body.reshaped(choices, [-1], "asked_M")
+    places = [_places_of(body, asked, expert) for expert in range(spec.experts)]
+    rows = [body.op("Div", [place, body.ints([spec.selected])], "rows_n") for place in places]
+    given = [body.op("Gather", [flat, row], "given_nH") for row in rows]
+    first = ir.AttrInt64("axis", 0)
+    worked = [_worked(body, spec, tokens, held, expert) for expert, tokens in enumerate(given)]
+    order = body.op("Concat", places, "order_M", [first])
+    count = body.op("Shape", [asked], "M")
+    numbers = [body.zeros(count, "zeros_M"), order, body.counted(count, "numbers_M")]
+    answered = body.op("ScatterElements", numbers, "answered_M", [first])
+    answers = body.op("Gather", [body.op("Concat", worked, "worked_MH", [first]), answered], "answers_MH")
+    answers = body.reshaped(answers, [-1, spec.selected, spec.hidden], "answers_NKH")
+    gates = body.cast(body.reshaped(gates, [-1, 1, spec.selected], "gates_N1K"), "dtype", "gates_N1K")
+    return body.reshaped(body.op("MatMul", [gates, answers], "mixed_N1H"), [-1, spec.hidden], "mixed_NH")
+
+
+def _places_of(body: _Body, asked: ir.Value, expert: int) -> ir.Value:
+    """[n]: which of all choices are this expert, in order."""
+    asks = body.op("Equal", [asked, body.ints([expert])], "asks_M")
+    return body.reshaped(body.op("NonZero", [asks], "places_1n"), [-1], "places_n")
+
+
 # ------------------------------------------------------------ experts
 
 
@@ -275,6 +309,11 @@ def _experts(body: _Body, spec: MixtureOfExperts, x: ir.Value, held: Parameters)
 
 def _expert(body: _Body, spec: MixtureOfExperts, x: ir.Value, held: Parameters, expert: int) -> ir.Value:
     """[n, H]"""
+    return _worked(body, spec, body.op("Gather", [x, body.scalar(expert)], "given_nH"), held, expert)
+
+
+def _worked(body: _Body, spec: MixtureOfExperts, given: ir.Value, held: Parameters, expert: int) -> ir.Value:
+    """[n, H] of one expert's tokens [n, H]."""
 
     def of(value: ir.Value, name: str) -> ir.Value:
         return body.op("Gather", [value, body.scalar(expert)], name)
@@ -285,7 +324,6 @@ def _expert(body: _Body, spec: MixtureOfExperts, x: ir.Value, held: Parameters, 
             return product
         return body.op("Add", [product, of(held[f"{name}_bias"], f"{name}_vector")], name)
 
-    given = of(x, "given_nH")
     up = projected("up", given)
     if spec.gated:
         gate = activate(body, spec.activation, projected("gate", given), "activated_nF")
