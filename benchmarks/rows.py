@@ -99,9 +99,16 @@ def _cell(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
+HEAD = (
+    "# Benchmarks\n\nTables are written by `make bench` and the commands named at them; what stands around them is "
+    "written by hand.\n"
+)
+"""What docs/benchmarks.md begins with."""
+
+
 def put_section(path: Path, title: str, text: str) -> None:
     """Replace the section ``## title`` of a Markdown file, or append it; other sections stay."""
-    before = path.read_text() if path.exists() else "# Benchmarks\n\nWritten by `make bench`; do not edit.\n"
+    before = path.read_text() if path.exists() else HEAD
     head, *sections = before.split("\n## ")
     kept = [s for s in sections if s.splitlines()[0] != title]
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -341,7 +341,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "file": lambda p: large_file(p, quick_or(options, small, medium), quick_or(options, "0.3 GB", "3 GB")),
         "wide file": lambda p: large_file(p, wide, "1.2 GB, 3 layers as wide as those of 20 GB"),
         "sparse file": lambda p: large_file(p, large, "20 GB, sparse"),
-        "graph": lambda p: long_graphs(p, quick_or(options, (50, 100, 200), (544, 1087, 2174, 4348))),
+        "graph": lambda p: long_graphs(p, quick_or(options, (50, 100, 200), (600, 1200, 2400, 4800))),
         "rewrites": lambda p: many_rewrites(p, quick_or(options, 60, 1000)),
         "checkpoint": lambda p: huge_checkpoint(p, quick_or(options, 2, 80)),
     }
