@@ -22,7 +22,7 @@ _FIXED_WIDTH = {1: 8, 5: 4}
 
 
 def parse(path: Path) -> onnx.ModelProto:
-    """The message in a file; raises UsageError if none can be read, InvalidModelFile if it is empty, cut off or none."""
+    """The message in a file; raises UsageError if it cannot be read, InvalidModelFile if there is none."""
     import onnx
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped, unused-ignore]
 
