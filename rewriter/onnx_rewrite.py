@@ -24,10 +24,11 @@ from rewriter.block_decision import BlockDecision
 from rewriter.calibration.batches import Batch, batches
 from rewriter.calibration.onnx_trial import onnx_probe
 from rewriter.capture.faithful import without_unfaithful
+from rewriter.capture.fused.unfuse import fused_nodes, unfuse
+from rewriter.capture.fused.written_out import WrittenOut
 from rewriter.capture.onnx_file import OnnxCapture, capture, hidden_anchors
 from rewriter.capture.onnx_load import copy_of
 from rewriter.capture.onnx_pointwise import Written, has_unwritten, write_as_products
-from rewriter.capture.unfuse import WrittenOut, fused_nodes, unfuse
 from rewriter.decision import LISTS, Decision, Stopwatch, decide, is_causal, report, rows, with_kept
 from rewriter.errors import NothingToRewrite, VerificationFailed
 from rewriter.install.kept import Kept, noted

@@ -12,8 +12,8 @@ from passes.dataflow import Array
 from passes.match.attention import Matches
 from passes.replay import TOLERANCES, relative
 from passes.site import Refusal
+from rewriter.capture.fused.written_out import WrittenOut
 from rewriter.capture.onnx_file import OnnxCapture, open_session
-from rewriter.capture.unfuse import WrittenOut
 from rewriter.errors import first_line
 
 

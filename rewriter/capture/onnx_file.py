@@ -30,6 +30,8 @@ from rewriter.capture.bounded_run import OUT_OF_BOUNDS, run_within, time_limit
 from rewriter.capture.cache_sizes import CacheSize
 from rewriter.capture.exact_integers import with_unsigned_weights
 from rewriter.capture.feeds import MaskStyle, candidate_sizes, make_feeds
+from rewriter.capture.fused.unfuse import obstacle
+from rewriter.capture.fused.written_out import WrittenOut
 from rewriter.capture.memory_limit import too_much
 from rewriter.capture.onnx_constants import constant_tensor
 from rewriter.capture.onnx_elementwise import single_node
@@ -39,7 +41,6 @@ from rewriter.capture.random_draws import require_no_draws
 from rewriter.capture.sequences import OnTensors, on_tensors
 from rewriter.capture.stretches import NODES as STRETCH
 from rewriter.capture.stretches import Stretches, open_stretches
-from rewriter.capture.unfuse import WrittenOut, obstacle
 from rewriter.capture.unread import drop_unread
 from rewriter.errors import UnsupportedModel, first_line
 

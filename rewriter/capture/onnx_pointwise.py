@@ -1,6 +1,6 @@
 """Projections as vision models write them, as products with a matrix: convolutions of kernel size 1 and batch norms.
 
-Like fused operators (`rewriter.capture.unfuse`) they are written out on a copy to be matched, and in the model that is
+Like fused operators (`rewriter.capture.fused`) they are written out on a copy to be matched, and in the model that is
 kept only where an attention that they project for is rewritten.
 """
 

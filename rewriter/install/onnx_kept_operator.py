@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from passes.site import AttentionSite, Operand
-from rewriter.capture.unfuse import WrittenOut
+from rewriter.capture.fused.written_out import WrittenOut
 from rewriter.install.onnx_editor import Editor
 from rewriter.install.onnx_path import resize
 

@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 import rewriter
-from rewriter.capture import unfuse
+from rewriter.capture.fused import unfuse, writer
 from rewriter.capture.onnx_load import from_proto, load
 from rewriter.errors import NothingToRewrite, RewriteError, UnsupportedModel
 from rewriter.onnx_rewrite import match_onnx
@@ -209,8 +209,8 @@ def test_a_form_that_the_cpu_does_not_run_is_refused_with_its_words(name: str, t
 
 def test_what_stands_for_an_operator_must_compute_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The control of reading operators: with a window read one token too wide, every site is refused."""
-    right = unfuse._Writer._causal
-    monkeypatch.setattr(unfuse._Writer, "_causal", lambda self, q, k, window=-1: right(self, q, k, window + 1))
+    right = writer.Writer._causal
+    monkeypatch.setattr(writer.Writer, "_causal", lambda self, q, k, window=-1: right(self, q, k, window + 1))
     with pytest.raises(NothingToRewrite, match="GroupQueryAttention computes something else"):
         rewriter.optimize(fused_file("gqa-window-softcap", tmp_path), "gqa2")
 
