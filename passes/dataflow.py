@@ -104,6 +104,7 @@ class Flow:
         weights: constants by value name.
         read: returns the recorded (or constant) value of a name; raises KeyError if it was not recorded.
         dtype: the floating dtype the program computes in; sets replay tolerances.
+        dtypes: of values that are floating in another dtype (in a region with autocast).
     """
 
     nodes: tuple[Node, ...]
@@ -112,6 +113,7 @@ class Flow:
     weights: Mapping[Value, Weight]
     read: Callable[[Value], Array]
     dtype: str = "float32"
+    dtypes: Mapping[Value, str] = field(default_factory=dict)
 
     @cached_property
     def _producers(self) -> dict[Value, Node]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from passes.dataflow import Array, Flow
+from passes.dataflow import Array, Flow, Value
 from passes.match.canonical_order import in_blocks
 from passes.match.operand_view import OperandView
 from passes.match.operands import Tokens, Traced
@@ -23,6 +23,11 @@ from passes.site import Projection
 TOLERANCES = {"float64": 1e-4, "float32": 1e-4, "float16": 2e-2, "bfloat16": 6e-2, "int8": 6e-2}
 """Largest relative error by dtype; half precisions round rotations twice, "int8" stands for programs that quantise
 activations on the way. A wrong row map is off by about 1."""
+
+
+def tolerance(flow: Flow, values: Iterable[Value]) -> float:
+    """For what is computed from the program's weights and recorded as these values: that of the coarsest dtype."""
+    return max(TOLERANCES[flow.dtype], *(TOLERANCES.get(flow.dtypes.get(v, flow.dtype), 0.0) for v in values))
 
 
 FAR = 1e3

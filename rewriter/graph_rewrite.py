@@ -16,7 +16,7 @@ from passes.targets.replacement import Replacement
 from rewriter.calibration.batches import batches
 from rewriter.calibration.torch_probe import program_probe
 from rewriter.capture.example_inputs import Call, as_call
-from rewriter.capture.torch_export import functional
+from rewriter.capture.torch_export import opened
 from rewriter.decision import Decision, Stopwatch, decide, is_causal, report, rows
 from rewriter.errors import NothingToRewrite, VerificationFailed
 from rewriter.install.fx_graph import GraphRewrite, rewrite_exported_program, rewrite_graph_module
@@ -54,7 +54,7 @@ def rewrite_graph(
         return decisions[-1].replacements
 
     with watch.stage("install"):
-        recorded = functional(model) if isinstance(model, torch.export.ExportedProgram) else model
+        recorded = opened(model) if isinstance(model, torch.export.ExportedProgram) else model
         readable = with_linear_projections(recorded)
         done = _rewritten(readable, choose, args, kwargs)
         if readable is not recorded and (only := _unused(readable, done)) is not None:

@@ -154,11 +154,11 @@ def _inspect_torch(model: Any, example_inputs: Any, name: str) -> Inspection:
 
     if isinstance(model, torch.export.ExportedProgram):
         from passes.match.attention import find_attention
-        from rewriter.capture.torch_export import functional, view
+        from rewriter.capture.torch_export import opened, view
         from rewriter.install.fx_projections import with_linear_projections
 
         args, kwargs = model.example_inputs
-        flow = view(with_linear_projections(functional(model)), args, kwargs).flow
+        flow = view(with_linear_projections(opened(model)), args, kwargs).flow
         matches = _tried(model, None, flow, find_attention(flow))
         return _inspection(name, "torch", None, None, flow, matches, find_feed_forward(flow, matches.names))
     from rewriter.placement import on_processor
@@ -168,7 +168,8 @@ def _inspect_torch(model: Any, example_inputs: Any, name: str) -> Inspection:
         try:
             captured, matches, _ = match_torch(model, example_inputs)
         except NotExportable as error:
-            refusals = tuple(_unexportable(model, str(error)))
+            reason = f"{error}; {error.hint}" if error.hint else str(error)
+            refusals = tuple(_unexportable(model, reason))
             if not refusals:
                 raise
             return Inspection(name, "torch", None, None, (), refusals, ())

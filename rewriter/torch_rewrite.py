@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 from collections.abc import Mapping, Sequence
@@ -242,7 +243,9 @@ def _install(
             reasons.update({r.site.name: f"its keys and values are those of {other}" for r in group.replacements})
             continue
         try:
-            _install_one(module, flow, group, records)
+            recorded = records.get(group.path)
+            with contextlib.nullcontext() if recorded is None else recorded.surroundings():
+                _install_one(module, flow, group, recorded, records)
         except UnsupportedModel as error:
             left[group.path] = group
             reasons.update({r.site.name: str(error) for r in group.replacements})
@@ -344,8 +347,10 @@ def _mix_one(module: torch.nn.Module, flow: Flow, group: _Owned, records: Mappin
     install_mixing(module, group.path, first.mixing, first.tensors, records, seen, heads=first.site.heads, out=out)
 
 
-def _install_one(module: torch.nn.Module, flow: Flow, group: _Owned, records: Mapping[str, CallRecord]) -> None:
-    first, record = group.replacements[0], records.get(group.path)
+def _install_one(
+    module: torch.nn.Module, flow: Flow, group: _Owned, record: CallRecord | None, records: Mapping[str, CallRecord]
+) -> None:
+    first = group.replacements[0]
     reason = crowd(group.path, [r.site for r in group.replacements])
     if reason is not None:
         raise UnsupportedModel(

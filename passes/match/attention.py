@@ -20,7 +20,7 @@ from passes.match.scores import ScorePath, anchors, score_path
 from passes.match.verdicts import FreeQuery, NotUnderstood, Unrelated
 from passes.match.without_softmax import without_softmax
 from passes.provenance import PASS_THROUGH, Memory, Tracer
-from passes.replay import TOLERANCES, replay
+from passes.replay import replay, tolerance
 from passes.site import AttentionSite, Modifier, NotAttention, Projection, Refusal
 
 
@@ -106,7 +106,7 @@ def match_anchor(tracer: Tracer, anchor: Node, name: str, layer: int) -> tuple[A
             "as it is (layers= selects others)"
         )
     replayed = replay(flow, path, q, k, v)
-    limit = TOLERANCES[flow.dtype]
+    limit = tolerance(flow, (path.q.value, path.k.value, path.v.value, path.output_view.value))
     if not replayed.worst <= limit:
         raise NotUnderstood(
             f"it does not replay from its weights (relative error q {replayed.q:.1e}, k {replayed.k:.1e}, "

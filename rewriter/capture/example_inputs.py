@@ -65,7 +65,7 @@ def default_inputs(module: torch.nn.Module, batch: int = BATCH, length: int = LE
     """Random small inputs by the names that the module's forward takes."""
     config = getattr(module, "config", None)
     main = getattr(module, "main_input_name", None)
-    if config is None or main is None:
+    if config is None or not isinstance(main, str):
         raise UsageError(
             f"no default inputs for a {type(module).__name__}",
             hint="pass example_inputs=(tensor, ...) or a dict of keyword tensors",

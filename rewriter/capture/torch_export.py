@@ -24,10 +24,13 @@ from passes.softmaxes import with_softmaxes
 from rewriter.capture.aten_names import Literal, canonical
 from rewriter.capture.flex_attention import OPERATOR, UNREAD, operands, written_out
 from rewriter.capture.folded_norms import fold_norms
-from rewriter.capture.pointwise import write_as_linear
+from rewriter.capture.pointwise import operator_name, write_as_linear
 from rewriter.capture.torch_trace import trace, writes_through_views
 from rewriter.errors import NotExportable, UnsupportedModel, first_line
 from rewriter.module_modes import evaluating, unchanged
+
+_REGIONS = frozenset({"wrap_with_autocast", "wrap_with_set_grad_enabled"})
+_ANCHORS = frozenset({"softmax", "_softmax", "scaled_dot_product_attention"})
 
 STACK_TRACES_OFF = "do_not_emit_stack_traces"
 """The setting of torch.fx by which nodes get none."""
@@ -116,10 +119,19 @@ def exported(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
                 f"{scripted} is compiled to TorchScript, which torch.export does not see through",
                 hint="build the model with the module that it was made from",
             ) from error
+        if any(_attends_flexibly(m) for m in module.modules()):
+            raise NotExportable(
+                f"its attention runs on flex_attention, which torch.export did not take: {first_line(error)}",
+                hint='load the model with attn_implementation="sdpa", or call model.set_attn_implementation("sdpa")',
+            ) from error
         raise NotExportable(
             f"torch.export could not capture the model: {first_line(error)}",
             hint="pass example_inputs that the model accepts, or make its forward exportable",
         ) from error
+
+
+def _attends_flexibly(module: torch.nn.Module) -> bool:
+    return getattr(getattr(module, "config", None), "_attn_implementation", None) == "flex_attention"
 
 
 def functional(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
@@ -128,6 +140,24 @@ def functional(program: torch.export.ExportedProgram) -> torch.export.ExportedPr
     No operator is decomposed, but none works in place any more.
     """
     return program if is_functional(program.graph) else program.run_decompositions({})
+
+
+def opened(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """As `functional`, and without regions (autocast) around attentions, whose casts are written out."""
+    return program.run_decompositions({}) if hides_attention(program.graph_module) else functional(program)
+
+
+def hides_attention(module: GraphModule) -> bool:
+    """Whether an attention lies in a region that the graph wraps into one call."""
+    regions = [
+        operator.attrgetter(str(a.target))(module)
+        for fx in module.graph.nodes
+        if getattr(fx.target, "__name__", "") in _REGIONS
+        for a in fx.all_input_nodes
+        if a.op == "get_attr"
+    ]
+    inner = [r for r in regions if isinstance(r, GraphModule)]
+    return any(operator_name(n) in _ANCHORS for r in inner for n in r.graph.nodes) or any(map(hides_attention, inner))
 
 
 def is_functional(graph: torch.fx.Graph) -> bool:
@@ -370,7 +400,15 @@ class _Builder:
         produced = {v for n in self.nodes for v in n.outputs}
         leaves = torch.utils._pytree.tree_leaves(self.outputs)
         outputs = tuple(v for v in leaves if isinstance(v, str) and v in produced)
-        return Flow(with_softmaxes(with_products(self.nodes)), tuple(self.inputs), outputs, self.weights, read, dtype)
+        nodes = with_softmaxes(with_products(self.nodes))
+        return Flow(nodes, tuple(self.inputs), outputs, self.weights, read, dtype, _other_dtypes(values, dtype))
+
+
+def _other_dtypes(values: Mapping[Value, Any], dtype: str) -> dict[Value, str]:
+    """Of floating tensors in another dtype than this."""
+    floating = {v: t for v, t in values.items() if isinstance(t, torch.Tensor) and t.is_floating_point()}
+    kinds = {v: str(t.dtype).removeprefix("torch.") for v, t in floating.items()}
+    return {v: kind for v, kind in kinds.items() if kind != dtype}
 
 
 def _around(fx: FxNode, args: Sequence[Any]) -> contextlib.AbstractContextManager[Any]:

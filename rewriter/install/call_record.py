@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +27,7 @@ class CallRecord:
         signature: of the module's own forward, decorators unwrapped, without self.
         calls: how often the module was called; more than once if a model shares it between layers.
         alike: all calls gave the same arguments, by kind: names, types, dtypes and numbers of dimensions.
+        autocast: the dtype that a region around the call computes in; None outside of such regions.
     """
 
     args: tuple[Any, ...]
@@ -36,6 +37,13 @@ class CallRecord:
     signature: inspect.Signature
     calls: int = 1
     alike: bool = True
+    autocast: torch.dtype | None = None
+
+    def surroundings(self) -> AbstractContextManager[Any]:
+        """What to repeat the call in."""
+        if self.autocast is None:
+            return nullcontext()
+        return torch.autocast("cpu", self.autocast, cache_enabled=False)  # parameters are exchanged between calls
 
 
 def record_calls(
@@ -125,12 +133,14 @@ class _Recorder:
     kind: Any = None
     alike: bool = True
     versions: list[tuple[Tensor, int]] = field(default_factory=list)
+    autocast: torch.dtype | None = None
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.calls += 1
         if self.calls == 1:
             self.before = self._keep(args), self._keep(kwargs)
             self.kind = _kind((args, kwargs))
+            self.autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
         self.alike &= _kind((args, kwargs)) == self.kind
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -160,7 +170,7 @@ class _Recorder:
         args, kwargs = self.before
         signature = forward_signature(self.module)
         arguments = named_arguments(signature, args, kwargs, self.owner)
-        return CallRecord(args, kwargs, self.output, arguments, signature, self.calls, self.alike)
+        return CallRecord(args, kwargs, self.output, arguments, signature, self.calls, self.alike, self.autocast)
 
 
 def _kind(value: Any) -> Any:

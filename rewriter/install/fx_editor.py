@@ -32,6 +32,11 @@ from rewriter.install.fx_store import Store
 
 FLATTENING = frozenset({"Reshape", "Identity", "Cast", "Unsqueeze"})
 
+RELAYING = frozenset(
+    {aten.transpose.int, aten.permute.default, aten._to_copy.default, aten.to.dtype, aten.reshape.default}
+)
+"""Operators whose results may have their argument's strides, in another order."""
+
 _ROLES = {"q": "query", "k": "key", "v": "value"}
 
 Laid = tuple[FxNode, tuple[str, ...]]
@@ -409,6 +414,17 @@ class Editor:
                 result = self.emitter.call(like, aten.contiguous.default, result)
         self.attended[site.name] = result
         output.replace_all_uses_with(result)
+        self._reshape_behind(result)
+
+    def _reshape_behind(self, node: FxNode) -> None:
+        """Views of what has other strides than before become reshapes, which copy where they must."""
+        todo = [*node.users]
+        while todo:
+            user = todo.pop()
+            if user.target is aten.view.default:
+                user.target = aten.reshape.default
+            if user.target in RELAYING:
+                todo.extend(user.users)
 
     def _softmax(
         self, site: AttentionSite, spec: GroupedQueryAttention, like: FxNode, q: FxNode, k: FxNode, v: FxNode

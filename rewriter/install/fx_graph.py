@@ -25,9 +25,10 @@ from passes.refused_readers import refused_readers
 from passes.site import Refusal
 from passes.targets.replacement import Replacement
 from rewriter.capture.torch_export import (
-    functional,
+    hides_attention,
     is_functional,
     is_mapped,
+    opened,
     view_graph_module,
     view_program,
     with_linear_maps,
@@ -86,6 +87,7 @@ def rewrite_exported_program(
         if program.example_inputs is None:
             raise UsageError("the exported program carries no example inputs", hint="pass example inputs")
         args, kwargs = program.example_inputs
+    program = opened(program)
     args, kwargs = _as_exported(program.call_spec.in_spec, args or (), kwargs or {})
     view = view_program(program, args, kwargs)
     matches = find_attention(view.flow)
@@ -119,7 +121,8 @@ def rewrite_graph_module(
         UnsupportedModel: if the graph cannot be exported, or what was decided cannot be installed at any site or fails
             its check.
     """
-    flat = module if is_flat(module) and is_functional(module.graph) else _exported(module, args, kwargs)
+    plain = is_flat(module) and is_functional(module.graph) and not hides_attention(module)
+    flat = module if plain else _exported(module, args, kwargs)
     view = view_graph_module(flat, _bound(flat, args, kwargs))
     matches = find_attention(view.flow)
     chosen = decide(view.flow, matches)
@@ -324,7 +327,7 @@ def _try_export(module: GraphModule, call: inspect.BoundArguments, dynamic: Any)
     try:
         with torch.no_grad():
             program = torch.export.export(module, call.args, call.kwargs, dynamic_shapes=dynamic, strict=False)
-            return with_linear_maps(functional(program))
+            return with_linear_maps(opened(program))
     except Exception as error:  # torch.export raises many unrelated types
         if dynamic is not None:
             return None

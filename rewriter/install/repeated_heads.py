@@ -222,7 +222,8 @@ def _merged(model: nn.Module, edits: Sequence[_Edit], run: Run) -> bool:
 
 
 def _called(module: nn.Module, record: CallRecord) -> Any:
-    return module(*map(snapshot, record.args), **{name: snapshot(value) for name, value in record.kwargs.items()})
+    with record.surroundings():
+        return module(*map(snapshot, record.args), **{name: snapshot(value) for name, value in record.kwargs.items()})
 
 
 def _compared(run: Run, expected: list[Any]) -> str | None:
