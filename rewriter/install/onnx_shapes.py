@@ -1,4 +1,4 @@
-"""Where only shapes of old projections or scores are still read, they are read off the projections' inputs instead."""
+"""Where only shapes of old projections, heads or scores are still read, they are read off what is still there."""
 
 from __future__ import annotations
 
@@ -6,14 +6,20 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from passes.dataflow import Flow, Value
+from passes.dataflow import LAYOUT, Flow, Value
+from passes.provenance import PASS_THROUGH
 from passes.site import AttentionSite, Operand
 from rewriter.install.onnx_editor import Editor
 from rewriter.install.onnx_projection import three_axes
 
+_Dimension = tuple[ir.Value, int, int]
+"""A value, one of its axes, and how often the size of that."""
+
+_Source = tuple[ir.Value, int, Value]
+
 
 def release_shapes(editor: Editor, site: AttentionSite) -> list[ir.Node]:
-    """Where only shapes of old projections or scores are still read, read them off the projections' inputs instead.
+    """Where only shapes of old projections, heads or scores are still read, read them off what goes in, or new heads.
 
     Returns the nodes that nothing reads any more.
     """
@@ -24,8 +30,23 @@ def release_shapes(editor: Editor, site: AttentionSite) -> list[ir.Node]:
         names += [v for i in operand.path for v in flow.nodes[i].outputs]
         if editor.capture.nodes[operand.projection.node].graph is not None:
             released += _released(editor, names, [operand])
+    for operand in site.operands:
+        released += _released(editor, _behind_seam(flow, site, operand), [operand])
     scores = [v for i in site.nodes if editor.capture.nodes[i].graph is not None for v in flow.nodes[i].outputs]
     return released + _released(editor, scores, [site.q, site.k])
+
+
+def _behind_seam(flow: Flow, site: AttentionSite, operand: Operand) -> list[Value]:
+    """How heads are laid out behind the seam for the old attention, last first."""
+    found: dict[Value, None] = {}
+    for value in (v for i in site.nodes for v in flow.nodes[i].inputs if v):
+        above: list[Value] = []
+        while value != operand.seam and (node := flow.producer(value)) is not None and node.op in LAYOUT | PASS_THROUGH:
+            above.append(value)
+            value = node.inputs[0]
+        if value == operand.seam:
+            found.update(dict.fromkeys(above))
+    return list(found)
 
 
 def _released(editor: Editor, names: Sequence[Value], operands: Sequence[Operand]) -> list[ir.Node]:
@@ -40,7 +61,7 @@ def _released(editor: Editor, names: Sequence[Value], operands: Sequence[Operand
 
 
 def _release(editor: Editor, reader: ir.Node, name: Value, operands: Sequence[Operand]) -> bool:
-    parts = _dimensions(editor, name, [three_axes(editor, o) for o in operands])
+    parts = _dimensions(editor, name, [s for o in operands for s in _sources(editor, o)])
     if parts is None:
         return False
     start = reader.attributes.get_int("start", 0)
@@ -55,31 +76,37 @@ def _release(editor: Editor, reader: ir.Node, name: Value, operands: Sequence[Op
     return True
 
 
-def _dimension(editor: Editor, nodes: list[ir.Node], part: tuple[ir.Value, int] | int, stem: str) -> ir.Value:
+def _sources(editor: Editor, operand: Operand) -> list[_Source]:
+    """Values that stay, the axes along which batches and tokens lie, and by what name they were recorded."""
+    given, seam = three_axes(editor, operand), editor.value(operand.seam)
+    producer = seam.producer()
+    stays = producer is None or producer.graph is not None
+    laid = [(seam, i, operand.seam) for i, axis in enumerate(operand.seam_axes) if axis in ("b", "s")] if stays else []
+    return [*((given, i, given.name or "") for i in (0, 1)), *laid]
+
+
+def _dimension(editor: Editor, nodes: list[ir.Node], part: _Dimension | int, stem: str) -> ir.Value:
     if isinstance(part, int):
         return editor.write.ints([part], f"{stem}.size")
-    x, axis = part
+    x, axis, times = part
     shape = editor.write.op(nodes, "Shape", [x], f"{stem}.input")
-    return editor.write.op(nodes, "Gather", [shape, editor.write.ints([axis], f"{stem}.axis")], f"{stem}.dim")
+    size = editor.write.op(nodes, "Gather", [shape, editor.write.ints([axis], f"{stem}.axis")], f"{stem}.dim")
+    if times == 1:
+        return size
+    return editor.write.op(nodes, "Mul", [size, editor.write.ints([times], f"{stem}.times")], f"{stem}.product")
 
 
-def _dimensions(editor: Editor, name: Value, sources: Sequence[ir.Value]) -> list[tuple[ir.Value, int] | int] | None:
-    """Each dimension of a value as (source, its axis) or a constant, told from two recordings."""
+def _dimensions(editor: Editor, name: Value, sources: Sequence[_Source]) -> list[_Dimension | int] | None:
+    """Each dimension of a value as a multiple of an axis of a source or a constant, told from two recordings."""
     first = editor.capture.flow
     other = editor.capture.other
     second = other.flow if other is not None else first
-    axes = [(x, axis) for x in sources for axis in (0, 1)]
-    parts: list[tuple[ir.Value, int] | int] = []
+    counted = [(x, axis, first.shape(v)[axis], second.shape(v)[axis]) for x, axis, v in sources]
+    parts: list[_Dimension | int] = []
     for size, later in zip(first.shape(name), second.shape(name), strict=True):
-        like = (p for p in axes if _sizes(editor, p, first, second) == (size, later))
-        found = next(like, None) if size != later else None
+        like = ((x, i, size // n) for x, i, n, m in counted if n and m and (size % n, size * m) == (0, later * n))
+        found = min(like, key=lambda part: part[2], default=None) if size != later else None
         if found is None and size != later:
             return None
         parts.append(size if found is None else found)
     return parts
-
-
-def _sizes(editor: Editor, part: tuple[ir.Value, int], first: Flow, second: Flow) -> tuple[int, int]:
-    x, axis = part
-    assert x.name is not None
-    return first.shape(x.name)[axis], second.shape(x.name)[axis]

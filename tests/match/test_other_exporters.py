@@ -210,6 +210,47 @@ def test_a_site_has_its_heads_and_its_scale(name: str) -> None:
     assert site.scale == pytest.approx(SCALE)
 
 
+def test_a_length_that_is_read_off_keys_whose_heads_lie_on_the_axis_of_the_batch() -> None:
+    """BLOOM with a cache cuts a bias to as many keys as there are behind a layout that counts heads."""
+    moved = []
+    for perturbed in (False, True):
+        graph = Graph()
+        q, *new = (by_heads(graph, flat) for flat in _linear(graph, perturbed))
+        k, v = (graph.op("Concat", past, heads, axis=2) for past, heads in zip(PAST, new, strict=True))
+        batch = graph.op("Slice", graph.op("Shape", "x"), ints(0), ints(1))
+        flattened = graph.op("Concat", graph.op("Mul", batch, ints(HEADS)), ints(-1, DIM), axis=0)
+        rows, keys, values = (graph.op("Reshape", heads, flattened) for heads in (q, k, v))
+        turned = graph.op("Transpose", keys, perm=[0, 2, 1])
+        length = graph.op("Slice", graph.op("Shape", turned), ints(2), ints(3))
+        bias = graph.op("Slice", graph.random.standard_normal((1, 1, 64)), ints(0), length, ints(2))
+        weights = graph.op("Softmax", graph.op("Add", graph.op("MatMul", rows, turned), bias), axis=-1)
+        back = graph.op("Concat", batch, ints(HEADS, -1, DIM), axis=0)
+        mixed = graph.op("Reshape", graph.op("MatMul", weights, values), back)
+        model = _with_cache(graph, finished(graph, mixed), (k, v))
+        cache = {
+            name: np.repeat(graph.random.standard_normal((2, 2, 3, DIM)).astype(np.float32), 2, 1) for name in PAST
+        }
+        before = run(model, graph.inputs | cache)
+        done = run(rewriter.optimize(model, "gqa2"), graph.inputs | {n: a[:, ::2] for n, a in cache.items()})
+        moved.append(float(np.abs(done - before).max()))
+    assert moved[0] < EXACT and moved[1] > MOVED
+
+
+PAST = ("past_key", "past_value")
+
+
+def _with_cache(graph: Graph, result: str, presents: tuple[str, str]) -> onnx.ModelProto:
+    def tensor(name: str, length: str) -> onnx.ValueInfoProto:
+        shape: list[str | int | None] = ["batch", HEADS, length, DIM]
+        return onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
+
+    model = graph.model(result, checked=False)
+    model.graph.input.extend(tensor(name, "past") for name in PAST)
+    model.graph.output.extend(tensor(name, "total") for name in presents)
+    onnx.checker.check_model(model)
+    return model
+
+
 def repeated_in_parts(graph: Graph, perturbed: bool) -> str:
     """Two key/value heads, taken apart and joined again twice each."""
     query, *pair = (by_heads(graph, flat) for flat in _linear(graph, perturbed))
