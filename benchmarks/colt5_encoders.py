@@ -1,4 +1,5 @@
-"""Encoders as CoLT5 (`rewriter.optimize(model, "colt5")`) beside themselves, in torch, on one thread, batch 1.
+"""Encoders as CoLT5 (`rewriter.optimize(model, "colt5")`) beside themselves, on one thread, batch 1: in torch, and as
+files in onnxruntime (`benchmarks/colt5_files.py`).
 
 The goals are for conditional encoders beside dense ones, at the lengths that they are made for. Layers are those of
 T5 1.1 base (a bias by distance, gated feed-forward blocks) and of BERT-base (neither), fewer than there, since all are
@@ -9,9 +10,12 @@ shown; the dense models run with sdpa. T5 is left out where its bias would take 
 
 from __future__ import annotations
 
+import functools
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -19,6 +23,7 @@ import torch
 from torch import nn
 
 import rewriter
+from benchmarks import colt5_files
 from benchmarks.rows import Clock, Row, interleaved, markdown_table
 
 GOALS: Mapping[int, float] = {4096: 2.5, 16384: 5.0}
@@ -35,29 +40,29 @@ class Sizes:
     heads: int = 12
     layers: int = 2
 
-    def t5(self) -> nn.Module:
+    def t5(self, attention: str = "sdpa") -> nn.Module:
         from transformers import T5Config, T5EncoderModel
 
         config = T5Config(
             vocab_size=1000, d_model=self.hidden, d_kv=self.hidden // self.heads, d_ff=self.hidden * 8 // 3,
             num_layers=self.layers, num_heads=self.heads, feed_forward_proj="gated-gelu",
         )  # fmt: skip
-        config._attn_implementation = "sdpa"
+        config._attn_implementation = attention
         return T5EncoderModel(config)
 
-    def bert(self, longest: int) -> nn.Module:
+    def bert(self, longest: int, attention: str = "sdpa") -> nn.Module:
         from transformers import BertConfig, BertModel
 
         config = BertConfig(
             vocab_size=1000, hidden_size=self.hidden, num_attention_heads=self.heads,
             intermediate_size=4 * self.hidden, num_hidden_layers=self.layers, max_position_embeddings=longest,
         )  # fmt: skip
-        config._attn_implementation = "sdpa"
+        config._attn_implementation = attention
         return BertModel(config, add_pooling_layer=False)
 
 
 def measure(sizes: Sizes, lengths: Sequence[int], runs: int | None, clock: Clock = time.process_time) -> Iterator[Row]:
-    """A row for each model and length."""
+    """Rows for each model and length."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -67,8 +72,24 @@ def measure(sizes: Sizes, lengths: Sequence[int], runs: int | None, clock: Clock
                 models = {} if whole_scores else {"T5 1.1": sizes.t5()}
                 for name, dense in {**models, "BERT": sizes.bert(max(lengths))}.items():
                     yield _row(f"colt5 from {name}, {sizes.layers} layers", dense.eval(), sizes, tokens, runs, clock)
+            yield from _in_files(sizes, lengths, runs, clock)
     finally:
         torch.set_num_threads(before)
+
+
+def _in_files(sizes: Sizes, lengths: Sequence[int], runs: int | None, clock: Clock) -> Iterator[Row]:
+    """The fastest dense file carries the goal."""
+    builds = {
+        "T5 1.1": ("t5", sizes.t5),
+        "BERT": ("bert", functools.partial(sizes.bert, max(colt5_files.SHORT, *lengths))),
+    }
+    for name, (kind, build) in builds.items():
+        with tempfile.TemporaryDirectory() as folder:
+            pair = colt5_files.made(build, kind, sizes.heads, sizes.hidden, Path(folder))
+            case = f"colt5 from {name}, {sizes.layers} layers, in a file"
+            for row in colt5_files.rows(case, pair, sizes.heads, lengths, runs or 2, clock):
+                goal = GOALS.get(int(row.case.split()[-2])) if sizes == Sizes() and row.more["best_peer"] else None
+                yield replace(row, goal=goal, ok=None if goal is None else (row.ratio or 0.0) >= goal)
 
 
 def _row(case: str, dense: Any, sizes: Sizes, tokens: int, runs: int | None, clock: Clock) -> Row:

@@ -2,14 +2,98 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
-from passes.dataflow import SHAPE_READERS, Flow, Value, read_inputs
+from passes.dataflow import SHAPE_READERS, Array, Flow, Node, Value, read_inputs
 from passes.match.score_terms import total_bias
-from passes.site import AttentionSite, Operand
+from passes.site import AttentionSite, Modifier, Operand
 
 HIDES = -1e4
 """An additive mask hides a key by this or less."""
+
+
+SMALL = -HIDES / 10
+"""What is added to scores beside a mask hides nothing, and uncovers nothing, up to this."""
+
+
+def told_by(flow: Flow, modifier: Modifier) -> Modifier:
+    """A mask or bias whose value, higher up, is smaller and hides the same keys: without biases that are added to it or
+    stand beside it, and before it is spread over heads and queries."""
+    while (nearer := _nearer(flow, modifier)) is not None:
+        modifier = nearer
+    return modifier
+
+
+def _nearer(flow: Flow, modifier: Modifier) -> Modifier | None:
+    """What one operator further up tells the same in any call, laid out alike; None where nothing does."""
+    node = flow.producer(modifier.value) if modifier.value is not None else None
+    if node is None:
+        return None
+    try:
+        found = _told_before(flow, modifier, node)
+        if found is None or found.value is None:
+            return None
+        shape, given = flow.shape(node.outputs[0]), flow.shape(found.value)
+        alike = len(shape) == len(given) and shape[-1] == given[-1]
+        return found if alike and not (_kept(flow, found) != _kept(flow, modifier)).any() else None
+    except KeyError:  # it was not recorded
+        return None
+
+
+def _told_before(flow: Flow, modifier: Modifier, node: Node) -> Modifier | None:
+    if node.op == "Expand":
+        return replace(modifier, value=node.inputs[0])
+    if modifier.kind == "bias" and node.op == "Add":
+        return _beside(flow, modifier, node)
+    if modifier.kind == "bias" and node.op == "Where":
+        return _condition(flow, modifier, node)
+    return None
+
+
+def _beside(flow: Flow, modifier: Modifier, node: Node) -> Modifier | None:
+    """The fed part of a sum whose other part hides nothing."""
+    fed = [v for v in node.inputs if flow.is_fed(v)]
+    others = [v for v in node.inputs if not flow.is_fed(v)]
+    if len(fed) != 1 or not all(_hides_none(flow, modifier, v) for v in others):
+        return None
+    return replace(modifier, value=fed[0])
+
+
+def _condition(flow: Flow, modifier: Modifier, node: Node) -> Modifier | None:
+    """What chooses between a number that hides and scores' biases that do not."""
+    condition, kept, hidden = node.inputs
+    if not flow.is_fed(condition) or flow.is_fed(kept) or flow.is_fed(hidden):
+        return None
+    if _hides_all(flow, modifier, hidden) and _hides_none(flow, modifier, kept):
+        return replace(modifier, kind="mask", value=condition, number=None)
+    if _hides_all(flow, modifier, kept) and _hides_none(flow, modifier, hidden):
+        return replace(modifier, kind="unmask", value=condition, number=None)
+    return None
+
+
+def _hides_none(flow: Flow, modifier: Modifier, value: Value) -> bool:
+    return bool(np.abs(_added(flow, modifier, value)).max(initial=0) <= SMALL)
+
+
+def _hides_all(flow: Flow, modifier: Modifier, value: Value) -> bool:
+    return bool((_added(flow, modifier, value) <= HIDES).all())
+
+
+def _added(flow: Flow, modifier: Modifier, value: Value) -> Array:
+    factor = 1.0 if modifier.number is None else modifier.number
+    return np.asarray(flow.value(value), dtype=np.float64) * factor
+
+
+def _kept(flow: Flow, modifier: Modifier) -> Array:
+    """Keys [B or 1, S] of a recording that some query sees."""
+    assert modifier.value is not None
+    if modifier.kind == "bias":
+        seen = _added(flow, modifier, modifier.value) > HIDES
+    else:
+        seen = np.asarray(flow.value(modifier.value), dtype=bool) ^ (modifier.kind == "unmask")
+    return np.asarray(seen.reshape(len(seen) if seen.ndim == 4 else 1, -1, seen.shape[-1]).any(axis=1))
 
 
 def masks_of(site: AttentionSite) -> list[Value]:

@@ -77,7 +77,9 @@ def main_source(tracer: Tracer, ids: list[Array]) -> Source:
     if not learned:
         raise NotUnderstood("the operand comes from no projection")
     if (ids[0] == 0).any():
-        raise NotUnderstood("tokens are padded and attended in blocks, which is not read" if ids[0].ndim > 4 else
+        raise NotUnderstood("tokens are padded and attended in blocks, which is not read; give the weights to an "
+                            "attention between all tokens, which is (target window makes it local again)"
+                            if ids[0].ndim > 4 else
                             "zeros or learned tokens, which no projection makes, are joined to it (add_zero_attn, "
                             "add_bias_kv, a prefix); without them it is read")  # fmt: skip
     return learned[0]

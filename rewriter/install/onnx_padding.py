@@ -8,7 +8,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from passes.dataflow import Flow, Value
-from passes.hidden_keys import HIDES, rows_from_outside
+from passes.hidden_keys import HIDES, rows_from_outside, told_by
 from passes.site import AttentionSite, Modifier
 from rewriter.onnx_nodes import NodeWriter
 
@@ -17,8 +17,8 @@ AXES_ARE_INPUT = 18
 
 
 def hiding(flow: Flow, site: AttentionSite) -> list[Modifier]:
-    """The site's masks and biases that depend on what is fed, and so may hide tokens."""
-    return [m for m in site.modifiers if m.value is not None and flow.is_fed(m.value)]
+    """The site's masks and biases that depend on what is fed, and so may hide tokens: as little of them as tells it."""
+    return [told_by(flow, m) for m in site.modifiers if m.value is not None and flow.is_fed(m.value)]
 
 
 def padding_obstacle(flow: Flow, site: AttentionSite) -> str | None:

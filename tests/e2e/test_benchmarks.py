@@ -252,7 +252,9 @@ def test_mixed_encoders_beside_the_originals(tmp_path: Path) -> None:
     state = next(r for r in written["rows"] if r["name"] == "decoding" and r["unit"] == "MiB")
     assert state["ok"] and state["ours"] == state["peer"]
     conditional = [r for r in written["rows"] if r["name"] == "colt5"]
-    assert len(conditional) == 2 and all(r["ratio"] > 0 and r["goal"] is None for r in conditional)
+    assert all(r["ratio"] > 0 and r["goal"] is None for r in conditional)
+    dense = [r["peer_name"] for r in conditional if r["best_peer"]]
+    assert len(dense) == 4 and dense.count("torch, dense, sdpa") == 2  # T5 and BERT, in torch and in files
     assert all(f"## {title}" in page.read_text() for title in ("End to end", "FLASH layers", "CoLT5 encoders"))
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 import torch
@@ -22,7 +23,7 @@ from rewriter.install.conditional_block import conditional_blocks
 from rewriter.install.padding import shown_tokens
 from rewriter.install.token_mixer import token_mixers
 from tests.zoo.case import Inputs, ZooCase
-from tests.zoo.feeds import INNER
+from tests.zoo.feeds import HEADS, INNER
 from tests.zoo.models import ZOO
 
 EXACT = 2e-5
@@ -240,11 +241,18 @@ def test_files_get_the_same_branches(exporter: str, zoo_onnx: Callable[..., Path
 
 
 def test_a_file_of_an_encoder_decoder(zoo_onnx: Callable[..., Path], tmp_path: Path) -> None:
+    """Its mask is added to a bias by distance; padding is told without working that out."""
     case, inputs = ZOO["t5-sdpa"], ZOO["t5-sdpa"].inputs(2, 13, 1)
     source, feeds = zoo_onnx(case, "torchscript17"), {n: t.numpy() for n, t in inputs.items()}
     done = rewriter.optimize(source, everything(), layers="encoder")
     assert set(changed(done).values()) == {"colt5"} and len(changed(done)) == 4
     done.save(tmp_path / "whole.onnx")
+
+    def tables(path: Path) -> int:
+        graph = onnx.load(path).graph
+        return sum(list(i.dims) == [8, HEADS] for i in graph.initializer if "distances" not in i.name)
+
+    assert (tables(source), tables(tmp_path / "whole.onnx")) == (2, 1)  # the decoder's stays
     original, whole = answer(source, feeds), answer(tmp_path / "whole.onnx", feeds)
     assert np.abs(whole - original).max() < 1e-4 * np.abs(original).max()
     some = rewriter.optimize(source, "colt5:4", layers="encoder")
@@ -279,6 +287,33 @@ def test_what_has_no_conditional_form_is_refused() -> None:
         rewritten(ZOO["windows"], "colt5")
     longt5 = {r.name: r.reason for r in rewritten(ZOO["longt5-eager"], "colt5").rewrite_report.refused}
     assert "no attention that is understood" in longt5["encoder.block.0.layer.1.DenseReluDense"]
+    assert "an attention between all tokens" in longt5["encoder.block.0.layer.0.LocalSelfAttention"]
+
+
+def test_what_attends_in_blocks_is_taken_by_its_weights() -> None:
+    """As the refusal says: LongT5's are T5's, which is local with a window, and becomes conditional."""
+    import transformers
+
+    original = ZOO["longt5-eager"].build().get_encoder()
+    config = {**original.config.to_dict(), "is_encoder_decoder": False, "use_cache": False}
+    plain = transformers.T5EncoderModel(transformers.T5Config(**config)).eval()
+    renamed = {n.replace("LocalSelfAttention", "SelfAttention"): t for n, t in original.state_dict().items()}
+    plain.encoder.load_state_dict(renamed)
+    given = {"input_ids": torch.arange(46).reshape(2, 23) % 19, "attention_mask": torch.ones(2, 23, dtype=torch.long)}
+    given["attention_mask"][1, 15:] = 0
+
+    def states(model: Any) -> Tensor:
+        with torch.no_grad():
+            found: Tensor = model(**given).last_hidden_state[given["attention_mask"].bool()]
+        return found
+
+    radius, wanted = original.config.local_radius, states(original)
+    for keys, close in ((radius + 1, True), (radius, False)):
+        near = states(rewriter.optimize(plain, f"window:{keys},0", example_inputs=given, kernels="off"))
+        assert (float((near - wanted).abs().max() / wanted.abs().max()) < EXACT) is close
+    target = Colt5(ConditionalHeads(radius=radius), ConditionalBlocks())
+    done = rewriter.optimize(plain, target, example_inputs=given)
+    assert done.rewrite_report.refused == () and set(changed(done).values()) == {"colt5"}
 
 
 def test_inspection_lists_it_where_it_can_be() -> None:

@@ -39,12 +39,15 @@ def parameters(model: nn.Module) -> int:
     ("config", "millions"),
     [
         pytest.param(CoLT5Config(), 433, id="base"),
-        pytest.param(large(), 1463, id="large"),
+        pytest.param(large(), 1462, id="large"),
         pytest.param(extra_large(), 5297, id="xl"),
     ],
 )
-def test_published_sizes_have_the_parameters_of_a_t5_with_both_branches(config: CoLT5Config, millions: int) -> None:
-    """Every parameter written out."""
+def test_published_sizes_have_as_many_parameters_as_the_paper_says(config: CoLT5Config, millions: int) -> None:
+    """The paper's table 7, within a million; and every parameter written out.
+
+    The table's 8,096 features of Base's heavy branch must be four times 2,048, as the text has it: the control.
+    """
     with torch.device("meta"):
         model = CoLT5(config)
     d, inner, heads = config.hidden, config.feed_forward, config.heads * config.head_dim
@@ -52,7 +55,10 @@ def test_published_sizes_have_the_parameters_of_a_t5_with_both_branches(config: 
     decoder = 4 * d * heads + (2 * d * heads + 2 * d * config.head_dim) + 3 * d * inner + 3 * d
     around = 2 * 32_128 * d + 2 * 32 * config.heads + 2 * d
     assert parameters(model) == config.layers * (encoder + decoder) + around
-    assert round(parameters(model) / 1e6) == millions
+    assert abs(parameters(model) / 1e6 - millions) < 0.75
+    if config == CoLT5Config():
+        misprinted = parameters(model) - config.layers * 3 * d * (4 * inner - 8096)
+        assert abs(misprinted / 1e6 - millions) > 2
 
 
 def test_base_is_routed_as_in_the_paper() -> None:
