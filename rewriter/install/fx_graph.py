@@ -35,8 +35,9 @@ from rewriter.capture.torch_export import (
 )
 from rewriter.errors import UnsupportedModel, UsageError, first_line
 from rewriter.install.fx_check import require_equal
-from rewriter.install.fx_editor import Editor, SitePlan
+from rewriter.install.fx_editor import Editor
 from rewriter.install.fx_mixing import MixPlan
+from rewriter.install.fx_plan import SitePlan
 from rewriter.install.fx_repeat import RepeatPlan, apply_repeats, plan_repeats
 from rewriter.install.fx_store import ModuleStore, ProgramStore
 from rewriter.install.kept import Kept

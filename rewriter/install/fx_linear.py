@@ -41,7 +41,7 @@ def linear_attention(editor: Editor, like: FxNode, replacement: Replacement, q: 
     """[B, H, S, V] of q [B, H, S, D], k [B, N, T, D], v [B, N, T, V], in q's dtype."""
     site, spec, emitter = replacement.site, replacement.linear, editor.emitter
     assert spec is not None
-    held = [editor.feature(replacement, name) for name in spec.shapes]
+    held = [editor.parameters.of_linear_attention(replacement, name) for name in spec.shapes]
     shown = _shown(editor, like, site, k)
     if site.q.gain != 1.0:
         q = emitter.call(like, aten.mul.Tensor, q, 1 / site.q.gain)

@@ -53,7 +53,7 @@ def apply_mixing(editor: Editor, plan: MixPlan) -> FxNode:
     spec = replacement.mixing
     assert spec is not None
     output = editor.node(around.output)
-    held = {name: editor.vector(replacement, name) for name in spec.shapes}
+    held = {name: editor.parameters.of_mix(replacement, name) for name in spec.shapes}
     with editor.graph.inserting_before(output):
         mixed = _mix(_Writer(editor.emitter, output, held), editor.node(around.input), spec, around.batch_first)
         recorded = editor.view.tensors[around.output]

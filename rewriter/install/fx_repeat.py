@@ -94,15 +94,17 @@ def _reproject(editor: Editor, readers: Sequence[_Reader]) -> None:
     projection, site = readers[0].operand.projection, readers[0].site
     laid = _laid(readers)
     old = editor.node(projection.output)
-    weight = editor.parameter(
+    weight = editor.parameters.of_all_columns(
         site, projection.weight, _rows(editor, projection, laid, readers), whole=_whole(projection)
     )
     bias = None
     if projection.bias is not None:
         kept = editor.flow.value(projection.bias).reshape(-1)[laid.kept]
         new = np.concatenate([kept, *(r.bias for r in readers if r.bias is not None)])
-        bias = editor.parameter(site, projection.bias, new, whole=_whole(projection))
-    index = editor.constant(site, torch.from_numpy(laid.index).to(editor.view.tensors[projection.output].device))
+        bias = editor.parameters.of_all_columns(site, projection.bias, new, whole=_whole(projection))
+    index = editor.parameters.table(
+        site, torch.from_numpy(laid.index).to(editor.view.tensors[projection.output].device)
+    )
     with editor.graph.inserting_before(old):
         out = editor.emitter.call(old, aten.linear.default, editor.node(projection.input), weight, bias)
         out = editor.emitter.call(old, aten.index_select.default, out, -1, index)
