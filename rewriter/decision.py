@@ -109,6 +109,11 @@ def _resolve(target: Any) -> Target:
     return found
 
 
+BLOCKS_IN_GRAPHS = "feed-forward blocks of a flat graph are not rewritten in this version"
+
+OF_GRAPHS = "rewrite the module that it was made from, and export the result; or an .onnx file of it"
+"""What to do about what graphs are not rewritten to."""
+
 LISTS = "`rewriter inspect` lists every site with what it can become, or why it cannot"
 KERNELS = ("auto", "off", "cpp", "triton", "cuda")
 
@@ -186,10 +191,7 @@ def _decide_blocks(
     if not wanted:
         return BlockDecision()
     if blocks is None:
-        raise UsageError(
-            "feed-forward blocks of a flat graph are not rewritten in this version",
-            hint="pass the module itself, or an .onnx file",
-        )
+        raise UsageError(BLOCKS_IN_GRAPHS, hint=OF_GRAPHS)
     given = None if probe is None else lambda: probe(matches)
     return decide_blocks(flow, matches, wanted, blocks(), given)
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from codegen.spec import Structure
 from passes.dataflow import Flow
@@ -31,6 +31,7 @@ from passes.targets.linear_attention import LinearHeads
 from passes.targets.linear_mixing import LinearMixer
 from passes.targets.sparse import SparseFixed, SparseStrided, Window
 from passes.targets.sparse_mixer import sparse_mixer
+from rewriter.decision import BLOCKS_IN_GRAPHS, OF_GRAPHS
 from rewriter.errors import NotExportable, RewriteError, UsageError
 from rewriter.given_path import existing
 from rewriter.model_kinds import is_onnx, is_torch
@@ -39,6 +40,12 @@ SPARSE = (sparse_mixer(), sparse_mixer(fast=True))
 IN_MODULES_OF_THEIR_OWN = (Window(), SparseFixed(), SparseStrided(), LinearHeads())
 """What torch modules do in a generated module only, since their own forward attends to all keys."""
 PAIRS = tuple(gated_pair(form) for form in get_args(Form))
+_WHOLE: tuple[Layered, ...] = (*SPARSE, *PAIRS, Colt5())
+NOT_IN_GRAPHS = frozenset({*(t.name for t in _WHOLE), *get_args(Form)})
+"""Names of what flat graphs are not rewritten to: feed-forward blocks, and attentions of several parts."""
+
+Kind = Literal["file", "module", "graph"]
+"""What targets depend on beside the sites themselves."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +167,7 @@ def _inspect_torch(model: Any, example_inputs: Any, name: str) -> Inspection:
         args, kwargs = model.example_inputs
         flow = view(with_linear_projections(opened(model)), args, kwargs).flow
         matches = _tried(model, None, flow, find_attention(flow))
-        return _inspection(name, "torch", None, None, flow, matches, find_feed_forward(flow, matches.names))
+        return _inspection(name, "torch", None, None, flow, matches, find_feed_forward(flow, matches.names), of="graph")
     from rewriter.placement import on_processor
     from rewriter.torch_rewrite import match_torch
 
@@ -176,7 +183,8 @@ def _inspect_torch(model: Any, example_inputs: Any, name: str) -> Inspection:
         matches = _tried(model, example_inputs, captured.flow, matches)
         blocks = find_feed_forward(captured.flow, matches.names)
         matches = replace(matches, refusals=(*matches.refusals, *_uncalled(model, captured.flow)))
-        return _inspection(name, "torch", None, None, captured.flow, matches, blocks, module=True)
+        of: Kind = "graph" if isinstance(model, torch.fx.GraphModule) else "module"
+        return _inspection(name, "torch", None, None, captured.flow, matches, blocks, of=of)
 
 
 def _tried(model: Any, example_inputs: Any, flow: Flow, matches: Matches) -> Matches:
@@ -238,14 +246,19 @@ def _inspection(
     matches: Matches,
     blocks: FeedForwards,
     *,
-    module: bool = False,
+    of: Kind = "file",
 ) -> Inspection:
-    """`module` says whether it is a torch module, of which alone some targets can be made."""
     choices = {s.name: _targets(flow, matches, s) for s in matches.sites}
-    if module:
+    if of == "module":
         choices = _of_modules(flow, matches, choices)
     reasons = {s.name: GroupedQuery(1).refuses(s) for s in matches.sites}
     choices |= {f.name: _block_targets(flow, matches, f) for f in blocks.sites}
+    read = blocks.sites
+    if of == "graph":
+        choices = {site: tuple(n for n in names if n not in NOT_IN_GRAPHS) for site, names in choices.items()}
+        why = f"{BLOCKS_IN_GRAPHS}; {OF_GRAPHS}"
+        refused = tuple(Refusal(f.name, f.layer, why, f.anchor, f.owner) for f in blocks.sites)
+        blocks = replace(blocks, sites=(), refusals=(*blocks.refusals, *refused))
     good = tuple(s for s in matches.sites if choices[s.name] or reasons[s.name] is None)
     bad = tuple(
         Refusal(s.name, s.layer, reason, s.anchor, s.owner, s.heads, s.head_dim)
@@ -255,7 +268,7 @@ def _inspection(
     refusals = (*matches.refusals, *bad)
     drawn = [(s.anchor, site_picture(flow, s)) for s in good]
     drawn += [(r.anchor, refusal_picture(flow, r)) for r in refusals if r.anchor >= 0]  # others lie in control flow
-    drawn += [(f.anchor, feed_forward_picture(flow, f)) for f in blocks.sites]
+    drawn += [(f.anchor, feed_forward_picture(flow, f)) for f in read]
     pictures = tuple(picture for _, picture in sorted(drawn, key=lambda pair: pair[0]))
     return Inspection(name, kind, opset, producer, good, refusals, matches.not_attention, pictures, choices, blocks)
 
@@ -334,8 +347,7 @@ def _conditional(flow: Flow, matches: Matches, site: AttentionSite) -> tuple[str
 
 def _block_targets(flow: Flow, matches: Matches, site: FeedForwardSite) -> tuple[str, ...]:
     around = surroundings(flow, matches, site)
-    targets: tuple[Layered, ...] = (*SPARSE, *PAIRS, Colt5())
-    return tuple(t.name for t in targets if t.blocks.refuses(site, around) is None)
+    return tuple(t.name for t in _WHOLE if t.blocks.refuses(site, around) is None)
 
 
 def _layout(site: AttentionSite) -> str:

@@ -18,6 +18,7 @@ from codegen.spec import (
     TokenMixing,
 )
 from passes.targets.replacement import Replacement
+from rewriter.decision import OF_GRAPHS
 from rewriter.errors import UnsupportedModel
 from rewriter.install.fx_emit import Emitter, aten
 
@@ -37,11 +38,9 @@ class MixPlan:
 def plan_mixing(editor: Editor, replacement: Replacement) -> MixPlan:
     """Raises UnsupportedModel where a wrapped region hides the sublayer's input or output, and for gated units."""
     if isinstance(replacement.spec, (GatedAttention, MixedChunkAttention)):
-        raise UnsupportedModel(
-            "gated attention units are not written into graphs", hint="rewrite the module, or an .onnx file"
-        )
+        raise UnsupportedModel(f"gated attention units are not written into graphs; {OF_GRAPHS}")
     if isinstance(replacement.spec, ConditionalAttention):
-        raise UnsupportedModel("conditional attention is not written into graphs", hint="rewrite the module")
+        raise UnsupportedModel(f"conditional attention is not written into graphs; {OF_GRAPHS}")
     for value in (replacement.around.input, replacement.around.output):
         editor.node(value)
     return MixPlan(replacement)

@@ -299,11 +299,22 @@ def test_a_block_that_is_no_module_is_refused_where_modules_are_edited() -> None
     assert all("no module of its own" in r.reason for r in report.refused)
 
 
-def test_flat_graphs_are_refused() -> None:
+def test_flat_graphs_are_refused_with_what_to_do_and_inspection_says_so() -> None:
+    """The module of a graph can be rewritten, and what comes of it exported (see above)."""
     case = ZOO["vit-sdpa"]
-    program = torch.export.export(case.build(), (), case.inputs(2, 7, 0), strict=False)
-    with pytest.raises(UsageError, match="flat graph"):
+    given = case.inputs(2, 7, 0)
+    program = torch.export.export(case.build(), (), given, strict=False)
+    with pytest.raises(UsageError, match="flat graph") as refused:
         rewriter.optimize(program, "sparse-mixer")
+    assert "module that it was made from" in str(refused.value.hint)
+    whole = {"sparse-mixer", "fast-sparse-mixer", "colt5", "gau", "flash", "gau:pair"}
+    for model, listed in ((program, False), (program.module(), False), (case.build(), True)):
+        rows = rewriter.inspect(model, example_inputs=given).to_dict()["sites"]
+        assert (whole <= {name for row in rows for name in row["targets"]}) is listed
+        assert any(whole & set(row["targets"]) for row in rows) is listed
+        blocks = [row for row in rows if row["kind"] == "feed_forward"]
+        assert len(blocks) == 2 and all((row["status"] == "rewritable") is listed for row in blocks)
+        assert all(listed or "flat graph are not rewritten" in row["reason"] for row in blocks)
 
 
 def test_the_targets_names_and_layers() -> None:
