@@ -315,6 +315,26 @@ class ChosenQueries(Projects):
         return self.merged((q @ k.transpose(-2, -1)).softmax(-1) @ v)
 
 
+class Indexed(Projects):
+    """An indexer's scores, added up over heads of their own, say which keys are seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.index_q, self.index_k, self.weight = (
+            nn.Linear(WIDTH, WIDTH),
+            nn.Linear(WIDTH, DIM),
+            nn.Linear(WIDTH, HEADS),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        index = self.index_q(x).view(*x.shape[:2], HEADS, DIM)
+        found = torch.einsum("bshd,btd->bsht", index, self.index_k(x)).relu()
+        best = torch.einsum("bsht,bsh->bst", found, self.weight(x)).topk(3, dim=-1).indices
+        hidden = torch.full((*x.shape[:2], x.shape[1]), float("-inf")).scatter(-1, best, 0.0)
+        return self.merged((q @ k.transpose(-2, -1) + hidden[:, None]).softmax(-1) @ v)
+
+
 class EarlierValues(Projects):
     """Values are mixed with those of the features that came before a nonlinearity, as of an earlier layer."""
 
@@ -347,6 +367,7 @@ class Renormalised(Projects):
 
 
 REASONS: dict[type[Projects], str] = {
+    Indexed: "hidden states choose which keys each query sees",
     EarlierValues: "sum of projections of different hidden states",
     Differential: "as in differential attention",
     Renormalised: "they are normalised once more",
