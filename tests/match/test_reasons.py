@@ -335,6 +335,28 @@ class Indexed(Projects):
         return self.merged((q @ k.transpose(-2, -1) + hidden[:, None]).softmax(-1) @ v)
 
 
+class Unbatched(Projects):
+    """One head over a sequence without a batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (f(x[0]) for f in (self.q, self.k, self.v))
+        return x + (q @ k.transpose(-2, -1)).softmax(-1) @ v
+
+
+class ScaledLate(Projects):
+    """Queries are rotated, and then scaled feature by feature."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        turns = torch.arange(x.shape[1])[:, None] * torch.tensor([1.0, 0.5, 0.25, 0.125]).repeat(2)
+
+        def turned(t: Tensor) -> Tensor:
+            first, second = t.chunk(2, -1)
+            return t * turns.cos() + torch.cat([-second, first], -1) * turns.sin()
+
+        return self.merged(((turned(q) * torch.arange(1.0, DIM + 1)) @ turned(k).transpose(-2, -1)).softmax(-1) @ v)
+
+
 class EarlierValues(Projects):
     """Values are mixed with those of the features that came before a nonlinearity, as of an earlier layer."""
 
@@ -368,6 +390,8 @@ class Renormalised(Projects):
 
 REASONS: dict[type[Projects], str] = {
     Indexed: "hidden states choose which keys each query sees",
+    Unbatched: "it is one head of one sequence",
+    ScaledLate: "behind the rotation",
     EarlierValues: "sum of projections of different hidden states",
     Differential: "as in differential attention",
     Renormalised: "they are normalised once more",
@@ -410,6 +434,21 @@ def test_what_is_not_read_is_refused_with_what_is_true_of_it(kind: type[Projects
         torch.onnx.export(module, (_x(),), str(path), dynamo=False, opset_version=17, input_names=["x"])
         seen = rewriter.inspect(path)
     assert not seen.sites and seen.refusals and all(REASONS[kind] in r.reason for r in seen.refusals)
+
+
+class AdditiveAttention(Projects):
+    """A softmax-free mean of gated tokens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = F.normalize(self.q(x), dim=1)
+        return self.o((gate * self.k(x)).sum(1, keepdim=True) * self.v(x))
+
+
+@pytest.mark.parametrize("kind", [AdditiveAttention, Indexed], ids=["without scores", "with scores"])
+def test_an_attention_in_which_nothing_is_found_is_not_passed_over(kind: type[Projects]) -> None:
+    found = rewriter.inspect(nn.Sequential(kind()).eval(), example_inputs=(_x(),))
+    assert [r.name for r in found.refusals] == ["0"]
+    assert ("it is called an attention" in found.refusals[0].reason) == (kind is AdditiveAttention)
 
 
 class FixedCache(Projects):
