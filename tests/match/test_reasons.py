@@ -242,6 +242,15 @@ class PooledQueries(Projects):
         return self.merged((fewer @ k.transpose(-2, -1)).softmax(-1) @ v)
 
 
+class PooledByIndex(PooledQueries):
+    """The same by the operator that tells places, too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        fewer = q.reshape(*q.shape[:2], -1, 2, DIM).max(3).values
+        return self.merged((fewer @ k.transpose(-2, -1)).softmax(-1) @ v)
+
+
 class Landmarks(Projects):
     """Nyström attention: every query is compared with means of keys, and the other way round."""
 
@@ -417,6 +426,7 @@ REASONS: dict[type[Projects], str] = {
     NormalisedByBatch: "a batch normalisation stands between projection and scores",
     TalkingOnTop: "mixed between heads",
     PooledQueries: "(pooling), so heads are no linear map",
+    PooledByIndex: "(pooling), so heads are no linear map",
     TurnedByHead: "rotated by angles of their own",
     WithLearnedToken: "joined to it (add_zero_attn, add_bias_kv, a prefix); without them it is read",
     PositionsByHead: "numbers of their own for each head (such as projected positions)",
