@@ -234,7 +234,8 @@ class Flow:
                 if len(shape) == 1 and node.op in PACKED_WEIGHTS:  # packed without rows and columns
                     return x, w
                 # an outer product (positions times inverse frequencies) contracts an axis of size 1
-                if len(shape) >= 2 and self._contracted(node, w, shape) > 1 and self.turned_pairs(node) is None:
+                sums = node.op == "Linear" or self._contracted(node, w, shape) > 1
+                if len(shape) >= 2 and sums and self.turned_pairs(node) is None:
                     return x, w
         return None
 

@@ -258,7 +258,8 @@ class Tracer:
                 "token; leave this attention as it is (layers= selects others)",
                 node,
             )
-        if node.op.rpartition(".")[2] in _POOLING:
+        largest = node.op == "Max" and len(node.inputs) == 1  # along an axis, not of two values
+        if largest or node.op.rpartition(".")[2] in _POOLING:
             raise Opaque(
                 "the largest of several numbers is taken between projection and score (pooling), so heads are no "
                 "linear map of one token; leave this attention as it is (layers= selects others)",

@@ -182,7 +182,8 @@ def _inspect_torch(model: Any, example_inputs: Any, name: str) -> Inspection:
             return Inspection(name, "torch", None, None, (), refusals, ())
         matches = _tried(model, example_inputs, captured.flow, matches)
         blocks = find_feed_forward(captured.flow, matches.names)
-        matches = replace(matches, refusals=(*matches.refusals, *_uncalled(model, captured.flow)))
+        more = (*_uncalled(model, captured.flow), *_without_scores(model, captured.flow, matches))
+        matches = replace(matches, refusals=(*matches.refusals, *more))
         of: Kind = "graph" if isinstance(model, torch.fx.GraphModule) else "module"
         return _inspection(name, "torch", None, None, captured.flow, matches, blocks, of=of)
 
@@ -223,6 +224,21 @@ def _uncalled(model: Any, flow: Flow) -> Iterator[Refusal]:
     seen = {n.owner for n in flow.nodes} | {w.name for w in flow.weights.values() if w.readers}
     for path in _like_attention(model):
         if path and not any(s == path or s.startswith(f"{path}.") for s in seen):
+            yield Refusal(path, layer_of(path, 0), reason, -1, path)
+
+
+def _without_scores(model: Any, flow: Flow, matches: Matches) -> Iterator[Refusal]:
+    """Attentions that were called and hold nothing that matching looks at."""
+    reason = (
+        "it is called an attention, yet no scores of queries with keys weigh values in it (additive attention, a gate "
+        "or a recurrence, say), so it has no heads to share; leave it as it is"
+    )
+    found: list[AttentionSite | Refusal | NotAttention] = [*matches.sites, *matches.refusals, *matches.not_attention]
+    held = {flow.nodes[f.anchor].owner for f in found if f.anchor >= 0} | {f.name.partition("#")[0] for f in found}
+    called = {n.owner for n in flow.nodes}
+    for path in _like_attention(model):
+        inside = [names for names in (called, held) if any(n == path or n.startswith(f"{path}.") for n in names)]
+        if path and inside == [called]:
             yield Refusal(path, layer_of(path, 0), reason, -1, path)
 
 

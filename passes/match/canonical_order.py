@@ -112,6 +112,11 @@ def lead_roles(rows: Array, columns: Array) -> tuple[Array, Array, Axes]:
     vary runs over sequences, any other over heads (repeated heads have equal columns).
     """
     lead = rows.shape[:-2]
+    if not lead:
+        raise NotUnderstood(
+            "it is one head of one sequence: no axis of a batch or of heads lies beside tokens and features, so it "
+            "has no heads to share; give its input a batch axis to have it read"
+        )
     row_of = index_of(rows[..., 0].reshape(-1, rows.shape[-2]))
     if len(lead) == 2:
         return _two_lead_axes(row_of.reshape(lead))
@@ -221,6 +226,13 @@ def _untangle(tables: list[Array], gains: list[Array]) -> tuple[Array, Array, Ar
         raise NotUnderstood("pairs of features are combined, but not by a rotation")
     gain = np.where(turned, np.sqrt(own**2 + other[..., partner] ** 2), np.abs(own))
     if np.abs(gain - gain[:1, :1]).max() > 2e-2 * gain.max():
+        late = np.sqrt(own**2 + other**2)
+        if np.abs(late - late[:1, :1]).max() <= 2e-2 * late.max():
+            raise NotUnderstood(
+                "each feature is multiplied by a number of its own behind the rotation (as where queries and keys are "
+                "scaled after rotary positions), which no weight in front of it can hold; leave this attention as it "
+                "is (layers= selects others)"
+            )
         raise NotUnderstood("pairs of features are combined with weights that vary over tokens, not by a rotation")
     gain = np.maximum(gain, 1e-30)
     cos = own / gain

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from passes.dataflow import PRODUCTS, Flow, Node, Value
+from passes.match.choosing import content_bias
 from passes.match.operand_view import OperandView
-from passes.match.verdicts import CONTENT_BIAS, NotUnderstood
+from passes.match.verdicts import NotUnderstood
 from passes.projections import einsum_terms
 from passes.provenance import cache_root
 
@@ -29,7 +30,7 @@ def query_and_key(flow: Flow, node: Node) -> tuple[OperandView, OperandView, Val
         if node.attrs.get("beta", 1.0) == 0:  # whatever stands there, uninitialised memory mostly, is not read
             return OperandView(a, -2, -1), OperandView(b, -1, -2), None
         if flow.data_dependent(bias):
-            raise NotUnderstood(CONTENT_BIAS)
+            raise NotUnderstood(content_bias(flow, bias))
         return OperandView(a, -2, -1), OperandView(b, -1, -2), bias
     a, b = node.inputs[:2]
     if node.op in {"MatMul", "FusedMatMul"} and not moves_batch(node):

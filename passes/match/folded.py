@@ -32,6 +32,8 @@ def unfolded(tracer: Tracer, path: ScorePath) -> tuple[ScorePath, Traced] | None
     Raises NotUnderstood if it is, and its masks or its output are not.
     """
     flow = tracer.flow
+    if len(flow.shape(path.q.value)) < 3:  # no axis of heads that more could be folded out of
+        return None
     rows = flow.shape(path.q.value)[path.q.token_axis]
     for group in range(2, rows + 1):
         if path.q.heads or rows % group:

@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from passes.dataflow import CONTRACTIONS, LAYOUT, Array, Flow, Node, Value
+from passes.match.choosing import REASON as CHOSEN
+from passes.match.choosing import content_bias, is_chosen
 from passes.match.contractions import contracted_by, contracts, require_projected
 from passes.match.roundings import Rounding, quantizer_of
 from passes.match.score_layout import flattens_rows, keeps_last_two, relaid_by, swaps_last_two
 from passes.match.score_terms import HIDDEN, total_bias
 from passes.match.verdicts import (
-    CONTENT_BIAS,
     INTEGER_SCORES,
     TALKING_HEADS,
     TURNED,
@@ -326,7 +327,11 @@ class ScoreWalk:
             if self.flow.data_dependent(yes) and self.flow.data_dependent(no):
                 raise NotUnderstood("two scores are selected by a mask")
         if self.flow.data_dependent(condition):
-            raise NotUnderstood("the mask is computed from hidden states")
+            raise NotUnderstood(
+                CHOSEN
+                if is_chosen(self.flow, condition)
+                else "the mask is computed from hidden states; leave this attention as it is (layers= selects others)"
+            )
         filled = self.flow.value(fill)
         if filled.size != 1:
             raise NotUnderstood("masked scores are filled with a tensor instead of one number")
@@ -366,5 +371,5 @@ def _split_operands(flow: Flow, node: Node) -> tuple[Value, Value]:
     if all(deep) and node.op in {"Mul", "Div"}:
         raise NotUnderstood("scores are multiplied by something computed from hidden states (a learned temperature)")
     if all(deep):
-        raise NotUnderstood(CONTENT_BIAS)
+        raise NotUnderstood(content_bias(flow, a, b))
     return (a, b) if deep[0] else (b, a)

@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from passes.dataflow import CONTRACTIONS, LAYOUT, Flow, Node, Value
+from passes.match.choosing import content_bias
 from passes.match.contractions import contracts, first_contraction, query_and_key, require_projected
 from passes.match.operand_view import OperandView
 from passes.match.roundings import Rounding
 from passes.match.score_walk import ScoreWalk
 from passes.match.verdicts import (
-    CONTENT_BIAS,
     INTEGER_SCORES,
     TURNED,
     FreeQuery,
@@ -124,7 +124,7 @@ def _fused(flow: Flow, anchor: Node) -> ScorePath:
         modifiers.append(Modifier("softcap", number=softcap))
     if mask:
         if flow.data_dependent(mask):
-            raise NotUnderstood(CONTENT_BIAS)
+            raise NotUnderstood(content_bias(flow, mask))
         modifiers.append(_mask_or_bias(flow, mask))
     heads, kv_heads = anchor.attrs.get("q_num_heads"), anchor.attrs.get("kv_num_heads")
     flat = len(flow.shape(q)) == 3 and bool(heads)

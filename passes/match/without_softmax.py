@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 
 from passes.dataflow import LAYOUT, PRODUCTS, Flow, Node, Value
+from passes.match.choosing import only_chooses
 from passes.match.scores import FOREIGN_ANCHORS, FUSED_ANCHORS
 from passes.provenance import Opaque, Tracer, data_operands
 
@@ -36,7 +37,9 @@ def without_softmax(flow: Flow, elsewhere: Collection[int] = ()) -> Iterator[tup
         if node.index in seen or not found.of_states(node) or found.normalised(node):
             continue
         later = found.further(node)
-        if later:
+        if later and only_chooses(flow, later[-1]):
+            seen.update(n.index for n in later)
+        elif later:
             seen.update(n.index for n in later)
             yield later[0], UNREAD if found.exponentials(node, later[0]) else REASON
 

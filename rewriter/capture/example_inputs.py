@@ -111,7 +111,10 @@ def _runs(module: torch.nn.Module, inputs: Mapping[str, Any]) -> bool:
 
 
 def _text_config(config: Any) -> Any:
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
+    try:
+        return config.get_text_config() if hasattr(config, "get_text_config") else config
+    except ValueError:  # several, of which none is the model's own
+        return config
 
 
 def _token_ids(config: Any, batch: int, length: int, generator: torch.Generator) -> torch.Tensor:

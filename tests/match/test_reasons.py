@@ -242,6 +242,15 @@ class PooledQueries(Projects):
         return self.merged((fewer @ k.transpose(-2, -1)).softmax(-1) @ v)
 
 
+class PooledByIndex(PooledQueries):
+    """The same by the operator that tells places, too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        fewer = q.reshape(*q.shape[:2], -1, 2, DIM).max(3).values
+        return self.merged((fewer @ k.transpose(-2, -1)).softmax(-1) @ v)
+
+
 class Landmarks(Projects):
     """Nyström attention: every query is compared with means of keys, and the other way round."""
 
@@ -315,6 +324,48 @@ class ChosenQueries(Projects):
         return self.merged((q @ k.transpose(-2, -1)).softmax(-1) @ v)
 
 
+class Indexed(Projects):
+    """An indexer's scores, added up over heads of their own, say which keys are seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.index_q, self.index_k, self.weight = (
+            nn.Linear(WIDTH, WIDTH),
+            nn.Linear(WIDTH, DIM),
+            nn.Linear(WIDTH, HEADS),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        index = self.index_q(x).view(*x.shape[:2], HEADS, DIM)
+        found = torch.einsum("bshd,btd->bsht", index, self.index_k(x)).relu()
+        best = torch.einsum("bsht,bsh->bst", found, self.weight(x)).topk(3, dim=-1).indices
+        hidden = torch.full((*x.shape[:2], x.shape[1]), float("-inf")).scatter(-1, best, 0.0)
+        return self.merged((q @ k.transpose(-2, -1) + hidden[:, None]).softmax(-1) @ v)
+
+
+class Unbatched(Projects):
+    """One head over a sequence without a batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (f(x[0]) for f in (self.q, self.k, self.v))
+        return x + (q @ k.transpose(-2, -1)).softmax(-1) @ v
+
+
+class ScaledLate(Projects):
+    """Queries are rotated, and then scaled feature by feature."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        turns = torch.arange(x.shape[1])[:, None] * torch.tensor([1.0, 0.5, 0.25, 0.125]).repeat(2)
+
+        def turned(t: Tensor) -> Tensor:
+            first, second = t.chunk(2, -1)
+            return t * turns.cos() + torch.cat([-second, first], -1) * turns.sin()
+
+        return self.merged(((turned(q) * torch.arange(1.0, DIM + 1)) @ turned(k).transpose(-2, -1)).softmax(-1) @ v)
+
+
 class EarlierValues(Projects):
     """Values are mixed with those of the features that came before a nonlinearity, as of an earlier layer."""
 
@@ -347,6 +398,9 @@ class Renormalised(Projects):
 
 
 REASONS: dict[type[Projects], str] = {
+    Indexed: "hidden states choose which keys each query sees",
+    Unbatched: "it is one head of one sequence",
+    ScaledLate: "behind the rotation",
     EarlierValues: "sum of projections of different hidden states",
     Differential: "as in differential attention",
     Renormalised: "they are normalised once more",
@@ -372,6 +426,7 @@ REASONS: dict[type[Projects], str] = {
     NormalisedByBatch: "a batch normalisation stands between projection and scores",
     TalkingOnTop: "mixed between heads",
     PooledQueries: "(pooling), so heads are no linear map",
+    PooledByIndex: "(pooling), so heads are no linear map",
     TurnedByHead: "rotated by angles of their own",
     WithLearnedToken: "joined to it (add_zero_attn, add_bias_kv, a prefix); without them it is read",
     PositionsByHead: "numbers of their own for each head (such as projected positions)",
@@ -389,6 +444,21 @@ def test_what_is_not_read_is_refused_with_what_is_true_of_it(kind: type[Projects
         torch.onnx.export(module, (_x(),), str(path), dynamo=False, opset_version=17, input_names=["x"])
         seen = rewriter.inspect(path)
     assert not seen.sites and seen.refusals and all(REASONS[kind] in r.reason for r in seen.refusals)
+
+
+class AdditiveAttention(Projects):
+    """A softmax-free mean of gated tokens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = F.normalize(self.q(x), dim=1)
+        return self.o((gate * self.k(x)).sum(1, keepdim=True) * self.v(x))
+
+
+@pytest.mark.parametrize("kind", [AdditiveAttention, Indexed], ids=["without scores", "with scores"])
+def test_an_attention_in_which_nothing_is_found_is_not_passed_over(kind: type[Projects]) -> None:
+    found = rewriter.inspect(nn.Sequential(kind()).eval(), example_inputs=(_x(),))
+    assert [r.name for r in found.refusals] == ["0"]
+    assert ("it is called an attention" in found.refusals[0].reason) == (kind is AdditiveAttention)
 
 
 class FixedCache(Projects):
