@@ -187,6 +187,12 @@ class ScoreWalk:
                 "scores are written into a band (as of sliding chunks, where a query meets the keys around it only); "
                 "write them as one matrix of all queries and keys with a mask, which is the same"
             )
+        if node.op in {"SliceScatter", "SelectScatter", "aten.copy_"}:
+            raise NotUnderstood(
+                "part of its scores is written over in place (a bias for some tokens only, say); where the bias depends "
+                "on positions alone, add one for all scores, zero elsewhere, which is the same and read; else leave "
+                "this attention as it is (layers= selects others)"
+            )
         raise NotUnderstood(f"operator {node.op} between score and softmax is not understood")
 
     def _relayed_projection(self, node: Node) -> Node | None:

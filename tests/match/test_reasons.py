@@ -242,6 +242,17 @@ class PooledQueries(Projects):
         return self.merged((fewer @ k.transpose(-2, -1)).softmax(-1) @ v)
 
 
+class BiasedInPart(Projects):
+    """All tokens but the first get a bias, in place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        scores = q @ k.transpose(-2, -1)
+        near = -(torch.arange(x.shape[1] - 1)[:, None] - torch.arange(x.shape[1] - 1)).abs().float()
+        scores[:, :, 1:, 1:] = scores[:, :, 1:, 1:] + near
+        return self.merged(scores.softmax(-1) @ v)
+
+
 class PooledByIndex(PooledQueries):
     """The same by the operator that tells places, too."""
 
@@ -444,6 +455,11 @@ def test_what_is_not_read_is_refused_with_what_is_true_of_it(kind: type[Projects
         torch.onnx.export(module, (_x(),), str(path), dynamo=False, opset_version=17, input_names=["x"])
         seen = rewriter.inspect(path)
     assert not seen.sites and seen.refusals and all(REASONS[kind] in r.reason for r in seen.refusals)
+
+
+def test_scores_that_are_written_over_in_part_say_what_to_do() -> None:
+    (refusal,) = rewriter.inspect(BiasedInPart().eval(), example_inputs=(_x(),)).refusals
+    assert "part of its scores is written over in place" in refusal.reason and "add one for all" in refusal.reason
 
 
 class AdditiveAttention(Projects):
