@@ -189,9 +189,9 @@ class ScoreWalk:
             )
         if node.op in {"SliceScatter", "SelectScatter", "aten.copy_"}:
             raise NotUnderstood(
-                "part of its scores is written over in place (a bias for some tokens only, say); where the bias depends "
-                "on positions alone, add one for all scores, zero elsewhere, which is the same and read; else leave "
-                "this attention as it is (layers= selects others)"
+                "part of its scores is written over in place (a bias for some tokens only, say); where the bias "
+                "depends on positions alone, add one for all scores, zero elsewhere, which is the same and read; else "
+                "leave this attention as it is (layers= selects others)"
             )
         raise NotUnderstood(f"operator {node.op} between score and softmax is not understood")
 
