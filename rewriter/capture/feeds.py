@@ -291,9 +291,10 @@ def _tables_behind(value: ir.Value, steps: int = 8) -> Iterator[ir.Value]:
         todo = [out for _, node in readers if node.op_type in _LAYS_OUT for out in node.outputs]
 
 
-_LAYS_OUT = frozenset(
-    {"Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Concat", "Cast", "Identity", "Slice"}
-)
+_LAYS_OUT = frozenset({
+    "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Concat", "Cast", "Identity", "Slice",
+    "LayerNormalization",
+})  # fmt: skip
 
 
 def _stored(value: ir.Value | None, steps: int = 4) -> Iterator[ir.Value]:

@@ -53,6 +53,21 @@ def keras_by_matrices(graph: Graph, perturbed: bool) -> str:
     return graph.op("Add", graph.op("MatMul", graph.op("Reshape", mixed, ints(0, 0, WIDTH)), last), "x")
 
 
+def keras_along_an_axis(graph: Graph, perturbed: bool) -> str:
+    """Keras' `attention_axes`: tokens attend within blocks, whose axis no operator joins with another."""
+    alone = graph.op("Unsqueeze", "x", ints(1))
+    blocks = graph.op("Concat", alone, graph.op("Mul", alone, 0.5), axis=1)
+    q, k, v = (
+        graph.op("Add", graph.op("Einsum", blocks, p.weight, equation="abcd,def->abcef"), p.bias)
+        for p in projections(graph, perturbed)
+    )
+    scores = graph.op("Mul", graph.op("Einsum", k, q, equation="abgef,abcef->abecg"), SCALE)
+    mixed = graph.op("Einsum", graph.op("Softmax", scores, axis=-1), v, equation="abecg,abgef->abcef")
+    out = graph.op("Einsum", mixed, graph.matrix(HEADS, DIM, WIDTH), equation="abcef,efd->abcd")
+    first, second = (graph.op("Gather", out, np.array(i), axis=1) for i in (0, 1))
+    return graph.op("Add", graph.op("Add", first, second), "x")
+
+
 def heads_first(graph: Graph, perturbed: bool) -> str:
     """Einsum to [batch, heads, tokens, features], by weights [heads, width, features]; one bias for all heads."""
     q, k, v = (
@@ -170,6 +185,7 @@ def one_sequence(graph: Graph, perturbed: bool) -> str:
 
 WRITERS: dict[str, Writer] = {
     "keras": keras,
+    "keras-along-an-axis": keras_along_an_axis,
     "heads-first": heads_first,
     "packed": packed,
     "matrices": matrices,
