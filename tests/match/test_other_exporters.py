@@ -77,6 +77,18 @@ def heads_first(graph: Graph, perturbed: bool) -> str:
     return finished(graph, attended(graph, q, k, v))
 
 
+def letters_left_out(graph: Graph, perturbed: bool) -> str:
+    """Equations without an output, and with axes that are not named."""
+    q, k, v = projections(graph, perturbed)
+    query = graph.op("Add", graph.op("Einsum", "x", q.weight, equation="abc,cde"), q.bias)
+    key, value = (
+        graph.op("Add", graph.op("Einsum", "x", p.weight, equation="...W, Whd -> ...hd"), p.bias) for p in (k, v)
+    )
+    scores = graph.op("Mul", graph.op("Einsum", query, key, equation="...Thd,...Shd->...hTS"), SCALE)
+    mixed = graph.op("Einsum", graph.op("Softmax", scores, axis=-1), value, equation="...hTS,...Shd->...Thd")
+    return graph.op("Add", graph.op("Einsum", mixed, graph.matrix(HEADS, DIM, WIDTH), equation="btyz,yzw"), "x")
+
+
 def packed(graph: Graph, perturbed: bool) -> str:
     """One Einsum whose weight [width, 3, heads, features] holds queries, keys and values."""
     weight = np.stack([p.weight for p in projections(graph, perturbed)], axis=1)
@@ -187,6 +199,7 @@ WRITERS: dict[str, Writer] = {
     "keras": keras,
     "keras-along-an-axis": keras_along_an_axis,
     "heads-first": heads_first,
+    "letters-left-out": letters_left_out,
     "packed": packed,
     "matrices": matrices,
     "stacks": stacks,
@@ -285,6 +298,16 @@ def test_heads_that_are_repeated_by_joining_their_parts() -> None:
     exact, moved = _distances(repeated_in_parts, "mqa")
     assert exact < EXACT
     assert moved > MOVED
+
+
+def test_projections_within_one_contraction_of_all_factors_are_refused_with_what_to_do() -> None:
+    graph = Graph()
+    q, k, v = projections(graph, False)
+    scores = graph.op("Einsum", "x", q.weight, "x", k.weight, equation="btw,whd,buv,vhd->bhtu")
+    mixed = graph.op("Einsum", graph.op("Softmax", scores, axis=-1), "x", v.weight, equation="bhtu,buw,whd->bthd")
+    out = graph.op("Einsum", mixed, graph.matrix(HEADS, DIM, WIDTH), equation="bthd,hdw->btw")
+    seen = rewriter.inspect(graph.model(graph.op("Add", out, "x")))
+    assert ["contracts 4 factors at once" in r.reason for r in seen.refusals] == [True]
 
 
 def test_masks_where_scores_are_keys_by_queries_are_refused() -> None:
