@@ -239,13 +239,37 @@ def test_a_site_has_its_heads_and_its_scale(name: str) -> None:
     assert site.scale == pytest.approx(SCALE)
 
 
+def test_a_fused_operator_whose_mask_of_no_declared_shape_counts_tokens() -> None:
+    """Optimum's O2 of BERT."""
+    moved = []
+    for perturbed in (False, True):
+        graph = Graph()
+        made = projections(graph, perturbed)
+        weight, bias = np.concatenate([p.flat[0] for p in made], axis=1), np.concatenate([p.flat[1] for p in made])
+        lengths = graph.op("ReduceSum", graph.op("Cast", "mask", to=6), ints(1), keepdims=0)
+        mixed = graph.op("Attention", "x", weight, bias, lengths, domain="com.microsoft", num_heads=HEADS)
+        result = graph.op("Add", graph.op("MatMul", mixed, graph.matrix(WIDTH, WIDTH)), "x")
+        model = graph.model(result, checked=False)
+        mask = onnx.helper.make_tensor_value_info("mask", onnx.TensorProto.INT64, ["batch", "tokens"])
+        model.graph.input.append(mask)
+        inputs = graph.inputs | {"mask": np.arange(6)[None] < np.array([[6], [4]])}
+        inputs["mask"] = inputs["mask"].astype(np.int64)
+        before, after = (run(m, inputs) for m in (model, rewriter.optimize(model, "gqa2")))
+        moved.append(float(np.abs(after - before).max()))
+    assert moved[0] < EXACT and moved[1] > MOVED
+
+
 def test_a_length_that_is_read_off_keys_whose_heads_lie_on_the_axis_of_the_batch() -> None:
-    """BLOOM with a cache cuts a bias to as many keys as there are behind a layout that counts heads."""
+    """BLOOM with a cache cuts a bias to as many keys as there are behind a layout that counts heads.
+
+    Caches are cast as they come in (as in float16), with heads declared.
+    """
     moved = []
     for perturbed in (False, True):
         graph = Graph()
         q, *new = (by_heads(graph, flat) for flat in _linear(graph, perturbed))
-        k, v = (graph.op("Concat", past, heads, axis=2) for past, heads in zip(PAST, new, strict=True))
+        cast = [graph.op("Cast", name, to=1) for name in PAST]
+        k, v = (graph.op("Concat", past, heads, axis=2) for past, heads in zip(cast, new, strict=True))
         batch = graph.op("Slice", graph.op("Shape", "x"), ints(0), ints(1))
         flattened = graph.op("Concat", graph.op("Mul", batch, ints(HEADS)), ints(-1, DIM), axis=0)
         rows, keys, values = (graph.op("Reshape", heads, flattened) for heads in (q, k, v))
@@ -255,7 +279,7 @@ def test_a_length_that_is_read_off_keys_whose_heads_lie_on_the_axis_of_the_batch
         weights = graph.op("Softmax", graph.op("Add", graph.op("MatMul", rows, turned), bias), axis=-1)
         back = graph.op("Concat", batch, ints(HEADS, -1, DIM), axis=0)
         mixed = graph.op("Reshape", graph.op("MatMul", weights, values), back)
-        model = _with_cache(graph, finished(graph, mixed), (k, v))
+        model = _with_cache(graph, finished(graph, mixed), (k, v), cast)
         cache = {
             name: np.repeat(graph.random.standard_normal((2, 2, 3, DIM)).astype(np.float32), 2, 1) for name in PAST
         }
@@ -268,7 +292,7 @@ def test_a_length_that_is_read_off_keys_whose_heads_lie_on_the_axis_of_the_batch
 PAST = ("past_key", "past_value")
 
 
-def _with_cache(graph: Graph, result: str, presents: tuple[str, str]) -> onnx.ModelProto:
+def _with_cache(graph: Graph, result: str, presents: tuple[str, str], cast: list[str]) -> onnx.ModelProto:
     def tensor(name: str, length: str) -> onnx.ValueInfoProto:
         shape: list[str | int | None] = ["batch", HEADS, length, DIM]
         return onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
@@ -276,6 +300,7 @@ def _with_cache(graph: Graph, result: str, presents: tuple[str, str]) -> onnx.Mo
     model = graph.model(result, checked=False)
     model.graph.input.extend(tensor(name, "past") for name in PAST)
     model.graph.output.extend(tensor(name, "total") for name in presents)
+    model.graph.value_info.extend(tensor(name, "past") for name in cast)
     onnx.checker.check_model(model)
     return model
 
