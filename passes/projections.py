@@ -138,14 +138,23 @@ def einsum_features(node: Node, weight: int, shape: tuple[int, ...]) -> int:
     return int(np.prod([n for c, n in zip(term, shape, strict=True) if c in result], dtype=np.int64))
 
 
+def _leading(shape: tuple[int, ...], term: str) -> tuple[int, ...]:
+    """The sizes of the axes that an ellipsis in a term stands for."""
+    start, behind = term.find("..."), len(term.partition("...")[2])
+    return shape[start : len(shape) - behind] if start >= 0 else ()
+
+
 def einsum_terms(flow: Flow, node: Node) -> tuple[str, str, str]:
     """The two input terms and the output term of an Einsum's equation, without blanks, ellipses written out.
 
-    Raises ValueError for other numbers of inputs, and for leading axes that are broadcast to each other.
+    An equation without an output has all letters that stand once, in the order of the alphabet. Raises ValueError for
+    other numbers of inputs, and for leading axes of different sizes that are broadcast to each other.
     """
     equation = str(node.attrs.get("equation", "")).replace(" ", "")
-    inputs, _, result = equation.partition("->")
+    inputs, arrow, result = equation.partition("->")
     terms = inputs.split(",")
+    if not arrow:
+        result = "..." * ("..." in inputs) + "".join(sorted(c for c in set(inputs) - set(".,") if inputs.count(c) == 1))
     if len(terms) > 2 and result:
         raise ValueError(
             f"einsum {equation!r} contracts {len(terms)} factors at once; written as one contraction after the other "
@@ -154,11 +163,11 @@ def einsum_terms(flow: Flow, node: Node) -> tuple[str, str, str]:
     if len(terms) != 2 or not result:
         raise ValueError(f"einsum {equation!r} is not understood")
     if "..." in equation:
-        named = [len(t.replace("...", "")) for t in terms]
-        ranks = [len(flow.shape(v)) for v in node.inputs[:2]]
-        widths = {r - n for r, n, t in zip(ranks, named, terms, strict=True) if "..." in t}
-        if len(widths) != 1 or "..." not in result:
+        leading = [_leading(flow.shape(v), t) for v, t in zip(node.inputs[:2], terms, strict=True)]
+        widest = max(leading, key=len)
+        if "..." not in result or any(sizes != widest[len(widest) - len(sizes) :] for sizes in leading):
             raise ValueError(f"einsum {equation!r} broadcasts its leading axes")
-        free = "".join(c for c in string.ascii_uppercase if c not in equation)[: widths.pop()]
-        terms, result = [t.replace("...", free) for t in terms], result.replace("...", free)
+        free = "".join(c for c in string.ascii_uppercase if c not in equation)[: len(widest)]
+        terms = [t.replace("...", free[len(free) - len(sizes) :]) for t, sizes in zip(terms, leading, strict=True)]
+        result = result.replace("...", free)
     return terms[0], terms[1], result

@@ -162,6 +162,11 @@ def _value_operand(
     """The contraction of attention weights with values; `turned`: weights are [keys, queries] there."""
     if node.op == "QLinearMatMul":
         return INTEGER_SCORES
+    if len(node.inputs) > 2 and node.op == "Einsum":
+        try:
+            einsum_terms(flow, node)
+        except ValueError as error:
+            return str(error)
     a, b = node.inputs[:2]
     other = b if a == weights else a
     if not flow.data_dependent(other):

@@ -261,15 +261,16 @@ def _evaluate(symbol: str, symbols: Mapping[str, int]) -> int | None:
 
 def _image_side(model: ir.Model, roles: tuple[InputRole, ...]) -> int:
     """Side of a square image, or audio frames, that fits the model's own position table; 224 if there is none."""
-    stride, width = 1, None
+    stride, width, near = 1, None, list[ir.Value]()
     for node in model.graph:
         if node.op_type == "Conv" and node.inputs[1] is not None and node.inputs[1].const_value is not None:
             strides = node.attributes["strides"].as_ints() if "strides" in node.attributes else (1,)
             stride, width = stride * strides[0], node.inputs[1].const_value.shape[0]
             if any(role.kind == "image" for role in roles):
+                near = [*_tables_behind(node.outputs[0])]
                 break
     image = any(role.kind == "image" for role in roles)
-    for value in model.graph.initializers.values():
+    for value in (*near, *model.graph.initializers.values()):
         dims = [int(d) for d in value.shape.dims if isinstance(d, int)] if value.shape is not None else []
         if len(dims) in {2, 3} and dims[-1] == width and (len(dims) == 2 or dims[0] == 1) and dims[-2] > 1:
             if not image:
@@ -279,6 +280,29 @@ def _image_side(model: ir.Model, roles: tuple[InputRole, ...]) -> int:
                 if root > 0 and root * root == dims[-2] - extra:
                     return root * stride
     return 224 if image else 3000
+
+
+def _tables_behind(value: ir.Value, steps: int = 8) -> Iterator[ir.Value]:
+    """Stored tensors that meet a value, nearest first: positions of patches where a model has those of words, too."""
+    todo = [value]
+    for _ in range(steps):
+        readers = [(value, node) for value in todo for node, _ in value.uses()]
+        yield from (t for v, node in readers for other in node.inputs if other is not v for t in _stored(other))
+        todo = [out for _, node in readers if node.op_type in _LAYS_OUT for out in node.outputs]
+
+
+_LAYS_OUT = frozenset({
+    "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Concat", "Cast", "Identity", "Slice",
+    "LayerNormalization",
+})  # fmt: skip
+
+
+def _stored(value: ir.Value | None, steps: int = 4) -> Iterator[ir.Value]:
+    """The stored tensor that rows or axes of a value are taken from, if there is one."""
+    while value is not None and steps and value.const_value is None and (node := value.producer()) is not None:
+        value, steps = (node.inputs[0] if node.inputs else None), steps - 1
+    if value is not None and value.const_value is not None:
+        yield value
 
 
 def _baked_pairs(model: ir.Model) -> list[tuple[int, int]]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 import onnx_ir as ir
 
-from passes.dataflow import Value
+from passes.dataflow import LAYOUT, Value
+from passes.provenance import PASS_THROUGH
 from passes.site import Operand
 from rewriter.install.onnx_editor import Editor
 
@@ -32,8 +35,22 @@ def rewire(editor: Editor, operand: Operand, stem: ir.Value, new: ir.Value, head
                 value.shape = None
     if operand.past is not None and operand.past_head_axis is not None:
         resize(editor.value(operand.past), operand.past_head_axis, heads)
+        _forget_shapes(editor.value(operand.past), inside)
     for name, axis in operand.presents:
         resize(new if name == operand.stem else editor.value(name), axis, heads)
+
+
+def _forget_shapes(value: ir.Value, inside: Collection[int]) -> None:
+    """What is declared of a cache between the input and the path (as where it is cast) counts the old heads."""
+    todo = [value]
+    while todo:
+        for node, _ in todo.pop().uses():
+            if id(node) in inside or node.op_type not in PASS_THROUGH | LAYOUT:
+                continue
+            made = [out for out in node.outputs if out.shape is not None and not out.is_graph_output()]
+            for out in made:
+                out.shape = None
+            todo += made
 
 
 def _narrow_gain(editor: Editor, node: ir.Node) -> None:

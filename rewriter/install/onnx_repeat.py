@@ -6,12 +6,13 @@ same for graphs of torch is `rewriter/install/fx_repeat.py`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
-from passes.dataflow import Array, Value
+from passes.dataflow import Array, Flow, Value
+from passes.projections import layout_of
 from passes.site import Operand, Projection
 from passes.targets.replacement import Replacement
 from passes.token_blocks import parted_behind
@@ -19,7 +20,7 @@ from passes.weights.repetition import Part, Repetition, repetition
 from rewriter.capture.onnx_file import OnnxCapture
 from rewriter.install.onnx_editor import Editor
 from rewriter.install.onnx_obstacles import unflattened_input
-from rewriter.install.onnx_weights import emit_like
+from rewriter.install.onnx_weights import Emitted, emit_like, emit_plain
 
 
 def repeatable(capture: OnnxCapture, replacement: Replacement, others: Sequence[Replacement]) -> bool:
@@ -57,9 +58,27 @@ def _parted(capture: OnnxCapture, operand: Operand) -> bool:
 
 
 def _plain(capture: OnnxCapture, projection: Projection) -> bool:
-    """Whether a projection is one product with a stored float matrix, and one bias at most."""
-    stored = capture.quantised.get(projection.node) is None and projection.weight_axes is None
-    return stored and projection.bias_index is None and projection.factor == 1.0
+    """Whether a projection is one product with a stored float matrix, and one bias at most.
+
+    The matrix may be stored by heads, and heads and features lie on axes of their own behind the product.
+    """
+    if projection.weight_axes is not None:
+        layout = layout_of(capture.flow, capture.flow.nodes[projection.node])
+        if isinstance(layout, str) or not layout.features_last or layout.summed > 1:
+            return False
+    stored = capture.quantised.get(projection.node) is None
+    return stored and projection.factor == 1.0 and _biased(capture.flow, projection) is not None
+
+
+def _biased(flow: Flow, projection: Projection) -> Value | None:
+    """The projection's result with its bias, also where heads and features have axes of their own as it is added."""
+    if projection.bias_index is None:
+        return projection.output
+    readers = flow.live_readers(projection.output)
+    in_order = np.array_equal(projection.bias_index, np.arange(projection.features))
+    if len(readers) != 1 or readers[0].op != "Add" or projection.bias not in readers[0].inputs or not in_order:
+        return None
+    return readers[0].outputs[0]
 
 
 def _laid(replacement: Replacement, output: Value) -> Repetition:
@@ -81,25 +100,33 @@ def _reproject(editor: Editor, replacement: Replacement, output: Value) -> tuple
     site, tensors, flow = replacement.site, replacement.tensors, editor.capture.flow
     shared = [(role, o) for role, o in site.shared if o.projection.output == output]
     projection, laid, name = shared[0][1].projection, _laid(replacement, output), f"{site.name}.{shared[0][0]}"
-    matrix = flow.value(projection.weight)
+    matrix = projection.matrix(flow.value(projection.weight))
     rows = np.concatenate([
         (matrix if projection.out_first else matrix.T)[laid.kept], *(tensors[f"{role}_weight"] for role, _ in shared)
     ])  # fmt: skip
     nodes: list[ir.Node] = []
     laid_rows = rows if projection.out_first else rows.T
-    weight, error = _held(editor, nodes, projection.weight, laid_rows, f"{name}.weight")
+    store = emit_like if projection.weight_axes is None else emit_plain
+    weight, error = _held(editor, nodes, projection.weight, laid_rows, f"{name}.weight", store)
     if projection.out_first:
         weight = editor.write.op(nodes, "Transpose", [weight], f"{name}.weight_t", perm=[1, 0])
     out = editor.write.op(nodes, "MatMul", [editor.value(projection.input), weight], f"{name}.matmul")
     if projection.bias is not None:
         kept = np.asarray(flow.value(projection.bias)).reshape(-1)[laid.kept]
         vector = np.concatenate([kept, *(tensors[f"{role}_bias"] for role, _ in shared)])
-        bias, _ = _held(editor, nodes, projection.bias, vector, f"{name}.bias")
+        store = emit_like if len(flow.shape(projection.bias)) == 1 else emit_plain
+        bias, _ = _held(editor, nodes, projection.bias, vector, f"{name}.bias", store)
         out = editor.write.op(nodes, "Add", [out, bias], f"{name}.projected")
     index = editor.write.ints(laid.index.tolist(), f"{name}.heads")
     out = editor.write.op(nodes, "Gather", [out, index], f"{name}.repeated", axis=-1)
-    old = editor.value(output)
-    given, wanted = (editor.capture.element_type(v) for v in (projection.input, output))
+    biased = _biased(flow, projection)
+    assert biased is not None
+    lead, axes = len(flow.shape(projection.input)) - 1, flow.shape(output)
+    if len(axes) > lead + 1:
+        apart = editor.write.ints([*(0 for _ in axes[:lead]), *axes[lead:]], f"{name}.apart")
+        out = editor.write.op(nodes, "Reshape", [out, apart], f"{name}.by_head")
+    old = editor.value(biased)
+    given, wanted = (editor.capture.element_type(v) for v in (projection.input, biased))
     if wanted is not None and given is not None and wanted != given:
         out = editor.write.op(nodes, "Cast", [out], f"{name}.cast", to=int(wanted))
     producer = old.producer()
@@ -107,11 +134,18 @@ def _reproject(editor: Editor, replacement: Replacement, output: Value) -> tuple
     out.type, out.shape = old.type, old.shape
     editor.graph.insert_after(producer, nodes)
     old.replace_all_uses_with(out, replace_graph_outputs=True)
-    editor.standing_in[output] = out
+    editor.standing_in[biased] = out
     return producer, error
 
 
-def _held(editor: Editor, nodes: list[ir.Node], like: Value, array: Array, name: str) -> tuple[ir.Value, float]:
+def _held(
+    editor: Editor,
+    nodes: list[ir.Node],
+    like: Value,
+    array: Array,
+    name: str,
+    store: Callable[..., Emitted],
+) -> tuple[ir.Value, float]:
     """Numbers stored as the program stores the old ones, and the error of that."""
-    emitted = emit_like(editor.value(like), array, name, editor.write.unique)
+    emitted = store(editor.value(like), array, name, editor.write.unique)
     return editor.hold(nodes, emitted), emitted.error

@@ -208,6 +208,21 @@ def test_images_take_the_convolutions_channels_and_the_position_tables_side() ->
     assert make_feeds(model)["pixels"].shape == (2, 3, 8, 8)
 
 
+def test_an_image_fits_the_positions_that_its_patches_meet_not_those_of_words() -> None:
+    filled = {name: ",".join(["0.1"] * count) for name, count in (("w", 48), ("words", 256), ("pos", 64))}
+    weights = (
+        f"float[4,3,2,2] w = {{{filled['w']}}}, float[64,4] words = {{{filled['words']}}}, "
+        f"float[16,4] pos = {{{filled['pos']}}}, int64[1,16] at = {{{','.join(map(str, range(16)))}}}"
+    )
+    model = graph(
+        "float[b,c,h,w_] pixels, int64[b,s] ids",
+        "y = Conv<strides = [2, 2]>(pixels, w) z = Transpose(y) near = Gather(pos, at) placed = Add(z, near) "
+        "far = Gather(words, ids) out = own.f(placed, far)",
+        weights,
+    )
+    assert make_feeds(model)["pixels"].shape == (2, 3, 8, 8)
+
+
 def test_flags_counts_and_half_precision() -> None:
     model = graph(
         "bool[1] use_cache_branch, int64 num_logits, float16[b,s,8] inputs_embeds, float[b,2,past,4] past_key",

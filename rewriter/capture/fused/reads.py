@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from rewriter.onnx_nodes import input_at
+
 _UPSTREAM = 64
 """Values that are looked at for an operator's type."""
 
@@ -32,6 +34,17 @@ def sliding(node: ir.Node) -> int:
     return max(node.attributes.get_int("local_window_size", 0), 0) if slides else 0
 
 
+def _dropped_axes(node: ir.Node) -> int:
+    """How many axes a sum leaves out (as lengths counted off a mask are summed); 0 for other nodes."""
+    if node.op_type != "ReduceSum" or node.attributes.get_int("keepdims", 1) != 0:
+        return 0
+    axes = node.attributes.get("axes")
+    if axes is not None:
+        return len(axes.as_ints())
+    stored = input_at(node, 1)
+    return int(stored.const_value.size) if stored is not None and stored.const_value is not None else 0
+
+
 def rank(value: ir.Value) -> int | None:
     """Rank of a value, declared or told from what makes it; None if unknown."""
     if value.shape is not None:
@@ -41,13 +54,14 @@ def rank(value: ir.Value) -> int | None:
         return None
     if node.op_type == "EmbedLayerNormalization":
         return 1
+    if node.op_type in {"Cast", "Identity", "Slice", "ReduceSum"} and (given := input_at(node, 0)) is not None:
+        before = rank(given)
+        return before if before is None else before - _dropped_axes(node)
     if node.op_type == "Transpose" and "perm" in node.attributes:
         return len(node.attributes["perm"].as_ints())
     if node.op_type == "Reshape" and node.inputs[1] is not None and node.inputs[1].shape is not None:
         size = node.inputs[1].shape[0]
         return size if isinstance(size, int) else None
-    if node.op_type in {"Cast", "Identity"} and node.inputs[0] is not None:
-        return rank(node.inputs[0])
     return None
 
 
