@@ -126,7 +126,7 @@ def test_weights_zeroed_by_the_mask_of_their_scores_are_read_though_it_hides_not
     (site,) = matches(Zeroed(True), features(), everything, everything).sites
     assert site.replay_error < REPLAY_LIMIT and site.masked_rows_are_zero
     (refusal,) = matches(Zeroed(False), features(), everything, everything.clone()).refusals
-    assert "not just where the same mask hid their scores" in refusal.reason
+    assert "so they add up to less than one" in refusal.reason
 
 
 class Noisy(nn.Module):
