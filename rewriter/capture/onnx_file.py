@@ -107,6 +107,20 @@ class OnnxCapture:
         tried = (self.at((b, length + 2, p)) for p in pasts for b in (batch + 1, batch))
         return next((other for other in tried if other is not None), None)
 
+    @cached_property
+    def varies_all(self) -> bool:
+        """Whether recordings at other sizes differ in all axes that inputs leave open; those of images stay."""
+        batch, length, past = self.sizes
+        more = _feeds(self.model, self.written_out, (batch + 1, length + 2, past + 1 if past else 0))
+        shapes = {
+            v.name: v.shape for v in self.model.graph.inputs if v.name and v.name in self.feeds and v.shape is not None
+        }
+        return more is not None and not any(
+            not isinstance(declared, int) and size > 1 and size == later
+            for name, shape in shapes.items()
+            for declared, size, later in zip(shape, self.feeds[name].shape, more[name].shape, strict=True)
+        )
+
     def at(self, sizes: tuple[int, int, int], seed: int = 1) -> OnnxCapture | None:
         """The same file recorded at other sizes; None if it does not run there or has the sizes baked in."""
         feeds = _feeds(self.model, self.written_out, sizes, seed)

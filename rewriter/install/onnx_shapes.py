@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import onnx_ir as ir
 
@@ -61,7 +61,8 @@ def _released(editor: Editor, names: Sequence[Value], operands: Sequence[Operand
 
 
 def _release(editor: Editor, reader: ir.Node, name: Value, operands: Sequence[Operand]) -> bool:
-    parts = _dimensions(editor, name, [s for o in operands for s in _sources(editor, o)])
+    fixed = {n for o in operands for n in (o.heads, o.dim, o.heads * o.dim)}
+    parts = _dimensions(editor, name, [s for o in operands for s in _sources(editor, o)], fixed)
     if parts is None:
         return False
     start = reader.attributes.get_int("start", 0)
@@ -96,17 +97,30 @@ def _dimension(editor: Editor, nodes: list[ir.Node], part: _Dimension | int, ste
     return editor.write.op(nodes, "Mul", [size, editor.write.ints([times], f"{stem}.times")], f"{stem}.product")
 
 
-def _dimensions(editor: Editor, name: Value, sources: Sequence[_Source]) -> list[_Dimension | int] | None:
-    """Each dimension of a value as a multiple of an axis of a source or a constant, told from two recordings."""
+def _dimensions(
+    editor: Editor, name: Value, sources: Sequence[_Source], fixed: Collection[int]
+) -> list[_Dimension | int] | None:
+    """Each dimension of a value as a multiple of an axis of a source or a constant, told from two recordings.
+
+    Where these do not differ in all that the file leaves open (the sides of images, so the number of patches), a size
+    that is an axis' own is read off there; None if it is one of the `fixed` ones as well, or cannot be told.
+    """
     first = editor.capture.flow
     other = editor.capture.other
     second = other.flow if other is not None else first
     counted = [(x, axis, first.shape(v)[axis], second.shape(v)[axis]) for x, axis, v in sources]
+    unvaried = [] if editor.capture.varies_all else counted
     parts: list[_Dimension | int] = []
     for size, later in zip(first.shape(name), second.shape(name), strict=True):
         like = ((x, i, size // n) for x, i, n, m in counted if n and m and (size % n, size * m) == (0, later * n))
-        found = min(like, key=lambda part: part[2], default=None) if size != later else None
-        if found is None and size != later:
+        if size == later:
+            alike = [(x, i, 1) for x, i, n, m in unvaried if n == m == size > 1]
+            if alike and size in fixed:
+                return None
+            parts.append(alike[0] if alike else size)
+            continue
+        found = min(like, key=lambda part: part[2], default=None)
+        if found is None or any(n == m > 1 and found[2] % n == 0 for _, _, n, m in unvaried):
             return None
-        parts.append(size if found is None else found)
+        parts.append(found)
     return parts
