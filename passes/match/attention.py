@@ -20,7 +20,7 @@ from passes.match.scores import ScorePath, anchors, score_path
 from passes.match.verdicts import FreeQuery, NotUnderstood, Unrelated
 from passes.match.without_softmax import without_softmax
 from passes.provenance import PASS_THROUGH, Memory, Tracer
-from passes.replay import replay, tolerance
+from passes.replay import Replay, replay, tolerance
 from passes.site import AttentionSite, Modifier, NotAttention, Projection, Refusal
 
 
@@ -108,10 +108,7 @@ def match_anchor(tracer: Tracer, anchor: Node, name: str, layer: int) -> tuple[A
     replayed = replay(flow, path, q, k, v)
     limit = tolerance(flow, (path.q.value, path.k.value, path.v.value, path.output_view.value))
     if not replayed.worst <= limit:
-        raise NotUnderstood(
-            f"it does not replay from its weights (relative error q {replayed.q:.1e}, k {replayed.k:.1e}, "
-            f"v {replayed.v:.1e}, scores {replayed.scores:.1e}, output {replayed.output:.1e})"
-        )
+        raise NotUnderstood(_off(flow, path, replayed))
     merged, out = _output_projection(flow, path.output_view.value)
     site = AttentionSite(
         name=name,
@@ -250,6 +247,21 @@ def _root(flow: Flow, value: Value) -> Value:
 
 def _owner(flow: Flow, q: Traced, anchor: Node) -> str:
     return anchor.owner or flow.nodes[q.operand.projection.node].owner
+
+
+def _off(flow: Flow, path: ScorePath, replayed: Replay) -> str:
+    """What is wrong with a replay."""
+    operands = {"queries": path.q.value, "keys": path.k.value, "values": path.v.value}
+    wild = next((name for name, value in operands.items() if not np.isfinite(flow.value(value)).all()), None)
+    if wild is not None:
+        return (
+            f"its {wild} are not finite on the example inputs, so nothing can be told from them: check its weights, "
+            "and what the model computes from such inputs"
+        )
+    return (
+        f"it does not replay from its weights (relative error q {replayed.q:.1e}, k {replayed.k:.1e}, "
+        f"v {replayed.v:.1e}, scores {replayed.scores:.1e}, output {replayed.output:.1e})"
+    )
 
 
 def _output_projection(flow: Flow, value: Value) -> tuple[Value | None, Projection | None]:

@@ -607,3 +607,20 @@ class Blurred(Projects):
 def test_a_convolution_behind_a_projection_is_what_a_norm_behind_it_is_refused_for() -> None:
     (refusal,) = rewriter.inspect(Blurred().eval(), example_inputs=(_x(),)).refusals
     assert "over 3 tokens" in refusal.reason or "mixes tokens between projection and score" in refusal.reason
+
+
+class Plain(Projects):
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        return self.merged((q @ k.transpose(-2, -1)).softmax(-1) @ v)
+
+
+@pytest.mark.parametrize("broken", ["k", "v", None])
+def test_operands_that_are_not_finite_are_refused_for_that(broken: str | None) -> None:
+    model = Plain().eval()
+    if broken is None:
+        assert not rewriter.inspect(model, example_inputs=(_x(),)).refusals
+        return
+    getattr(model, broken).bias.data[3] = float("nan")
+    (refusal,) = rewriter.inspect(model, example_inputs=(_x(),)).refusals
+    assert f"its {'keys' if broken == 'k' else 'values'} are not finite" in refusal.reason
