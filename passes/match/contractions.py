@@ -38,7 +38,7 @@ def query_and_key(flow: Flow, node: Node) -> tuple[OperandView, OperandView, Val
         view_a = OperandView(a, -1, -2) if turned_a else OperandView(a, -2, -1)
         return view_a, OperandView(b, -2, -1) if turned_b else OperandView(b, -1, -2), None
     if node.op == "Einsum":
-        first, second, result = _terms(flow, node)
+        first, second, result = two_terms(flow, node)
         shared = [c for c in first if c in second and c not in result]
         for (x, x_term), (y, y_term) in (((a, first), (b, second)), ((b, second), (a, first))):
             if len(shared) == 1 and _asks(x_term, y_term, result):
@@ -77,8 +77,8 @@ def moves_batch(node: Node) -> bool:
     return bool(node.attrs.get("transBatchA", 0) or node.attrs.get("transBatchB", 0))
 
 
-def _terms(flow: Flow, node: Node) -> tuple[str, str, str]:
-    """As `einsum_terms`. Raises NotUnderstood."""
+def two_terms(flow: Flow, node: Node) -> tuple[str, str, str]:
+    """As `einsum_terms`. Raises NotUnderstood where an Einsum is no product of two operands."""
     try:
         return einsum_terms(flow, node)
     except ValueError as error:

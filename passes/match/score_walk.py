@@ -9,7 +9,7 @@ import numpy as np
 from passes.dataflow import CONTRACTIONS, LAYOUT, Array, Flow, Node, Value
 from passes.match.choosing import REASON as CHOSEN
 from passes.match.choosing import content_bias, is_chosen
-from passes.match.contractions import contracted_by, contracts, query_and_key, require_projected
+from passes.match.contractions import contracted_by, contracts, require_projected, two_terms
 from passes.match.roundings import Rounding, quantizer_of
 from passes.match.score_layout import flattens_rows, keeps_last_two, relaid_by, swaps_last_two
 from passes.match.score_terms import HIDDEN, total_bias
@@ -54,7 +54,7 @@ class ScoreWalk:
                 raise Unrelated("its input does not depend on hidden states")
             router = Unrelated("it normalises a learned projection (a router, a classifier or weights for pooling)")
             if node.op == "Einsum" and len(node.inputs) > 2:
-                query_and_key(self.flow, node)  # says why not
+                two_terms(self.flow, node)  # says why not
             projects = self.flow.projection_operands(node) is not None
             if projects:
                 self._refuse_scores(node)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -11,8 +10,9 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from passes.dataflow import Array
+from rewriter.asked_number import asked_number
 from rewriter.capture.memory_limit import TakesTooMuch, too_much
-from rewriter.errors import UnsupportedModel, UsageError
+from rewriter.errors import UnsupportedModel
 
 SECONDS, SECONDS_WITHOUT_LOOPS = 60.0, 600.0
 VARIABLE = "REWRITER_RUN_TIMEOUT"
@@ -38,18 +38,12 @@ def time_limit(model: ir.Model) -> float:
 
     Raises UsageError if the variable that may change them holds no positive number.
     """
-    given = os.environ.get(VARIABLE)
-    if given is None:
-        held = (value.const_value for value in model.graph.initializers.values())
-        weights = sum(t.nbytes for t in held if t is not None and t.dtype != ir.DataType.STRING)
-        return (SECONDS if _has_loop(model) else SECONDS_WITHOUT_LOOPS) + weights / _BYTES_A_SECOND
-    try:
-        seconds = float(given)
-    except ValueError:
-        seconds = 0.0
-    if not seconds > 0:
-        raise UsageError(f"{VARIABLE}={given!r} is no number of seconds", hint="give a positive one, or unset it")
-    return seconds
+    asked = asked_number(VARIABLE, "seconds")
+    if asked is not None:
+        return asked
+    held = (value.const_value for value in model.graph.initializers.values())
+    weights = sum(t.nbytes for t in held if t is not None and t.dtype != ir.DataType.STRING)
+    return (SECONDS if _has_loop(model) else SECONDS_WITHOUT_LOOPS) + weights / _BYTES_A_SECOND
 
 
 def _has_loop(model: ir.Model) -> bool:

@@ -9,14 +9,13 @@ which have a process of their own; the library in somebody else's process takes 
 from __future__ import annotations
 
 import contextlib
-import math
-import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rewriter.errors import RewriteError, UnsupportedModel, UsageError
+from rewriter.asked_number import asked_number
+from rewriter.errors import RewriteError, UnsupportedModel
 
 GB = 10**9
 VARIABLE = "REWRITER_MEMORY_LIMIT"
@@ -114,16 +113,8 @@ def grant(size: int) -> None:
 
 
 def _asked() -> int | None:
-    given = os.environ.get(VARIABLE)
-    if given is None:
-        return None
-    try:
-        size = float(given)
-    except ValueError:
-        size = 0.0
-    if not (size > 0 and math.isfinite(size)):
-        raise UsageError(f"{VARIABLE}={given!r} is no number of GB", hint="give a positive one, or unset it")
-    return int(size * GB)
+    size = asked_number(VARIABLE, "GB")
+    return None if size is None else int(size * GB)
 
 
 def _most() -> int | None:

@@ -132,7 +132,8 @@ def _compare_runs(
     try:
         session = cpu_session(old.source, threads=threads, long=is_long(old.model))
     except Exception as error:  # onnxruntime's errors share no public base class
-        _raise_if_too_much(error)
+        if (refused := too_much(error)) is not None:
+            raise refused from error
         return None, [Check("runs", False, f"the original does not load in onnxruntime: {first_line(error)}")]
     rehearsal = Rehearsal(old.model, session, ports, changed, time_limit(old.model))
     rehearsed = list(rehearsal.scripts(sizes, seeds))
@@ -143,7 +144,8 @@ def _compare_runs(
     try:
         session = cpu_session(new.source, threads=threads, long=is_long(new.model))
     except Exception as error:
-        _raise_if_too_much(error)
+        if (refused := too_much(error)) is not None:
+            raise refused from error
         return None, [Check("loads", False, first_line(error))]
     parts = f" in {len(session.stretches)} parts, as it is long" if isinstance(session, Stretches) else ""
     checks = [Check("loads", True, f"onnxruntime opens it{parts}")]
@@ -160,12 +162,6 @@ def _compare_runs(
             return None, [*checks, Check("runs", False, f"{script.label}: {complaint}")]
     labels = "; ".join(script.label for script, _ in rehearsed)
     return comparison.main.fidelity(), [*checks, Check("runs", True, labels), *comparison.checks(record)]
-
-
-def _raise_if_too_much(error: Exception) -> None:
-    refused = too_much(error)
-    if refused is not None:
-        raise refused from error
 
 
 @dataclass
