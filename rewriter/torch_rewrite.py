@@ -463,14 +463,21 @@ def _key(flow: Flow, operand: Operand) -> str | None:
 def _submodule(flow: Flow, site: AttentionSite, owner: str, role: str) -> str | None:
     """Path, from the owner, of the module that projects the output or normalises an operand; None if it has none."""
     if role == "out":
-        weight = flow.weights.get(site.out.weight) if site.out is not None else None
-        path = weight.name.rpartition(".")[0] if weight is not None else ""
+        above = () if site.out is None else flow.weights_above(site.out.weight)
+        path = _holder([name for v in above if (name := flow.weights[v].name)])
     else:
         norm = site.q.norm if role == "q" else site.k.norm
         node = flow.producer(norm.output) if norm is not None else None
         path = node.owner if node is not None else ""
     inside = path.startswith(f"{owner}.") if owner else bool(path)
     return path[len(owner) + 1 if owner else 0 :] if inside else None
+
+
+def _holder(keys: Sequence[str]) -> str:
+    """Path of the innermost module that holds all these parameters, be they adapters' or parametrizations'."""
+    levels = zip(*(key.split(".")[:-1] for key in keys), strict=False)
+    shared = (level[0] for level in itertools.takewhile(lambda level: len({*level}) == 1, levels))
+    return ".".join(itertools.takewhile(lambda step: step != "parametrizations", shared))
 
 
 def _original_parameters(module: torch.nn.Module, flow: Flow, site: AttentionSite, owner: str) -> MixerParameters:

@@ -6,6 +6,8 @@ proto that a caller handed in, would come out changed in places that no rewrite 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import onnx_ir as ir
 
@@ -37,3 +39,28 @@ def stored_tensor(value: ir.Value) -> ir.TensorProtocol:
 def stored_numbers(value: ir.Value) -> Array:
     """The numbers of a value that is known to be constant, float32."""
     return stored_tensor(value).numpy().astype(np.float32)
+
+
+def weight_tensor(value: ir.Value) -> ir.TensorProtocol | None:
+    """As `constant_tensor`, also where exporters let equal weights be one initializer behind an Identity."""
+    node = value.producer()
+    while node is not None and node.op_type == "Identity" and node.inputs and node.inputs[0] is not None:
+        value = node.inputs[0]
+        node = value.producer()
+    return constant_tensor(value)
+
+
+def drop_unread(graph: ir.Graph, constants: Iterable[ir.Value]) -> tuple[str, ...]:
+    """Take those constants that nothing reads any more out of the graph; names of initializers."""
+    gone: list[str] = []
+    for value in constants:
+        if value.uses() or value.is_graph_output():
+            continue
+        node = value.producer()
+        if node is not None:  # a Constant, or an Identity of an initializer
+            above = [v for v in node.inputs if v is not None]
+            graph.remove(node, safe=True)
+            gone += drop_unread(graph, above)
+        elif value.is_initializer() and graph.initializers.pop(value.name or "", None) is not None:
+            gone.append(value.name or "")
+    return tuple(gone)

@@ -1,5 +1,7 @@
 """Projections as vision models write them, as products with a matrix: convolutions of kernel size 1 and batch norms.
 
+Sums of products, as adapters leave them, too (`rewriter.capture.onnx_adapters`).
+
 Like fused operators (`rewriter.capture.fused`) they are written out on a copy to be matched, and in the model that is
 kept only where an attention that they project for is rewritten.
 """
@@ -13,7 +15,8 @@ import numpy as np
 import onnx_ir as ir
 
 from passes.dataflow import Array
-from rewriter.capture.onnx_constants import constant_tensor
+from rewriter.capture.onnx_adapters import Adapted, adapted_sums
+from rewriter.capture.onnx_constants import drop_unread, weight_tensor
 from rewriter.onnx_nodes import NodeWriter, input_at
 
 _PRODUCTS = frozenset({"MatMul", "Einsum", "Gemm", "FusedMatMul"})
@@ -73,17 +76,9 @@ def _folded(norm: ir.Node, added: Array | float) -> tuple[Array, Array]:
     return factor, shift + (added - mean) * factor
 
 
-def _stored(value: ir.Value) -> ir.TensorProtocol | None:
-    """A constant's tensor, also where exporters let equal weights be one initializer behind an Identity."""
-    node = value.producer()
-    while node is not None and node.op_type == "Identity" and (above := input_at(node, 0)) is not None:
-        value, node = above, above.producer()
-    return constant_tensor(value)
-
-
 def _numbers(value: ir.Value) -> Array:
     """Of a value that is known to be constant, float32."""
-    tensor = _stored(value)
+    tensor = weight_tensor(value)
     assert tensor is not None
     return tensor.numpy().astype(np.float32)
 
@@ -93,7 +88,7 @@ class Written:
     """What a product was written for.
 
     Attributes:
-        node: the name of the convolution, or of the product itself where only a norm went into it.
+        node: the name of the convolution or of the sum, or of the product itself where only a norm went into it.
         gone: initializers that nothing reads any more, taken out of the graph.
     """
 
@@ -102,7 +97,7 @@ class Written:
 
 
 def has_unwritten(model: ir.Model) -> bool:
-    """Whether attentions project by convolutions, or through batch norms, that can be written as products."""
+    """Whether attentions project by convolutions, sums or batch norms that can be written as products."""
     return bool(_found(model))
 
 
@@ -121,14 +116,20 @@ def write_as_products(model: ir.Model, only: Collection[str] | None = None) -> d
         found.node.name = name
         if only is None or name in only:
             read = found.constants  # a node that was removed reads nothing
-            write = _write if isinstance(found, _Convolution) else _fold
-            product = write(model.graph, writer, found)  # type: ignore[arg-type]
-            written[product] = Written(name, _drop_unread(model.graph, read))
+            product = _written(model.graph, writer, found)
+            written[product] = Written(name, drop_unread(model.graph, read))
     return written
 
 
-def _found(model: ir.Model) -> list[_Convolution | _NormedProduct]:
-    found: list[_Convolution | _NormedProduct] = []
+def _written(graph: ir.Graph, writer: NodeWriter, found: _Convolution | _NormedProduct | Adapted) -> str:
+    """The name of the product that is there now."""
+    if isinstance(found, Adapted):
+        return found.write(graph, writer)
+    return _write(graph, writer, found) if isinstance(found, _Convolution) else _fold(graph, writer, found)
+
+
+def _found(model: ir.Model) -> list[_Convolution | _NormedProduct | Adapted]:
+    found: list[_Convolution | _NormedProduct | Adapted] = [*adapted_sums(model.graph)]
     for node in dict.fromkeys(_read_by_attention(model.graph)):
         if _is_pointwise(node):
             found.append(_Convolution(node, _norm_behind(node)))
@@ -174,8 +175,8 @@ def _is_pointwise(node: ir.Node) -> bool:
     if node.op_type != "Conv" or node.domain not in {"", "ai.onnx"} or node.outputs[0].is_graph_output():
         return False
     kernel, bias = (input_at(node, i) for i in (1, 2))
-    numbers = None if kernel is None else _stored(kernel)
-    stored = numbers is not None and (bias is None or _stored(bias) is not None)
+    numbers = None if kernel is None else weight_tensor(kernel)
+    stored = numbers is not None and (bias is None or weight_tensor(bias) is not None)
     if numbers is None or not stored or not numbers.dtype.is_floating_point() or numbers.dtype.itemsize < 2:
         return False
     size = [n for n in numbers.shape if isinstance(n, int)]
@@ -194,7 +195,7 @@ def _norm_behind(node: ir.Node | None) -> ir.Node | None:
     norm = uses[0].node if len(uses) == 1 else None
     if norm is None or norm.op_type != "BatchNormalization" or norm.attributes.get_int("training_mode", False):
         return None
-    stored = all(v is not None and _stored(v) is not None for v in norm.inputs[1:5])
+    stored = all(v is not None and weight_tensor(v) is not None for v in norm.inputs[1:5])
     alone = not any(v.uses() or v.is_graph_output() for v in norm.outputs[1:])
     return norm if stored and alone and uses[0].idx == 0 and not norm.outputs[0].is_graph_output() else None
 
@@ -202,7 +203,7 @@ def _norm_behind(node: ir.Node | None) -> ir.Node | None:
 def _normed_product(node: ir.Node) -> _NormedProduct | None:
     """A product whose tokens are flattened, rows stay whole, for a norm of as many features."""
     weight = input_at(node, 1)
-    matrix = None if weight is None else _stored(weight)
+    matrix = None if weight is None else weight_tensor(weight)
     if node.op_type != "MatMul" or node.domain not in {"", "ai.onnx"} or matrix is None or len(matrix.shape) != 2:
         return None
     if not matrix.dtype.is_floating_point() or matrix.dtype.itemsize < 2:
@@ -210,12 +211,12 @@ def _normed_product(node: ir.Node) -> _NormedProduct | None:
     added, value, rank = None, node.outputs[0], 0
     while (reader := _only_reader(value)) is not None:
         if (norm := _norm_behind(value.producer())) is not None:
-            channels = None if norm.inputs[1] is None else _stored(norm.inputs[1])
+            channels = None if norm.inputs[1] is None else weight_tensor(norm.inputs[1])
             whole = channels is not None and channels.size == matrix.shape[1]
             return _NormedProduct(node, added, norm) if whole and rank == 2 else None
         if reader.op_type == "Add" and added is None and value is node.outputs[0]:
             other = next((v for v in reader.inputs if v is not value), None)
-            numbers = None if other is None else _stored(other)
+            numbers = None if other is None else weight_tensor(other)
             if numbers is None or tuple(numbers.shape) != (matrix.shape[1],):
                 return None
             added = reader
@@ -236,7 +237,7 @@ def _only_reader(value: ir.Value) -> ir.Node | None:
 def _reshaped_rank(node: ir.Node) -> int:
     """How many axes a Reshape gives; 0 if nothing says so."""
     target, shape = input_at(node, 1), node.outputs[0].shape
-    numbers = None if target is None else _stored(target)
+    numbers = None if target is None else weight_tensor(target)
     if numbers is not None:
         return int(numbers.size)
     return 0 if shape is None else shape.rank()
@@ -245,7 +246,7 @@ def _reshaped_rank(node: ir.Node) -> int:
 def _fold(graph: ir.Graph, writer: NodeWriter, found: _NormedProduct) -> str:
     """The name of the product, whose matrix and bias now hold the norm's numbers."""
     node, weight = found.node, found.node.inputs[1]
-    stored = None if weight is None else _stored(weight)
+    stored = None if weight is None else weight_tensor(weight)
     assert weight is not None and stored is not None and node.name is not None
     kind, product = stored.dtype.numpy(), node.outputs[0]
     before = 0.0 if found.added is None else _bias_of(found.added, product)
@@ -274,28 +275,12 @@ def _bias_of(added: ir.Node, product: ir.Value) -> Array:
     return _numbers(other)
 
 
-def _drop_unread(graph: ir.Graph, constants: Iterable[ir.Value]) -> tuple[str, ...]:
-    """Take what nothing reads any more out of the graph; names of initializers."""
-    gone: list[str] = []
-    for value in constants:
-        if value.uses() or value.is_graph_output():
-            continue
-        node = value.producer()
-        if node is not None:  # a Constant, or an Identity of an initializer
-            above = [v for v in node.inputs if v is not None]
-            graph.remove(node, safe=True)
-            gone += _drop_unread(graph, above)
-        elif value.is_initializer() and graph.initializers.pop(value.name or "", None) is not None:
-            gone.append(value.name or "")
-    return tuple(gone)
-
-
 def _write(graph: ir.Graph, writer: NodeWriter, found: _Convolution) -> str:
     """The name of the product that takes a convolution's place."""
     node, (matrix, added) = found.node, found.matrix()
     x, kernel = (input_at(node, i) for i in (0, 1))
     assert x is not None and kernel is not None and node.name is not None
-    stored = _stored(kernel)
+    stored = weight_tensor(kernel)
     assert stored is not None
     rank, kind = len(stored.shape), stored.dtype.numpy()
     nodes: list[ir.Node] = []

@@ -1,4 +1,4 @@
-"""Convolutions and batch norms that attentions project by, written as linear layers into a copy of a flat graph.
+"""Convolutions, adapters and batch norms that attentions project by, written as linear layers in a flat graph's copy.
 
 The graph door edits what it is given, so only what projects for attentions that are rewritten may stay written so: the
 rest is the person's own.
@@ -10,14 +10,18 @@ from collections.abc import Collection, Iterable
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
+from torch.fx import Node as FxNode
+from torch.fx.node import map_arg
 
 from passes.dataflow import Flow
 from passes.site import AttentionSite
+from rewriter.capture.folded_adapters import MERGED, fold_adapters
 from rewriter.capture.folded_norms import fold_norms
 from rewriter.capture.pointwise import STANDS_FOR, write_as_linear
 from rewriter.install.fx_graph import is_flat
-from rewriter.install.fx_store import ModuleStore, ProgramStore
+from rewriter.install.fx_store import ModuleStore, ProgramStore, Store
 
 Kind = TypeVar("Kind", bound=torch.export.ExportedProgram | GraphModule)
 
@@ -31,9 +35,63 @@ def with_linear_projections(model: Kind, only: Collection[str] | None = None) ->
         return model
     store: Any = ModuleStore(model) if isinstance(model, GraphModule) else ProgramStore(model)
     graph: Graph = store.graph
-    written = write_as_linear(graph, only) | fold_norms(graph, only)
+    written = write_as_linear(graph, only)
+    if fold_adapters(graph, _inputs(model), only):
+        written = True
+        for node in [n for n in graph.nodes if MERGED in n.meta]:
+            _store_merged(store, node)
+        for key in store.dropped():
+            store.remove(key)
+    written |= fold_norms(graph, only)
     made: Kind = store.finish() if written else model
     return made
+
+
+def _inputs(model: torch.export.ExportedProgram | GraphModule) -> set[str]:
+    """Names of the placeholders that hold no weights."""
+    if isinstance(model, GraphModule):
+        return {n.name for n in model.graph.nodes if n.op == "placeholder"}
+    return {s.arg.name for s in model.graph_signature.input_specs if s.target is None}
+
+
+def _store_merged(store: Store, layer: FxNode) -> None:
+    """Store the matrix and offset of a layer that adapters went into, so that no call adds them up again."""
+    key = store.key(layer.meta[MERGED])
+    for place, leaf in ((1, "merged_weight"), (2, "merged_bias")):
+        made = layer.args[place] if len(layer.args) > place else None
+        if not isinstance(made, FxNode) or store.is_weight(made):
+            continue
+        with torch.no_grad():
+            numbers = _numbers(store, made)
+        new = store.read(f"{layer.name}_{leaf}")
+        new.meta["val"] = made.meta.get("val")
+        layer.replace_input_with(made, new)
+        store.put(new, ".".join([*key.split(".")[:-1], leaf]), nn.Parameter(numbers, requires_grad=False))
+        _drop_unread(store, made)
+
+
+def _numbers(store: Store, node: FxNode) -> Tensor:
+    """What a node gives that depends on weights alone."""
+    if store.is_weight(node):
+        held = store.get(store.key(node))
+        assert held is not None
+        return held
+    args, kwargs = map_arg((node.args, node.kwargs), lambda n: _numbers(store, n))
+    assert callable(node.target)
+    made: Tensor = node.target(*args, **kwargs)
+    return made
+
+
+def _drop_unread(store: Store, node: FxNode) -> None:
+    if node.users:
+        return
+    if store.is_weight(node):
+        store.drop(node)
+        return
+    above = node.all_input_nodes
+    store.graph.erase_node(node)
+    for n in above:
+        _drop_unread(store, n)
 
 
 def written_projections(model: torch.export.ExportedProgram | GraphModule) -> dict[str, str]:

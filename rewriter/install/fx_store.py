@@ -32,6 +32,9 @@ class Store(Protocol):
 
     def is_weight(self, node: FxNode) -> bool: ...
 
+    def key(self, node: FxNode) -> str:
+        """Under which a weight that was there from the start is stored."""
+
     def drop(self, node: FxNode) -> None:
         """Erase the unread node of a weight."""
 
@@ -63,6 +66,9 @@ class ModuleStore:
 
     def is_weight(self, node: FxNode) -> bool:
         return node.op == "get_attr"
+
+    def key(self, node: FxNode) -> str:
+        return str(node.target)
 
     def drop(self, node: FxNode) -> None:
         self._erased.add(str(node.target))
@@ -131,6 +137,9 @@ class ProgramStore:
 
     def is_weight(self, node: FxNode) -> bool:
         return node.op == "placeholder" and (node.name in self._keys or node.name in self._new)
+
+    def key(self, node: FxNode) -> str:
+        return str(self._keys[node.name])
 
     def drop(self, node: FxNode) -> None:
         self._erased.add(self._keys[node.name])
