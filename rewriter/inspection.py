@@ -35,6 +35,7 @@ from rewriter.decision import BLOCKS_IN_GRAPHS, OF_GRAPHS
 from rewriter.errors import NotExportable, RewriteError, UsageError
 from rewriter.given_path import existing
 from rewriter.model_kinds import is_onnx, is_torch
+from rewriter.report.printable import printable
 
 SPARSE = (sparse_mixer(), sparse_mixer(fast=True))
 IN_MODULES_OF_THEIR_OWN = (Window(), SparseFixed(), SparseStrided(), LinearHeads())
@@ -48,9 +49,9 @@ Kind = Literal["file", "module", "graph"]
 """What targets depend on beside the sites themselves."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Inspection:
-    """What matching found in one model.
+    """What matching found in one model. ``print`` shows it as the command line does.
 
     Attributes:
         model: its path or class.
@@ -88,6 +89,17 @@ class Inspection:
         from rewriter.report.site_drawing import write
 
         write(Path(path), self.model, self.pictures, site)
+
+    def __repr__(self) -> str:
+        blocks = self.feed_forward
+        refused = len(self.refusals) + len(blocks.refusals)
+        counts = f"{len(self.sites)} attentions, {len(blocks.sites)} feed-forward blocks, {refused} refused"
+        return f"<Inspection of {printable(self.model)}: {counts}>"
+
+    def __str__(self) -> str:
+        from rewriter.report.tables import inspection, plain
+
+        return plain(inspection(self.to_dict()))
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON of ``rewriter inspect``."""

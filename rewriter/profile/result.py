@@ -106,6 +106,11 @@ class Profile:
 
         save(profile_page(self, pictures), Path(path))
 
+    def __str__(self) -> str:
+        from rewriter.report.tables import plain, profile
+
+        return plain(profile(self.to_dict()))
+
     def to_dict(self) -> dict[str, Any]:
         """JSON of ``rewriter profile``."""
         return {

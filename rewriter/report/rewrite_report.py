@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rewriter.report.choice import FRONTIER, ChoiceReport, StoredChoice, choice_line, frontier_cells
+from rewriter.report.choice import ChoiceReport, StoredChoice
 from rewriter.report.printable import printable
 from rewriter.verify.result import Fidelity
 
@@ -148,35 +148,9 @@ class RewriteReport:
         }
 
     def __str__(self) -> str:
-        return "\n".join([f"target {self.target}: {', '.join(self._counts())}", *self._body()])
+        from rewriter.report.tables import plain, rewrite
 
-    def _counts(self) -> list[str]:
-        kept = sum(row.kept for row in self.sites)
-        stays = [f"{kept} kept"] if kept else []
-        return [f"{len(self.sites) - kept} rewritten", *stays, f"{len(self.refused)} refused"]
-
-    def _body(self) -> list[str]:
-        lines: list[str] = []
-        if self.sites:
-            header = ("site", "from", "to", "merge", "step", "error", "floor")
-            lines += _columns([header, *(_site_cells(row) for row in self.sites)])
-            lines += requantised_line([row.requantised for row in self.sites])
-            lines += note_lines([(row.name, row.notes) for row in self.sites])
-        lines += [f"refused {printable(row.name)}: {printable(row.reason)}" for row in self.refused]
-        lines += _columns(
-            [
-                ("", "before", "after", "ratio"),
-                ("parameters", *_change_cells(self.parameters)),
-                ("K/V bytes per token", *_change_cells(self.kv_bytes_per_token)),
-                ("flops", *_change_cells(self.flops)),
-            ]
-        )
-        if self.choice is not None:
-            lines += _columns([FRONTIER, *frontier_cells(self.choice.to_dict())])
-            lines.append(choice_line(self.choice.to_dict()))
-        if self.fidelity is not None:
-            lines.append(fidelity_line(self.fidelity))
-        return lines
+        return plain(rewrite(self.to_dict()))
 
 
 def note_lines(notes: Sequence[tuple[str, Sequence[str]]]) -> list[str]:
@@ -198,29 +172,6 @@ def requantised_line(errors: Sequence[float | None]) -> list[str]:
     return [f"requantised weights are off by at most {worst:.2%} of the largest"] if worst else []
 
 
-def fidelity_line(fidelity: Fidelity) -> str:
-    """``max |Δ| … · cosine … · KL …`` on one line; KL is left out where there are no logits."""
-    kl = "" if fidelity.kl is None else f" · KL {fidelity.kl:.3g} nats"
-    return f"output drift: max |Δ| {fidelity.max_abs:.3g} · cosine {fidelity.cosine:.6f}{kl}"
-
-
 def number(value: float | None) -> str:
     """Three significant digits, or a dash for "not measured"."""
     return "-" if value is None else f"{value:.3g}"
-
-
-def _site_cells(row: SiteRow) -> tuple[str, ...]:
-    return printable(row.name), row.before, row.after, row.merge, row.step, number(row.error), number(row.floor)
-
-
-def _change_cells(change: Change | None) -> tuple[str, str, str]:
-    if change is None:
-        return "-", "-", "-"
-    ratio = f"{change.after / change.before:.3f}" if change.before else "-"
-    return f"{change.before:,}", f"{change.after:,}", ratio
-
-
-def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Left-aligned columns separated by two spaces."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

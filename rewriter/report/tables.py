@@ -25,7 +25,15 @@ def text(content: RenderableType) -> str:
     """What to print on standard output; where that is no terminal, uncoloured and wide enough not to break lines."""
     console = Console(highlight=False)
     if not console.is_terminal:
-        console = Console(highlight=False, width=_PIPED_WIDTH, no_color=True)
+        return plain(content)
+    with console.capture() as captured:
+        console.print(content)
+    return "\n".join(line.rstrip() for line in captured.get().splitlines())
+
+
+def plain(content: RenderableType) -> str:
+    """The same without colours or other control codes, for `str` of what these tables show."""
+    console = Console(highlight=False, width=_PIPED_WIDTH, no_color=True, force_terminal=False)
     with console.capture() as captured:
         console.print(content)
     return "\n".join(line.rstrip() for line in captured.get().splitlines())
@@ -99,9 +107,12 @@ def rewrite(done: Row) -> RenderableType:
         (s["name"], s["from"], s["to"], s["merge"], s["step"], number(s["error"]), number(s["floor"]))
         for s in done["sites"]
     )
-    parts: list[RenderableType] = [Text(printable(f"target {done['target']}")), table(headers, rows)]
+    parts: list[RenderableType] = [Text(printable(f"target {done['target']}: {_counts(done)}"))]
+    parts += [table(headers, rows)] if done["sites"] else []
     parts += [Text(line) for line in requantised_line([s.get("requantised") for s in done["sites"]])]
     parts += [Text(line) for line in note_lines([(s["name"], s["notes"]) for s in done["sites"]])]
+    refused = note_lines([(r["name"], [r["reason"]]) for r in done["refused"]])
+    parts += [Text(f"refused {line}") for line in refused]
     costs = ("parameters", "kv_bytes_per_token", "flops")
     parts.append(table(("", "before", "after", "ratio"), (_cost_cells(name, done.get(name)) for name in costs)))
     if done.get("auto"):
@@ -110,6 +121,12 @@ def rewrite(done: Row) -> RenderableType:
     seconds = ", ".join(f"{stage} {value:.2f}" for stage, value in (done.get("seconds") or {}).items())
     parts.append(Text(f"seconds: {printable(seconds)}"))
     return Group(*parts)
+
+
+def _counts(done: Row) -> str:
+    kept = sum(site["from"] == site["to"] for site in done["sites"])
+    stays = [f"{kept} kept"] if kept else []
+    return ", ".join([f"{len(done['sites']) - kept} rewritten", *stays, f"{len(done['refused'])} refused"])
 
 
 def _cost_cells(name: str, change: Row | None) -> tuple[object, ...]:
@@ -206,7 +223,7 @@ def uptrained(found: Row) -> RenderableType:
                 f"loss {number(found['curve'][0]['loss'])} at first, {number(found['curve'][-1]['loss'])} at last"
             )
         ),
-        Text(printable(f"written to {found['output']}")),
+        *([Text(printable(f"written to {found['output']}"))] if found.get("output") else []),
     )
 
 

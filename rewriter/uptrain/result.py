@@ -115,6 +115,11 @@ class Uptrained:
 
         save(uptrain_page(self, rewrite_of(self.model), pictures), Path(path))
 
+    def __str__(self) -> str:
+        from rewriter.report.tables import plain, uptrained
+
+        return plain(uptrained(self.to_dict()))
+
     def to_dict(self) -> dict[str, Any]:
         """JSON of ``rewriter uptrain`` without the paths."""
         return {

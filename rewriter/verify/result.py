@@ -55,6 +55,11 @@ class Verification:
     def failures(self) -> tuple[Check, ...]:
         return tuple(check for check in self.checks if not check.ok)
 
+    def __str__(self) -> str:
+        from rewriter.report.tables import plain, verification
+
+        return plain(verification(self.to_dict()))
+
     def to_dict(self) -> dict[str, Any]:
         """JSON of ``rewriter verify``; fidelity is null when nothing could be compared."""
         return {

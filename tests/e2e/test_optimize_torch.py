@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import rewriter
 from passes.targets import GroupedQuery
 from rewriter.errors import NothingToRewrite, UnknownTarget, UnsupportedModel, UsageError
+from rewriter.verify.result import Check, Fidelity, Verification
 from tests.targets.lossless_twin import distance, legal_pool, tied
 from tests.targets.padding import padded
 from tests.zoo.models import MAIN, ZOO, Inputs, ZooCase
@@ -113,6 +114,17 @@ def test_the_report_reads_well() -> None:
     assert [row["to"] for row in shown["sites"]] == ["mqa", "mqa"]
     assert set(shown["seconds"]) == {"capture", "match", "transform", "install", "verify"}
     assert all(0 < row["error"] < row["floor"] + 1 for row in shown["sites"])
+
+
+def test_what_is_found_and_verified_prints_as_the_command_line_shows_it() -> None:
+    case = ZOO["deberta-eager"]
+    found = rewriter.inspect(case.build(), example_inputs=case.inputs(2, 7, 0))
+    lines = str(found).splitlines()
+    assert "0 of 2 attention sites can be rewritten" in lines and "hidden states" in lines[3]
+    assert len(repr(found)) < 100 and "0 attentions, 2 feed-forward blocks, 2 refused" in repr(found)
+    assert "\x1b" not in str(found)
+    verified = Verification(Fidelity(0.5, 0.25), (Check("runs", False, "it does not"),))
+    assert "FAILED" in str(verified) and str(verified).endswith("not verified")
 
 
 def test_pooling_less_moves_the_output_less() -> None:
