@@ -1,4 +1,4 @@
-"""Pins threads before torch starts and shares the zoo's ONNX exports between tests, workers and sessions."""
+"""Pins threads before torch starts; shares ONNX exports between tests, workers and sessions, programs between tests."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import gc  # noqa: E402
-from collections.abc import Callable  # noqa: E402
+from collections.abc import Callable, Iterator  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import TYPE_CHECKING, Any  # noqa: E402
 
 import pytest  # noqa: E402
 
 if TYPE_CHECKING:
+    from tests.shared_programs import Programs
     from tests.zoo.case import ZooCase
 
 
@@ -58,6 +59,19 @@ def pytest_sessionfinish() -> None:
 @pytest.fixture(scope="session")
 def project_root() -> Path:
     return Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_programs() -> Iterator[Programs]:
+    """What was exported before is not exported again: see tests/shared_programs.py."""
+    import torch
+
+    from tests.shared_programs import Programs
+
+    with pytest.MonkeyPatch.context() as patch:
+        programs = Programs(torch.export.export)
+        patch.setattr(torch.export, "export", programs.shared)
+        yield programs
 
 
 @pytest.fixture(scope="session")
