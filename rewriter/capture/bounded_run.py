@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
+from contextvars import copy_context
 from typing import Any, Protocol
 
 import onnx_ir as ir
@@ -11,6 +12,7 @@ import onnxruntime as ort
 
 from passes.dataflow import Array
 from rewriter.asked_number import asked_number
+from rewriter.capture.last_resort import leave_if_ours
 from rewriter.capture.memory_limit import TakesTooMuch, too_much
 from rewriter.errors import UnsupportedModel
 
@@ -18,6 +20,10 @@ SECONDS, SECONDS_WITHOUT_LOOPS = 60.0, 600.0
 VARIABLE = "REWRITER_RUN_TIMEOUT"
 _BYTES_A_SECOND = 20_000_000
 """Of weights, in a slow run of a model that is merely large."""
+
+
+_GRACE = 5.0, 60.0
+"""Seconds, at least and at most, that the node in hand may still take; as many as the run had, in between."""
 
 
 class RunsTooLong(UnsupportedModel):
@@ -65,20 +71,22 @@ def run_within(
     """As ``session.run``, stopped after some seconds if a number is given.
 
     Raises:
-        RunsTooLong: it was stopped, which happens between two nodes.
+        RunsTooLong: it was stopped, which happens between two nodes; a command whose node goes on ends instead.
         TakesTooMuch: the runtime was given no memory.
     """
     options = ort.RunOptions()
-    late = threading.Event()
+    late, ended = threading.Event(), threading.Event()
 
-    def stop() -> None:
+    def watch(limit: float) -> None:
+        if ended.wait(limit):
+            return
         late.set()
         options.terminate = True  # looked at before each node, in bodies of loops too
+        if not ended.wait(min(max(limit, _GRACE[0]), _GRACE[1])):
+            leave_if_ours(_too_long(limit))
 
-    timer = threading.Timer(seconds or 0.0, stop)
-    timer.daemon = True
     if seconds is not None:
-        timer.start()
+        threading.Thread(target=copy_context().run, args=(watch, seconds), daemon=True).start()
     try:
         return list(session.run(names, dict(feeds), options))
     except Exception as error:
@@ -87,7 +95,7 @@ def run_within(
             raise
         raise refused or _too_long(seconds) from error
     finally:
-        timer.cancel()
+        ended.set()
 
 
 def _too_long(seconds: float | None) -> RunsTooLong:

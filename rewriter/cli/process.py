@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 import typer
 
 from codegen.errors import KernelError
+from rewriter.capture.last_resort import leaving_when_stuck
 from rewriter.capture.memory_limit import too_much
 from rewriter.cli.commands import app
 from rewriter.cli.flags import current, read
@@ -29,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The console script: runs a command and leaves with its exit code."""
     _open_streams()
     ended: list[int] = []
-    with _ending_signals(ended.append):
+    with _ending_signals(ended.append), leaving_when_stuck(_leave):
         code = run(arguments)
     sys.exit(128 + ended[0] if ended and code == _INTERRUPTED else code)
 
@@ -100,6 +101,14 @@ def _fail(error: Exception) -> int:
         print_text(json.dumps({"error": {"type": kind, "message": message, "hint": hint, "exit_code": code}}))
     complain(message, hint)
     return code
+
+
+def _leave(error: RewriteError) -> None:
+    """End the process as after a failure, whatever its main thread is at; what is half-written goes at the next run."""
+    with contextlib.redirect_stdout(sys.__stdout__):
+        code = _fail(error)
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _explain(error: Exception) -> tuple[str, str, int]:

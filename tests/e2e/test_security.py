@@ -9,8 +9,11 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import resource
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -586,3 +589,36 @@ def test_a_loop_without_end_is_stopped(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("REWRITER_RUN_TIMEOUT", "soon")
     code, text = said("inspect", path)
     assert code == 2 and "REWRITER_RUN_TIMEOUT='soon' is no number of seconds" in text
+
+
+def test_a_node_without_end_ends_the_command(tmp_path: Path) -> None:
+    """onnxruntime stops between two nodes; a convolution of 10^14 products is one."""
+    path, out = tmp_path / "in.onnx", tmp_path / "out.onnx"
+    for side in (3, 6_000):
+        model = onnx.load(write(Stack(1, hidden=16, inner=16, heads=4), path, external=False))
+        sizes = [nh.from_array(np.array([1, 1, n, n]), name) for n, name in ((side, "image"), (side // 2, "kernel"))]
+        model.graph.initializer.extend([*sizes, nh.from_array(np.array(0.0, np.float32), "nothing")])
+        nodes = [oh.make_node("ConstantOfShape", [n], [f"{n}_made"]) for n in ("image", "kernel")]
+        nodes += [
+            oh.make_node("Mul", ["image_made", "zero"], ["drawn"]),
+            oh.make_node("Conv", ["drawn", "kernel_made"], ["seen"]),
+        ]
+        nodes += [
+            oh.make_node("ReduceSum", ["h0"], ["zero"], keepdims=0),
+            oh.make_node("ReduceMax", ["seen"], ["most"], keepdims=0),
+        ]
+        nodes += [oh.make_node("Mul", ["most", "nothing"], ["none"]), oh.make_node("Add", ["h0", "none"], ["shifted"])]
+        for node in model.graph.node:
+            node.input[:] = ["shifted" if name == "h0" else name for name in node.input]
+        nodes = [nodes[4], nodes[0], nodes[1], nodes[2], nodes[3], *nodes[5:]]
+        for node in reversed(nodes):
+            model.graph.node.insert(0, node)
+        onnx.save(model, path)
+        command = [sys.executable, "-m", "rewriter", "rewrite", str(path), str(out), "-t", "mqa", "--json"]
+        limited = {**os.environ, "REWRITER_RUN_TIMEOUT": "5"}
+        done = subprocess.run(command, capture_output=True, text=True, env=limited, timeout=200)
+        if side == 3:
+            assert done.returncode == 0, done.stderr[-500:]
+            out.unlink()
+    assert done.returncode == 1 and "did not end within 5 seconds" in done.stderr
+    assert json.loads(done.stdout)["error"]["type"] == "RunsTooLong" and not out.exists()
