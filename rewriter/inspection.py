@@ -32,7 +32,7 @@ from passes.targets.linear_mixing import LinearMixer
 from passes.targets.sparse import SparseFixed, SparseStrided, Window
 from passes.targets.sparse_mixer import sparse_mixer
 from rewriter.decision import BLOCKS_IN_GRAPHS, OF_GRAPHS
-from rewriter.errors import NotExportable, RewriteError, UsageError
+from rewriter.errors import NotExportable, RewriteError, UnsupportedModel, UsageError
 from rewriter.given_path import existing
 from rewriter.model_kinds import is_onnx, is_torch
 from rewriter.report.printable import printable
@@ -42,6 +42,8 @@ IN_MODULES_OF_THEIR_OWN = (Window(), SparseFixed(), SparseStrided(), LinearHeads
 """What torch modules do in a generated module only, since their own forward attends to all keys."""
 PAIRS = tuple(gated_pair(form) for form in get_args(Form))
 _WHOLE: tuple[Layered, ...] = (*SPARSE, *PAIRS, Colt5())
+_KEEPING = ((Fourier(keep=HYBRID).name, Fourier(keep=HYBRID)), *((t.name, t.mixing) for t in SPARSE))
+"""What targets that keep some attentions do to the others, by the target's name."""
 NOT_IN_GRAPHS = frozenset({*(t.name for t in _WHOLE), *get_args(Form)})
 """Names of what flat graphs are not rewritten to: feed-forward blocks, and attentions of several parts."""
 
@@ -185,7 +187,7 @@ def _inspect_torch(model: Any, example_inputs: Any, name: str) -> Inspection:
 
     with on_processor(model):
         try:
-            captured, matches, _ = match_torch(model, example_inputs)
+            captured, matches, call = match_torch(model, example_inputs)
         except NotExportable as error:
             reason = f"{error}; {error.hint}" if error.hint else str(error)
             refusals = tuple(_unexportable(model, reason))
@@ -197,7 +199,19 @@ def _inspect_torch(model: Any, example_inputs: Any, name: str) -> Inspection:
         more = (*_uncalled(model, captured.flow), *_without_scores(model, captured.flow, matches))
         matches = replace(matches, refusals=(*matches.refusals, *more))
         of: Kind = "graph" if isinstance(model, torch.fx.GraphModule) else "module"
-        return _inspection(name, "torch", None, None, captured.flow, matches, blocks, of=of)
+        kept = _keeping_their_module(model, captured.flow, matches, call) if of == "module" else frozenset()
+        return _inspection(name, "torch", None, None, captured.flow, matches, blocks, of=of, kept=kept)
+
+
+def _keeping_their_module(model: Any, flow: Flow, matches: Matches, call: Any) -> frozenset[str]:
+    """Names of the sites whose module no other can be called in the place of: they take grouped heads alone."""
+    from rewriter.install.own_module import unreadable_calls
+
+    args, kwargs = call
+    try:
+        return frozenset(unreadable_calls(model, flow, matches.sites, args, kwargs))
+    except UnsupportedModel:
+        return frozenset(s.name for s in matches.sites)
 
 
 def _tried(model: Any, example_inputs: Any, flow: Flow, matches: Matches) -> Matches:
@@ -275,10 +289,12 @@ def _inspection(
     blocks: FeedForwards,
     *,
     of: Kind = "file",
+    kept: frozenset[str] = frozenset(),
 ) -> Inspection:
-    choices = {s.name: _targets(flow, matches, s) for s in matches.sites}
+    choices = _without_idle(matches.sites, {s.name: _targets(flow, matches, s) for s in matches.sites})
     if of == "module":
         choices = _of_modules(flow, matches, choices)
+        choices = {s: tuple(filter(_shares_heads, names)) if s in kept else names for s, names in choices.items()}
     reasons = {s.name: GroupedQuery(1).refuses(s) for s in matches.sites}
     choices |= {f.name: _block_targets(flow, matches, f) for f in blocks.sites}
     read = blocks.sites
@@ -343,6 +359,16 @@ def _targets(flow: Flow, matches: Matches, site: AttentionSite) -> tuple[str, ..
     return tuple(names)
 
 
+def _without_idle(sites: Sequence[AttentionSite], choices: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    """Without targets that keep the top attentions of a model, where these are all that it has."""
+    idle: set[str] = set()
+    for name, target in _KEEPING:
+        asked = [s for s in sites if name in choices[s.name]]
+        if len(target.keeps(asked)) == len(asked):
+            idle.add(name)
+    return {site: tuple(n for n in names if n not in idle) for site, names in choices.items()}
+
+
 def _of_modules(flow: Flow, matches: Matches, choices: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
     """With those that only modules can be rewritten to, and without those that need one that cannot be generated."""
     from rewriter.install.own_module import obstacles
@@ -359,6 +385,11 @@ def _of_modules(flow: Flow, matches: Matches, choices: Mapping[str, tuple[str, .
             able = apart.refuses(site) is None and apart.idle(site) is None
             found[site.name] = (*names, apart.name) if able else names
     return found
+
+
+def _shares_heads(name: str) -> bool:
+    """Whether a target is one that a module's own forward can compute."""
+    return name == "mqa" or name.startswith("gqa")
 
 
 def _conditional(flow: Flow, matches: Matches, site: AttentionSite) -> tuple[str, ...]:

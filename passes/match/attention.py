@@ -17,7 +17,7 @@ from passes.match.operands import Traced
 from passes.match.repeats import trace_repeated
 from passes.match.score_terms import total_bias
 from passes.match.scores import ScorePath, anchors, score_path
-from passes.match.verdicts import FreeQuery, NotUnderstood, Unrelated
+from passes.match.verdicts import TOO_LARGE, FreeQuery, NotUnderstood, Unrelated
 from passes.match.without_softmax import without_softmax
 from passes.provenance import PASS_THROUGH, Memory, Tracer
 from passes.replay import Replay, replay, tolerance
@@ -68,6 +68,8 @@ def find_attention(flow: Flow) -> Matches:
         except (ArithmeticError, LookupError, ValueError, NotImplementedError) as error:  # an operator used unusually
             failure = f"matching it failed: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
             refusals.append(Refusal(name, layer, failure, anchor.index, anchor.owner))
+        except MemoryError:
+            refusals.append(Refusal(name, layer, TOO_LARGE, anchor.index, anchor.owner))
         else:
             site = names.settled(site)
             sites.append(site)

@@ -10,6 +10,10 @@ INTEGER_SCORES = (
     "its scores are computed in integers (QLinearMatMul); quantise in the QDQ format instead, "
     "or rewrite the float model and quantise it afterwards"
 )
+TOO_LARGE = (
+    "its scores on the example inputs, recomputed in double precision, take more memory than there is; pass "
+    "example_inputs of fewer tokens (a shorter text, a smaller image)"
+)
 CONTENT_BIAS = (
     "the score bias is computed from hidden states (content-dependent positions); only biases from masks and positions "
     "can be kept"

@@ -34,7 +34,8 @@ def without_softmax(flow: Flow, elsewhere: Collection[int] = ()) -> Iterator[tup
     found = _Found(flow, frozenset(elsewhere))
     seen: set[int] = set()
     for node in flow.nodes:
-        if node.index in seen or not found.of_states(node) or found.normalised(node):
+        dead = not any(flow.is_read(v) for v in node.outputs if v)
+        if node.index in seen or dead or not found.of_states(node) or found.normalised(node):
             continue
         later = found.further(node)
         if later and only_chooses(flow, later[-1]):

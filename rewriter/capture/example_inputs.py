@@ -57,7 +57,10 @@ def _parameters(module: torch.nn.Module) -> Mapping[str, inspect.Parameter]:
 
 def _without_cache(module: torch.nn.Module, given: Mapping[str, Any]) -> dict[str, Any]:
     """A cache object in the output cannot be exported, and says nothing about the layout."""
-    takes = "use_cache" in _parameters(module) or getattr(getattr(module, "config", None), "use_cache", False)
+    names, config = _parameters(module), getattr(module, "config", None)
+    takes = "use_cache" in names or getattr(config, "use_cache", False)
+    if not takes and any(p.kind is p.VAR_KEYWORD for p in names.values()):  # and hands on to a model of text inside
+        takes = getattr(_text_config(config), "use_cache", False)
     return {"use_cache": False} if takes and "use_cache" not in given else {}
 
 

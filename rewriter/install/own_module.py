@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
 
 from passes.dataflow import Flow
 from passes.site import AttentionSite, Operand
 from passes.weights.head_gains import stored_gains
+from rewriter.errors import UnsupportedModel
+from rewriter.install.call_record import record_calls
+from rewriter.install.protocol import read_protocol
 
 
 def owner_of(flow: Flow, site: AttentionSite) -> str:
@@ -37,6 +43,32 @@ def obstacles(flow: Flow, sites: Sequence[AttentionSite]) -> dict[str, str]:
             reason = crowd(path, group) or layout_obstacle(flow, site) or form_obstacle(site)
             if reason is not None:
                 found[site.name] = reason
+    return found
+
+
+def unreadable_calls(
+    model: nn.Module, flow: Flow, sites: Sequence[AttentionSite], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[str, str]:
+    """By name, why no other module could be called as the one that computes the site is; the others are left out.
+
+    Runs the model once. Raises UnsupportedModel if it has no such modules.
+    """
+    owners = {s.name: owner_of(flow, s) for s in sites}
+    records = record_calls(model, dict.fromkeys(owners.values()), args, kwargs)
+    found: dict[str, str] = {}
+    for site in sites:
+        owner = owners[site.name]
+        if (record := records.get(owner)) is None:
+            found[site.name] = f"{owner or 'the model'} was not called by the model's forward"
+            continue
+        try:
+            protocol = read_protocol(record, owner, heads=site.heads, causal=site.causal)
+        except UnsupportedModel as error:
+            found[site.name] = str(error)
+            continue
+        hidden = record.arguments.get(protocol.name("hidden") or "")
+        if isinstance(hidden, Tensor) and hidden.dim() not in (2, 3):
+            found[site.name] = f"{owner} is called with hidden states of {hidden.dim()} dimensions"
     return found
 
 

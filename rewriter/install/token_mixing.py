@@ -188,7 +188,9 @@ def _built(
     like = next(original.parameters())
     parameters = {n: owned_parameter(torch.from_numpy(np.array(a)), like, trainable) for n, a in tensors.items()}
     position = _position(original, protocol, record, owner)
-    return TokenMixer(spec, protocol, parameters, position=position, **norms(protocol, original))
+    mixer = TokenMixer(spec, protocol, parameters, position=position, **norms(protocol, original))
+    mixer.mimic(original)  # a cache is asked by the layer's number
+    return mixer
 
 
 def _position(original: nn.Module, protocol: Protocol, record: CallRecord, owner: str) -> nn.Module | None:
@@ -235,8 +237,11 @@ def _require_same_padding(mixer: TokenMixer, record: CallRecord, seen: Recorded,
 
 def _check(mixer: TokenMixer, record: CallRecord, seen: Recorded, tensors: Mapping[str, Array], owner: str) -> None:
     """On the recorded call the new module must answer in the original's structure with what the oracle gives."""
-    with torch.no_grad(), evaluating(mixer):
-        ours = mixer(*map(snapshot, record.args), **{n: snapshot(v) for n, v in record.kwargs.items()})
+    try:
+        with torch.no_grad(), evaluating(mixer):
+            ours = mixer(*map(snapshot, record.args), **{n: snapshot(v) for n, v in record.kwargs.items()})
+    except TypeError as error:
+        raise UnsupportedModel(f"{owner}: {error}", hint=HINT) from error
     answer, theirs = (x if mixer.protocol.bare else x[0] for x in (ours, record.output))
     _require(answer.dtype == theirs.dtype, owner, f"it answers in {theirs.dtype}")
     stored = {n: p.detach().double().cpu().numpy() for n in tensors if (p := getattr(mixer, n)) is not None}

@@ -556,16 +556,23 @@ def test_an_order_of_two_sequences_is_refused_as_such() -> None:
 
 
 class Unread(Projects):
-    """Weights are computed a second time, and thrown away."""
+    """Weights are computed a second time, and thrown away; as they are, or with the values that they weigh."""
+
+    def __init__(self, weighs: bool) -> None:
+        super().__init__()
+        self.weighs = weighs
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.heads(x)
-        (q.transpose(1, 2) @ k.permute(0, 2, 3, 1)).softmax(-1).float()
+        weights = (q.transpose(1, 2) @ k.permute(0, 2, 3, 1)).softmax(-1)
+        if self.weighs:
+            weights @ v.transpose(1, 2)
         return self.merged((q @ k.transpose(-2, -1)).softmax(-1) @ v)
 
 
-def test_a_softmax_that_nothing_reads_is_no_attention() -> None:
-    seen = rewriter.inspect(Unread().eval(), example_inputs=(_x(),))
+@pytest.mark.parametrize("weighs", [False, True])
+def test_a_softmax_that_nothing_reads_is_no_attention(weighs: bool) -> None:
+    seen = rewriter.inspect(Unread(weighs).eval(), example_inputs=(_x(),))
     assert len(seen.sites) == 1 and not seen.refusals
     assert [n.reason for n in seen.not_attention] == ["nothing reads what it gives"]
 
@@ -624,3 +631,12 @@ def test_operands_that_are_not_finite_are_refused_for_that(broken: str | None) -
     getattr(model, broken).bias.data[3] = float("nan")
     (refusal,) = rewriter.inspect(model, example_inputs=(_x(),)).refusals
     assert f"its {'keys' if broken == 'k' else 'values'} are not finite" in refusal.reason
+
+
+def test_scores_that_no_memory_holds_are_refused_for_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    def replay(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("passes.match.attention.replay", replay)
+    (refusal,) = rewriter.inspect(Plain().eval(), example_inputs=(_x(),)).refusals
+    assert "pass example_inputs of fewer tokens" in refusal.reason

@@ -149,6 +149,14 @@ def test_generation_with_a_cache_is_that_without(name: str, target: str) -> None
     assert swapped[0] is states[0].values and swapped[1] is states[0].keys
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_units_are_proved_on_a_call_that_keeps_a_cache(target: str) -> None:
+    case = ZOO["llama-gqa-sdpa"]
+    given = {"input_ids": case.inputs(2, 9, 0)["input_ids"], "use_cache": True}
+    model = rewriter.optimize(case.build(), target, example_inputs=given)
+    assert len(token_mixers(model)) == 2
+
+
 def test_beams_that_leave_their_states_behind_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The control of the test above."""
     case = ZOO["gpt2-sdpa"]

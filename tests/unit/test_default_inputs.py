@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rewriter.capture.example_inputs import default_inputs
+from rewriter.capture.example_inputs import default_inputs, prepare
 
 
 class _TextAndImages(nn.Module):
@@ -84,3 +84,20 @@ def test_values_are_a_spectrogram_where_a_waveform_does_not_run(
     config: dict[str, object], shape: tuple[int, ...]
 ) -> None:
     assert default_inputs(_Spectrogram("input_values", **config))["input_values"].shape == shape
+
+
+class _HandsOn(nn.Module):
+    """A model around one of text, whose config alone says that it keeps a cache."""
+
+    def __init__(self, text: dict[str, object]) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(**text))
+
+    def forward(self, x: Tensor, **kwargs: object) -> Tensor:
+        return x
+
+
+@pytest.mark.parametrize("text", [{"use_cache": True}, {"use_cache": False}, {}])
+def test_a_model_of_text_inside_another_is_run_without_its_cache(text: dict[str, object]) -> None:
+    _, kwargs = prepare(_HandsOn(text), (torch.ones(1),))
+    assert kwargs == ({"use_cache": False} if text.get("use_cache") else {})

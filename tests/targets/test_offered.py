@@ -1,0 +1,57 @@
+"""What `inspect` offers for a module's attentions is what `optimize` does, by how modules are called."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+import rewriter
+from rewriter.errors import NothingToRewrite
+
+WIDTH, HEADS = 32, 4
+FORMS = {"plain": True, "tensor of no known role": False, "tokens on two axes": False}
+
+
+class Attends(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+
+    def forward(self, hidden_states: Tensor, lengths: Tensor | None = None) -> Tensor:
+        x = hidden_states.flatten(1, -2)
+        q, k, v = (f(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        out: Tensor = self.o(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return out.view(hidden_states.shape)
+
+
+class Calls(nn.Module):
+    """A model of two attentions, each called as `form` says."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.form, self.layers = form, nn.ModuleList(Attends() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.form == "tokens on two axes":
+            x = x.unflatten(1, (3, -1))
+        lengths = torch.tensor([x.shape[1]]) if self.form == "tensor of no known role" else None
+        for layer in self.layers:
+            x = x + (layer(x) if lengths is None else layer(x, lengths))
+        return x.flatten(1, -2)
+
+
+@pytest.mark.parametrize(("form", "replaced"), FORMS.items(), ids=FORMS)
+def test_what_needs_a_module_of_its_own_is_offered_where_one_can_be_called(form: str, replaced: bool) -> None:
+    model, x = Calls(form).eval(), torch.randn(2, 12, WIDTH, generator=torch.Generator().manual_seed(1))
+    offered = rewriter.inspect(model, example_inputs=(x,)).targets
+    assert all(("window" in names) == ("fnet" in names) == replaced and "gqa2" in names for names in offered.values())
+    assert len(rewriter.optimize(model, "gqa2", example_inputs=(x,)).rewrite_report.sites) == 2
+    for target in ("window:4", "fnet"):
+        if replaced:
+            assert len(rewriter.optimize(model, target, example_inputs=(x,)).rewrite_report.sites) == 2
+        else:
+            with pytest.raises(NothingToRewrite):
+                rewriter.optimize(model, target, example_inputs=(x,))
