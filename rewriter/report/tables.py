@@ -130,7 +130,7 @@ def _counts(done: Row) -> str:
 
 
 def _cost_cells(name: str, change: Row | None) -> tuple[object, ...]:
-    label = name.replace("_", " ")
+    label = name.replace("kv_", "K/V_").replace("_", " ")
     if not change or change.get("before") is None:
         return label, "-", "-", "-"
     ratio = f"{change['after'] / change['before']:.3f}" if change["before"] else "-"
