@@ -52,6 +52,7 @@ MANIFEST = "rewrite.json"
 WEIGHTS = "rewritten.safetensors"
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
+ADAPTER = "adapter_config.json"
 EXPLANATION = "this folder holds a rewritten model; load it with rewriter.load(path)"
 
 
@@ -289,6 +290,14 @@ def _version(package: str) -> str:
 # ---------------------------------------------------------------------- reading
 
 
+def _where_else(folder: Path) -> str:
+    """What to give instead of a folder without a config: pipelines of several models hold one in each subfolder."""
+    inner = [file.parent.name for file in sorted(folder.glob(f"*/{CONFIG}"))]
+    if inner:
+        return f"give one of the models in it: {', '.join(inner[:5])}"
+    return "give a Hugging Face checkpoint, or a folder that rewriter.save wrote"
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """An ordinary checkpoint, not loaded.
@@ -303,9 +312,15 @@ class Checkpoint:
 
     @staticmethod
     def at(folder: Path) -> Checkpoint:
-        """Raises InvalidModelFile if the config is missing, broken or asks for code; UsageError for unknown classes."""
+        """Raises InvalidModelFile if the config is missing, broken or asks for code; UsageError for unknown classes;
+        UnsupportedModel for an adapter."""
+        if (folder / ADAPTER).is_file():
+            raise UnsupportedModel(
+                f"{folder} holds an adapter that was not merged ({ADAPTER})",
+                hint="merge it with peft: AutoPeftModel.from_pretrained(...).merge_and_unload().save_pretrained(...)",
+            )
         if not (folder / CONFIG).is_file():
-            raise InvalidModelFile(f"{folder} has no {MANIFEST}", hint="Give a folder that rewriter.save wrote.")
+            raise InvalidModelFile(f"{folder} has neither {CONFIG} nor {MANIFEST}", hint=_where_else(folder))
         require_own_files(folder)
         raw = read_object(folder / CONFIG)
         names = raw.get("architectures")

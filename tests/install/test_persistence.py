@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from rewriter.errors import InvalidModelFile, UsageError
+from rewriter.errors import InvalidModelFile, UnsupportedModel, UsageError
 from rewriter.install import persistence
 from rewriter.install.persistence import load, save
 from rewriter.install.torch_module import mixers
@@ -203,7 +203,7 @@ def test_where_nothing_can_be_written(tmp_path: Path) -> None:
         save(model, tmp_path / "file")
     with pytest.raises(UsageError, match="not a folder"):
         load(tmp_path / "missing")
-    with pytest.raises(InvalidModelFile, match=r"no rewrite\.json"):
+    with pytest.raises(InvalidModelFile, match=r"neither config\.json nor rewrite\.json"):
         load(tmp_path)
 
 
@@ -271,3 +271,18 @@ def test_another_architecture_is_invalid(tmp_path: Path) -> None:
         load(tmp_path / "saved", module=nn.Linear(3, 3))
     with pytest.raises(InvalidModelFile):
         load(tmp_path / "saved", module=ZOO["torch-encoder"].build())
+
+
+def test_folders_that_hold_something_else_say_what_to_give(tmp_path: Path) -> None:
+    with pytest.raises(InvalidModelFile, match="neither") as nothing:
+        load(tmp_path)
+    assert "a Hugging Face checkpoint" in nothing.value.hint
+    ZOO["llama-sdpa"].build().save_pretrained(tmp_path / "text_encoder")  # type: ignore[operator]
+    with pytest.raises(InvalidModelFile) as pipeline:
+        load(tmp_path)
+    assert "give one of the models in it: text_encoder" in pipeline.value.hint
+    load(tmp_path / "text_encoder")
+    (tmp_path / "text_encoder" / "adapter_config.json").write_text("{}")  # libraries add it to the model, or do not
+    with pytest.raises(UnsupportedModel, match="adapter that was not merged") as adapter:
+        load(tmp_path / "text_encoder")
+    assert "merge_and_unload" in adapter.value.hint
