@@ -240,6 +240,8 @@ class Tracer:
             return self._arithmetic(node, value)
         if node.op == "Neg":
             return self.trace(node.inputs[0]).scaled(np.array(-1.0))
+        if node.op == "ReduceSum" and (axis := self._summed_pairs(node)) is not None:
+            return self._sum_of_pairs(node, axis)
         if node.op == "MaskedFill":
             return self._masked_fill(node)
         if node.op == "RotaryEmbedding":
@@ -321,6 +323,22 @@ class Tracer:
             tuple(laid(coefficient, mine, place) * factor for factor, _, coefficient, place in both),
             bias,
         )
+
+    def _summed_pairs(self, node: Node) -> int | None:
+        """The axis, of two elements, that a sum runs over; None if it sums more."""
+        shape = self.flow.shape(node.inputs[0])
+        numbers = np.sqrt(np.arange(2.0, 2.0 + np.prod(shape, dtype=np.int64))).reshape(shape)
+        result = node.evaluate([numbers, *(self.flow.value(v) if v else None for v in node.inputs[1:])])[0]
+        for axis in (a for a, n in enumerate(shape) if n == 2):
+            total = numbers.sum(axis)
+            if result.size == total.size and np.allclose(result.reshape(-1), total.reshape(-1)):
+                return axis
+        return None
+
+    def _sum_of_pairs(self, node: Node, axis: int) -> Form:
+        form, shape = self.trace(node.inputs[0]), self.flow.shape(node.outputs[0])
+        first, second = (_map(form, lambda a, at=at: a.take(at, axis=axis).reshape(shape)) for at in (0, 1))  # type: ignore[misc]
+        return first.plus(second)
 
     def _norm(self, node: Node, value: Value) -> Form:
         kinds: dict[str, NormKind] = {"LayerNormalization": "layer", "LpNormalization": "l2"}

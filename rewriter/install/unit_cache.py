@@ -47,7 +47,8 @@ def advanced(mixer: nn.Module, cache: Any, x: Tensor) -> Step:
     Raises:
         TypeError: the cache is of a kind that does not grow, was filled by something else, or cut.
     """
-    if not callable(getattr(cache, "update", None)) or hasattr(cache, "self_attention_cache"):
+    cache = getattr(cache, "self_attention_cache", cache)  # of a decoder that reads an encoder, too
+    if not callable(getattr(cache, "update", None)):
         raise TypeError("a gated attention unit needs a cache that grows, as transformers' DynamicCache")
     layer = int(getattr(mixer, "layer_idx", None) or 0)
     states: dict[int, GatedState | ChunkState] = cache.__dict__.setdefault(STATES, {})

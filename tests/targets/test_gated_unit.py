@@ -157,6 +157,20 @@ def test_units_are_proved_on_a_call_that_keeps_a_cache(target: str) -> None:
     assert len(token_mixers(model)) == 2
 
 
+@pytest.mark.parametrize(("name", "target"), [("bart-sdpa", "flash:4"), ("t5-sdpa", "gau")])
+def test_a_decoder_that_reads_an_encoder_keeps_states_in_its_own_cache(name: str, target: str) -> None:
+    case = ZOO[name]
+    model, inputs = rewritten(case, {"decoder": target}), case.inputs(2, 9, 0)
+    decoded = inputs.pop("decoder_input_ids")
+    assert len(token_mixers(model)) == 2 and decoded.shape[1] > 4
+    with torch.no_grad():
+        whole = model(**inputs, decoder_input_ids=decoded, use_cache=False).logits
+        first = model(**inputs, decoder_input_ids=decoded[:, :4], use_cache=True)
+        rest = model(**inputs, decoder_input_ids=decoded[:, 4:], past_key_values=first.past_key_values).logits
+    assert (torch.cat([first.logits, rest], 1) - whole).abs().max() < 1e-5 * whole.abs().max()
+    assert (whole[:, 4:] - whole[:, 3:4]).abs().max() > 1e-2, "the control: steps differ"
+
+
 def test_beams_that_leave_their_states_behind_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The control of the test above."""
     case = ZOO["gpt2-sdpa"]

@@ -545,6 +545,13 @@ def complex_pairs(y: Tensor) -> Tensor:
     return torch.view_as_real(pairs * torch.polar(torch.ones_like(a), a)).flatten(-2)
 
 
+def summed(y: Tensor, sign: float = -1.0) -> Tensor:
+    """Pairs times two by two matrices, written out."""
+    a = angles(y.shape[-2], y.shape[-1] // 2)
+    matrices = torch.stack([a.cos(), sign * a.sin(), a.sin(), a.cos()], -1).unflatten(-1, (2, 2))
+    return (y.unflatten(-1, (-1, 1, 2)) * matrices).sum(-1).flatten(-2)
+
+
 def partial(y: Tensor) -> Tensor:
     return torch.cat([half(y[..., :4]), y[..., 4:]], -1)
 
@@ -560,6 +567,7 @@ ROTATIONS: dict[str, tuple[str | None, list[int] | None, Callable[[Tensor], Tens
     "the other way": ("half", [4, 5, 6, 7, 0, 1, 2, 3], lambda y: half(y.flip(-1)).flip(-1)),
     "interleaved": ("interleaved", [1, 0, 3, 2, 5, 4, 7, 6], interleaved),
     "complex": ("interleaved", [1, 0, 3, 2, 5, 4, 7, 6], complex_pairs),
+    "summed": ("interleaved", [1, 0, 3, 2, 5, 4, 7, 6], summed),
     "partial": ("partial", [2, 3, 0, 1, 4, 5, 6, 7], partial),
     "in two sums": ("half", [4, 5, 6, 7, 0, 1, 2, 3], two_sums),
     "scaled": ("half", [4, 5, 6, 7, 0, 1, 2, 3], lambda y: half(y) * 1.2),
@@ -580,6 +588,8 @@ def test_rotations_are_told_apart(name: str) -> None:
 
 NO_ROTATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "a reflection": lambda y: half(y, sign=1.0),
+    "a reflection, summed": lambda y: summed(y, sign=1.0),
+    "more than pairs, summed": lambda y: (y.unflatten(-1, (-1, 1, 4)) * angles(4, 4)).sum(-1).flatten(-2),
     "a sum of neighbours": lambda y: y + y.roll(1, dims=-1),
     "a shear": lambda y: y + half(y) * 0.5,
     "a shift of tokens": lambda y: y + y.roll(1, dims=-2),
