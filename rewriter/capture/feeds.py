@@ -14,7 +14,15 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from rewriter.capture.cache_sizes import CacheSize
-from rewriter.capture.input_roles import Axis, InputRole, constant_array, input_roles, sized
+from rewriter.capture.input_roles import (
+    CONTRACTIONS,
+    MOVERS,
+    Axis,
+    InputRole,
+    constant_array,
+    input_roles,
+    sized,
+)
 from rewriter.errors import UnsupportedModel, UsageError
 
 Array = NDArray[Any]
@@ -27,6 +35,9 @@ _LARGEST_ID = 1000
 _LARGEST_INPUT = 1 << 28
 MOST_NUMBERS = 2**28
 """Of one made-up input; real ones are smaller, and what a broken file declares may be anything."""
+_SIDE, _SMALL_SIDE = 224, 32
+_FRAMES = 3000
+_LOWERING = frozenset({"Conv", "ConvInteger", "QLinearConv", "MaxPool", "AveragePool"})
 _SPECIAL_IDS = 3
 """The lowest ids usually mean padding, start and end; plausible text has none inside."""
 
@@ -75,13 +86,13 @@ def make_feeds(
     roles = _fix_shapes(found, shapes or {})
     sizes = _respect_declared(roles, Sizes(batch, length, past))
     symbols = _symbol_sizes(roles, sizes)
-    side = _image_side(model, roles)
+    sides = _sides(model, roles, length)
     rng = np.random.default_rng(seed)
     feeds: dict[str, Array] = {}
     if any(node.op_type == "GroupQueryAttention" for node in model.graph):
         mask = "ones"  # it takes a length per sequence and leaves what lies beyond undefined
     for role in roles:
-        shape = _concrete_shape(role, sizes, symbols, side)
+        shape = _concrete_shape(role, sizes, symbols, sides)
         _check_size(role.name, shape)
         feeds[role.name] = _values(role, shape, sizes, mask, rng)
     return feeds
@@ -228,22 +239,52 @@ def _axis_size(axis: Axis, sizes: Sizes, role: InputRole) -> int | None:
     return table.get(axis)
 
 
-def _concrete_shape(role: InputRole, sizes: Sizes, symbols: Mapping[str, int], side: int) -> tuple[int, ...]:
+def _concrete_shape(
+    role: InputRole, sizes: Sizes, symbols: Mapping[str, int], sides: tuple[int, int]
+) -> tuple[int, ...]:
     shape: list[int] = []
-    for axis, dim in zip(role.axes, role.shape, strict=True):
+    for place, (axis, dim) in enumerate(zip(role.axes, role.shape, strict=True)):
         if isinstance(dim, int):
             shape.append(dim)
             continue
         size = _evaluate(dim, symbols) if dim is not None else None
         if size is None:
             size = _axis_size(axis, sizes, role)
-        shape.append(_open_size(axis, role, side) if size is None else size)
+        shape.append(_open_size(axis, role, sides[place == len(role.axes) - 1]) if size is None else size)
     return tuple(shape)
 
 
 def _open_size(axis: Axis, role: InputRole, side: int) -> int:
     """Sizes of axes that no argument names."""
     return {"channels": 3 if role.kind == "image" else 16, "side": side, "frames": side}.get(axis, 1)
+
+
+def _sides(model: ir.Model, roles: tuple[InputRole, ...], length: int) -> tuple[int, int]:
+    """Height and width of images: what positions of patches fit; if there are none, other sides at other lengths.
+
+    A model that goes down in resolution takes multiples of `deepest`. Where its first convolution keeps the resolution,
+    attention may stand at every pixel: images are small then.
+    """
+    known = _image_side(model, roles)
+    if known is not None or not any(role.kind == "image" for role in roles):
+        return (known or _FRAMES,) * 2
+    first, deepest = _strides(model, {role.name for role in roles if role.kind == "image"})
+    usual, later = max(_SMALL_SIDE, 4 * deepest) if first == 1 else _SIDE, length - Sizes.length
+    return usual + later % 3 * deepest, usual + 2 * later % 3 * deepest
+
+
+def _strides(model: ir.Model, images: set[str]) -> tuple[int, int]:
+    """By how much an image's first convolution lowers the resolution, and by how much the deepest value is lower."""
+    first, lowered = None, {name: 1 for name in images}
+    for node in model.graph:
+        above = max((lowered[v.name] for v in node.inputs if v is not None and v.name in lowered), default=None)
+        if above is None or node.op_type == "Shape":
+            continue
+        strides = node.attributes["strides"].as_ints() if "strides" in node.attributes else (1,)
+        step = strides[0] if node.op_type in _LOWERING else 1
+        first = step if first is None and node.op_type in {"Conv", "ConvInteger"} else first
+        lowered |= {v.name: above * step for v in node.outputs if v.name}
+    return first or 1, min(max(lowered.values()), _SIDE)
 
 
 def _evaluate(symbol: str, symbols: Mapping[str, int]) -> int | None:
@@ -259,8 +300,8 @@ def _evaluate(symbol: str, symbols: Mapping[str, int]) -> int | None:
     return result if isinstance(result, int) and result >= 0 else None
 
 
-def _image_side(model: ir.Model, roles: tuple[InputRole, ...]) -> int:
-    """Side of a square image, or audio frames, that fits the model's own position table; 224 if there is none."""
+def _image_side(model: ir.Model, roles: tuple[InputRole, ...]) -> int | None:
+    """Side of a square image, or audio frames, that fits the model's own position table; None if there is none."""
     stride, width, near = 1, None, list[ir.Value]()
     for node in model.graph:
         if node.op_type == "Conv" and node.inputs[1] is not None and node.inputs[1].const_value is not None:
@@ -273,13 +314,24 @@ def _image_side(model: ir.Model, roles: tuple[InputRole, ...]) -> int:
     for value in (*near, *model.graph.initializers.values()):
         dims = [int(d) for d in value.shape.dims if isinstance(d, int)] if value.shape is not None else []
         if len(dims) in {2, 3} and dims[-1] == width and (len(dims) == 2 or dims[0] == 1) and dims[-2] > 1:
+            if _multiplies(value):
+                continue
             if not image:
                 return dims[-2] * stride
             for extra in (1, 0, 2):
                 root = isqrt(dims[-2] - extra)
                 if root > 0 and root * root == dims[-2] - extra:
                     return root * stride
-    return 224 if image else 3000
+    return None
+
+
+def _multiplies(value: ir.Value, steps: int = 2) -> bool:
+    """Whether a stored tensor is a matrix that something is multiplied by, perhaps turned or dequantised first."""
+    readers = [node for node, _ in value.uses()]
+    if any(node.op_type in CONTRACTIONS for node in readers):
+        return True
+    moved = [out for n in readers if n.op_type in MOVERS | {"DequantizeLinear"} for out in n.outputs]
+    return steps > 0 and any(_multiplies(out, steps - 1) for out in moved)
 
 
 def _tables_behind(value: ir.Value, steps: int = 8) -> Iterator[ir.Value]:
@@ -306,12 +358,25 @@ def _stored(value: ir.Value | None, steps: int = 4) -> Iterator[ir.Value]:
 
 
 def _baked_pairs(model: ir.Model) -> list[tuple[int, int]]:
-    """(batch, length) pairs that reshape constants and declared inner shapes mention most often."""
+    """(batch, length) pairs that reshape constants and declared inner shapes mention most often, then lengths alone."""
     votes: Counter[tuple[int, int]] = Counter()
     for dims in _inner_shapes(model):
         if len(dims) >= 3 and 0 < dims[0] <= 8 and 1 < dims[1] <= 4096:
             votes[dims[0], dims[1]] += 1
-    return [pair for pair, _ in votes.most_common(4)]
+    lengths = Counter(n for dims in _computed_shapes(model) for n in dims[:3] if 1 < n <= 4096)
+    alone = [(batch, length) for length, _ in lengths.most_common(4) for batch in (2, 1)]
+    return [*(pair for pair, _ in votes.most_common(4)), *alone]
+
+
+def _computed_shapes(model: ir.Model) -> Iterator[list[int]]:
+    """Shapes that are put together of sizes read off inputs and of constants; 0 for the former."""
+    for node in model.graph:
+        target = node.inputs[1] if node.op_type in {"Reshape", "Expand"} and len(node.inputs) > 1 else None
+        joined = target.producer() if target is not None else None
+        if joined is not None and joined.op_type == "Concat":
+            parts = [constant_array(v, 8) if v is not None else None for v in joined.inputs]
+            if all(part is None or part.size == 1 for part in parts):
+                yield [0 if part is None else int(part.reshape(-1)[0]) for part in parts]
 
 
 def _inner_shapes(model: ir.Model) -> Iterator[list[int]]:

@@ -460,6 +460,8 @@ def _axes(kind: Kind, shape: tuple[int | str | None, ...], other_side: bool) -> 
         return (keys if kind == "mask" else sequence,)
     axes = grids[kind].get(rank, ("batch",)) if kind in grids else rows.get(kind, ("batch",))
     others: list[Axis] = ["other"] * rank
+    if kind == "features" and rank > 3 and isinstance(shape[1], int) and not isinstance(shape[2], int):
+        return ("batch", "other", sequence, *others)[:rank]  # heads, keys or values
     return (*axes, *others)[:rank]
 
 

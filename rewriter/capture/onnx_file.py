@@ -28,6 +28,7 @@ from passes.provenance import PASS_THROUGH
 from passes.softmaxes import with_softmaxes
 from rewriter.capture.bounded_run import OUT_OF_BOUNDS, run_within, time_limit
 from rewriter.capture.cache_sizes import CacheSize
+from rewriter.capture.cut_weights import cutting_sizes, unchanged
 from rewriter.capture.exact_integers import with_unsigned_weights
 from rewriter.capture.feeds import MaskStyle, candidate_sizes, make_feeds
 from rewriter.capture.fused.unfuse import obstacle
@@ -104,14 +105,20 @@ class OnnxCapture:
         """The same model recorded at other sizes; None if its sizes are fixed."""
         batch, length, past = self.sizes
         pasts = (past + 1, past) if past else (0,)  # some caches are as large as they are
-        tried = (self.at((b, length + 2, p)) for p in pasts for b in (batch + 1, batch))
-        return next((other for other in tried if other is not None), None)
+        tried = [(b, length + 2, p) for p in pasts for b in (batch + 1, batch)]
+        others = (self.at(sizes) for sizes in (*tried, (batch + 1, length, past)))  # images of other sides may not fit
+        return next((other for other in others if other is not None), None)
 
     @cached_property
     def varies_all(self) -> bool:
-        """Whether recordings at other sizes differ in all axes that inputs leave open; those of images stay."""
+        """Whether recordings at other sizes differ in all axes that inputs leave open."""
         batch, length, past = self.sizes
-        more = _feeds(self.model, self.written_out, (batch + 1, length + 2, past + 1 if past else 0))
+        if self.other is not None and self.other.sizes[1] == length:
+            return False
+        # an axis in which the file does not run at another size counts as varied, but for the sides of images: these
+        # stay as they are at every third length
+        later = length + (3 if self.other is None else 2)
+        more = _feeds(self.model, self.written_out, (batch + 1, later, past + 1 if past else 0))
         shapes = {
             v.name: v.shape for v in self.model.graph.inputs if v.name and v.name in self.feeds and v.shape is not None
         }
@@ -144,23 +151,35 @@ def capture(model: ir.Model, written_out: Mapping[str, WrittenOut] | None = None
     _inline_functions(model)
     _name_everything(model)
     require_no_draws(model)
+    captured = _captured_with(model, written_out or {}, {})
+    sizes = cutting_sizes(captured.flow)
+    if not sizes:
+        return captured
+    other = captured.other
+    known = unchanged(captured.flow, other.flow if other is not None else None, sizes)
+    return _captured_with(model, written_out or {}, known) if known else captured
+
+
+def _captured_with(model: ir.Model, fused: Mapping[str, WrittenOut], known: Mapping[Value, Array]) -> OnnxCapture:
+    """The view of a model in which these values, read off shapes of inputs, are constants."""
     nodes = tuple(model.graph)
     values = {v.name: v for v in _values(model) if v.name}
     products = {i: p for i, n in enumerate(nodes) if (p := quantised_product(n)) is not None}
+    shown = (replace(n, inputs=()) if known.keys() & set(n.outputs) else n for n in _shown(nodes, products))
     flow = Flow(
-        with_softmaxes(with_products(_shown(nodes, products))),
+        with_softmaxes(with_products(tuple(shown))),
         tuple(v.name for v in model.graph.inputs if v.name and v.name not in model.graph.initializers),
         tuple(v.name for v in model.graph.outputs if v.name),
         _weights(model, nodes) | _matrices(products.values()),
         lambda name: (_ for _ in ()).throw(KeyError(name)),
         _float_dtype(model),
     )
-    constants = _Constants(model, {p.name: p for p in products.values()})
+    constants = _Constants(model, {p.name: p for p in products.values()}, known)
     flow = replace(flow, read=partial(_read, {}, constants))
-    fused = written_out or {}
     wanted = (
         _wanted(flow)
         | recorded_values(flow)
+        | cutting_sizes(flow)
         | {v.name for w in fused.values() for v in w.inputs if v is not None and v.name}
     )
     session = _Session(model, sorted(wanted - set(flow.weights) - set(flow.inputs)), constants)
@@ -288,8 +307,8 @@ def widened(array: Array) -> Array:
 class _Constants:
     """Values that no input reaches: initializers, Constant nodes, and what is computed from them."""
 
-    def __init__(self, model: ir.Model, matrices: Mapping[str, QuantisedProduct]) -> None:
-        self.model, self.matrices = model, matrices
+    def __init__(self, model: ir.Model, matrices: Mapping[str, QuantisedProduct], known: Mapping[str, Array]) -> None:
+        self.model, self.matrices, self.known = model, matrices, known
         self._computed: dict[str, Array] = {}
         self._producers = {o.name: n for n in model.graph for o in n.outputs if o.name}
         self._places = {id(n): i for i, n in enumerate(model.graph)}
@@ -299,7 +318,7 @@ class _Constants:
         """Names of computed values that no input reaches. Known at once: asking upwards each time takes a time that
         grows with the depth of the value."""
         held = self.model.graph.initializers
-        known: set[str] = set()
+        known: set[str] = set(self.known)
         for node in self.model.graph:
             if all(name in known or name in held for name in _reads(node)):
                 known.update(o.name for o in node.outputs if o.name)
@@ -315,6 +334,8 @@ class _Constants:
             return _numpy(initializer.const_value)
         if name in self.matrices:
             return self.matrices[name].matrix
+        if name in self.known:
+            return self.known[name]
         if name not in self._computed:
             self._computed[name] = self._compute(name)
         return self._computed[name]
@@ -356,12 +377,14 @@ class _Constants:
             if id(current) in found:
                 continue
             found[id(current)] = current
-            above = (self._producers.get(name) for name in _reads(current))
+            above = (self._producers.get(name) for name in _reads(current) if name not in self.known)
             todo.extend(n for n in above if n is not None)
         return sorted(found.values(), key=lambda n: self._places[id(n)])
 
     def _initializers(self, node: ir.Node) -> Iterator[onnx.TensorProto]:
         for name in dict.fromkeys(_reads(node)):
+            if name in self.known:
+                yield onnx.numpy_helper.from_array(self.known[name], name)
             held = self.model.graph.initializers.get(name)
             if held is not None and held.const_value is not None:
                 proto = onnx.numpy_helper.from_array(held.const_value.numpy(), name)

@@ -225,6 +225,41 @@ def test_where_token_axes_are_lost_attention_stays_and_heads_are_repeated(tmp_pa
         assert error > 1e-3 if perturbed else error < 1e-4
 
 
+class _Asked(torch.nn.Module):
+    """One attention of torch's own, asked by something else than what it reads: in_proj_weight is cut at a size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = torch.nn.MultiheadAttention(16, 4, batch_first=True)
+
+    def forward(self, x: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+        return x + self.attention(x, memory, memory)[0]
+
+
+def test_weights_cut_at_sizes_of_inputs_and_lengths_that_no_input_declares(tmp_path: Path, perturbed: bool) -> None:
+    """TorchScript's export of nn.MultiheadAttention runs at the length it was traced at, whatever axes are open."""
+    torch.manual_seed(0)
+    path, out, module = tmp_path / "asked.onnx", tmp_path / "new.onnx", _Asked().eval()
+    with torch.no_grad():
+        for parameter in (module.attention.in_proj_weight, module.attention.in_proj_bias):
+            parameter.normal_()
+            heads = parameter[16:].view(2, 4, 4, -1)
+            heads[:, 1::2] = heads[:, ::2]
+        if perturbed:
+            module.attention.in_proj_weight[-1] += 1.0
+    feeds = {"x": torch.randn(3, 9, 16), "memory": torch.randn(3, 9, 16)}
+    torch.onnx.export(
+        module, tuple(feeds.values()), str(path), dynamo=False, opset_version=17, input_names=list(feeds),
+        dynamic_axes={name: {0: "batch", 1: "length"} for name in feeds},
+    )  # fmt: skip
+    done = rewriter.optimize(path, "gqa2")
+    (row,) = done.rewrite_report.sites
+    assert row.exact is not perturbed
+    done.save(out)
+    error = distance(run_file(out, feeds), run_file(path, feeds))
+    assert error > 1e-3 if perturbed else error < 1e-4
+
+
 def test_attention_in_a_branch_is_named(zoo_onnx: ZooOnnx, tmp_path: Path) -> None:
     """A whole encoder inside an If: nothing is rewritten, and the reason is not "no attention"."""
     inner = onnx.load(zoo_onnx(ZOO["nanogpt-softmax"], "torchscript17"))

@@ -208,6 +208,15 @@ def test_images_take_the_convolutions_channels_and_the_position_tables_side() ->
     assert make_feeds(model)["pixels"].shape == (2, 3, 8, 8)
 
 
+def test_images_without_positions_have_other_sides_at_other_lengths() -> None:
+    weights = f"float[4,3,2,2] w = {{{','.join(['0.1'] * 48)}}}, float[4,4] m = {{{','.join(['0.1'] * 16)}}}"
+    body = "y = Conv<strides = [{0}, {0}]>(pixels, w) t = Transpose<perm = [0, 2, 3, 1]>(y) out = MatMul(t, m)"
+    lowered, kept = (graph("float[b,c,h,w_] pixels", body.format(n), weights) for n in (2, 1))
+    assert make_feeds(lowered)["pixels"].shape == (2, 3, 224, 224)
+    assert make_feeds(lowered, length=9)["pixels"].shape == (2, 3, 228, 226)
+    assert make_feeds(kept, length=8)["pixels"].shape[2:] == (33, 34), "attention may stand at every pixel"
+
+
 def test_an_image_fits_the_positions_that_its_patches_meet_not_those_of_words() -> None:
     filled = {name: ",".join(["0.1"] * count) for name, count in (("w", 48), ("words", 256), ("pos", 64))}
     weights = (
@@ -257,6 +266,18 @@ def test_baked_sizes_are_found() -> None:
     model = graph("int64[B,S] a", body, table(9) + ", int64[3] to = {3, 21, 2}")
     assert (3, 21, 0) in candidate_sizes(model)
     assert candidate_sizes(model)[0] == (2, 7, 0), "the default comes first"
+
+
+def test_a_length_baked_beside_sizes_that_are_read_off_is_found() -> None:
+    body = "s = Shape(x) b = Gather(s, zero) to = Concat<axis = 0>(nine, b, four) out = Reshape(x, to)"
+    weights = "int64[1] zero = {0}, int64[1] nine = {9}, int64[1] four = {4}"
+    sizes = candidate_sizes(graph("float[B,S,4] x", body, weights))
+    assert {(2, 9, 0), (1, 9, 0)} <= set(sizes) and sizes[0] == (2, 7, 0)
+
+
+def test_keys_of_a_cross_attention_have_their_length_behind_the_heads() -> None:
+    model = graph("float[b,t,8] x, float[b,4,e,2] given", "out = own.f(x, given)")
+    assert make_feeds(model, batch=3, length=5)["given"].shape == (3, 4, 5, 2)
 
 
 def test_inputs_that_cannot_be_fed() -> None:
