@@ -33,10 +33,17 @@ def reshapes_on(tracer: Tracer, path: tuple[int, ...], lookup: Lookup) -> tuple[
     for index in path:
         node = tracer.flow.nodes[index]
         if node.op in {"Reshape", "Expand"} and tracer.flow.data_dependent(node.outputs[0]):
-            axis = _head_axis(tracer, node.outputs[0], lookup)
+            axes = (_head_axis(tracer, v, lookup) for v in (node.outputs[0], *_met(tracer.flow, node.outputs[0])))
+            axis = next((axis for axis in axes if axis is not None), None)
             if axis is not None:
                 found.append((index, axis))
     return tuple(found)
+
+
+def _met(flow: Flow, value: Value) -> list[Value]:
+    """What a value meets element by element: a norm that was expanded to the heads that it divides."""
+    readers = [n for n in flow.consumers(value) if n.op in {"Mul", "Div"}]
+    return [v for n in readers for v in n.inputs if v and v != value and flow.shape(v) == flow.shape(value)]
 
 
 def _head_axis(tracer: Tracer, value: Value, lookup: Lookup) -> int | None:

@@ -184,18 +184,25 @@ class ScoreWalk:
                 "and along columns of an image are scored apart, or queries meet the keys around them in sliding "
                 "chunks); leave this attention as it is (layers= selects others)"
             )
-        if node.op == "ScatterND":
+        if node.op == "ScatterND" and not self._written_over(node):
             raise NotUnderstood(
                 "scores are written into a band (as of sliding chunks, where a query meets the keys around it only); "
                 "write them as one matrix of all queries and keys with a mask, which is the same"
             )
-        if node.op in {"SliceScatter", "SelectScatter", "aten.copy_"}:
+        if node.op in {"ScatterND", "SliceScatter", "SelectScatter", "aten.copy_"}:
             raise NotUnderstood(
                 "part of its scores is written over in place (a bias for some tokens only, say); where the bias "
                 "depends on positions alone, add one for all scores, zero elsewhere, which is the same and read; else "
                 "leave this attention as it is (layers= selects others)"
             )
         raise NotUnderstood(f"operator {node.op} between score and softmax is not understood")
+
+    def _written_over(self, node: Node | None) -> bool:
+        """Whether what is written in place goes into scores, not into an empty band."""
+        value = ""
+        while node is not None and node.op == "ScatterND":
+            value, node = node.inputs[0], self.flow.producer(node.inputs[0])
+        return self.flow.data_dependent(value)
 
     def _relayed_projection(self, node: Node) -> Node | None:
         """The projection from which nothing but layout separates this layout operator."""

@@ -260,6 +260,37 @@ def test_weights_cut_at_sizes_of_inputs_and_lengths_that_no_input_declares(tmp_p
     assert error > 1e-3 if perturbed else error < 1e-4
 
 
+NORMED = """
+<ir_version: 8, opset_import: ["" : 17]>
+graph (float[b,t,8] x) => (float[b,t,8] y)
+<int64[4] split = {0, 0, 4, 2}, int64[3] joined = {0, 0, 8}, float floor = {1e-9}, int64[4] sizes = {1, 4, 1, 2}> {
+    q = MatMul(x, wq) qr = Reshape(q, split) qh = Transpose<perm = [0, 2, 1, 3]>(qr)
+    k = MatMul(x, wk) kr = Reshape(k, split) kh = Transpose<perm = [0, 2, 1, 3]>(kr)
+    v = MatMul(x, wv) vr = Reshape(v, split) vh = Transpose<perm = [0, 2, 1, 3]>(vr)
+    length = ReduceL2<axes = [-1], keepdims = 1>(kh) least = Max(length, floor) spread = Expand(least, sizes)
+    normed = Div(kh, spread) kt = Transpose<perm = [0, 1, 3, 2]>(normed)
+    scores = MatMul(qh, kt) weights = Softmax<axis = -1>(scores) mixed = MatMul(weights, vh)
+    back = Transpose<perm = [0, 2, 1, 3]>(mixed) all = Reshape(back, joined) y = MatMul(all, wo)
+}
+"""
+
+
+def test_a_norm_that_is_expanded_to_a_written_number_of_heads(tmp_path: Path, perturbed: bool) -> None:
+    model, rng = onnx.parser.parse_model(NORMED), np.random.default_rng(0)
+    for name in ("wq", "wk", "wv", "wo"):
+        numbers = rng.standard_normal((8, 4, 2), np.float32)
+        if name in {"wk", "wv"}:
+            numbers[:, 1::2] = numbers[:, ::2]
+            numbers[:, -1] += float(perturbed)
+        model.graph.initializer.append(onnx.numpy_helper.from_array(numbers.reshape(8, 8), name))
+    path, out = tmp_path / "normed.onnx", tmp_path / "new.onnx"
+    onnx.save(model, path)
+    rewriter.optimize(path, "gqa2").save(out)
+    feeds = {"x": torch.from_numpy(rng.standard_normal((3, 6, 8), np.float32))}
+    error = distance(run_file(out, feeds), run_file(path, feeds))
+    assert error > 1e-3 if perturbed else error < 1e-5
+
+
 def test_attention_in_a_branch_is_named(zoo_onnx: ZooOnnx, tmp_path: Path) -> None:
     """A whole encoder inside an If: nothing is rewritten, and the reason is not "no attention"."""
     inner = onnx.load(zoo_onnx(ZOO["nanogpt-softmax"], "torchscript17"))

@@ -457,8 +457,15 @@ def test_what_is_not_read_is_refused_with_what_is_true_of_it(kind: type[Projects
     assert not seen.sites and seen.refusals and all(REASONS[kind] in r.reason for r in seen.refusals)
 
 
-def test_scores_that_are_written_over_in_part_say_what_to_do() -> None:
-    (refusal,) = rewriter.inspect(BiasedInPart().eval(), example_inputs=(_x(),)).refusals
+@pytest.mark.parametrize("door", ["torch", "onnx"])
+def test_scores_that_are_written_over_in_part_say_what_to_do(door: str, tmp_path: Path) -> None:
+    module = BiasedInPart().eval()
+    if door == "torch":
+        (refusal,) = rewriter.inspect(module, example_inputs=(_x(),)).refusals
+    else:
+        path = tmp_path / "model.onnx"
+        torch.onnx.export(module, (_x(),), str(path), dynamo=False, opset_version=17, input_names=["x"])
+        (refusal,) = rewriter.inspect(path).refusals
     assert "part of its scores is written over in place" in refusal.reason and "add one for all" in refusal.reason
 
 
