@@ -25,6 +25,7 @@ from passes.weights.head_gains import gains_like, stored_gains
 from passes.weights.projection import merges_in_order
 from rewriter.calibration.batches import batches, is_sampled
 from rewriter.calibration.sampled import sampled_text
+from rewriter.calibration.tokenizer import tokenizer_in
 from rewriter.calibration.torch_probe import module_probe
 from rewriter.capture.example_inputs import Call, prepare
 from rewriter.capture.torch_export import TorchCapture, capture
@@ -137,7 +138,8 @@ def _rewritten(
     with watch.stage("transform"):
 
         def probe(found: Matches) -> Probe:
-            given = batches(calibration, causal=is_causal(found), tokenizer=tokenizer)
+            known = tokenizer_in(module) if tokenizer is None else tokenizer
+            given = batches(calibration, causal=is_causal(found), tokenizer=known)
             if captured.program is None:
                 raise UnsupportedModel(
                     "calibration needs torch.export, which does not take this model",

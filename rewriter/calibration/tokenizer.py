@@ -1,4 +1,4 @@
-"""The tokenizer that lies beside a model, if there is one."""
+"""The tokenizer that lies beside a model, or in it, if there is one."""
 
 from __future__ import annotations
 
@@ -11,6 +11,12 @@ FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "tokenizer.mode
 _MORE = ("merges.txt", "special_tokens_map.json", "added_tokens.json", "spiece.model", "sentencepiece.bpe.model",
          "chat_template.jinja", "config.json")  # fmt: skip
 """What is read along with them."""
+
+
+def tokenizer_in(model: Any) -> Any:
+    """The tokenizer that a model carries (sentence-transformers); None if there is none, or a layer by that name."""
+    found = getattr(model, "tokenizer", None)
+    return found if callable(found) and not hasattr(found, "forward") else None
 
 
 def tokenizer_beside(folder: Path) -> Any:

@@ -97,6 +97,8 @@ def completed(batch: Batch, like: Call, device: torch.device) -> Call:
     args = tuple(_tensor(a, device) for a in batch.args)
     kwargs = {k: _tensor(v, device) for k, v in batch.kwargs.items()}
     like_args, like_kwargs = like
+    if not args and len(like_args) == 1 and isinstance(like_args[0], Mapping):  # a model that takes all in one mapping
+        return (completed(batch, ((), dict(like_args[0])), device)[1],), dict(like_kwargs)
     if args and not like_args:
         raise UsageError("calibration batches are positional, the model's inputs are named", hint="use dicts")
     if like_args and not args:  # named inputs for a model that was captured with positions

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,11 +23,12 @@ def prepare(module: torch.nn.Module, example_inputs: Any = None) -> Call:
     """(args, kwargs) for one forward call.
 
     `example_inputs` is a mapping of keyword tensors, a tensor, or a sequence of positional arguments; None asks
-    for defaults, which models with a Hugging Face style ``config`` and ``main_input_name`` have. Tensors are brought to
-    the module's device.
+    for defaults, which models with a Hugging Face style ``config`` and ``main_input_name`` have, and those that prepare
+    texts themselves. Tensors are brought to the module's device.
     Raises UsageError when there are none.
     """
-    given = as_call(default_inputs(module) if example_inputs is None else example_inputs)
+    chosen = (_features(module) or default_inputs(module)) if example_inputs is None else example_inputs
+    given = as_call(chosen)
     for tensor in pytree.tree_leaves(given):
         if isinstance(tensor, torch.Tensor) and (hidden := without_numbers(tensor)) is not None:
             raise UsageError(f"an example input is {hidden}", hint="pass ordinary tensors: the model is run on them")
@@ -96,6 +98,27 @@ def default_inputs(module: torch.nn.Module, batch: int = BATCH, length: int = LE
     if main == "input_ids" and "pixel_values" in names and _has_own_vision(config) and not _runs(module, inputs):
         inputs["pixel_values"] = _pixels(config, batch, generator).to(module.dtype)  # type: ignore[arg-type]
     return inputs
+
+
+def _features(module: torch.nn.Module) -> tuple[dict[str, torch.Tensor]] | None:
+    """Two texts as a model prepares them that has a tokenizer of its own, and takes what that makes as one mapping (as
+    sentence-transformers do); None of other models."""
+    prepared = getattr(module, "preprocess", None) or getattr(module, "tokenize", None)
+    if isinstance(getattr(module, "main_input_name", None), str) or not callable(prepared):
+        return None
+    try:
+        made = prepared(["What did the attention cost?", "Less than before."])
+    except Exception:  # whatever a stranger's method by that name raises for texts
+        return None
+    features = {n: t for n, t in made.items() if isinstance(t, torch.Tensor)} if isinstance(made, Mapping) else {}
+    return (features,) if features else None
+
+
+def takes_a_mapping(module: torch.nn.Module) -> bool:
+    """Whether a model says that its first argument is a mapping, of all its inputs by name."""
+    first = next(iter(_parameters(module).values()), None)
+    said = "" if first is None or first.annotation is first.empty else str(first.annotation)
+    return re.search(r"\b(dict|mapping)\b", said, re.IGNORECASE) is not None
 
 
 def _has_own_vision(config: Any) -> bool:

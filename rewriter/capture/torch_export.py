@@ -25,6 +25,7 @@ from rewriter.capture.aten_names import Literal, canonical
 from rewriter.capture.flex_attention import OPERATOR, UNREAD, operands, written_out
 from rewriter.capture.folded_adapters import fold_adapters
 from rewriter.capture.folded_norms import fold_norms
+from rewriter.capture.own_containers import own
 from rewriter.capture.pointwise import operator_name, write_as_linear
 from rewriter.capture.torch_trace import trace, writes_through_views
 from rewriter.errors import NotExportable, UnsupportedModel, first_line
@@ -111,7 +112,7 @@ def exported(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
             _without_stack_traces(),
             contextlib.redirect_stderr(io.StringIO()),  # on failure the exporter prints the graph it has so far
         ):
-            program = torch.export.export(module, args, dict(kwargs), strict=False)
+            program = torch.export.export(module, own(args), own(dict(kwargs)), strict=False)
             return with_linear_maps(functional(program))
     except Exception as error:  # torch.export raises many unrelated types
         scripted = next((n for n, m in module.named_modules() if isinstance(m, torch.jit.ScriptModule)), None)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rewriter.capture.own_containers import own
 from rewriter.errors import UnsupportedModel
 from rewriter.module_modes import evaluating
 
@@ -113,8 +114,8 @@ def plain_attention() -> Iterator[None]:
 
 
 def snapshot(value: Any) -> Any:
-    """A copy of `value` if it is a cache, which the call will change; else `value` itself."""
-    return copy.deepcopy(value) if is_cache(value) else value
+    """A copy of `value` if it is a cache, which the call will change; else its tensors in containers of their own."""
+    return copy.deepcopy(value) if is_cache(value) else own(value)
 
 
 def is_cache(value: Any) -> bool:

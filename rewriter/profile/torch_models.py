@@ -11,6 +11,7 @@ import torch
 
 from rewriter import progress
 from rewriter.capture.example_inputs import default_inputs, prepare
+from rewriter.capture.own_containers import own
 from rewriter.errors import UnsupportedModel, UsageError
 from rewriter.profile.interleaved import Job, Timed, time_in_turn
 from rewriter.profile.providers import device_name
@@ -154,7 +155,7 @@ def _call(
 
     def forward() -> None:
         with torch.inference_mode():
-            module(*args, **kwargs)
+            module(*own(args), **own(dict(kwargs)))
 
     work = captured(forward, device) if cuda_graph else forward
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from rewriter.capture.example_inputs import takes_a_mapping
 from rewriter.errors import UsageError
 from rewriter.uptrain.rows import Row
 
@@ -76,18 +77,23 @@ def _padded(array: np.ndarray[Any, Any], longest: int, fill: int) -> np.ndarray[
 
 
 class Caller:
-    """How a model is called with named inputs: by name, or by position where its forward has other names.
+    """How a model is called with named inputs: by name, in one mapping, or by position where it has other names.
 
     Keeps caches off where the forward can be told so.
     """
 
     def __init__(self, module: nn.Module) -> None:
         parameters = inspect.signature(module.forward).parameters
+        self._in_one = takes_a_mapping(module)
         self._anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         self._names = set(parameters)
         self._options = {"use_cache": False} if "use_cache" in self._names else {}
 
-    def arguments(self, batch: Batch) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    def arguments(self, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if self._in_one:
+            ids = batch.inputs.get("input_ids")
+            whole = {} if ids is None else {"attention_mask": torch.ones_like(ids)}  # read without asking
+            return ({**whole, **batch.inputs},), dict(self._options)
         if self._anything or set(batch.inputs) <= self._names:
             return (), {**batch.inputs, **self._options}
         if len(batch.inputs) > 1 and "attention_mask" in batch.inputs:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rewriter.calibration.tokenizer import tokenizer_beside
+from rewriter.calibration.tokenizer import tokenizer_beside, tokenizer_in
 from rewriter.errors import UnsupportedModel, UsageError
 from rewriter.model_kinds import is_onnx
 from rewriter.uptrain.recipe import HOW_LONG, Recipe
@@ -47,7 +47,7 @@ def uptrain(
             Causal models get windows of packed text, others one text a sequence.
         steps, fraction, pretraining_tokens: how long to train; they take precedence over the recipe's.
         recipe: everything else that decides what comes out.
-        tokenizer: for texts; found beside models that are paths.
+        tokenizer: for texts; found beside models that are paths, and in those that carry one.
         validation: held-out data, like `data`; without it some sequences of `data` are held out.
         checkpoints: a folder to keep checkpoints in.
         resume: go on from the newest checkpoint in `checkpoints`; everything else must be as it was.
@@ -76,7 +76,9 @@ def uptrain(
     folders = [Path(m) for m in (student, twin, teacher) if isinstance(m, (str, Path))]
     folders = [path if path.is_dir() else path.parent for path in folders]
     if tokenizer is None:
-        tokenizer = next((t for folder in folders if (t := tokenizer_beside(folder)) is not None), None)
+        tokenizer = next(
+            (t for folder in folders if (t := tokenizer_beside(folder)) is not None), tokenizer_in(original)
+        )
 
     def trained(model: Any, only: Collection[str] | None = None, check: Callable[[Any], None] | None = None) -> Any:
         from rewriter.uptrain.session import train

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from rewriter.capture.own_containers import own
 from rewriter.capture.torch_export import to_numpy
 from rewriter.module_modes import evaluating
 from rewriter.verify.drift import Drift
@@ -30,7 +31,7 @@ def run(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
         _without_fast_path(),
     ):
         torch.manual_seed(0)
-        return module(*args, **kwargs)
+        return module(*own(args), **own(dict(kwargs)))
 
 
 @contextlib.contextmanager
@@ -84,7 +85,7 @@ def untouched(before: torch.nn.Module, after: torch.nn.Module) -> Check:
 def main_tensor(output: Any) -> torch.Tensor | None:
     """Logits, else the last hidden state, else the first tensor found."""
     for name in ("logits", "last_hidden_state"):
-        value = getattr(output, name, None)
+        value = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
         if isinstance(value, torch.Tensor):
             return value
     leaves = torch.utils._pytree.tree_leaves(output)
