@@ -205,8 +205,8 @@ def _keeping_their_module(
         placed = block_modules(model, flow, blocks.sites, *call)
         kept = frozenset(unreadable_calls(model, flow, matches.sites, *call))
     except UnsupportedModel:
-        return frozenset(s.name for s in (*matches.sites, *blocks.sites))
-    return kept | {b.name for b in blocks.sites if b.name not in placed}
+        return frozenset({s.name for s in matches.sites} | {block.name for block in blocks.sites})
+    return kept | {block.name for block in blocks.sites if block.name not in placed}
 
 
 def _tried(model: Any, example_inputs: Any, flow: Flow, matches: Matches) -> Matches:
