@@ -199,19 +199,26 @@ def _inspect_torch(model: Any, example_inputs: Any, name: str) -> Inspection:
         more = (*_uncalled(model, captured.flow), *_without_scores(model, captured.flow, matches))
         matches = replace(matches, refusals=(*matches.refusals, *more))
         of: Kind = "graph" if isinstance(model, torch.fx.GraphModule) else "module"
-        kept = _keeping_their_module(model, captured.flow, matches, call) if of == "module" else frozenset()
+        kept = frozenset[str]()
+        if of == "module":
+            kept = _keeping_their_module(model, captured.flow, matches, blocks, call)
         return _inspection(name, "torch", None, None, captured.flow, matches, blocks, of=of, kept=kept)
 
 
-def _keeping_their_module(model: Any, flow: Flow, matches: Matches, call: Any) -> frozenset[str]:
-    """Names of the sites whose module no other can be called in the place of: they take grouped heads alone."""
+def _keeping_their_module(
+    model: Any, flow: Flow, matches: Matches, blocks: FeedForwards, call: tuple[Sequence[Any], Mapping[str, Any]]
+) -> frozenset[str]:
+    """Names of the attentions whose module no other can be called in the place of (they take grouped heads alone), and
+    of the feed-forward blocks that have no module."""
+    from rewriter.install.expert_mixing import block_modules
     from rewriter.install.own_module import unreadable_calls
 
-    args, kwargs = call
     try:
-        return frozenset(unreadable_calls(model, flow, matches.sites, args, kwargs))
+        placed = block_modules(model, flow, blocks.sites, *call)
+        kept = frozenset(unreadable_calls(model, flow, matches.sites, *call))
     except UnsupportedModel:
-        return frozenset(s.name for s in matches.sites)
+        return frozenset({s.name for s in matches.sites} | {block.name for block in blocks.sites})
+    return kept | {block.name for block in blocks.sites if block.name not in placed}
 
 
 def _tried(model: Any, example_inputs: Any, flow: Flow, matches: Matches) -> Matches:
@@ -294,9 +301,9 @@ def _inspection(
     choices = _without_idle(matches.sites, {s.name: _targets(flow, matches, s) for s in matches.sites})
     if of == "module":
         choices = _of_modules(flow, matches, choices)
-        choices = {s: tuple(filter(_shares_heads, names)) if s in kept else names for s, names in choices.items()}
     reasons = {s.name: GroupedQuery(1).refuses(s) for s in matches.sites}
     choices |= {f.name: _block_targets(flow, matches, f) for f in blocks.sites}
+    choices = {s: tuple(filter(_shares_heads, names)) if s in kept else names for s, names in choices.items()}
     read = blocks.sites
     if of == "graph":
         choices = {site: tuple(n for n in names if n not in NOT_IN_GRAPHS) for site, names in choices.items()}

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from codegen.conditional import ConditionalFeedForward
 from codegen.spec import GatedAttention, MixedChunkAttention
 from passes.dataflow import Array, Flow, Value
+from passes.feed_forward_site import FeedForwardSite
 from passes.targets.block import BlockReplacement
 from rewriter.errors import UnsupportedModel
 from rewriter.install.call_record import CallRecord, record_calls
@@ -55,20 +56,32 @@ def prove_blocks(
     kwargs: Mapping[str, Any],
 ) -> tuple[list[Proved], dict[str, str]]:
     """Modules that are proved to be the blocks, and the reason by site name for the others. Nothing is changed."""
-    paths = {r.site.name: _paths(model, flow, r) for r in replacements}
+    found = block_modules(model, flow, [r.site for r in replacements], args, kwargs)
+    proved = [Proved(r, *found[r.site.name]) for r in replacements if r.site.name in found]
+    why = f"{NO_MODULE}; in an .onnx file of the model it may be possible"
+    return proved, {r.site.name: why for r in replacements if r.site.name not in found}
+
+
+def block_modules(
+    model: nn.Module,
+    flow: Flow,
+    sites: Sequence[FeedForwardSite],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> dict[str, tuple[str, str | None]]:
+    """By site name, the path of the module that is proved to be the block, and None; or of the one that computes its
+    hidden layer, and of the one that projects that. Blocks that no module of their own computes are left out."""
+    paths = {site.name: _paths(model, flow, site) for site in sites}
     wanted = {p for candidates in paths.values() for p in candidates if p is not None}
     records = record_calls(model, sorted(wanted), args, kwargs) if wanted else {}
-    proved: list[Proved] = []
-    failed: dict[str, str] = {}
-    for replacement in replacements:
-        whole, first, last = paths[replacement.site.name]
-        if _is_block(flow, records.get(whole or ""), replacement.site.up.projection.input, replacement.site.output):
-            proved.append(Proved(replacement, whole or "", None))
-        elif _is_pair(flow, records, first, last, replacement):
-            proved.append(Proved(replacement, first or "", last))
-        else:
-            failed[replacement.site.name] = f"{NO_MODULE}; in an .onnx file of the model it may be possible"
-    return proved, failed
+    found: dict[str, tuple[str, str | None]] = {}
+    for site in sites:
+        whole, first, last = paths[site.name]
+        if _is_block(flow, records.get(whole or ""), site.up.projection.input, site.output):
+            found[site.name] = (whole or "", None)
+        elif _is_pair(flow, records, first, last, site):
+            found[site.name] = (first or "", last)
+    return found
 
 
 def install_blocks(model: nn.Module, proved: Sequence[Proved]) -> None:
@@ -92,9 +105,8 @@ def _module(one: Proved, parameters: Mapping[str, nn.Parameter]) -> ExpertMixer 
     return ExpertMixer(spec, parameters)
 
 
-def _paths(model: nn.Module, flow: Flow, replacement: BlockReplacement) -> tuple[str | None, str | None, str | None]:
+def _paths(model: nn.Module, flow: Flow, site: FeedForwardSite) -> tuple[str | None, str | None, str | None]:
     """Paths of what may be the block, of what may compute its hidden layer, and of what may project that."""
-    site = replacement.site
     up, down = (_module_of(flow, v) for v in (site.up.projection.weight, site.down.weight))
     if up is None or down is None:
         return None, None, None
@@ -130,11 +142,11 @@ def _is_pair(
     records: Mapping[str, CallRecord],
     first: str | None,
     last: str | None,
-    replacement: BlockReplacement,
+    site: FeedForwardSite,
 ) -> bool:
     if first is None or last is None or last.startswith(f"{first}."):
         return False
-    site, hidden = replacement.site, replacement.site.down.input
+    hidden = site.down.input
     return _is_block(flow, records.get(first), site.up.projection.input, hidden) and _is_block(
         flow, records.get(last), hidden, site.output
     )

@@ -189,7 +189,7 @@ class RewrittenMixer(nn.Module):
         return (x if norm is None else norm(x)).transpose(1, 2)
 
     def _rotated(self, x: Tensor, call: Call) -> Tensor:
-        tables = _tables(call, self.protocol.rotary_order)
+        tables = None if self.protocol.rotary == "none" else _tables(call, self.protocol.rotary_order)
         return x if tables is None else _rotate(x, *tables, self.protocol.rotary, self.protocol.rotary_tables)
 
     def _keys_and_values(self, call: Call, context: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

@@ -96,7 +96,8 @@ class Protocol:
         heeds_is_causal: an argument that says whether the order is causal counts; False if the original ignores it.
         flat_mask: what the rows of a two-dimensional mask are: "batch" (it hides keys) or "queries".
         masks_refused: dtype kinds ("bool", "float", "int") of masks that the original was seen to read differently.
-        rotary: pairing of the features that position embeddings rotate, "half" or "interleaved".
+        rotary: pairing of the features that position embeddings rotate, "half" or "interleaved"; "none" where they are
+            given and not used, as in layers without positions.
         rotary_order: a pair of position embeddings is "cos first" or "sin first".
         rotary_tables: "full" has one cos/sin per feature, "pairs" one per pair of features, "first" one per feature
             of which only the first half counts.
@@ -232,7 +233,7 @@ _FIT: dict[str, Callable[[Any], bool]] = {
     "roles": lambda value: _by_name(value, str),
     "causal": _one_of("never", "unmasked", "always"),
     "flat_mask": _one_of("batch", "queries"),
-    "rotary": _one_of("half", "interleaved"),
+    "rotary": _one_of("half", "interleaved", "none"),
     "rotary_order": _one_of("cos first", "sin first"),
     "rotary_tables": _one_of("full", "pairs", "first"),
 }

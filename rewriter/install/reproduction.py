@@ -165,7 +165,7 @@ class _Trial:
         if isinstance(padding, Tensor) and mask_kind(padding) != "float":
             choices["padding_true_keeps"] = (False, True)
         if self._given("rotary") is not None or self._given("cos") is not None:
-            choices["rotary"] = ("half", "interleaved")
+            choices["rotary"] = ("half", "interleaved", "none")
             choices["rotary_tables"] = ("full", "pairs", "first")
             if isinstance(self._given("rotary"), (tuple, list)):
                 choices["rotary_order"] = ("cos first", "sin first")

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import gelu, scaled_dot_product_attention
 
 import rewriter
 from rewriter.errors import NothingToRewrite
+from rewriter.install.torch_module import mixers
+from tests.zoo.randomize import randomize
 
 WIDTH, HEADS = 32, 4
 FORMS = {"plain": True, "tensor of no known role": False, "tokens on two axes": False}
@@ -55,3 +59,60 @@ def test_what_needs_a_module_of_its_own_is_offered_where_one_can_be_called(form:
         else:
             with pytest.raises(NothingToRewrite):
                 rewriter.optimize(model, target, example_inputs=(x,))
+
+
+class Thinks(nn.Module):
+    """An attention and a feed-forward block, which is a module of its own or written into the layer's forward."""
+
+    def __init__(self, apart: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.attends, self.up, self.down = Attends(), nn.Linear(WIDTH, 64), nn.Linear(64, WIDTH)
+        self.block = nn.Sequential(self.up, nn.GELU(), self.down) if apart else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attends(x)
+        return x + (self.down(gelu(self.up(x))) if self.block is None else self.block(x))
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_blocks_are_offered_what_they_become_where_a_module_computes_them(apart: bool) -> None:
+    model, x = nn.Sequential(Thinks(apart)).eval(), torch.randn(2, 12, WIDTH)
+    seen = rewriter.inspect(model, example_inputs=(x,))
+    (block,) = seen.feed_forward.sites
+    assert ("sparse-mixer" in seen.targets[block.name]) == apart
+    if apart:
+        done = rewriter.optimize(model, "sparse-mixer", example_inputs=(x,)).rewrite_report
+        assert any(row.after == "moe16" for row in done.sites)
+    else:
+        with pytest.raises(NothingToRewrite, match="no module of its own"):
+            rewriter.optimize(model, "sparse-mixer", example_inputs=(x,))
+
+
+def test_layers_without_positions_are_given_them_and_use_none(tmp_path: Path) -> None:
+    from transformers import SmolLM3Config, SmolLM3ForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "no_rope_layers": [1, 0],
+    }
+    heads = {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    model = randomize(SmolLM3ForCausalLM(SmolLM3Config(**sizes, **heads)))
+    ids = torch.randint(3, 64, (2, 11))
+    wide, narrow = (rewriter.optimize(model, f"window:{w}", example_inputs={"input_ids": ids}) for w in (64, 4))
+    assert [m.protocol.rotary for m in mixers(wide).values()] == ["half", "none"]
+    wide.save_pretrained(tmp_path / "wide")
+    with torch.no_grad():
+        before, *after = (m(ids).logits for m in (model, wide, rewriter.load(tmp_path / "wide"), narrow))
+    assert all(torch.allclose(logits, before, atol=1e-4) for logits in after[:2])
+    assert (after[2] - before).abs().max() > 1e-2, "the control: fewer keys"
