@@ -4,6 +4,8 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := .venv/.ready
 WORKERS ?= 2
+# Neighbours, which share models and programs, go to one worker; the other takes from its end when it has none left.
+PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 # Found, or installed where that is allowed; reports are looked at in it, nothing else needs it.
 BROWSER := command -v chromium >/dev/null || command -v google-chrome >/dev/null || { test "$$(id -u)" = 0 \
     && command -v apt-get >/dev/null && apt-get update -qq && apt-get install -y -qq chromium; } >/dev/null 2>&1
@@ -35,13 +37,13 @@ $(STAMP): pyproject.toml constraints.txt requirements-weights.txt requirements-h
 	touch $@
 
 test: lint
-	$(BIN)/python -m pytest --numprocesses $(WORKERS)
+	$(PYTEST)
 
 exhaustive: setup
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --exhaustive
+	$(PYTEST) --exhaustive
 
 quick: setup
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) -m "not slow"
+	$(PYTEST) -m "not slow"
 
 lint: setup
 	$(BIN)/ruff check .

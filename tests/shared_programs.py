@@ -149,11 +149,23 @@ class Programs:
         return program
 
 
+def _same_names(made: torch.fx.GraphModule, like: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """A copied graph whose nodes are called as before, also where a name is one of Python's own, as ``input``."""
+    for mine, theirs in zip(made.modules(), like.modules(), strict=True):
+        if isinstance(mine, torch.fx.GraphModule) and isinstance(theirs, torch.fx.GraphModule):
+            names = [node.name for node in theirs.graph.nodes]
+            if names != [node.name for node in mine.graph.nodes]:
+                for node, name in zip(mine.graph.nodes, names, strict=True):
+                    node.name = name
+                mine.recompile()
+    return made
+
+
 def _copied(
     program: ExportedProgram, module: torch.nn.Module | None, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> ExportedProgram:
     """A program of its own; with the tensors of `module`, or without any but the constants of its code."""
-    graph = copy.deepcopy(program.graph_module)
+    graph = _same_names(copy.deepcopy(program.graph_module), program.graph_module)
     made = copy.copy(program)
     made._graph_module = graph
     made._graph_signature = copy.deepcopy(program.graph_signature)

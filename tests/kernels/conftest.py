@@ -27,7 +27,7 @@ def kernel_cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
         yield folder
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def triton_worker(
     tmp_path_factory: pytest.TempPathFactory, kernel_cache: Path
 ) -> Iterator[Callable[..., torch.Tensor]]:

@@ -41,12 +41,13 @@ def stack(layers: int) -> list[AttentionSite]:
     return [site(f"model.layers.{i}.self_attn", i) for i in range(layers)]
 
 
-TWO_STACKS = [
-    site("encoder.block.0.attention", 0),
-    site("encoder.block.1.attention", 1),
-    site("decoder.block.0.attention", 0),
-    site("decoder.block.0.cross_attention", 0, cross=True),
-]
+def two_stacks() -> list[AttentionSite]:
+    return [
+        site("encoder.block.0.attention", 0),
+        site("encoder.block.1.attention", 1),
+        site("decoder.block.0.attention", 0),
+        site("decoder.block.0.cross_attention", 0, cross=True),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -81,7 +82,7 @@ def test_selectors(selector: str, expected: list[int]) -> None:
     ],
 )
 def test_selectors_of_parts(selector: str, expected: list[str]) -> None:
-    assert [s.name for s in select(selector, TWO_STACKS)] == expected
+    assert [s.name for s in select(selector, two_stacks())] == expected
 
 
 BEYOND = [

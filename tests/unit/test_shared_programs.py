@@ -76,6 +76,16 @@ def test_a_copy_is_what_torch_would_export(programs: Memory) -> None:
         assert mine.meta.get("nn_module_stack") == theirs.meta.get("nn_module_stack")
 
 
+def test_inputs_that_are_called_as_something_of_python_stay_so(programs: Memory) -> None:
+    shared, made = programs
+    x = torch.rand(2, 4)
+    found = [shared.shared(nn.Sequential(Scaled(seed)), (x,)) for seed in range(3)]
+    assert len(made) == 1
+    names = [[node.name for node in program.graph.nodes] for program in found]
+    assert "input" in names[0] and names[0] == names[1] == names[2]
+    assert torch.equal(found[2].module()(x), Scaled(2)(x))
+
+
 def _hooked(module: Scaled) -> Scaled:
     module.linear.register_forward_hook(lambda _, __, out: out + module.factor)
     return module
