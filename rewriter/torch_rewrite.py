@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -111,11 +111,20 @@ def rewrite_torch(
 
 def _copied(model: torch.nn.Module) -> torch.nn.Module:
     try:
-        return copy.deepcopy(model)
+        return copy.deepcopy(model, {id(t): t.detach().clone() for t in _computed_attributes(model)})
     except Exception as error:  # whatever its parts raise, e.g. locks, open files, tensors that are no leaves
         raise UnsupportedModel(
             f"the model cannot be copied: {first_line(error)}", hint="pass inplace=True to have the model itself edited"
         ) from error
+
+
+def _computed_attributes(model: torch.nn.Module) -> Iterator[torch.Tensor]:
+    """Tensors in modules that were computed of parameters, as hooks leave them there (pruning, weight norm) and compute
+    them anew in every call: Python does not copy these."""
+    for module in model.modules():
+        for held in vars(module).values():
+            if isinstance(held, torch.Tensor) and held.requires_grad and not held.is_leaf:
+                yield held
 
 
 def _rewritten(

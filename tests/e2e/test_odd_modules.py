@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.utils import prune
 
 import rewriter
 from rewriter.errors import UnsupportedModel, UsageError, VerificationFailed
@@ -91,10 +92,37 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], type[Exception], str]] = {
     "sparse": (_changed(_sparse), UnsupportedModel, "k.weight is stored as sparse_coo"),
     "compiled": (lambda: torch.compile(Layer().eval()), UnsupportedModel, "compiled by torch.compile"),  # type: ignore[dict-item, return-value]
     "lock": (_changed(lambda m: setattr(m, "lock", threading.Lock())), UnsupportedModel, "cannot be copied"),
-    "no leaf": (_changed(_no_leaf), UnsupportedModel, "cannot be copied"),
     "counting": (lambda: Counting().eval(), VerificationFailed, "check 'exact'"),
     "silent": (lambda: Silent().eval(), VerificationFailed, "check 'runs'"),
 }
+
+
+def _pruned(model: Layer) -> None:
+    for projection in (model.q, model.k, model.v, model.o):
+        prune.custom_from_mask(projection, "weight", (torch.arange(WIDTH) % 3 > 0).expand(WIDTH, WIDTH))
+
+
+def _normed(model: Layer) -> None:
+    for projection in (model.q, model.k, model.v, model.o):
+        torch.nn.utils.weight_norm(projection)
+
+
+@pytest.mark.parametrize("change", [_no_leaf, _pruned, _normed])
+def test_weights_that_are_computed_and_kept_as_attributes(change: Callable[[Layer], object]) -> None:
+    """Python copies no tensor that was computed of parameters."""
+    layer, x = Layer(), given()
+    layer.before = nn.Sequential()
+    change(layer)
+    model = nn.Sequential(layer).eval()
+    with torch.no_grad():
+        before = model(x)
+    new = rewritten(model, x)
+    assert [row.exact for row in new.rewrite_report.sites] == [True] and not new.rewrite_report.refused
+    with torch.no_grad():
+        assert torch.allclose(new(x), before, atol=1e-5) and torch.equal(model(x), before)
+        next(layer.v.parameters())[0].mul_(-3)
+    with torch.no_grad():
+        assert not torch.allclose(rewritten(model, x)(x), model(x), atol=1e-3), "the control"
 
 
 @pytest.mark.parametrize("name", MODELS)
