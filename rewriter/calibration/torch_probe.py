@@ -15,7 +15,7 @@ from rewriter.capture.torch_export import exported, placeholders
 from rewriter.errors import UsageError, first_line
 
 SHAPES = 16
-"""Shapes of batches for which programs are exported."""
+"""Shapes of batches for which programs are exported, beside the one that the module was captured with."""
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -30,13 +30,13 @@ def module_probe(
     """
     first = straighten(program.graph_module)
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
-    known: dict[Any, tuple[torch.export.ExportedProgram, Straight]] = {}
+    known: dict[Any, tuple[torch.export.ExportedProgram, Straight]] = {_shapes(*like): (program, first)}
     runs = []
     for batch in batches:
         args, kwargs = completed(batch, like, device)
         shapes = _shapes(args, kwargs)
         if shapes not in known:
-            if len(known) == SHAPES:
+            if len(known) > SHAPES:
                 raise UsageError(
                     f"calibration batches come in more than {SHAPES} shapes", hint="pad or cut them to a few lengths"
                 )

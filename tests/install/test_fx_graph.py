@@ -131,12 +131,13 @@ def test_lossless_twins_stay_equal_at_two_sizes(case: ZooCase) -> None:
 @pytest.mark.parametrize("name", ["gemma2-eager", "gpt-neox-sdpa", "bloom-eager", "whisper-eager"])
 def test_softcap_partial_rotation_position_bias_and_cross_attention(name: str) -> None:
     case, module, heads = twin(name)
-    done = rewrite_exported_program(exported(case, module), to_heads(heads))
+    program = exported(case, module)
+    done = rewrite_exported_program(program, to_heads(heads))
     assert len(done.replacements) == case.sites
     for size in (FIRST, SECOND):
         torch.testing.assert_close(run(done.model, case, size), case.run(module, case.inputs(*size)), atol=1e-5, rtol=0)
-    case.perturb(module)
-    lossy = rewrite_exported_program(exported(case, module), to_heads(heads)).model
+    case.perturb(module)  # and with it the program, whose parameters are the module's
+    lossy = rewrite_exported_program(program, to_heads(heads)).model
     assert float((run(lossy, case, FIRST) - case.run(module, case.inputs(*FIRST))).abs().max()) > 1e-3
 
 

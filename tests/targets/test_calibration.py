@@ -14,6 +14,7 @@ from torch import nn
 
 import rewriter
 from passes.targets import GroupedQuery
+from rewriter.calibration import torch_probe
 from rewriter.calibration.torch_trial import TorchTrial, straighten
 from rewriter.capture.torch_export import placeholders
 from rewriter.errors import UsageError
@@ -155,6 +156,19 @@ def test_token_ids_alone_are_enough() -> None:
     outputs = [case.run(m, case.inputs(2, 9, 2)) for m in small]
     assert distance(outputs[0], outputs[1]) == 0.0
     assert distance(outputs[0], outputs[2]) < 1e-3, "one batch of rows, or row by row"
+
+
+def test_batches_of_the_shape_that_was_captured_are_run_by_that_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    case, made = ZOO["bert-sdpa"], []
+    export = torch_probe.exported
+    monkeypatch.setattr(torch_probe, "exported", lambda *call: made.append(call) or export(*call))
+    results = []
+    for length, first in ((LENGTH, 100), (7, 100), (LENGTH, 200)):
+        data = [case.inputs(2, LENGTH, first + seed) for seed in range(3)]
+        small = rewriter.optimize(case.build(), "mqa", calibration=data, example_inputs=case.inputs(2, length, 0))
+        results.append(case.run(small, case.inputs(3, 9, 1)))
+        assert len(made) == (0 if length == LENGTH and first == 100 else 1)
+    assert distance(results[0], results[1]) < 1e-4 < 1e-2 < distance(results[0], results[2]), "and the same comes of it"
 
 
 def test_a_run_holds_only_what_is_still_read() -> None:
