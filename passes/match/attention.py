@@ -144,12 +144,26 @@ def _query(tracer: Tracer, path: ScorePath) -> tuple[ScorePath, Traced]:
     try:
         return path, _named(tracer, path.q, "query", shared=False)
     except HeadsApart:
-        return joined(tracer, path)
+        return _joined(tracer, path)
     except NotUnderstood:
         found = unfolded(tracer, path)
         if found is None:
             raise
         return found
+
+
+def _joined(tracer: Tracer, path: ScorePath) -> tuple[ScorePath, Traced]:
+    """Heads along two axes; where one of these has a single element, it may as well count blocks of tokens."""
+    try:
+        return joined(tracer, path)
+    except NotUnderstood:
+        shape, rank = tracer.flow.shape(path.q.value), len(tracer.flow.shape(path.q.value))
+        skipped = {path.q.token_axis % rank, path.q.feature_axis % rank}
+        if 1 not in [n for axis, n in enumerate(shape) if axis not in skipped][1:]:
+            raise
+        q, k, v = (replace(view, blocks=True) for view in (path.q, path.k, path.v))
+        path = replace(path, q=q, k=k, v=v)
+        return path, _named(tracer, q, "query", shared=False)
 
 
 def _heads_first(flow: Flow, path: ScorePath, q: Traced) -> ScorePath:

@@ -105,11 +105,12 @@ class Canonical:
             )
 
 
-def lead_roles(rows: Array, columns: Array) -> tuple[Array, Array, Axes]:
+def lead_roles(rows: Array, columns: Array, one_block: bool = False) -> tuple[Array, Array, Axes]:
     """Batch and head index of each leading position, and what each leading axis is.
 
     `rows` and `columns` are [lead..., T, D]: position in the projection's output. An axis along which rows
-    vary runs over sequences, any other over heads (repeated heads have equal columns).
+    vary runs over sequences, any other over heads (repeated heads have equal columns). `one_block`: an axis of size 1
+    is one of blocks, not of groups.
     """
     lead = rows.shape[:-2]
     if not lead:
@@ -132,7 +133,7 @@ def lead_roles(rows: Array, columns: Array) -> tuple[Array, Array, Axes]:
             return number % batches, number // batches, ("hb",)
     if len(lead) == 3:
         row_of = row_of.reshape(lead)
-        if not (varies(row_of, 1) or varies(row_of, 2)):
+        if not (one_block or varies(row_of, 1) or varies(row_of, 2)):
             raise HeadsApart("its heads lie along two axes, the query's do not")
         if (found := _blocks(row_of)) is not None:
             return found

@@ -19,6 +19,7 @@ class OperandView:
         heads: set if the feature axis holds this many heads side by side (fused operators with 3-D inputs).
         fold: how many heads the token axis holds one after the other, for each one on the axis before it.
         apart: whether heads lie along the last two leading axes instead of one: groups, and the heads of a group.
+        blocks: whether an axis of size 1 beside the heads counts blocks of tokens, of which there is one.
     """
 
     value: Value
@@ -27,6 +28,7 @@ class OperandView:
     heads: int | None = None
     fold: int = 1
     apart: bool = False
+    blocks: bool = False
 
     def arranged(self, array: Array) -> Array:
         """[lead..., tokens, features] of the recorded value, heads on one axis: those folded or apart are joined."""

@@ -140,7 +140,7 @@ def _traced(
             "tokens stand where features should: it weighs features by features (channel or cross-covariance "
             "attention), or a projection mixes its tokens, and has no heads over tokens to share"
         )
-    lead = lead_roles(to_rows[flat], to_columns[flat])
+    lead = lead_roles(to_rows[flat], to_columns[flat], view.blocks)
     bias = None if form.bias is None else view.arranged(np.broadcast_to(form.bias, form.shape))
     canonical = Canonical(ids, coefficients, source, bias, new, lead)
     origin, found = _positions(canonical, origin, source)

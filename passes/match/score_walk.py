@@ -15,6 +15,7 @@ from passes.match.score_layout import flattens_rows, keeps_last_two, relaid_by, 
 from passes.match.score_terms import HIDDEN, total_bias
 from passes.match.verdicts import (
     INTEGER_SCORES,
+    LEARNED_QUERY,
     TALKING_HEADS,
     TURNED,
     FreeQuery,
@@ -77,10 +78,7 @@ class ScoreWalk:
         """What to say of keys that are compared with stored queries; None of a matrix that tokens are multiplied by."""
         if free != contracted_by(node)[0] or min(len(self.flow.shape(v)) for v in contracted_by(node)) < 3:
             return None
-        return NotUnderstood(
-            "its queries are learned numbers that no projection makes, so it has no query heads to read; project them "
-            "(a linear layer behind the parameter)"
-        )
+        return NotUnderstood(LEARNED_QUERY)
 
     def _refuse_scores(self, projection: Node) -> None:
         """Raises SurelyAttention if what is projected are scores or pairs of tokens, not tokens."""

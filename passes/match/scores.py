@@ -19,6 +19,7 @@ from passes.match.roundings import Rounding
 from passes.match.score_walk import ScoreWalk
 from passes.match.verdicts import (
     INTEGER_SCORES,
+    LEARNED_QUERY,
     TURNED,
     FreeQuery,
     NotUnderstood,
@@ -110,7 +111,7 @@ def _fused(flow: Flow, anchor: Node) -> ScorePath:
         require_projected(flow, operand)
     deep = [flow.data_dependent(x) for x in (q, k, v)]
     if deep == [False, True, True]:
-        raise FreeQuery(q, NotUnderstood("its queries come neither from the input nor from a projected parameter"))
+        raise FreeQuery(q, NotUnderstood(LEARNED_QUERY))
     if not all(deep):
         named = [name for name, projected in zip(("queries", "keys", "values"), deep, strict=True) if not projected]
         raise NotUnderstood(f"its {' and '.join(named)} are no learned projection of what the program is given")

@@ -10,6 +10,10 @@ INTEGER_SCORES = (
     "its scores are computed in integers (QLinearMatMul); quantise in the QDQ format instead, "
     "or rewrite the float model and quantise it afterwards"
 )
+LEARNED_QUERY = (
+    "its queries are stored numbers (learned, mostly) that no projection makes, so it has no query heads to read; "
+    "project them (a linear layer behind the parameter)"
+)
 TOO_LARGE = (
     "its scores on the example inputs, recomputed in double precision, take more memory than there is; pass "
     "example_inputs of fewer tokens (a shorter text, a smaller image)"

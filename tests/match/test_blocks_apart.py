@@ -180,3 +180,30 @@ def test_a_file_says_where_nothing_can_be_repeated(tmp_path: Path) -> None:
     )  # fmt: skip
     with pytest.raises(NothingToRewrite, match="rewrite the module the file was exported from"):
         rewriter.optimize(path, "gqa2", calibration=[{"x": batch(4, seed).numpy()} for seed in range(3)])
+
+
+class Level(nn.Module):
+    """A level of NesT: blocks of tokens, of which the last level has one; heads are joined behind their features."""
+
+    def __init__(self, blocks: int) -> None:
+        super().__init__()
+        self.blocks, self.qkv, self.proj = blocks, nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = self.qkv(x.unflatten(1, (self.blocks, -1))).unflatten(-1, (3, HEADS, -1))
+        q, k, v = heads.permute(3, 0, 4, 1, 2, 5)
+        mixed = (q * (WIDTH // HEADS) ** -0.5 @ k.transpose(-2, -1)).softmax(-1) @ v
+        out: Tensor = self.proj(mixed.permute(0, 2, 3, 4, 1).reshape(x.shape))
+        return out
+
+
+@pytest.mark.parametrize("blocks", [1, 4])
+def test_a_level_of_one_block_is_one_of_blocks(blocks: int) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Level(blocks)).eval(), batch(2)
+    same = twin(model)
+    small = rewriter.optimize(same, "gqa2", example_inputs=(x,))
+    assert small.rewrite_report.sites[0].exact
+    with torch.no_grad():
+        assert torch.allclose(small(x), same(x), atol=1e-5)
+        assert not torch.allclose(small(x), model(x), atol=1e-2), "the control: other heads"

@@ -428,7 +428,7 @@ REASONS: dict[type[Projects], str] = {
     Additive: "additive attention",
     SoftFeatures: "without a softmax of scores",
     NormalisedLast: "normalised by hand in a way that is not read",
-    StoredQueries: "its queries are learned numbers that no projection makes",
+    StoredQueries: "that no projection makes",
     Unprojected: "no projection makes keys or values of them",
     Adapted: "merge the adapter into the layer's weights first",
     HeadByHead: "its heads are joined from 4 projections",
