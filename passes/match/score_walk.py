@@ -26,6 +26,8 @@ from passes.match.verdicts import (
 from passes.provenance import PASS_THROUGH, projection_at
 from passes.site import Modifier
 
+_ADDITIVE = "its scores are a learned function of each query and key together (additive attention), not their product"
+
 
 @dataclass
 class ScoreWalk:
@@ -85,15 +87,14 @@ class ScoreWalk:
         if self._projects_scores(projection):
             raise SurelyAttention(TALKING_HEADS)
         if self._projects_pairs(projection):
-            raise SurelyAttention(
-                "its scores are a learned function of each query and key together (additive attention), not their "
-                "product"
-            )
+            raise SurelyAttention(_ADDITIVE)
 
     def _projects_pairs(self, node: Node) -> bool:
         """Whether what a projection reads is a function of sums of every query with every key."""
         operands = self.flow.projection_operands(node)
-        value = node.inputs[operands[0]] if operands is not None else ""
+        return operands is not None and self._is_of_pairs(node.inputs[operands[0]])
+
+    def _is_of_pairs(self, value: Value) -> bool:
         while (above := self.flow.producer(value)) is not None and self.flow.data_dependent(value):
             if _pairs(self.flow, above):
                 return True
@@ -170,6 +171,8 @@ class ScoreWalk:
                 "its scores are products of elements that are summed by hand; written as a matrix product (q @ k.mT), "
                 "which is the same, they are read"
             )
+        if node.op == "ReduceSum" and self._is_of_pairs(node.inputs[0]):
+            raise SurelyAttention(_ADDITIVE)
         if (projection := self._relayed_projection(node)) is not None:
             self._refuse_scores(projection)
             raise Unrelated(

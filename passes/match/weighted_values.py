@@ -45,7 +45,10 @@ def values_weighted_by(flow: Flow, value: Value, turned: bool) -> Mix | str | No
     """Masks behind which weights have not been normalised again yet."""
     while True:
         if value in flow.outputs:
-            return "the attention weights are an output of the model"
+            return (
+                "the attention weights are an output of the model, too; export it without that output "
+                "(output_attentions=False, say)"
+            )
         again = normalised(flow, value, turned)
         if isinstance(again, str):
             return again

@@ -35,7 +35,7 @@ _LARGEST_ID = 1000
 _LARGEST_INPUT = 1 << 28
 MOST_NUMBERS = 2**28
 """Of one made-up input; real ones are smaller, and what a broken file declares may be anything."""
-_SIDE, _SMALL_SIDE = 224, 32
+_SIDE, _SMALL_SIDE = 224, 16
 _FRAMES = 3000
 _LOWERING = frozenset({"Conv", "ConvInteger", "QLinearConv", "MaxPool", "AveragePool"})
 _SPECIAL_IDS = 3
@@ -269,7 +269,7 @@ def _sides(model: ir.Model, roles: tuple[InputRole, ...], length: int) -> tuple[
     if known is not None or not any(role.kind == "image" for role in roles):
         return (known or _FRAMES,) * 2
     first, deepest = _strides(model, {role.name for role in roles if role.kind == "image"})
-    usual, later = max(_SMALL_SIDE, 4 * deepest) if first == 1 else _SIDE, length - Sizes.length
+    usual, later = max(_SMALL_SIDE, 2 * deepest) if first == 1 else _SIDE, length - Sizes.length
     return usual + later % 3 * deepest, usual + 2 * later % 3 * deepest
 
 

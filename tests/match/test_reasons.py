@@ -71,6 +71,28 @@ class SummedByHand(Projects):
         return self.merged((weights[..., None] * v[:, :, None]).sum(-2))
 
 
+class SummedAdditive(Projects):
+    """Keras' AdditiveAttention: features of sums of queries and keys are weighted and summed by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(DIM) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        scores = (torch.tanh(q[:, :, :, None] + k[:, :, None]) * self.scale).sum(-1)
+        return self.merged(scores.softmax(-1) @ v)
+
+
+class WithWeights(Projects):
+    """The weights are handed back, too."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        q, k, v = self.heads(x)
+        weights = (q @ k.transpose(-2, -1)).softmax(-1)
+        return self.merged(weights @ v), weights
+
+
 class Additive(Projects):
     """A learned function of each query and key together."""
 
@@ -426,6 +448,8 @@ REASONS: dict[type[Projects], str] = {
     TalkingByEinsum: "mixed between heads",
     SummedByHand: "products of elements that are summed by hand",
     Additive: "additive attention",
+    SummedAdditive: "additive attention",
+    WithWeights: "export it without that output",
     SoftFeatures: "without a softmax of scores",
     NormalisedLast: "normalised by hand in a way that is not read",
     StoredQueries: "that no projection makes",
