@@ -56,6 +56,10 @@ def match_torch(module: torch.nn.Module, example_inputs: Any) -> tuple[TorchCapt
     return captured, find_attention(captured.flow), call
 
 
+_PACKED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")
+"""Where modules come from whose weights are no tensors in the module."""
+
+
 def require_plain(module: torch.nn.Module) -> None:
     """Weights must be there as numbers, and code as Python: what hides either is refused."""
     if isinstance(module, torch.jit.ScriptModule):
@@ -75,6 +79,12 @@ def require_plain(module: torch.nn.Module) -> None:
             raise UnsupportedModel(f"{name} is {hidden}", hint="give a module whose weights are ordinary dense tensors")
     if hasattr(module, "merge_and_unload") or hasattr(module, "peft_config"):
         raise UnsupportedModel("the model carries unmerged adapters", hint="call model.merge_and_unload() first")
+    packed = next((n for n, m in module.named_modules() if type(m).__module__.startswith(_PACKED)), None)
+    if packed is not None:
+        raise UnsupportedModel(
+            f"{packed} is quantised by torch and holds its weights packed",
+            hint="rewrite the float model, and quantise what comes out",
+        )
     if getattr(module, "hf_quantizer", None) is not None or getattr(module, "is_quantized", False):
         raise UnsupportedModel("the model's weights are quantised by a library", hint="load it in float or bfloat16")
 

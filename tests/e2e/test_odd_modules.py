@@ -92,6 +92,11 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], type[Exception], str]] = {
     "sparse": (_changed(_sparse), UnsupportedModel, "k.weight is stored as sparse_coo"),
     "compiled": (lambda: torch.compile(Layer().eval()), UnsupportedModel, "compiled by torch.compile"),  # type: ignore[dict-item, return-value]
     "lock": (_changed(lambda m: setattr(m, "lock", threading.Lock())), UnsupportedModel, "cannot be copied"),
+    "quantised": (
+        lambda: torch.ao.quantization.quantize_dynamic(nn.Sequential(Layer()).eval(), {nn.Linear}),
+        UnsupportedModel,
+        "0.before.0 is quantised by torch",
+    ),
     "counting": (lambda: Counting().eval(), VerificationFailed, "check 'exact'"),
     "silent": (lambda: Silent().eval(), VerificationFailed, "check 'runs'"),
 }
