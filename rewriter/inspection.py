@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 from codegen.spec import Structure
@@ -199,26 +200,27 @@ def _inspect_torch(model: Any, example_inputs: Any, name: str) -> Inspection:
         more = (*_uncalled(model, captured.flow), *_without_scores(model, captured.flow, matches))
         matches = replace(matches, refusals=(*matches.refusals, *more))
         of: Kind = "graph" if isinstance(model, torch.fx.GraphModule) else "module"
-        kept = frozenset[str]()
-        if of == "module":
-            kept = _keeping_their_module(model, captured.flow, matches, blocks, call)
-        return _inspection(name, "torch", None, None, captured.flow, matches, blocks, of=of, kept=kept)
+        limits = _limits(model, captured.flow, matches, blocks, call) if of == "module" else {}
+        return _inspection(name, "torch", None, None, captured.flow, matches, blocks, of=of, limits=limits)
 
 
-def _keeping_their_module(
+def _limits(
     model: Any, flow: Flow, matches: Matches, blocks: FeedForwards, call: tuple[Sequence[Any], Mapping[str, Any]]
-) -> frozenset[str]:
-    """Names of the attentions whose module no other can be called in the place of (they take grouped heads alone), and
-    of the feed-forward blocks that have no module."""
+) -> dict[str, Callable[[str], bool]]:
+    """Which targets are left to attentions whose module no other can be called in the place of, to those that hand on
+    attention weights, and to feed-forward blocks that have no module; by name. What has no limits is left out."""
     from rewriter.install.expert_mixing import block_modules
-    from rewriter.install.own_module import unreadable_calls
+    from rewriter.install.own_module import read_calls
 
     try:
         placed = block_modules(model, flow, blocks.sites, *call)
-        kept = frozenset(unreadable_calls(model, flow, matches.sites, *call))
+        read, unread = read_calls(model, flow, matches.sites, *call)
     except UnsupportedModel:
-        return frozenset({s.name for s in matches.sites} | {block.name for block in blocks.sites})
-    return kept | {block.name for block in blocks.sites if block.name not in placed}
+        return dict.fromkeys([*(s.name for s in matches.sites), *(b.name for b in blocks.sites)], _shares_heads)
+    limits: dict[str, Callable[[str], bool]] = dict.fromkeys(unread, _shares_heads)
+    limits |= dict.fromkeys([b.name for b in blocks.sites if b.name not in placed], _shares_heads)
+    weighed = [name for name, protocol in read.items() if "weights" in protocol.returns]
+    return limits | dict.fromkeys(weighed, lambda name: name != LinearHeads().name)
 
 
 def _tried(model: Any, example_inputs: Any, flow: Flow, matches: Matches) -> Matches:
@@ -296,14 +298,14 @@ def _inspection(
     blocks: FeedForwards,
     *,
     of: Kind = "file",
-    kept: frozenset[str] = frozenset(),
+    limits: Mapping[str, Callable[[str], bool]] = MappingProxyType({}),
 ) -> Inspection:
     choices = _without_idle(matches.sites, {s.name: _targets(flow, matches, s) for s in matches.sites})
     if of == "module":
         choices = _of_modules(flow, matches, choices)
     reasons = {s.name: GroupedQuery(1).refuses(s) for s in matches.sites}
     choices |= {f.name: _block_targets(flow, matches, f) for f in blocks.sites}
-    choices = {s: tuple(filter(_shares_heads, names)) if s in kept else names for s, names in choices.items()}
+    choices = {s: tuple(n for n in names if s not in limits or limits[s](n)) for s, names in choices.items()}
     read = blocks.sites
     if of == "graph":
         choices = {site: tuple(n for n in names if n not in NOT_IN_GRAPHS) for site, names in choices.items()}

@@ -12,7 +12,7 @@ from passes.site import AttentionSite, Operand
 from passes.weights.head_gains import stored_gains
 from rewriter.errors import UnsupportedModel
 from rewriter.install.call_record import record_calls
-from rewriter.install.protocol import read_protocol
+from rewriter.install.protocol import Protocol, read_protocol
 
 
 def owner_of(flow: Flow, site: AttentionSite) -> str:
@@ -46,15 +46,16 @@ def obstacles(flow: Flow, sites: Sequence[AttentionSite]) -> dict[str, str]:
     return found
 
 
-def unreadable_calls(
+def read_calls(
     model: nn.Module, flow: Flow, sites: Sequence[AttentionSite], args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> dict[str, str]:
-    """By name, why no other module could be called as the one that computes the site is; the others are left out.
+) -> tuple[dict[str, Protocol], dict[str, str]]:
+    """By name, how the module that computes each site is called, and why no other could be in its place for the rest.
 
     Runs the model once. Raises UnsupportedModel if it has no such modules.
     """
     owners = {s.name: owner_of(flow, s) for s in sites}
     records = record_calls(model, dict.fromkeys(owners.values()), args, kwargs)
+    read: dict[str, Protocol] = {}
     found: dict[str, str] = {}
     for site in sites:
         owner = owners[site.name]
@@ -69,7 +70,9 @@ def unreadable_calls(
         hidden = record.arguments.get(protocol.name("hidden") or "")
         if isinstance(hidden, Tensor) and hidden.dim() not in (2, 3):
             found[site.name] = f"{owner} is called with hidden states of {hidden.dim()} dimensions"
-    return found
+        else:
+            read[site.name] = protocol
+    return read, found
 
 
 def crowd(path: str, sites: Sequence[AttentionSite]) -> str | None:

@@ -61,6 +61,35 @@ def test_what_needs_a_module_of_its_own_is_offered_where_one_can_be_called(form:
                 rewriter.optimize(model, target, example_inputs=(x,))
 
 
+class Weighs(Attends):
+    """Hands on its attention weights, too."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        q, k, v = (f(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        weights = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)
+        return self.o((weights @ v).transpose(1, 2).flatten(2)), weights
+
+
+class Reads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.attends = Weighs()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + self.attends(x)[0]
+        return out
+
+
+def test_what_gives_no_weights_is_not_offered_where_they_are_handed_on() -> None:
+    model, x = Reads().eval(), torch.randn(2, 12, WIDTH)
+    (names,) = rewriter.inspect(model, example_inputs=(x,)).targets.values()
+    assert "window" in names and "linear" not in names
+    assert rewriter.optimize(model, "window:4", example_inputs=(x,)).rewrite_report.sites
+    with pytest.raises(NothingToRewrite, match="no attention weights to return"):
+        rewriter.optimize(model, "linear", example_inputs=(x,))
+
+
 class Thinks(nn.Module):
     """An attention and a feed-forward block, which is a module of its own or written into the layer's forward."""
 
