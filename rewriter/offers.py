@@ -1,0 +1,149 @@
+"""What each site of a model can become: the targets that `rewriter.inspect` offers, which `optimize` then does."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, get_args
+
+from codegen.spec import Structure
+from passes.dataflow import Flow
+from passes.feed_forward_site import FeedForwardSite
+from passes.match.attention import Matches
+from passes.match.feed_forward import FeedForwards
+from passes.site import AttentionSite
+from passes.sublayer import NoSublayer, sublayer
+from passes.targets.block import surroundings
+from passes.targets.catalogue import Layered
+from passes.targets.colt5 import Colt5
+from passes.targets.decoupled import DecoupledHeads
+from passes.targets.fourier import HYBRID, Fourier
+from passes.targets.gated_pair import gated_pair
+from passes.targets.gated_unit import Form, GatedUnit
+from passes.targets.grouped_query import GroupedQuery
+from passes.targets.linear_attention import LinearHeads
+from passes.targets.linear_mixing import LinearMixer
+from passes.targets.sparse import SparseFixed, SparseStrided, Window
+from passes.targets.sparse_mixer import sparse_mixer
+from rewriter.errors import UnsupportedModel
+
+Kind = Literal["file", "module", "graph"]
+"""What targets depend on beside the sites themselves."""
+Limit = Callable[[str], bool]
+"""Whether a target, by name, is left to a site."""
+
+SPARSE = (sparse_mixer(), sparse_mixer(fast=True))
+IN_MODULES_OF_THEIR_OWN = (Window(), SparseFixed(), SparseStrided(), LinearHeads())
+"""What torch modules do in a generated module only, since their own forward attends to all keys."""
+PAIRS = tuple(gated_pair(form) for form in get_args(Form))
+_WHOLE: tuple[Layered, ...] = (*SPARSE, *PAIRS, Colt5())
+_KEEPING = ((Fourier(keep=HYBRID).name, Fourier(keep=HYBRID)), *((t.name, t.mixing) for t in SPARSE))
+"""What targets that keep some attentions do to the others, by the target's name."""
+_NOT_IN_GRAPHS = frozenset({*(t.name for t in _WHOLE), *get_args(Form)})
+"""Names of what flat graphs are not rewritten to: feed-forward blocks, and attentions of several parts."""
+
+
+def offers(
+    flow: Flow, matches: Matches, blocks: FeedForwards, kind: Kind, limits: Mapping[str, Limit]
+) -> dict[str, tuple[str, ...]]:
+    """By name of the attention or the feed-forward block, the targets that would change it.
+
+    `limits` says of some names which targets are left to them (see `limits_of_modules`).
+    """
+    found = _without_idle(matches.sites, {s.name: _targets(flow, matches, s) for s in matches.sites})
+    if kind == "module":
+        found = _of_modules(flow, matches, found)
+    found |= {f.name: _block_targets(flow, matches, f) for f in blocks.sites}
+    found = {s: tuple(n for n in names if s not in limits or limits[s](n)) for s, names in found.items()}
+    if kind == "graph":
+        found = {s: tuple(n for n in names if n not in _NOT_IN_GRAPHS) for s, names in found.items()}
+    return found
+
+
+def limits_of_modules(
+    model: Any, flow: Flow, matches: Matches, blocks: FeedForwards, call: tuple[Sequence[Any], Mapping[str, Any]]
+) -> dict[str, Limit]:
+    """Which targets are left to attentions whose module no other can be called in the place of, to those that hand on
+    attention weights, and to feed-forward blocks that have no module; by name. What has no limits is left out."""
+    from rewriter.install.expert_mixing import block_modules
+    from rewriter.install.own_module import read_calls
+
+    try:
+        placed = block_modules(model, flow, blocks.sites, *call)
+        read, unread = read_calls(model, flow, matches.sites, *call)
+    except UnsupportedModel:
+        return dict.fromkeys([*(s.name for s in matches.sites), *(b.name for b in blocks.sites)], _shares_heads)
+    limits: dict[str, Limit] = dict.fromkeys(unread, _shares_heads)
+    limits |= dict.fromkeys([b.name for b in blocks.sites if b.name not in placed], _shares_heads)
+    weighed = [name for name, protocol in read.items() if "weights" in protocol.returns]
+    return limits | dict.fromkeys(weighed, lambda name: name != LinearHeads().name)
+
+
+def _targets(flow: Flow, matches: Matches, site: AttentionSite) -> tuple[str, ...]:
+    """Names of the targets that would change this site."""
+    names: list[str] = []
+    if GroupedQuery(1).refuses(site) is None:
+        names += [GroupedQuery(n).name for n in GroupedQuery(1).legal(site) if n < site.kv_heads]
+    if Fourier().refuses(site) is None:
+        with contextlib.suppress(NoSublayer):
+            sublayer(flow, site, matches.evidence[site.name])
+            names += [t.name for t in (Fourier(), Fourier(keep=HYBRID), Fourier(hartley=True))]
+            names += [LinearMixer(structure).name for structure in Structure]
+            names += [t.name for t in SPARSE]
+    if GatedUnit().refuses(site) is None:
+        with contextlib.suppress(NoSublayer):
+            sublayer(flow, site, matches.evidence[site.name])
+            names += [GatedUnit(form).name for form in get_args(Form)]
+    names += _conditional(flow, matches, site)
+    names += [t.name for t in IN_MODULES_OF_THEIR_OWN if t.refuses(site) is None]
+    return tuple(names)
+
+
+def _without_idle(sites: Sequence[AttentionSite], choices: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    """Without targets that keep the top attentions of a model, where these are all that it has."""
+    idle: set[str] = set()
+    for name, target in _KEEPING:
+        asked = [s for s in sites if name in choices[s.name]]
+        if len(target.keeps(asked)) == len(asked):
+            idle.add(name)
+    return {site: tuple(n for n in names if n not in idle) for site, names in choices.items()}
+
+
+def _of_modules(flow: Flow, matches: Matches, choices: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    """With those that only modules can be rewritten to, and without those that need one that cannot be generated."""
+    from rewriter.install.own_module import obstacles
+
+    apart = DecoupledHeads()
+    kept = obstacles(flow, matches.sites)
+    without = {t.name for t in IN_MODULES_OF_THEIR_OWN}
+    found: dict[str, tuple[str, ...]] = {}
+    for site in matches.sites:
+        names = choices[site.name]
+        if site.name in kept:
+            found[site.name] = tuple(n for n in names if n not in without)
+        else:
+            able = apart.refuses(site) is None and apart.idle(site) is None
+            found[site.name] = (*names, apart.name) if able else names
+    return found
+
+
+def _shares_heads(name: str) -> bool:
+    """Whether a target is one that a module's own forward can compute."""
+    return name == "mqa" or name.startswith("gqa")
+
+
+def _conditional(flow: Flow, matches: Matches, site: AttentionSite) -> tuple[str, ...]:
+    target = Colt5()
+    if site.cross:
+        able = target.crossing.refuses(site) is None and target.crossing.idle(site) is None
+        return (target.name,) if able else ()
+    if target.mixing.refuses(site) is None:
+        with contextlib.suppress(NoSublayer):
+            target.mixing.transform(flow, site, matches.evidence[site.name])
+            return (target.name,)
+    return ()
+
+
+def _block_targets(flow: Flow, matches: Matches, site: FeedForwardSite) -> tuple[str, ...]:
+    around = surroundings(flow, matches, site)
+    return tuple(t.name for t in _WHOLE if t.blocks.refuses(site, around) is None)
