@@ -13,10 +13,10 @@ from passes.site import Projection
 
 
 def presents_on(tracer: Tracer, path: tuple[int, ...], lookup: Lookup) -> tuple[tuple[Value, int], ...]:
-    """Program outputs on the path, or cut out of what lies there: the grown cache that a decoder hands back."""
+    """Program outputs on the path, or cut out of what lies there or cast: the grown cache that a decoder hands back."""
     flow = tracer.flow
     values = [v for i in path for v in flow.nodes[i].outputs]
-    cut = [(v, r.outputs[0]) for v in values for r in flow.live_readers(v) if r.op == "Slice"]
+    cut = [(v, r.outputs[0]) for v in values for r in flow.live_readers(v) if r.op in {"Slice", "Cast", "Identity"}]
     returned = [(v, out) for v, out in (*((v, v) for v in values), *cut) if out in flow.outputs]
     found = []
     for value, output in returned:
