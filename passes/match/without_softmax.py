@@ -34,8 +34,7 @@ def without_softmax(flow: Flow, elsewhere: Collection[int] = ()) -> Iterator[tup
     found = _Found(flow, frozenset(elsewhere))
     seen: set[int] = set()
     for node in flow.nodes:
-        dead = not any(flow.is_read(v) for v in node.outputs if v)
-        if node.index in seen or dead or not found.of_states(node) or found.normalised(node):
+        if node.index in seen or not found.of_states(node) or found.normalised(node):
             continue
         later = found.further(node)
         if later and only_chooses(flow, later[-1]):
@@ -58,6 +57,8 @@ class _Found:
         """Whether a node contracts hidden states with hidden states, not with weights that a router has chosen, nor
         with matrices of which each token has its own."""
         if node.op not in PRODUCTS or self.flow.projection_operands(node) is not None:
+            return False
+        if not any(self.flow.is_read(v) for v in node.outputs if v):
             return False
         operands = node.inputs[-2:] if node.op == "Baddbmm" else node.inputs[:2]
         of_states = len(operands) == 2 and all(self._carries(v) for v in operands)

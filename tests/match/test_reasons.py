@@ -587,23 +587,28 @@ def test_an_order_of_two_sequences_is_refused_as_such() -> None:
 
 
 class Unread(Projects):
-    """Weights are computed a second time, and thrown away; as they are, or with the values that they weigh."""
+    """Weights are computed a second time, and thrown away: as they are, with the values that they weigh, or those of
+    the very scores that count."""
 
-    def __init__(self, weighs: bool) -> None:
+    def __init__(self, thrown: str) -> None:
         super().__init__()
-        self.weighs = weighs
+        self.thrown = thrown
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.heads(x)
-        weights = (q.transpose(1, 2) @ k.permute(0, 2, 3, 1)).softmax(-1)
-        if self.weighs:
-            weights @ v.transpose(1, 2)
-        return self.merged((q @ k.transpose(-2, -1)).softmax(-1) @ v)
+        scores = q @ k.transpose(-2, -1)
+        if self.thrown == "of these scores":
+            scores.softmax(-1) @ v
+        else:
+            weights = (q.transpose(1, 2) @ k.permute(0, 2, 3, 1)).softmax(-1)
+            if self.thrown == "with values":
+                weights @ v.transpose(1, 2)
+        return self.merged((scores * DIM**-0.5).softmax(-1) @ v)
 
 
-@pytest.mark.parametrize("weighs", [False, True])
-def test_a_softmax_that_nothing_reads_is_no_attention(weighs: bool) -> None:
-    seen = rewriter.inspect(Unread(weighs).eval(), example_inputs=(_x(),))
+@pytest.mark.parametrize("thrown", ["weights", "with values", "of these scores"])
+def test_a_softmax_that_nothing_reads_is_no_attention(thrown: str) -> None:
+    seen = rewriter.inspect(Unread(thrown).eval(), example_inputs=(_x(),))
     assert len(seen.sites) == 1 and not seen.refusals
     assert [n.reason for n in seen.not_attention] == ["nothing reads what it gives"]
 
