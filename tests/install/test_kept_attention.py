@@ -186,7 +186,7 @@ def heads_cached(model: Any, case: ZooCase) -> set[int]:
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", ["gpt-neo-eager", "falcon-sdpa"])
 def test_generation_goes_on_with_a_smaller_cache(name: str, way: str) -> None:
-    case = FAMILIES[name]
+    case = ZOO[name]
     module, new = optimized(case)
     assert torch.equal(generated(new, case, **WAYS[way]), generated(module, case, **WAYS[way]))
     assert heads_cached(module, case) == {HEADS}

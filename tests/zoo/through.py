@@ -23,7 +23,7 @@ DYNAMO: Mapping[str, tuple[str, ...]] = {
     "bert-sdpa": ("dynamo18", "dynamo23"),
     "bert-eager": ("dynamo24",),
     "vit-sdpa": ("dynamo18",),
-    "gpt2-sdpa": ("dynamo18", "dynamo23"),
+    "gpt2-sdpa": ("dynamo23",),
     "gpt2-eager": ("dynamo18",),
     "llama-sdpa": ("dynamo18", "dynamo24"),
     "llama-gqa-sdpa": ("dynamo18", "dynamo23", "dynamo24"),
@@ -60,7 +60,7 @@ DYNAMO: Mapping[str, tuple[str, ...]] = {
 """Model to exporters that build on torch.export."""
 
 DYNAMO_WITH_PAST: Mapping[str, tuple[str, ...]] = {
-    "gpt2-eager": ("dynamo18", "dynamo24"),
+    "gpt2-eager": ("dynamo18",),
     "llama-sdpa": ("dynamo18",),
     "llama-gqa-sdpa": ("dynamo18", "dynamo23"),
     "qwen3-sdpa": ("dynamo24",),
