@@ -92,8 +92,8 @@ def _state(flow: Flow, value: Value) -> Value:
         operands = None if found is None else flow.projection_operands(found[0])
         if found is not None and operands is not None:
             value = found[0].inputs[operands[0]]
-        elif node.op in LAYOUT | PASS_THROUGH | {"Mul", "Div"}:
-            above = [v for v in node.inputs if v and flow.data_dependent(v)]
+        elif node.op in LAYOUT | PASS_THROUGH | {"Mul", "Div", "Cast"}:
+            above = [v for v in node.inputs if v and not flow.is_constant(v)]
             if len(above) != 1:
                 break
             value = above[0]

@@ -144,15 +144,15 @@ class Unprojected(Projects):
 
 
 class Adapted(Projects):
-    """A low-rank adapter beside the queries' projection."""
+    """A low-rank adapter beside the queries' projection, in another precision: their sum is no one matrix."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.down, self.up = nn.Linear(WIDTH, 4, bias=False), nn.Linear(4, WIDTH, bias=False)
+        self.adapter = nn.Sequential(nn.Linear(WIDTH, 4, bias=False), nn.Linear(4, WIDTH, bias=False)).double()
 
     def forward(self, x: Tensor) -> Tensor:
         _, k, v = self.heads(x)
-        q = (self.q(x) + 0.5 * self.up(self.down(x))).view(*x.shape[:2], HEADS, DIM).transpose(1, 2)
+        q = (self.q(x) + 0.5 * self.adapter(x.double()).float()).view(*x.shape[:2], HEADS, DIM).transpose(1, 2)
         return self.merged((q @ k.transpose(-2, -1)).softmax(-1) @ v)
 
 
