@@ -109,7 +109,7 @@ class _Folder:
         held = recorded(factor) if isinstance(factor, FxNode) and factor not in self.reached else None
         if not isinstance(held, torch.Tensor) or held.dtype != recorded(product).dtype:
             return False
-        return held.numel() in {1, held.shape[-1]} and held.numel() in {1, recorded(product).shape[-1]}
+        return held.numel() == 1 or tuple(held.shape[-1:]) == (held.numel(),) == tuple(recorded(product).shape[-1:])
 
     def fold(self, graph: Graph, total: FxNode, source: FxNode) -> None:
         """Put one linear layer in the place of a sum, and take out what nothing reads any more."""

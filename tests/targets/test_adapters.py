@@ -23,7 +23,7 @@ class Adapted(nn.Module):
 
     Args:
         kind: "lora", "dora" (each feature then has a length of its own), "vera" (vectors between and behind the two
-            products), "two" (one of two adapters has biases).
+            products), "two" (one of two adapters has biases; a weight says how strong they are).
     """
 
     def __init__(self, base: nn.Linear, kind: str) -> None:
@@ -32,6 +32,7 @@ class Adapted(nn.Module):
         self.lora_A = nn.ModuleList(nn.Linear(WIDTH, RANK, bias=n > 0) for n in range(1 + (kind == "two")))
         self.lora_B = nn.ModuleList(nn.Linear(RANK, WIDTH, bias=n > 0) for n in range(1 + (kind == "two")))
         self.dropout = nn.Dropout(0.1)
+        self.strength = nn.Parameter(torch.tensor(2.0))
         self.magnitude = nn.Parameter(torch.rand(WIDTH) + 0.5)
         self.between, self.behind = nn.Parameter(torch.randn(RANK)), nn.Parameter(torch.randn(WIDTH))
 
@@ -47,7 +48,7 @@ class Adapted(nn.Module):
                 bare = result if self.base_layer.bias is None else result - self.base_layer.bias
                 result = result + (scale - 1) * bare + scale * added * 2.0
             else:
-                result = result + up(down(self.dropout(x))) * 2.0
+                result = result + up(down(self.dropout(x))) * (2.0 if self.kind == "lora" else self.strength)
         return result
 
 
@@ -83,7 +84,7 @@ def twin(kind: str, *, told_apart: bool = False) -> Model:
     with torch.no_grad():
         for part in (model.attention.k_proj, model.attention.v_proj):
             for name, tensor in part.named_parameters():
-                if tensor.shape[0] == WIDTH and "lora_A" not in name:
+                if tensor.dim() and tensor.shape[0] == WIDTH and "lora_A" not in name:
                     heads = tensor.view(HEADS, DIM, *tensor.shape[1:])
                     heads[1::2] = heads[::2].clone()
             if told_apart:
