@@ -234,8 +234,9 @@ class Flow:
                 if len(shape) == 1 and node.op in PACKED_WEIGHTS:  # packed without rows and columns
                     return x, w
                 # an outer product (positions times inverse frequencies) contracts an axis of size 1
-                sums = node.op == "Linear" or self._contracted(node, w, shape) > 1
-                if len(shape) >= 2 and sums and self.turned_pairs(node) is None:
+                if len(shape) < 2 or self.turned_pairs(node) is not None:
+                    continue
+                if node.op == "Linear" or self._contracted(node, w, shape) > 1:
                     return x, w
         return None
 

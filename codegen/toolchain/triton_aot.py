@@ -6,6 +6,7 @@ import importlib.util
 import re
 import sys
 from dataclasses import dataclass
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -75,9 +76,17 @@ def compile_kernel(path: Path, name: str, signature: Signature, arch: str, *, wa
     return Binary(name, arch, code, suffix, _resources(compiled, code, backend), threads, scratch)
 
 
+class _WithoutBytecode(SourceFileLoader):
+    """Leaves nothing beside the source, whose folder holds what a manifest lists and no more."""
+
+    def set_data(self, path: str, data: Any, *, _mode: int = 0o666) -> None:
+        pass
+
+
 def load_source(path: Path) -> ModuleType:
     """Import a rendered file; Triton reads the source of kernels from disk."""
-    spec = importlib.util.spec_from_file_location(f"rewriter_generated_{path.stem}", path)
+    name = f"rewriter_generated_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path, loader=_WithoutBytecode(name, str(path)))
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch.nn.utils import prune
 
 import rewriter
 from rewriter.errors import UnsupportedModel, UsageError, VerificationFailed
+from tests.targets.lossless_twin import run_file
 
 WIDTH, HEADS = 16, 4
 
@@ -201,3 +203,33 @@ def test_heads_that_differ_are_seen() -> None:
     with torch.no_grad():
         model.v.weight += 0.2 * torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(2))
         assert not torch.allclose(rewritten(model, x)(x), model(x), atol=1e-3)
+
+
+class PooledByVector(nn.Module):
+    """Tokens are weighed by their product with one stored vector, which has no rows and columns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.query = Layer(), nn.Parameter(torch.randn(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        return y * (y @ self.query).softmax(-1).unsqueeze(-1)
+
+
+@pytest.mark.parametrize("door", ["module", "file"])
+def test_products_with_a_vector_stand_beside_attention(door: str, tmp_path: Path) -> None:
+    model, x = PooledByVector().eval(), given()
+    with torch.no_grad():
+        expected = model(x)
+    if door == "module":
+        new = rewritten(model, x)
+        with torch.no_grad():
+            found = new(x)
+    else:
+        torch.onnx.export(model, (x,), str(tmp_path / "m.onnx"), dynamo=True, input_names=["x"], verbose=False)
+        new = rewriter.optimize(tmp_path / "m.onnx", "mqa")
+        new.save(tmp_path / "new.onnx")
+        found = torch.from_numpy(run_file(tmp_path / "new.onnx", {"x": x}))
+    assert [row.exact for row in new.rewrite_report.sites] == [True]
+    assert torch.allclose(found, expected, atol=1e-5)

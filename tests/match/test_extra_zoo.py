@@ -56,8 +56,6 @@ ROUTERS = {"gpt-oss-eager": 2}
 KEEPS = "keeps its own attention"
 MODULE_KEEPS = {
     "gpt-neo-eager": "could not be reproduced with its own weights",
-    "falcon-sdpa": "could not be reproduced with its own weights",
-    "falcon-eager": "could not be reproduced with its own weights",
     "queries-by-group": "could not be reproduced with its own weights",
     "complex-rotary": "of no known role",
     "x-rotary": "of no known role",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 import rewriter
 from rewriter.errors import RewriteError
+from rewriter.install.torch_module import mixers
 
 WIDTH, HEADS, DIM, KEPT, TOKENS = 32, 4, 8, 2, 16
 EXACT, MOVED = 1e-5, 1e-2
@@ -213,12 +215,13 @@ def test_a_rewritten_copy_leaves_parametrised_projections_of_the_original_alone(
         assert (made(_x()) - before).abs().max() <= EXACT
 
 
-def test_weights_that_are_computed_are_refused_and_left_alone() -> None:
-    """Where heads are equal already, nothing would change, which is no rewrite."""
+def test_weights_that_are_computed_become_stored_ones_and_the_output_stays_as_it_is() -> None:
     module = nn.Sequential(_twin(WeightNormed))
     with torch.no_grad():
         before = module(_x())
-        for target in (f"gqa{KEPT}", "mqa"):
-            with pytest.raises(RewriteError, match="k weight is computed, not stored"):
-                rewriter.optimize(module, target, example_inputs=(_x(),))
+        for target, exact in ((f"gqa{KEPT}", True), ("mqa", False)):
+            made: Any = rewriter.optimize(module, target, example_inputs=(_x(),))
+            assert bool((made(_x()) - before).abs().max() <= EXACT) is exact
+            assert [row.exact for row in made.rewrite_report.sites] == [exact]
+            assert [*mixers(made)] == ["0"] and nn.utils.parametrize.is_parametrized(made[0].out_proj)
         assert torch.equal(module(_x()), before)
