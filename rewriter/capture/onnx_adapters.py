@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from passes.dataflow import Array
-from rewriter.capture.onnx_constants import weight_tensor
+from rewriter.capture.onnx_constants import weight_numbers, weight_tensor
 from rewriter.onnx_nodes import NodeWriter, input_at
 
 _DEEPEST = 8
@@ -104,7 +104,7 @@ def _map(value: ir.Value, source: ir.Value) -> tuple[Array, Array | None]:
     node = _unchanged(value).producer()
     assert node is not None
     if (matrix := _matrix(node)) is not None:
-        read, numbers = node.inputs[0], _numbers(matrix)
+        read, numbers = node.inputs[0], weight_numbers(matrix)
         assert read is not None
         if _unchanged(read) is source:
             return numbers, None
@@ -117,7 +117,7 @@ def _map(value: ir.Value, source: ir.Value) -> tuple[Array, Array | None]:
     step = _with_numbers(node)
     assert step is not None
     matrix_before, offset = _map(step[0], source)
-    numbers = _numbers(step[1]).reshape(-1)
+    numbers = weight_numbers(step[1]).reshape(-1)
     if node.op_type == "Add":
         added = np.broadcast_to(numbers, matrix_before.shape[1:])
         return matrix_before, added if offset is None else offset + added
@@ -211,12 +211,6 @@ def _features(value: ir.Value) -> int | None:
         if read is not None and weight_tensor(read) is None:
             return _features(read)
     return None
-
-
-def _numbers(value: ir.Value) -> Array:
-    stored = weight_tensor(value)
-    assert stored is not None
-    return stored.numpy().astype(np.float32)
 
 
 def _sizes(stored: ir.TensorProtocol) -> tuple[int, ...]:

@@ -50,6 +50,13 @@ def weight_tensor(value: ir.Value) -> ir.TensorProtocol | None:
     return constant_tensor(value)
 
 
+def weight_numbers(value: ir.Value) -> Array:
+    """The numbers of a value of which `weight_tensor` finds a tensor, float32."""
+    tensor = weight_tensor(value)
+    assert tensor is not None
+    return tensor.numpy().astype(np.float32)
+
+
 def drop_unread(graph: ir.Graph, constants: Iterable[ir.Value]) -> tuple[str, ...]:
     """Take those constants that nothing reads any more out of the graph; names of initializers."""
     gone: list[str] = []

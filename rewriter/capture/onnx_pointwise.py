@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from passes.dataflow import Array
 from rewriter.capture.onnx_adapters import Adapted, adapted_sums
-from rewriter.capture.onnx_constants import drop_unread, weight_tensor
+from rewriter.capture.onnx_constants import drop_unread, weight_numbers, weight_tensor
 from rewriter.onnx_nodes import NodeWriter, input_at
 
 _PRODUCTS = frozenset({"MatMul", "Einsum", "Gemm", "FusedMatMul"})
@@ -45,9 +45,9 @@ class _Convolution:
         """([in, out], what is added to each feature), float32."""
         kernel, bias = (input_at(self.node, i) for i in (1, 2))
         assert kernel is not None
-        numbers = _numbers(kernel)
+        numbers = weight_numbers(kernel)
         rows = numbers.reshape(len(numbers), -1)
-        added = None if bias is None else _numbers(bias)
+        added = None if bias is None else weight_numbers(bias)
         if self.norm is None:
             return rows.T, added
         factor, shift = _folded(self.norm, 0.0 if added is None else added)
@@ -71,16 +71,9 @@ class _NormedProduct:
 
 def _folded(norm: ir.Node, added: Array | float) -> tuple[Array, Array]:
     """(what a norm multiplies features by, what it then adds to them), given what was added before it."""
-    gain, shift, mean, variance = (_numbers(v) for v in norm.inputs[1:5] if v is not None)
+    gain, shift, mean, variance = (weight_numbers(v) for v in norm.inputs[1:5] if v is not None)
     factor = gain / np.sqrt(variance + norm.attributes.get_float("epsilon", 1e-5))
     return factor, shift + (added - mean) * factor
-
-
-def _numbers(value: ir.Value) -> Array:
-    """Of a value that is known to be constant, float32."""
-    tensor = weight_tensor(value)
-    assert tensor is not None
-    return tensor.numpy().astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -251,7 +244,7 @@ def _fold(graph: ir.Graph, writer: NodeWriter, found: _NormedProduct) -> str:
     kind, product = stored.dtype.numpy(), node.outputs[0]
     before = 0.0 if found.added is None else _bias_of(found.added, product)
     factor, shift = _folded(found.norm, before)
-    matrix = writer.constant((_numbers(weight) * factor).astype(kind), f"{weight.name}/normed")
+    matrix = writer.constant((weight_numbers(weight) * factor).astype(kind), f"{weight.name}/normed")
     bias = writer.constant(shift.astype(kind), f"{weight.name}/added")
     node.replace_input_with(1, matrix)
     if found.added is None:
@@ -272,7 +265,7 @@ def _fold(graph: ir.Graph, writer: NodeWriter, found: _NormedProduct) -> str:
 
 def _bias_of(added: ir.Node, product: ir.Value) -> Array:
     other = next(v for v in added.inputs if v is not None and v is not product)
-    return _numbers(other)
+    return weight_numbers(other)
 
 
 def _write(graph: ir.Graph, writer: NodeWriter, found: _Convolution) -> str:

@@ -6,6 +6,7 @@ rest is the person's own.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterable
 from typing import Any, TypeVar
 
@@ -56,7 +57,8 @@ def _inputs(model: torch.export.ExportedProgram | GraphModule) -> set[str]:
 
 def _store_merged(store: Store, layer: FxNode) -> None:
     """Store the matrix and offset of a layer that adapters went into, so that no call adds them up again."""
-    key = store.key(layer.meta[MERGED])
+    base = store.key(layer.meta[MERGED])
+    held = store.get(base)
     for place, leaf in ((1, "merged_weight"), (2, "merged_bias")):
         made = layer.args[place] if len(layer.args) > place else None
         if not isinstance(made, FxNode) or store.is_weight(made):
@@ -66,8 +68,17 @@ def _store_merged(store: Store, layer: FxNode) -> None:
         new = store.read(f"{layer.name}_{leaf}")
         new.meta["val"] = made.meta.get("val")
         layer.replace_input_with(made, new)
-        store.put(new, ".".join([*key.split(".")[:-1], leaf]), nn.Parameter(numbers, requires_grad=False))
+        trainable = held is not None and held.requires_grad
+        store.put(new, _free(store, base, leaf), nn.Parameter(numbers, requires_grad=trainable))
         _drop_unread(store, made)
+
+
+def _free(store: Store, base: str, leaf: str) -> str:
+    """A key beside a weight's; several layers may share that weight, each with an adapter of its own."""
+    beside = base.rpartition(".")[0]
+    wanted = f"{beside}.{leaf}" if beside else leaf
+    names = itertools.chain([wanted], (f"{wanted}_{n}" for n in itertools.count(1)))
+    return next(name for name in names if store.get(name) is None)
 
 
 def _numbers(store: Store, node: FxNode) -> Tensor:

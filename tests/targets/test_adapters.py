@@ -144,6 +144,23 @@ def test_the_output_keeps_its_adapter_in_modules_and_in_graphs() -> None:
     assert "attention.q_proj.base_layer.merged_weight" in keys
 
 
+def test_a_weight_that_two_layers_share_is_merged_with_each_ones_adapter() -> None:
+    first, second = twin("lora"), Model("lora").eval()
+    with torch.no_grad():
+        for mine, theirs in zip(first.parameters(), second.parameters(), strict=True):
+            theirs.copy_(mine)
+        for name in ("q_proj", "k_proj", "v_proj"):
+            getattr(second.attention, name).base_layer = getattr(first.attention, name).base_layer
+        second.attention.q_proj.lora_B[0].weight.mul_(-3)
+    model = nn.Sequential(first, second)
+    new = rewriter.optimize(torch.export.export(model, (tokens(0),), strict=False), "gqa2")
+    assert [row.exact for row in new.rewrite_report.sites] == [True, True]
+    with torch.no_grad():
+        assert distance(new.module()(tokens(1)), model(tokens(1))) < EXACT
+        first.attention.q_proj.lora_B[0].weight.mul_(-3)  # the control
+        assert distance(new.module()(tokens(1)), model(tokens(1))) > MOVED
+
+
 def test_a_file_loses_the_products_of_what_was_merged(tmp_path: Path) -> None:
     rewritten(twin("two"), "file", tmp_path)
     before, after = (onnx.load(tmp_path / f"{name}.onnx").graph for name in ("old", "new"))
