@@ -142,16 +142,21 @@ def _names(proto: onnx.ModelProto) -> Iterator[object]:
     """Every name that something in the model is known by, and what it says of itself."""
     yield from (proto.producer_name, proto.producer_version, proto.domain, proto.graph.name)
     yield from (text for entry in proto.metadata_props for text in (entry.key, entry.value))
+    yield proto.doc_string
     for graph in graphs(proto):
-        yield from (x.name for x in (*graph.input, *graph.output, *graph.initializer, *graph.value_info))
+        yield from (graph.name, graph.doc_string, *(x.name for x in graph.initializer))
+        for value in (*graph.input, *graph.output, *graph.value_info):
+            yield from (value.name, value.doc_string)
+            yield from (size.dim_param for size in value.type.tensor_type.shape.dim)
         yield from _node_names(graph.node)
     for function in proto.functions:
-        yield from (function.name, function.domain, *function.input, *function.output)
+        yield from (function.name, function.domain, function.doc_string, *function.input, *function.output)
         yield from _node_names(function.node)
     yield from (x.domain for x in proto.opset_import)
 
 
 def _node_names(nodes: Iterable[onnx.NodeProto]) -> Iterator[object]:
     for node in nodes:
-        yield from (node.name, node.op_type, node.domain, *node.input, *node.output)
-        yield from (attribute.name for attribute in node.attribute)
+        yield from (node.name, node.op_type, node.domain, node.doc_string, *node.input, *node.output)
+        for attribute in node.attribute:
+            yield from (attribute.name, attribute.ref_attr_name, attribute.doc_string)

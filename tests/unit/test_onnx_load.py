@@ -243,10 +243,15 @@ def test_names_that_are_no_text(tmp_path: Path) -> None:
     """protobuf hands such names out as bytes, which no comparison with text survives."""
     proto = model()
     name = proto.graph.node[0].output[0]
+    body = oh.make_graph([], "inner_graph", [], [])
+    proto.graph.node[0].doc_string, proto.graph.doc_string = "a remark", "another one"
+    proto.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "any_number"
+    holder = proto.graph.node.add(op_type="Held", domain="somewhere")
+    holder.attribute.append(oh.make_attribute("body", body))
     content = proto.SerializeToString()
     assert content.count(name.encode()) >= 1
-    for text in (name, proto.producer_name):
-        assert text
+    for text in (name, proto.producer_name, "a remark", "another one", "any_number", "inner_graph"):
+        assert text and text.encode() in content
         (tmp_path / "b.onnx").write_bytes(content.replace(text.encode(), b"\xff" * len(text)))
         assert "no text" in refused(tmp_path / "b.onnx")
 
