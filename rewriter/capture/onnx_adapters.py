@@ -87,9 +87,9 @@ def _sources(value: ir.Value, depth: int) -> list[ir.Value]:
     node = value.producer()
     if node is None or not depth:
         return []
-    if (matrix := _matrix(node)) is not None:
+    if _matrix(node) is not None:
         read = node.inputs[0]
-        assert read is not None and matrix is not None
+        assert read is not None
         return [_unchanged(read), *_sources(read, depth - 1)]
     if (addends := _addends(node)) is not None:
         first, second = (_sources(v, depth - 1) for v in addends)

@@ -24,16 +24,15 @@ WHEN = ("before", "after")
 def text(content: RenderableType) -> str:
     """What to print on standard output; where that is no terminal, uncoloured and wide enough not to break lines."""
     console = Console(highlight=False)
-    if not console.is_terminal:
-        return plain(content)
-    with console.capture() as captured:
-        console.print(content)
-    return "\n".join(line.rstrip() for line in captured.get().splitlines())
+    return _printed(console, content) if console.is_terminal else plain(content)
 
 
 def plain(content: RenderableType) -> str:
     """The same without colours or other control codes, for `str` of what these tables show."""
-    console = Console(highlight=False, width=_PIPED_WIDTH, no_color=True, force_terminal=False)
+    return _printed(Console(highlight=False, width=_PIPED_WIDTH, no_color=True, force_terminal=False), content)
+
+
+def _printed(console: Console, content: RenderableType) -> str:
     with console.capture() as captured:
         console.print(content)
     return "\n".join(line.rstrip() for line in captured.get().splitlines())
