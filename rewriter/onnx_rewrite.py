@@ -26,7 +26,8 @@ from rewriter.calibration.onnx_trial import onnx_probe
 from rewriter.capture.faithful import without_unfaithful
 from rewriter.capture.fused.unfuse import fused_nodes, unfuse
 from rewriter.capture.fused.written_out import WrittenOut
-from rewriter.capture.onnx_file import OnnxCapture, capture, hidden_anchors
+from rewriter.capture.onnx_bodies import hidden_anchors
+from rewriter.capture.onnx_file import OnnxCapture, capture
 from rewriter.capture.onnx_load import copy_of
 from rewriter.capture.onnx_pointwise import Written, has_unwritten, write_as_products
 from rewriter.decision import LISTS, Decision, Stopwatch, decide, is_causal, report, rows, with_kept

@@ -16,7 +16,8 @@ import onnxruntime as ort
 
 from passes.dataflow import Array, Value
 from rewriter.calibration.batches import Batch, as_numpy, not_taken
-from rewriter.capture.onnx_file import OnnxCapture, data_folder, open_session, widened
+from rewriter.capture.onnx_file import OnnxCapture
+from rewriter.capture.onnx_session import data_folder, open_session, widened
 from rewriter.errors import UsageError
 
 

@@ -13,7 +13,8 @@ from passes.match.attention import Matches
 from passes.replay import TOLERANCES, relative
 from passes.site import Refusal
 from rewriter.capture.fused.written_out import WrittenOut
-from rewriter.capture.onnx_file import OnnxCapture, open_session
+from rewriter.capture.onnx_file import OnnxCapture
+from rewriter.capture.onnx_session import open_session
 from rewriter.errors import first_line
 
 

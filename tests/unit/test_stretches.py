@@ -15,9 +15,9 @@ import pytest
 
 import rewriter
 from benchmarks.scale_models import Stack, write
-from rewriter.capture import onnx_file
-from rewriter.capture.onnx_file import open_session
+from rewriter.capture import onnx_session
 from rewriter.capture.onnx_load import load
+from rewriter.capture.onnx_session import open_session
 from rewriter.capture.stretches import CannotCut, Port, Stretches, open_stretches
 from rewriter.install.onnx_write import save
 from rewriter.verify import session
@@ -104,7 +104,7 @@ def test_what_cannot_be_cut(case: str) -> None:
 
 @pytest.fixture
 def short_stretches(monkeypatch: pytest.MonkeyPatch) -> None:
-    for user in (onnx_file, session):
+    for user in (onnx_session, session):
         monkeypatch.setattr(user, "STRETCH", 8)
         monkeypatch.setattr(user, "open_stretches", partial(open_stretches, size=8))
 
