@@ -19,7 +19,6 @@ from filelock import FileLock
 from rewriter.demo import run as demo
 from rewriter.demo.weights import smollm2_twin
 from rewriter.errors import VerificationFailed
-from rewriter.report.rewrite_report import Change, RewriteReport
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
@@ -44,11 +43,11 @@ def shown(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> dict[str,
     return result
 
 
-def test_three_real_models_are_rewritten_and_nothing_is_refused(shown: dict[str, Any]) -> None:
+def test_real_models_are_rewritten_and_nothing_is_refused(shown: dict[str, Any]) -> None:
     steps = [{(s["from"], s["to"], s["exact"]) for s in act["report"]["sites"]} for act in shown["acts"]]
-    assert steps == [{("mha9", "gqa3", True)}, {("mha12", "gqa6", False)}, {("mha12", "gqa6", False)}]
-    assert [len(act["report"]["sites"]) for act in shown["acts"]] == [30, 6, 6]
-    assert [act["report"]["refused"] for act in shown["acts"]] == [[], [], []]
+    assert steps == [{("mha9", "gqa3", True)}, *[{("mha12", "gqa6", False)}] * 3]
+    assert [len(act["report"]["sites"]) for act in shown["acts"]] == [30, 6, 6, 6]
+    assert [act["report"]["refused"] for act in shown["acts"]] == [[]] * 4
 
 
 def test_the_exact_step_loses_nothing(shown: dict[str, Any]) -> None:
@@ -72,13 +71,19 @@ def test_the_lossy_steps_say_that_they_are(shown: dict[str, Any]) -> None:
         assert all(site["error"] > 0 and site["floor"] == 1 for site in report["sites"])
         assert report["kv_bytes_per_token"]["before"] == 2 * report["kv_bytes_per_token"]["after"]
         assert report["parameters"]["before"] - report["parameters"]["after"] == 6 * 2 * 192 * 385
-    sizes = shown["acts"][2]
+    sizes = shown["acts"][3]
     assert sizes["after"]["file MB"] < sizes["before"]["file MB"] and sizes["after"]["ms"] > 0
+
+
+def test_calibration_keeps_what_pooling_loses(shown: dict[str, Any]) -> None:
+    pooled, fitted = (act["after"]["sentence cosine"] for act in shown["acts"][1:3])
+    assert pooled < 0.8 and 0.9 < fitted < 1
+    assert [[c["ok"] for c in act["checks"]] for act in shown["acts"][1:3]] == [[], [True]]
 
 
 def test_the_readme_quotes_the_demo(shown: dict[str, Any]) -> None:
     rows = re.findall(r"^\| (?:SmolLM2|MiniLM)[^\n]*`gqa[^\n]*$", README.read_text(encoding="utf-8"), re.MULTILINE)
-    assert len(rows) == 3
+    assert len(rows) == 4
     for row, act in zip(rows, shown["acts"], strict=True):
         report = act["report"]
         assert f"`{report['target']}`, {len(report['sites'])} sites" in row
@@ -113,13 +118,11 @@ def _perturbed(model: Any) -> Any:
 @pytest.fixture
 def only_the_decoder(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
     """``only_the_decoder(twin_builder)`` shortens the demo to its first act, with another builder of twins."""
-    nothing = Change(0, 0)
-    empty = demo.Act("left out", RewriteReport("gqa6", (), (), nothing, nothing, nothing), (), {}, {})
 
     def shorten(build: Any) -> None:
         monkeypatch.setattr(demo, "smollm2_twin", build)
-        monkeypatch.setattr(demo, "_minilm", lambda: empty)
-        monkeypatch.setattr(demo, "_onnx", lambda: empty)
+        monkeypatch.setattr(demo, "_minilm", list)
+        monkeypatch.setattr(demo, "_onnx", list)
         monkeypatch.setattr(demo, "PERPLEXITY_TOKENS", 128)
         monkeypatch.setattr(demo, "NEW_TOKENS", 4)
 
