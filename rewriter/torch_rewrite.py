@@ -522,8 +522,13 @@ def _bare_output(module: torch.nn.Module, flow: Flow, site: AttentionSite, owner
     found = {"out_weight": matrix if out.out_first else matrix.T}
     if out.bias is not None:
         found["out_bias"] = np.asarray(flow.value(out.bias)).reshape(-1)
-    like = next(module.parameters())
+    like = _placed_like(module, flow, out.weight)
     return {name: _like(array, like) for name, array in found.items()}
+
+
+def _placed_like(module: torch.nn.Module, flow: Flow, value: Value) -> torch.Tensor:
+    """An empty tensor of the type that the program computes a weight in, where the module's parameters are."""
+    return next(module.parameters()).new_empty(0, dtype=getattr(torch, flow.dtypes.get(value, flow.dtype)))
 
 
 def _rows(module: torch.nn.Module, flow: Flow, operand: Operand, value: str, matrix: bool) -> torch.Tensor:
@@ -532,9 +537,8 @@ def _rows(module: torch.nn.Module, flow: Flow, operand: Operand, value: str, mat
     tensor = _parameter(module, weight.name) if weight is not None else None
     if tensor is None or (matrix and operand.projection.weight_axes is not None):
         # computed from stored ones, as a slice of a packed matrix is, or a stack of matrices
-        like = next(module.parameters())
         numbers = operand.projection.matrix(flow.value(value)) if matrix else flow.value(value)
-        tensor = torch.from_numpy(np.ascontiguousarray(numbers)).to(dtype=like.dtype, device=like.device)
+        tensor = _like(numbers, _placed_like(module, flow, value))
     if matrix and not operand.projection.out_first:
         tensor = tensor.detach().t()
     elif _key(flow, operand) is not None and (matrix or operand.projection.bias_index is None):

@@ -7,7 +7,7 @@ to for analysis, and to a copy of a graph that is edited itself.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +22,10 @@ aten = torch.ops.aten
 MERGED = "merged_of"
 """The key of a linear layer's meta under which it has the node of the matrix that adapters were added to."""
 _KEEPS_NUMBERS = frozenset({"dropout", "detach", "alias", "clone", "contiguous"})
+_CASTS = frozenset({"to", "_to_copy", "type_as"})
 _SUMS, _FACTORS, _DIVISORS = frozenset({"add", "add_"}), frozenset({"mul", "mul_"}), frozenset({"div", "div_"})
 _DEEPEST = 8
-"""How many nodes lie between a sum and its input, at most: one for each rank, factor, dropout and sum."""
+"""How many nodes lie between a sum and its input, at most: one for each rank, factor, cast and sum."""
 
 
 def fold_adapters(graph: Graph, inputs: Collection[str], only: Collection[str] | None = None) -> bool:
@@ -79,15 +80,18 @@ class _Folder:
             return []
         if name == "linear" and (matrix := args[1]) not in self.reached and _alike(node, matrix):
             read = _unchanged(args[0])
-            return [read, *self._sources(read, depth - 1)]
+            before = [_unchanged(read.args[0])] if _is_cast(read) else []
+            return [read, *before, *self._sources(read, depth - 1)]
         if name in _SUMS:
             parts = [n for n in args[:2] if isinstance(n, FxNode)]
-            if len(parts) < 2 or not _same_kind(node, *parts):
+            if len(parts) < 2 or not _same_shape(node, *parts):
                 return []
             first, second = (self._sources(n, depth - 1) for n in parts)
             return [n for n in first if n in second]
         if (kept := _unchanged(node)) is not node:
             return self._sources(kept, depth - 1)
+        if _is_cast(node):
+            return self._sources(args[0], depth - 1)  # type: ignore[arg-type]
         step = self._scaled(node)
         return [] if step is None else self._sources(step[0], depth - 1)
 
@@ -98,7 +102,9 @@ class _Folder:
             return None
         pairs = [(args[0], args[1]), (args[1], args[0])] if name in _FACTORS else [(args[0], args[1])]
         for value, factor in pairs:
-            if isinstance(value, FxNode) and value in self.reached and self._is_factor(factor, node):
+            if not isinstance(value, FxNode) or value not in self.reached:
+                continue
+            if _same_shape(node, value) and self._is_factor(factor, node):
                 return value, factor
         return None
 
@@ -107,18 +113,24 @@ class _Folder:
         if isinstance(factor, (int, float)):
             return True
         held = recorded(factor) if isinstance(factor, FxNode) and factor not in self.reached else None
-        if not isinstance(held, torch.Tensor) or held.dtype != recorded(product).dtype:
+        if not isinstance(held, torch.Tensor) or not held.is_floating_point():
             return False
         return held.numel() == 1 or tuple(held.shape[-1:]) == (held.numel(),) == tuple(recorded(product).shape[-1:])
 
     def fold(self, graph: Graph, total: FxNode, source: FxNode) -> None:
-        """Put one linear layer in the place of a sum, and take out what nothing reads any more."""
+        """Put one linear layer in the place of a sum, and take out what nothing reads any more.
+
+        Weights are added up in float32 at least, and stored in the type that the layer reads.
+        """
+        kind = recorded(source).dtype
         with graph.inserting_before(total):
             whole = self._map(total, source, total)
-            layer = called(total, aten.linear.default, source, whole.matrix, whole.offset)
+            stored = [None if part is None else _cast(total, part, kind) for part in (whole.matrix, whole.offset)]
+            layer = called(total, aten.linear.default, source, *stored)
+            result = _cast(total, layer, recorded(total).dtype)
         layer.meta[STANDS_FOR], layer.meta[MERGED] = total.name, self._base(total)
-        total.replace_all_uses_with(layer)
-        _erase_unread(graph, total)
+        total.replace_all_uses_with(result)
+        erase_unread(graph, total)
 
     def _base(self, node: FxNode) -> FxNode:
         """The weight of the first linear layer of a sum."""
@@ -134,12 +146,15 @@ class _Folder:
         if (node := _unchanged(node)) is source:
             return _Map(None, None)
         name, args = operator_name(node), node.args
+        if _is_cast(node):
+            return self._map(args[0], source, like)  # type: ignore[arg-type]
         if name == "linear":
             inner = self._map(args[0], source, like)  # type: ignore[arg-type]
-            matrix, bias = args[1], args[2] if len(args) > 2 else node.kwargs.get("bias")
+            given = args[1], args[2] if len(args) > 2 else node.kwargs.get("bias")
+            matrix, bias = (None if n is None else _wide(like, n) for n in given)
             moved = None if inner.offset is None else call(aten.matmul.default, matrix, inner.offset)
             return _Map(
-                matrix if inner.matrix is None else call(aten.matmul.default, matrix, inner.matrix),  # type: ignore[arg-type]
+                matrix if inner.matrix is None else call(aten.matmul.default, matrix, inner.matrix),
                 _total(call, moved, bias),
             )
         if name in _SUMS:
@@ -169,7 +184,7 @@ def _times(call: Any, inner: _Map, factor: Any, *, by: bool) -> _Map:
     """A map whose features are multiplied, or divided, by a number each."""
     rows, numbers = factor, factor
     if isinstance(factor, FxNode):
-        numbers = call(aten.reshape.default, factor, [-1])
+        numbers = call(aten.reshape.default, _wide(factor, factor), [-1])
         rows = call(aten.unsqueeze.default, numbers, 1)
         target = aten.div.Tensor if by else aten.mul.Tensor
     else:
@@ -193,17 +208,45 @@ def _alike(node: FxNode, matrix: Any) -> bool:
     return isinstance(held, torch.Tensor) and held.dim() == 2 and held.dtype == recorded(node).dtype
 
 
-def _same_kind(total: FxNode, *parts: Any) -> bool:
-    shapes = [recorded(n) for n in (total, *parts)]
-    return all(
-        isinstance(s, torch.Tensor) and s.shape == shapes[0].shape and s.dtype == shapes[0].dtype for s in shapes
-    )
+def _same_shape(total: FxNode, *parts: Any) -> bool:
+    held = [recorded(n) for n in (total, *parts)]
+    return all(isinstance(t, torch.Tensor) and t.is_floating_point() and t.shape == held[0].shape for t in held)
 
 
-def _erase_unread(graph: Graph, node: FxNode) -> None:
-    if node.users or node.op != "call_function":
-        return
-    read = node.all_input_nodes
-    graph.erase_node(node)
-    for above in read:
-        _erase_unread(graph, above)
+def _is_cast(node: FxNode) -> bool:
+    """Whether a node gives another value's floats in another type, or in the same."""
+    if operator_name(node) not in _CASTS or not isinstance(node.args[0], FxNode):
+        return False
+    before, after = recorded(node.args[0]), recorded(node)
+    return all(isinstance(t, torch.Tensor) and t.is_floating_point() for t in (before, after))
+
+
+def _cast(like: FxNode, node: FxNode, kind: torch.dtype) -> FxNode:
+    return node if recorded(node).dtype == kind else called(like, aten.to.dtype, node, kind)
+
+
+def _wide(like: FxNode, node: Any) -> FxNode:
+    """A weight as the type in which weights are added up."""
+    return _cast(like, node, torch.promote_types(recorded(node).dtype, torch.float32))
+
+
+def erase_unread(graph: Graph, node: FxNode, drop: Callable[[FxNode], None] | None = None) -> None:
+    """Erase, in place, a node that nothing reads but checks of its type, and what only it read.
+
+    Args:
+        drop: what erases the placeholders and attributes among them; left out, they stay.
+    """
+    todo, erased = [node], set[FxNode]()
+    while todo:
+        node = todo.pop()
+        kept = drop is None and node.op != "call_function"
+        if kept or node in erased or any(u.target is not aten._assert_tensor_metadata.default for u in node.users):
+            continue
+        erased.add(node)
+        for check in [*node.users]:
+            graph.erase_node(check)
+        todo += node.all_input_nodes
+        if node.op == "call_function" or drop is None:
+            graph.erase_node(node)
+        else:
+            drop(node)

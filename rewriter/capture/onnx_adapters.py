@@ -17,7 +17,7 @@ from rewriter.capture.onnx_constants import weight_numbers, weight_tensor
 from rewriter.onnx_nodes import NodeWriter, input_at
 
 _DEEPEST = 8
-"""How many nodes lie between a sum and its input, at most: one for each rank, factor, bias and sum."""
+"""How many nodes lie between a sum and its input, at most: one for each rank, factor, bias, cast and sum."""
 _LEAST_BYTES = 2
 """Of a number in floating point that is no code of a quantised one."""
 
@@ -47,7 +47,7 @@ class Adapted:
         """Put one product in the sum's place; returns the product's name."""
         old, stored = self.node.outputs[0], weight_tensor(self.base)
         assert stored is not None
-        kind = stored.dtype.numpy()
+        kind = (self.source.dtype or stored.dtype).numpy()
         matrix, offset = _map(old, self.source)
         nodes: list[ir.Node] = []
         weight = writer.constant(np.ascontiguousarray(matrix).astype(kind), f"{self.base.name}/merged")
@@ -55,6 +55,9 @@ class Adapted:
         if offset is not None:
             made = writer.op(nodes, "Add", [made, writer.constant(offset.astype(kind), f"{self.base.name}/added")],
                              f"{self.node.name}/sum")  # fmt: skip
+        if any(map(_is_cast, self.nodes)) and old.dtype != self.source.dtype:
+            assert old.dtype is not None
+            made = writer.op(nodes, "Cast", [made], f"{self.node.name}/cast", to=int(old.dtype))
         graph.insert_before(self.node, nodes)
         made.type, made.shape = old.type, old.shape
         old.replace_all_uses_with(made)
@@ -75,8 +78,8 @@ def adapted_sums(graph: ir.Graph) -> Iterator[Adapted]:
             continue
         value = node.outputs[0]
         found = _sources(value, _DEEPEST) if _addends(node) is not None else []
-        if found:
-            nodes = tuple(dict.fromkeys(_between(value, found[0])))
+        nodes = tuple(dict.fromkeys(_between(value, found[0]))) if found else ()
+        if found and (_is_typed(value, found[0]) or not any(map(_is_cast, nodes))):
             inside.update(nodes)
             yield Adapted(node, found[0], nodes, _base(value))
 
@@ -90,7 +93,11 @@ def _sources(value: ir.Value, depth: int) -> list[ir.Value]:
     if _matrix(node) is not None:
         read = node.inputs[0]
         assert read is not None
-        return [_unchanged(read), *_sources(read, depth - 1)]
+        read = _unchanged(read)
+        before = _uncast(read.producer())
+        return [read, *([] if before is None else [before]), *_sources(read, depth - 1)]
+    if (before := _uncast(node)) is not None:
+        return _sources(before, depth - 1)
     if (addends := _addends(node)) is not None:
         first, second = (_sources(v, depth - 1) for v in addends)
         same = bool(first and second) and _features(addends[0]) == _features(addends[1])
@@ -103,10 +110,13 @@ def _map(value: ir.Value, source: ir.Value) -> tuple[Array, Array | None]:
     """([in, out], what is added to each feature) of a value that is a linear map of another, float32."""
     node = _unchanged(value).producer()
     assert node is not None
+    if (before := _uncast(node)) is not None:
+        return _map(before, source)
     if (matrix := _matrix(node)) is not None:
         read, numbers = node.inputs[0], weight_numbers(matrix)
         assert read is not None
-        if _unchanged(read) is source:
+        read = _unchanged(read)
+        if source in (read, _uncast(read.producer())):
             return numbers, None
         inner, offset = _map(read, source)
         return inner @ numbers, None if offset is None else offset @ numbers
@@ -142,6 +152,8 @@ def _base(value: ir.Value) -> ir.Value:
     assert node is not None
     if (matrix := _matrix(node)) is not None:
         return matrix
+    if (before := _uncast(node)) is not None:
+        return _base(before)
     addends, step = _addends(node), _with_numbers(node)
     assert addends is not None or step is not None
     return _base(addends[0] if addends is not None else step[0])  # type: ignore[index]
@@ -161,6 +173,22 @@ def _unchanged(value: ir.Value) -> ir.Value:
         value = node.inputs[0]
         node = value.producer()
     return value
+
+
+def _is_cast(node: ir.Node) -> bool:
+    return _is(node, "Cast")
+
+
+def _uncast(node: ir.Node | None) -> ir.Value | None:
+    """What a node casts, if that is floats to floats."""
+    read = None if node is None or not _is_cast(node) else node.inputs[0]
+    return None if node is None or read is None or not _is_typed(read, node.outputs[0]) else _unchanged(read)
+
+
+def _is_typed(*values: ir.Value) -> bool:
+    """Whether all are known to be floats that are no codes of quantised ones."""
+    kinds = [v.dtype for v in values]
+    return all(k is not None and k.is_floating_point() and k.itemsize >= _LEAST_BYTES for k in kinds)
 
 
 def _matrix(node: ir.Node) -> ir.Value | None:
@@ -187,14 +215,19 @@ def _with_numbers(node: ir.Node) -> tuple[ir.Value, ir.Value] | None:
     for value, numbers in ((first, second), (second, first))[: 1 if node.op_type == "Div" else 2]:
         stored = weight_tensor(numbers)
         if stored is not None and weight_tensor(value) is None and stored.dtype.is_floating_point():
-            wide = _features(value)
-            return (value, numbers) if stored.size == 1 or _is_row(stored, wide) else None
+            fits = stored.size == 1 or _is_row(stored, _features(value))
+            return (value, numbers) if fits and _adds_no_axis(stored, value) else None
     return None
 
 
 def _is_row(stored: ir.TensorProtocol, wide: int | None) -> bool:
     """Whether numbers belong to the features of the last axis, one each."""
     return wide is not None and stored.size == wide and len(stored.shape) > 0 and stored.shape[-1] == wide
+
+
+def _adds_no_axis(stored: ir.TensorProtocol, value: ir.Value) -> bool:
+    """Whether numbers have no more axes than the value that they meet: the result would have them, too."""
+    return len(stored.shape) <= (1 if value.shape is None else value.shape.rank())
 
 
 def _features(value: ir.Value) -> int | None:
@@ -207,6 +240,8 @@ def _features(value: ir.Value) -> int | None:
         return None if stored is None else _sizes(stored)[1]
     if (addends := _addends(node)) is not None:
         return _features(addends[0])
+    if (before := _uncast(node)) is not None:
+        return _features(before)
     for read in node.inputs[:2] if _is(node, "Add", "Mul", "Div") else ():
         if read is not None and weight_tensor(read) is None:
             return _features(read)

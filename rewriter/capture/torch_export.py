@@ -112,8 +112,7 @@ def exported(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
             _without_stack_traces(),
             contextlib.redirect_stderr(io.StringIO()),  # on failure the exporter prints the graph it has so far
         ):
-            program = torch.export.export(module, own(args), own(dict(kwargs)), strict=False)
-            return with_linear_maps(functional(program))
+            program = functional(torch.export.export(module, own(args), own(dict(kwargs)), strict=False))
     except Exception as error:  # torch.export raises many unrelated types
         scripted = next((n for n, m in module.named_modules() if isinstance(m, torch.jit.ScriptModule)), None)
         if scripted is not None:
@@ -130,6 +129,7 @@ def exported(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
             f"torch.export could not capture the model: {first_line(error)}",
             hint="pass example_inputs that the model accepts, or make its forward exportable",
         ) from error
+    return with_linear_maps(program)
 
 
 def _attends_flexibly(module: torch.nn.Module) -> bool:

@@ -18,7 +18,7 @@ from torch.fx.node import map_arg
 
 from passes.dataflow import Flow
 from passes.site import AttentionSite
-from rewriter.capture.folded_adapters import MERGED, fold_adapters
+from rewriter.capture.folded_adapters import MERGED, erase_unread, fold_adapters
 from rewriter.capture.folded_norms import fold_norms
 from rewriter.capture.pointwise import STANDS_FOR, write_as_linear
 from rewriter.install.fx_graph import is_flat
@@ -70,7 +70,7 @@ def _store_merged(store: Store, layer: FxNode) -> None:
         layer.replace_input_with(made, new)
         trainable = held is not None and held.requires_grad
         store.put(new, _free(store, base, leaf), nn.Parameter(numbers, requires_grad=trainable))
-        _drop_unread(store, made)
+        erase_unread(store.graph, made, store.drop)
 
 
 def _free(store: Store, base: str, leaf: str) -> str:
@@ -91,18 +91,6 @@ def _numbers(store: Store, node: FxNode) -> Tensor:
     assert callable(node.target)
     made: Tensor = node.target(*args, **kwargs)
     return made
-
-
-def _drop_unread(store: Store, node: FxNode) -> None:
-    if node.users:
-        return
-    if store.is_weight(node):
-        store.drop(node)
-        return
-    above = node.all_input_nodes
-    store.graph.erase_node(node)
-    for n in above:
-        _drop_unread(store, n)
 
 
 def written_projections(model: torch.export.ExportedProgram | GraphModule) -> dict[str, str]:

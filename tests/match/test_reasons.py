@@ -144,15 +144,16 @@ class Unprojected(Projects):
 
 
 class Adapted(Projects):
-    """A low-rank adapter beside the queries' projection, in another precision: their sum is no one matrix."""
+    """A low-rank adapter beside the queries' projection, added to the heads that are laid out already."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.adapter = nn.Sequential(nn.Linear(WIDTH, 4, bias=False), nn.Linear(4, WIDTH, bias=False)).double()
+        self.adapter = nn.Sequential(nn.Linear(WIDTH, 4, bias=False), nn.Linear(4, WIDTH, bias=False))
 
     def forward(self, x: Tensor) -> Tensor:
         _, k, v = self.heads(x)
-        q = (self.q(x) + 0.5 * self.adapter(x.double()).float()).view(*x.shape[:2], HEADS, DIM).transpose(1, 2)
+        q, added = (m(x).view(*x.shape[:2], HEADS, DIM).transpose(1, 2) for m in (self.q, self.adapter))
+        q = q + 0.5 * added
         return self.merged((q @ k.transpose(-2, -1)).softmax(-1) @ v)
 
 

@@ -15,7 +15,7 @@ from tests.targets.lossless_twin import distance, run_file
 
 WIDTH, HEADS, DIM, RANK = 32, 4, 8, 3
 EXACT, MOVED = 1e-4, 1e-3
-KINDS = ["lora", "dora", "vera", "two"]
+KINDS = ["lora", "dora", "vera", "two", "wide"]
 
 
 class Adapted(nn.Module):
@@ -23,7 +23,8 @@ class Adapted(nn.Module):
 
     Args:
         kind: "lora", "dora" (each feature then has a length of its own), "vera" (vectors between and behind the two
-            products), "two" (one of two adapters has biases; a weight says how strong they are).
+            products), "two" (one of two adapters has biases; a weight says how strong they are), "wide" (its numbers
+            are of twice the bits, as PEFT keeps float32 beside a layer in bfloat16).
     """
 
     def __init__(self, base: nn.Linear, kind: str) -> None:
@@ -35,6 +36,8 @@ class Adapted(nn.Module):
         self.strength = nn.Parameter(torch.tensor(2.0))
         self.magnitude = nn.Parameter(torch.rand(WIDTH) + 0.5)
         self.between, self.behind = nn.Parameter(torch.randn(RANK)), nn.Parameter(torch.randn(WIDTH))
+        if kind == "wide":
+            self.lora_A.double(), self.lora_B.double()
 
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = self.base_layer(x)
@@ -47,6 +50,8 @@ class Adapted(nn.Module):
                 added = up(down(self.dropout(x)))
                 bare = result if self.base_layer.bias is None else result - self.base_layer.bias
                 result = result + (scale - 1) * bare + scale * added * 2.0
+            elif self.kind == "wide":
+                result = (result + up(down(self.dropout(x.to(down.weight.dtype)))) * 2.0).to(result.dtype)
             else:
                 result = result + up(down(self.dropout(x))) * (2.0 if self.kind == "lora" else self.strength)
         return result
@@ -118,7 +123,8 @@ def rewritten(model: Model, door: str, folder: Path) -> tuple[Any, Any]:
     ("kind", "door"),
     [
         *((kind, "module") for kind in KINDS),
-        *(("lora", "program"), ("two", "program"), ("vera", "graph module"), ("two", "file"), ("vera", "file")),
+        *(("lora", "program"), ("two", "program"), ("wide", "program"), ("vera", "graph module")),
+        *((kind, "file") for kind in ("two", "vera", "wide")),
     ],
 )
 def test_heads_are_shared_with_what_adapters_add_to_them(kind: str, door: str, tmp_path: Path) -> None:
@@ -191,3 +197,31 @@ def test_sums_of_maps_of_different_inputs_stay_sums() -> None:
         if same:
             y.replace_all_uses_with(x)
         assert fold_adapters(program.graph, inputs) is same
+
+
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_numbers_with_more_axes_than_what_they_scale_are_not_merged(axes: int) -> None:
+    """The sum of x @ w [t, 4] and of that times numbers [1, 1, 4] is of shape [1, t, 4], which no matrix gives."""
+    import onnx_ir
+
+    from rewriter.capture.folded_adapters import fold_adapters
+    from rewriter.capture.onnx_adapters import adapted_sums
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.base, self.behind = nn.Linear(4, 4), nn.Parameter(torch.ones(*[1] * (axes - 1), 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            scaled: Tensor = self.base(x) * self.behind
+            return scaled + scaled
+
+    program = torch.export.export(Scaled(), (torch.ones(3, 4),), strict=False)
+    inputs = {s.arg.name for s in program.graph_signature.input_specs if s.target is None}
+    assert fold_adapters(program.graph, inputs) is (axes < 3)
+    shape, numbers = "1, " * (axes - 1), ", ".join("1" * 4)
+    model = onnx.parser.parse_model(f"""<ir_version: 10, opset_import: ["" : 20]> g (float[t, 4] x) => (float y)
+        <float[4, 4] w = {{{", ".join("1" * 16)}}}, float[{shape}4] b = {{{numbers}}}>
+        {{ p = MatMul(x, w)  q = Mul(p, b)  s = Add(p, q)  y = Identity(s) }}""")
+    graph = onnx_ir.serde.deserialize_model(onnx.shape_inference.infer_shapes(model)).graph
+    assert bool([*adapted_sums(graph)]) is (axes < 3)
