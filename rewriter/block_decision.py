@@ -70,11 +70,12 @@ def decide_blocks(
         for stack in stacks([s for s in found.sites if s.name in named_by(selector, found.sites)]):
             by_site.update({s.name: target for s in target.chosen(stack)})
     around = {s.name: surroundings(flow, matches, s) for s in found.sites if s.name in by_site}
-    refused = {
-        s.name: reason
-        for s in found.sites
-        if s.name in by_site and (reason := by_site[s.name].refuses(s, around[s.name]) or _shared(s, found.sites))
-    }
+    refused: dict[str, str] = {}
+    for site in (s for s in found.sites if s.name in by_site):
+        if reason := by_site[site.name].refuses(site, around[site.name]):
+            refused[site.name] = reason
+        elif other := sharer(site, found.sites):
+            refused[site.name] = f"it shares its weights with {other}"
     left = [s for s in found.sites if s.name in by_site and s.name not in refused]
     inputs = _inputs(left, probe()) if probe is not None and left else {}
     done = [
@@ -91,10 +92,9 @@ def decide_blocks(
     return BlockDecision(tuple(done), tuple(rows), (*selected.items(), *refused.items()))
 
 
-def _shared(site: FeedForwardSite, sites: Sequence[FeedForwardSite]) -> str | None:
-    others = (s for s in sites if s is not site and s.down.weight == site.down.weight)
-    other = next(others, None)
-    return None if other is None else f"it shares its weights with {other.name}"
+def sharer(site: FeedForwardSite, sites: Sequence[FeedForwardSite]) -> str | None:
+    """The name of another block with the same weights."""
+    return next((s.name for s in sites if s is not site and s.down.weight == site.down.weight), None)
 
 
 def _inputs(sites: Sequence[FeedForwardSite], probe: Probe) -> dict[str, Array]:

@@ -11,6 +11,7 @@ from passes.dataflow import Flow
 from passes.feed_forward_site import FeedForwardSite
 from passes.match.attention import Matches
 from passes.match.feed_forward import FeedForwards
+from passes.plan import sharing
 from passes.site import AttentionSite
 from passes.sublayer import NoSublayer, sublayer
 from passes.targets.block import surroundings
@@ -25,6 +26,7 @@ from passes.targets.linear_attention import LinearHeads
 from passes.targets.linear_mixing import LinearMixer
 from passes.targets.sparse import SparseFixed, SparseStrided, Window
 from passes.targets.sparse_mixer import sparse_mixer
+from rewriter.block_decision import sharer
 from rewriter.errors import UnsupportedModel
 
 Kind = Literal["file", "module", "graph"]
@@ -53,7 +55,8 @@ def offers(
     found = _without_idle(matches.sites, {s.name: _targets(flow, matches, s) for s in matches.sites})
     if kind == "module":
         found = _of_modules(flow, matches, found)
-    found |= {f.name: _block_targets(flow, matches, f) for f in blocks.sites}
+    alone = [f for f in blocks.sites if sharer(f, blocks.sites) is None]
+    found |= {f.name: _block_targets(flow, matches, f) if f in alone else () for f in blocks.sites}
     found = {s: tuple(n for n in names if s not in limits or limits[s](n)) for s, names in found.items()}
     if kind == "graph":
         found = {s: tuple(n for n in names if n not in _NOT_IN_GRAPHS) for s, names in found.items()}
@@ -65,12 +68,15 @@ def limits_of_modules(
 ) -> dict[str, Limit]:
     """Which targets are left to attentions whose module no other can be called in the place of, to those that hand on
     attention weights, and to feed-forward blocks that have no module; by name. What has no limits is left out."""
-    from rewriter.install.expert_mixing import block_modules
-    from rewriter.install.own_module import read_calls
+    from rewriter.install.call_record import record_calls
+    from rewriter.install.expert_mixing import block_modules, candidates
+    from rewriter.install.own_module import owner_of, read_calls
 
     try:
-        placed = block_modules(model, flow, blocks.sites, *call)
-        read, unread = read_calls(model, flow, matches.sites, *call)
+        owners = dict.fromkeys([*(owner_of(flow, s) for s in matches.sites), *candidates(model, flow, blocks.sites)])
+        records = record_calls(model, owners, *call) if owners else {}
+        placed = block_modules(model, flow, blocks.sites, records)
+        read, unread = read_calls(flow, matches.sites, records)
     except UnsupportedModel:
         return dict.fromkeys([*(s.name for s in matches.sites), *(b.name for b in blocks.sites)], _shares_heads)
     limits: dict[str, Limit] = dict.fromkeys(unread, _shares_heads)
@@ -100,13 +106,17 @@ def _targets(flow: Flow, matches: Matches, site: AttentionSite) -> tuple[str, ..
 
 
 def _without_idle(sites: Sequence[AttentionSite], choices: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
-    """Without targets that keep the top attentions of a model, where these are all that it has."""
-    idle: set[str] = set()
+    """Without targets that keep the top attentions of a model, where these are all that it has or the others share
+    weights with them; and without those that share, where there are more."""
+    shared = sharing(sites)
+    found = dict(choices)
     for name, target in _KEEPING:
         asked = [s for s in sites if name in choices[s.name]]
-        if len(target.keeps(asked)) == len(asked):
-            idle.add(name)
-    return {site: tuple(n for n in names if n not in idle) for site, names in choices.items()}
+        kept = target.keeps(asked)
+        stay = {s.name for s in asked if any(o.name in kept for o in shared[s.name])}
+        bound = stay if len(stay) == len(asked) else stay - kept.keys()
+        found |= {site: tuple(n for n in found[site] if n != name) for site in bound}
+    return found
 
 
 def _of_modules(flow: Flow, matches: Matches, choices: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:

@@ -56,29 +56,29 @@ def prove_blocks(
     kwargs: Mapping[str, Any],
 ) -> tuple[list[Proved], dict[str, str]]:
     """Modules that are proved to be the blocks, and the reason by site name for the others. Nothing is changed."""
-    found = block_modules(model, flow, [r.site for r in replacements], args, kwargs)
+    sites = [r.site for r in replacements]
+    wanted = candidates(model, flow, sites)
+    found = block_modules(model, flow, sites, record_calls(model, wanted, args, kwargs) if wanted else {})
     proved = [Proved(r, *found[r.site.name]) for r in replacements if r.site.name in found]
     why = f"{NO_MODULE}; in an .onnx file of the model it may be possible"
     return proved, {r.site.name: why for r in replacements if r.site.name not in found}
 
 
+def candidates(model: nn.Module, flow: Flow, sites: Sequence[FeedForwardSite]) -> list[str]:
+    """Paths of the modules whose calls `block_modules` asks for."""
+    return sorted({p for site in sites for p in _paths(model, flow, site) if p is not None})
+
+
 def block_modules(
-    model: nn.Module,
-    flow: Flow,
-    sites: Sequence[FeedForwardSite],
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
+    model: nn.Module, flow: Flow, sites: Sequence[FeedForwardSite], records: Mapping[str, CallRecord]
 ) -> dict[str, tuple[str, str | None]]:
     """By site name, the path of the module that is proved to be the block, and None; or of the one that computes its
     hidden layer, and of the one that projects that. Blocks that no module of their own computes are left out."""
-    paths = {site.name: _paths(model, flow, site) for site in sites}
-    wanted = {p for candidates in paths.values() for p in candidates if p is not None}
-    records = record_calls(model, sorted(wanted), args, kwargs) if wanted else {}
     found: dict[str, tuple[str, str | None]] = {}
     for site in sites:
-        whole, first, last = paths[site.name]
-        if _is_block(flow, records.get(whole or ""), site.up.projection.input, site.output):
-            found[site.name] = (whole or "", None)
+        whole, first, last = _paths(model, flow, site)
+        if whole is not None and _is_block(flow, records.get(whole), site.up.projection.input, site.output):
+            found[site.name] = (whole, None)
         elif _is_pair(flow, records, first, last, site):
             found[site.name] = (first or "", last)
     return found

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from passes.dataflow import Flow
 from passes.site import AttentionSite, Operand
 from passes.weights.head_gains import stored_gains
 from rewriter.errors import UnsupportedModel
-from rewriter.install.call_record import record_calls
+from rewriter.install.call_record import CallRecord
 from rewriter.install.protocol import Protocol, read_protocol
 
 
@@ -47,18 +46,17 @@ def obstacles(flow: Flow, sites: Sequence[AttentionSite]) -> dict[str, str]:
 
 
 def read_calls(
-    model: nn.Module, flow: Flow, sites: Sequence[AttentionSite], args: Sequence[Any], kwargs: Mapping[str, Any]
+    flow: Flow, sites: Sequence[AttentionSite], records: Mapping[str, CallRecord]
 ) -> tuple[dict[str, Protocol], dict[str, str]]:
     """By name, how the module that computes each site is called, and why no other could be in its place for the rest.
 
-    Runs the model once. Raises UnsupportedModel if it has no such modules.
+    Args:
+        records: calls of the sites' owners (`owner_of`), by path.
     """
-    owners = {s.name: owner_of(flow, s) for s in sites}
-    records = record_calls(model, dict.fromkeys(owners.values()), args, kwargs)
     read: dict[str, Protocol] = {}
     found: dict[str, str] = {}
     for site in sites:
-        owner = owners[site.name]
+        owner = owner_of(flow, site)
         if (record := records.get(owner)) is None:
             found[site.name] = f"{owner or 'the model'} was not called by the model's forward"
             continue

@@ -118,6 +118,22 @@ def test_blocks_are_offered_what_they_become_where_a_module_computes_them(apart:
             rewriter.optimize(model, "sparse-mixer", example_inputs=(x,))
 
 
+def test_layers_that_share_weights_are_not_offered_what_keeps_some_of_them() -> None:
+    torch.manual_seed(0)
+    layer, x = Thinks(True), torch.randn(2, 12, WIDTH)
+    for layers, able in (([layer] * 3, False), ([Thinks(True), layer, layer], True)):
+        model = nn.Sequential(*layers).eval()
+        offered = rewriter.inspect(model, example_inputs=(x,)).targets
+        assert any("fnet-hybrid" in names for names in offered.values()) is able
+        assert any("sparse-mixer" in names for name, names in offered.items() if "block" in name) is able
+        for target in ("fnet-hybrid", "sparse-mixer"):
+            if able:
+                rewriter.optimize(model, target, example_inputs=(x,))
+            else:
+                with pytest.raises(NothingToRewrite, match="shares its weights"):
+                    rewriter.optimize(model, target, example_inputs=(x,))
+
+
 def test_layers_without_positions_are_given_them_and_use_none(tmp_path: Path) -> None:
     from transformers import SmolLM3Config, SmolLM3ForCausalLM
 
