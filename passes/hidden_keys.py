@@ -18,9 +18,13 @@ SMALL = -HIDES / 10
 """What is added to scores beside a mask hides nothing, and uncovers nothing, up to this."""
 
 
+_JOINS = {"mask": "And", "unmask": "Or"}
+"""What makes one of two conditions that hide keys each, by the kind of modifier they make."""
+
+
 def told_by(flow: Flow, modifier: Modifier) -> Modifier:
     """A mask or bias whose value, higher up, is smaller and hides the same keys: without biases that are added to it or
-    stand beside it, and before it is spread over heads and queries."""
+    stand beside it, without conditions that hide no key, and before it is spread over heads and queries."""
     while (nearer := _nearer(flow, modifier)) is not None:
         modifier = nearer
     return modifier
@@ -49,7 +53,28 @@ def _told_before(flow: Flow, modifier: Modifier, node: Node) -> Modifier | None:
         return _beside(flow, modifier, node)
     if modifier.kind == "bias" and node.op == "Where":
         return _condition(flow, modifier, node)
+    if modifier.kind in _JOINS and node.op == _JOINS[modifier.kind]:
+        return _joined(flow, modifier, node)
+    if modifier.kind in _JOINS and node.op == "Not":
+        return replace(modifier, kind="mask" if modifier.kind == "unmask" else "unmask", value=node.inputs[0])
     return None
+
+
+def _joined(flow: Flow, modifier: Modifier, node: Node) -> Modifier | None:
+    """The fed one of two conditions whose other hides no key: one of queries alone, or of which keys are near."""
+    fed = [v for v in node.inputs if flow.is_fed(v)]
+    others = [v for v in node.inputs if not flow.is_fed(v)]
+    if len(fed) != 1 or not all(_shows_all(flow, modifier, v) for v in others):
+        return None
+    return replace(modifier, value=fed[0])
+
+
+def _shows_all(flow: Flow, modifier: Modifier, value: Value) -> bool:
+    """Whether a condition made of lengths alone hides nothing. One that has a column for each key and a single row
+    might, in longer sequences."""
+    seen = np.asarray(flow.value(value), dtype=bool) ^ (modifier.kind == "unmask")
+    by_key_alone = seen.ndim > 0 and seen.shape[-1] > 1 and (seen.ndim < 2 or seen.shape[-2] == 1)
+    return bool(seen.all()) and not by_key_alone
 
 
 def _beside(flow: Flow, modifier: Modifier, node: Node) -> Modifier | None:
@@ -120,6 +145,24 @@ def more_than_hidden_keys(flow: Flow, site: AttentionSite) -> str | None:
     counts = shown[:, None, keys - queries :, None]
     if bool(((kept != wanted) & counts).any()):
         return "its mask is more than an order of tokens and keys that are hidden from all queries"
+    return rows_from_outside(flow, site)
+
+
+def hiding(flow: Flow, site: AttentionSite) -> list[Modifier]:
+    """The site's masks and biases that depend on what is fed, and so may hide tokens: as little of them as tells it."""
+    return [told_by(flow, m) for m in site.modifiers if m.value is not None and flow.is_fed(m.value)]
+
+
+def padding_obstacle(flow: Flow, site: AttentionSite) -> str | None:
+    """Why padding cannot be told, None if it can."""
+    for modifier in hiding(flow, site):
+        rank = len(flow.shape(modifier.value or ""))
+        if (
+            rank not in (2, 4)
+            or modifier.apart is not None
+            or (modifier.kind == "bias" and (modifier.number or 0) <= 0)
+        ):
+            return "its masks are not laid out by batch, head, query and key, so which tokens are padding is not told"
     return rows_from_outside(flow, site)
 
 

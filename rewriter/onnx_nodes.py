@@ -36,6 +36,14 @@ class NodeWriter:
         nodes.append(node)
         return node.outputs[0]
 
+    def again(self, nodes: list[ir.Node], node: ir.Node, inputs: list[ir.Value]) -> ir.Value:
+        """Append a copy of a standard operator with one output, on other inputs."""
+        name = node.outputs[0].name or node.op_type
+        copy = ir.Node("", node.op_type, inputs, list(node.attributes.values()), num_outputs=1)
+        copy.name, copy.outputs[0].name = self.unique(f"{name}/{node.op_type}"), self.unique(name)
+        nodes.append(copy)
+        return copy.outputs[0]
+
     def ints(self, numbers: list[int], name: str) -> ir.Value:
         return self.constant(np.array(numbers, np.int64), name)
 

@@ -30,10 +30,11 @@ from codegen.ops.linear_mixing import onnx_body as linear
 from codegen.ops.mixed_chunk_attention import onnx_body as chunked
 from codegen.spec import FourierMixing, GatedAttention, GatedUnit, LinearMixing, MixedChunkAttention, TokenMixing
 from passes.dataflow import Value
+from passes.hidden_keys import hiding
 from passes.sublayer import Sublayer
 from passes.targets.replacement import Replacement
 from rewriter.install.onnx_editor import Editor
-from rewriter.install.onnx_padding import hiding, shown_tokens
+from rewriter.install.onnx_padding import shown_tokens
 
 ADDED_BIAS = {"SkipLayerNormalization": 4, "SkipSimplifiedLayerNormalization": 3}
 """Fused operators that add an output projection's bias themselves, and the input that is the bias."""

@@ -6,13 +6,13 @@ from codegen.conditional import ConditionalAttention
 from codegen.sight import Pattern, Sight
 from codegen.spec import MixtureOfExperts
 from passes.dataflow import Flow, Value, unflattened
+from passes.hidden_keys import padding_obstacle
 from passes.site import AttentionSite, Operand
 from passes.targets.block import BlockReplacement
 from passes.targets.replacement import Replacement
 from passes.token_blocks import PARTED, parted_behind
 from rewriter.capture.onnx_file import OnnxCapture
 from rewriter.install.onnx_linear import linear_obstacle
-from rewriter.install.onnx_padding import padding_obstacle
 
 _WRITABLE = frozenset({("bh", "s", "d"), ("hb", "s", "d"), ("b", "s", "hd")})
 MODULES = "is installed in torch modules only: rewrite the module the file was exported from"

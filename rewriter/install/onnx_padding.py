@@ -1,6 +1,7 @@
 """Which tokens are padding, as a value of a file's graph: told by the masks of a matched attention.
 
-Matching has seen that these hide keys from all queries and heads alike; here that is written down for any input.
+Matching has seen that these hide keys from all queries and heads alike; here that is written down for any input, as
+far as possible without a row for each query, of which long sequences have too many.
 """
 
 from __future__ import annotations
@@ -8,30 +9,13 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from passes.dataflow import Flow, Value
-from passes.hidden_keys import HIDES, rows_from_outside, told_by
+from passes.hidden_keys import HIDES, hiding
 from passes.site import AttentionSite, Modifier
+from rewriter.install.onnx_one_row import one_row
 from rewriter.onnx_nodes import NodeWriter
 
 AXES_ARE_INPUT = 18
 """The opset from which ReduceMax takes its axes as an input."""
-
-
-def hiding(flow: Flow, site: AttentionSite) -> list[Modifier]:
-    """The site's masks and biases that depend on what is fed, and so may hide tokens: as little of them as tells it."""
-    return [told_by(flow, m) for m in site.modifiers if m.value is not None and flow.is_fed(m.value)]
-
-
-def padding_obstacle(flow: Flow, site: AttentionSite) -> str | None:
-    """Why padding cannot be told, None if it can."""
-    for modifier in hiding(flow, site):
-        rank = len(flow.shape(modifier.value or ""))
-        if (
-            rank not in (2, 4)
-            or modifier.apart is not None
-            or (modifier.kind == "bias" and (modifier.number or 0) <= 0)
-        ):
-            return "its masks are not laid out by batch, head, query and key, so which tokens are padding is not told"
-    return rows_from_outside(flow, site)
 
 
 def shown_tokens(
@@ -39,7 +23,8 @@ def shown_tokens(
 ) -> ir.Value | None:
     """bool [B or 1, S], False for padding; None where nothing hides any. `values` are those of `hiding`, in order."""
     found: ir.Value | None = None
-    for modifier, value in zip(hiding(flow, site), values, strict=True):
+    for modifier, mask in zip(hiding(flow, site), values, strict=True):
+        value = one_row(write, nodes, flow, mask) or mask
         keys = _by_key(write, nodes, flow, site.name, modifier, value, opset)
         found = keys if found is None else write.op(nodes, "And", [found, keys], f"{site.name}.shown")
     return found

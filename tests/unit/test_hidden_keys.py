@@ -66,3 +66,31 @@ def test_what_was_not_recorded_is_not_read() -> None:
     recorded = Recorded()
     unread = replace(recorded.flow(), read={"sum": recorded.values["sum"]}.__getitem__)
     assert told_by(unread, Modifier("bias", "sum", 1.0)).value == "sum"
+
+
+def conditions(other: np.ndarray[Any, Any], kind: str) -> Modifier:
+    """What tells of a mask that is joined with a condition made of lengths alone."""
+    mask = np.ones((BATCH, 1, 1, TOKENS), bool)
+    mask[1, ..., 2:] = False
+    whole = mask & other
+    values = {"mask": mask, "hidden": ~mask, "other": other if kind == "mask" else ~other}
+    values["joined"] = whole if kind == "mask" else ~whole
+    given = {"mask": ("mask",), "unmask": ("hidden",)}[kind]
+    steps = [("Not", ("mask",), "hidden"), ("And" if kind == "mask" else "Or", ("other", *given), "joined")]
+
+    def unrun(given: object) -> Any:
+        raise AssertionError("what was recorded is read")
+
+    nodes = tuple(Node(i, op, "", {}, read, (made,), unrun) for i, (op, read, made) in enumerate(steps))
+    constant = {"other": Weight("other", other.shape, "bool", 1)}
+    return told_by(Flow(nodes, ("mask",), ("joined",), constant, values.__getitem__), Modifier(kind, "joined", LEAST))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["mask", "unmask"])
+def test_conditions_that_hide_no_key_are_left_out(kind: str) -> None:
+    every = np.ones((1, 1, TOKENS, 1), bool)
+    assert conditions(every, kind) == Modifier("mask", "mask", LEAST)
+    for hides in (np.tri(TOKENS, dtype=bool)[None, None], np.arange(TOKENS)[None, None, None] < 3):
+        assert conditions(hides, kind).value == "joined"
+    in_longer_ones = np.ones((1, 1, 1, TOKENS), bool)  # may be keys up to a limit
+    assert conditions(in_longer_ones, kind).value == "joined"
