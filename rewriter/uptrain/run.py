@@ -116,7 +116,7 @@ def _recipe(recipe: Recipe | None, steps: int | None, fraction: float | None, to
 def _module(model: Any, who: str) -> Any:
     import torch
 
-    from rewriter.torch_rewrite import require_plain
+    from rewriter.capture.plain_module import require_plain
 
     if isinstance(model, (str, Path)):
         from rewriter.install.persistence import load

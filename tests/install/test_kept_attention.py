@@ -216,7 +216,7 @@ def test_encoder_decoders_generate_with_shared_self_and_cross_attention(
         def never(*args: Any, **kwargs: Any) -> None:
             raise UnsupportedModel("this test lets no module be rebuilt")
 
-        monkeypatch.setattr("rewriter.torch_rewrite.install", never)
+        monkeypatch.setattr("rewriter.install.module_sites.install", never)
     module, new = optimized(case)
     report = new.rewrite_report
     assert len(report.sites) == case.sites and all((KEEPS in " ".join(row.notes)) is kept for row in report.sites)

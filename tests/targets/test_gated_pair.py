@@ -16,8 +16,8 @@ from codegen.ops.token_mixing import token_mixing as oracle
 from passes.targets.catalogue import find
 from passes.targets.gated_pair import SEEN, GatedPair, UnitBlocks, gated_pair
 from passes.targets.gated_unit import GatedUnit
-from rewriter import torch_rewrite
 from rewriter.errors import UsageError
+from rewriter.install import module_sites
 from rewriter.install.token_mixer import token_mixers
 from rewriter.install.unit_block import NO_UNIT, unit_blocks
 from tests.targets.lossless_twin import run_file
@@ -144,7 +144,7 @@ def test_untrained_second_units_get_gradients() -> None:
 
 def test_a_causal_block_without_a_unit_before_it_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its state would be lost between the tokens of an answer."""
-    monkeypatch.setattr(torch_rewrite, "_mix_one", lambda *_: None)  # attentions stay
+    monkeypatch.setattr(module_sites, "_mix_one", lambda *_: None)  # attentions stay
     model = rewritten(ZOO["gpt2-sdpa"], "gau:pair", verify=False)
     assert not unit_blocks(model) and {r.reason for r in model.rewrite_report.refused} == {NO_UNIT}
 
