@@ -13,145 +13,28 @@ numbers.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from passes.contents import Contents
-from passes.dataflow import CONTRACTIONS, LAYOUT, Array, Flow, Node, Value
-from passes.projections import einsum_features, layout_of
-
-NORMS = frozenset(
-    {"LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization", "LpNormalization", "GroupNormalization"}
+from passes.dataflow import LAYOUT, Array, Flow, Node, Value
+from passes.forms import Form, NormKind, Opaque, Source, SourceKind, mapped, rotate, total, turned
+from passes.operator_kinds import (
+    AVERAGING,
+    CHOOSERS,
+    COMPLEX_VIEWS,
+    NORMS,
+    PASS_THROUGH,
+    POOLING,
+    SCATTERING,
+    data_operands,
 )
-PASS_THROUGH = frozenset({"Cast", "CastLike", "Identity", "Dropout", "QuantizeLinear", "DequantizeLinear"})
-"""Operators that keep every element, up to rounding."""
-
-CHOOSERS: Mapping[str, tuple[int, ...]] = {
-    "Gather": (1,), "GatherND": (1,), "GatherElements": (1,), "ScatterND": (1,), "ScatterElements": (1,),
-    "Where": (0,), "MaskedFill": (1, 2),
-}  # fmt: skip
-"""Inputs that say which elements an operator takes: indices and conditions."""
-
-COMPLEX_VIEWS = frozenset({"ViewAsComplex", "ViewAsReal"})
-"""Pairs of features seen as complex numbers and back; the form of a complex value keeps the axis of pairs."""
-
-NormKind = Literal["rms", "layer", "l2", "clip"]
-SourceKind = Literal["projection", "biased", "norm", "input"]
-
-
-_POOLING = frozenset({"amax", "ReduceMax", "MaxPool", "max_pool1d", "max_pool2d"})
-_AVERAGING = frozenset({"mean", "ReduceMean", "AveragePool", "avg_pool1d", "avg_pool2d", "adaptive_avg_pool2d"})
-_SCATTERING = frozenset({"index_add", "index_copy", "scatter", "scatter_add", "scatter_reduce", "index_put"})
-
-
-class Opaque(Exception):
-    """Provenance ends at a node whose effect on elements is not affine in one source.
-
-    Attributes:
-        node: where; None for a value that no node produces.
-    """
-
-    def __init__(self, reason: str, node: Node | None = None) -> None:
-        super().__init__(reason)
-        self.node = node
-
-
-@dataclass(frozen=True)
-class Source:
-    """One tensor whose elements ids point to: ``id - base`` is the flat index into `value`.
-
-    Attributes:
-        kind: "biased" is a re-layout of a projection to which a constant is added that depends on its columns only.
-        norm: which norm, where `kind` is "norm"; a clamp, which treats every feature alike, counts as one.
-        under: what is normalised, or what the constant is added to.
-        bias: that constant.
-        bias_index: [features] flat position in `bias` for each column of the projection, -1 where it is not reached.
-    """
-
-    value: Value
-    kind: SourceKind
-    shape: tuple[int, ...]
-    base: int
-    norm: NormKind | None = None
-    under: Value | None = None
-    bias: Value | None = None
-    bias_index: Array | None = None
-
-    @cached_property
-    def size(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64))
-
-    def holds(self, ids: Array) -> Array:
-        return (ids >= self.base) & (ids < self.base + self.size)
-
-
-@dataclass(frozen=True)
-class Form:
-    """The affine form of one value; all arrays have its shape. `bias` is None when it is zero everywhere."""
-
-    ids: tuple[Array, ...]
-    coefficients: tuple[Array, ...]
-    bias: Array | None
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.ids[0].shape)
-
-    @property
-    def plain(self) -> bool:
-        """Whether it is elements of sources as they are: a mere re-layout."""
-        return len(self.ids) == 1 and self.bias is None and not (self.coefficients[0] != 1).any()
-
-    def scaled(self, factor: Array) -> Form:
-        shape = np.broadcast_shapes(self.shape, factor.shape)
-        wide = self.broadcast(shape)
-        bias = None if wide.bias is None else wide.bias * factor
-        return Form(wide.ids, tuple(c * factor for c in wide.coefficients), bias)
-
-    def broadcast(self, shape: tuple[int, ...]) -> Form:
-        if shape == self.shape:
-            return self
-        bias = None if self.bias is None else np.broadcast_to(self.bias, shape)
-        return Form(
-            tuple(np.broadcast_to(i, shape) for i in self.ids),
-            tuple(np.broadcast_to(c, shape) for c in self.coefficients),
-            bias,
-        )
-
-    def plus(self, other: Form) -> Form:
-        """The sum; an element that both have at one place is one term with their coefficients added."""
-        shape = np.broadcast_shapes(self.shape, other.shape)
-        a, b = self.broadcast(shape), other.broadcast(shape)
-        ids, coefficients = list(a.ids), list(a.coefficients)
-        for term, coefficient in zip(b.ids, b.coefficients, strict=True):
-            same = next((i for i, own in enumerate(a.ids) if np.array_equal(own, term)), None)
-            if same is None:
-                ids.append(term)
-                coefficients.append(coefficient)
-            else:
-                coefficients[same] = coefficients[same] + coefficient
-        return Form(tuple(ids), tuple(coefficients), _sum(a.bias, b.bias))
-
-    def evaluate(self, flow: Flow, sources: Sequence[Source]) -> Array:
-        """The value this form denotes, float64, from the recorded sources."""
-        total = np.zeros(self.shape) if self.bias is None else np.array(self.bias, dtype=np.float64)
-        for ids, coefficients in zip(self.ids, self.coefficients, strict=True):
-            for source in sources:
-                here = source.holds(ids)
-                if here.any():
-                    flat = np.asarray(flow.value(source.value), dtype=np.float64).reshape(-1)
-                    total += np.where(here, flat[np.where(here, ids - source.base, 0)] * coefficients, 0.0)
-        return total
-
-
-def _sum(a: Array | None, b: Array | None) -> Array | None:
-    if a is None or b is None:
-        return b if a is None else a
-    return np.asarray(a + b)
+from passes.projections import layout_of
+from passes.whole_projection import projection_at
+from passes.written_norms import recognise_norm
 
 
 class Memory:
@@ -261,19 +144,19 @@ class Tracer:
                 node,
             )
         largest = node.op == "Max" and len(node.inputs) == 1  # along an axis, not of two values
-        if largest or node.op.rpartition(".")[2] in _POOLING:
+        if largest or node.op.rpartition(".")[2] in POOLING:
             raise Opaque(
                 "the largest of several numbers is taken between projection and score (pooling), so heads are no "
                 "linear map of one token; leave this attention as it is (layers= selects others)",
                 node,
             )
-        if node.op.rpartition(".")[2] in _AVERAGING:
+        if node.op.rpartition(".")[2] in AVERAGING:
             raise Opaque(
                 "tokens are averaged between projection and score (landmarks, as in Nyström attention, or pooling), so "
                 "no single token is compared; leave this attention as it is (layers= selects others)",
                 node,
             )
-        scatters = node.op.rpartition(".")[2].rstrip("_") in _SCATTERING
+        scatters = node.op.rpartition(".")[2].rstrip("_") in SCATTERING
         if scatters and not any(self.flow.data_dependent(v) for v in node.inputs[1:-1] if v):
             raise Opaque(
                 "new tokens are written at given places into a tensor that holds all (a cache of fixed size); heads "
@@ -337,7 +220,7 @@ class Tracer:
 
     def _sum_of_pairs(self, node: Node, axis: int) -> Form:
         form, shape = self.trace(node.inputs[0]), self.flow.shape(node.outputs[0])
-        first, second = (_map(form, lambda a, at=at: a.take(at, axis=axis).reshape(shape)) for at in (0, 1))  # type: ignore[misc]
+        first, second = (mapped(form, lambda a, at=at: a.take(at, axis=axis).reshape(shape)) for at in (0, 1))  # type: ignore[misc]
         return first.plus(second)
 
     def _norm(self, node: Node, value: Value) -> Form:
@@ -417,7 +300,7 @@ class Tracer:
             raise Opaque(f"{node.op} of values that no projection reaches", node)
         form, other = (self.trace(a), self.flow.value(b)) if deep[0] else (self.trace(b), self.flow.value(a))
         if np.iscomplexobj(other):
-            return _turned(form, other, node)
+            return turned(form, other, node)
         constant = np.asarray(other, dtype=np.float64)
         if node.op == "Mul":
             return form.scaled(constant)
@@ -434,7 +317,7 @@ class Tracer:
             sign = 1.0
         shape = np.broadcast_shapes(form.shape, constant.shape)
         form = form.broadcast(shape)
-        return Form(form.ids, form.coefficients, _sum(form.bias, np.broadcast_to(sign * constant, shape)))
+        return Form(form.ids, form.coefficients, total(form.bias, np.broadcast_to(sign * constant, shape)))
 
     def _bias_index(self, form: Form, other: Value) -> Array | None:
         """Where in the constant `other` each column of a projection finds what is added to it behind some layout.
@@ -476,7 +359,7 @@ class Tracer:
         fill = np.asarray(self.flow.value(node.inputs[2]), dtype=np.float64)
         kept = form.scaled((~mask).astype(np.float64))
         added = np.broadcast_to(np.where(mask, fill, 0.0), kept.shape)
-        return Form(kept.ids, kept.coefficients, _sum(kept.bias, added) if added.any() else kept.bias)
+        return Form(kept.ids, kept.coefficients, total(kept.bias, added) if added.any() else kept.bias)
 
     def _require_free_choice(self, node: Node) -> None:
         """Elements that hidden states choose come from elsewhere on every other input."""
@@ -531,192 +414,3 @@ class _CoefficientsOf:
 
     def __call__(self, form: Form) -> Array:
         return form.coefficients[self.term] if self.term < len(form.ids) else np.zeros(form.shape)
-
-
-def data_operands(node: Node) -> range | tuple[int, ...]:
-    """Positions of the inputs that a layout node takes elements from (not shapes, indices or conditions)."""
-    if node.op == "Concat":
-        return range(len(node.inputs))
-    if node.op == "Where":
-        return (1, 2)
-    if node.op in {"ScatterND", "ScatterElements"}:
-        return (0, 2)
-    if node.op in {"SliceScatter", "SelectScatter"}:
-        return (0, 1)
-    return (0,)
-
-
-def projection_at(flow: Flow, value: Value) -> tuple[Node, Value | None] | None:
-    """(contraction, bias value) if `value` is a learned projection's complete output, bias included.
-
-    A contraction whose only reader adds a constant vector is one source with it: a bias that is added
-    before a rotation gets rotated.
-    """
-    if value not in flow.projections:
-        flow.projections[value] = _find_projection(flow, value)
-    return flow.projections[value]
-
-
-def _find_projection(flow: Flow, value: Value) -> tuple[Node, Value | None] | None:
-    node = flow.producer(value)
-    if node is None:
-        return None
-    if flow.projection_operands(node) is not None:
-        matrix = rounded(flow, value)
-        readers = flow.readers(matrix)
-        if len(readers) == 1 and _bias_of(flow, readers[0], matrix, _features(flow, node)) is not None:
-            return None
-        held = node.op in {"Gemm", "Linear"} and len(node.inputs) > 2 and node.attrs.get("beta", 1.0) != 0
-        bias = node.inputs[2] if held and node.inputs[2] else None
-        return node, bias
-    if node.op == "Add":
-        for matrix in node.inputs:
-            inner = flow.producer(unrounded(flow, matrix))
-            if inner is not None and flow.projection_operands(inner) is not None:
-                bias = _bias_of(flow, node, matrix, _features(flow, inner))
-                if bias is not None and len(flow.readers(matrix)) == 1:
-                    return inner, bias
-    return None
-
-
-def unrounded(flow: Flow, value: Value) -> Value:
-    """What was quantised and dequantised to give `value`; itself if nothing was."""
-    node = flow.producer(value)
-    if node is not None and node.op == "DequantizeLinear":
-        before = flow.producer(node.inputs[0])
-        if before is not None and before.op == "QuantizeLinear":
-            return before.inputs[0]
-    return value
-
-
-def rounded(flow: Flow, value: Value) -> Value:
-    """`value` after a quantisation and dequantisation that are its only reader; itself if there is none."""
-    readers = flow.readers(value)
-    if len(readers) == 1 and readers[0].op == "QuantizeLinear":
-        after = flow.readers(readers[0].outputs[0])
-        if len(after) == 1 and after[0].op == "DequantizeLinear":
-            return after[0].outputs[0]
-    return value
-
-
-def _features(flow: Flow, node: Node) -> int:
-    """Output features of a projection, from its weight."""
-    operands = flow.projection_operands(node)
-    assert operands is not None
-    shape = flow.shape(node.inputs[operands[1]])
-    if node.op == "Einsum":
-        return einsum_features(node, operands[1], shape)
-    if len(shape) == 1:  # packed
-        return int(node.attrs.get("N", 0))
-    if node.op != "Conv" and len(shape) > 2:  # a stack of matrices, one for each head
-        return int(np.prod(shape)) // shape[-1 if node.attrs.get("transB", 0) else -2]
-    return shape[0 if node.op in {"Linear", "Conv"} or node.attrs.get("transB", 0) else -1]
-
-
-def _bias_of(flow: Flow, node: Node, matrix: Value, features: int) -> Value | None:
-    if node.op != "Add" or matrix not in node.inputs:
-        return None
-    other = node.inputs[1 - node.inputs.index(matrix)]
-    if not flow.is_constant(other):
-        return None
-    shape = flow.shape(other)
-    return other if shape and shape[-1] == features and int(np.prod(shape)) == features else None
-
-
-def recognise_norm(flow: Flow, node: Node) -> tuple[NormKind, Value] | None:
-    """(kind, normed value) if this Mul or Div is where a norm written out in parts leaves its input.
-
-    Decided on recorded numbers: the result's rows must be the input's rows, centred or not, over their
-    root mean square or length.
-    """
-    if node.op not in {"Mul", "Div"}:
-        return None
-    for position in (0, 1) if node.op == "Mul" else (0,):
-        statistic = flow.value(node.inputs[1 - position])
-        operand = node.inputs[position]
-        array = np.asarray(flow.value(operand), dtype=np.float64)
-        if statistic.ndim != array.ndim or array.shape[-1] == 1 or (statistic != statistic[..., :1]).any():
-            continue
-        result = np.asarray(flow.value(node.outputs[0]), dtype=np.float64)
-        for kind in ("rms", "l2"):
-            if _is_normed(result, array, kind):
-                centred = _centred_from(flow, operand)
-                if centred is not None and kind == "rms":
-                    return "layer", centred
-                return ("rms" if kind == "rms" else "l2"), operand
-    return None
-
-
-def _is_normed(result: Array, array: Array, kind: str) -> bool:
-    energy = (array * array).mean(-1) if kind == "rms" else (array * array).sum(-1)
-    after = (result * result).mean(-1) if kind == "rms" else (result * result).sum(-1)
-    # x / sqrt(m + eps) has mean square m / (m + eps): one small eps must explain every row that is not zero
-    shown = energy > 0
-    if not shown.any() or (after[~shown] != 0).any() or (after[shown] == 0).any():
-        return False
-    epsilon = energy[shown] / after[shown] - energy[shown]
-    return bool((np.abs(epsilon) <= 1e-3 * energy[shown] + 2e-5).all())
-
-
-def _centred_from(flow: Flow, value: Value) -> Value | None:
-    node = flow.producer(value)
-    if node is None or node.op != "Sub" or not flow.data_dependent(node.inputs[1]):
-        return None
-    inner = np.asarray(flow.value(node.inputs[0]), dtype=np.float64)
-    centred = np.asarray(flow.value(value), dtype=np.float64)
-    scale = np.abs(inner).max() + 1e-12
-    return node.inputs[0] if np.abs(inner - inner.mean(-1, keepdims=True) - centred).max() < 1e-5 * scale else None
-
-
-def _turned(form: Form, factor: Array, node: Node) -> Form:
-    """A form of pairs (..., 2) times complex numbers: (a + ib)(c + is) = (ac - bs) + i(bc + as)."""
-    if node.op != "Mul" or form.shape[-1] != 2:
-        raise Opaque("complex numbers are combined other than by a product", node)
-    real, imaginary = (np.asarray(p, dtype=np.float64)[..., None] for p in (factor.real, factor.imag))
-    swapped = _map(form, lambda a: a[..., ::-1])
-    return form.scaled(real).plus(swapped.scaled(imaginary * np.array([-1.0, 1.0])))
-
-
-def rotate(form: Form, cos: Array, sin: Array, interleaved: bool, num_heads: int) -> Form:
-    """Apply a rotary embedding with caches [B, S, r/2] to a form [B, H, S, D] or [B, S, H * D]."""
-    flat = len(form.shape) == 3
-    split = form
-    if flat:
-        batch, length, features = form.shape
-        shape = (batch, length, num_heads, features // num_heads)
-        split = _map(form, lambda a: a.reshape(shape).transpose(0, 2, 1, 3))
-    half = cos.shape[-1]
-    pairs = np.arange(2 * half)
-    if interleaved:
-        partner, slot = pairs ^ 1, pairs // 2
-        first = pairs % 2 == 0
-    else:
-        partner, slot = (pairs + half) % (2 * half), pairs % half
-        first = pairs < half
-    rest = np.arange(2 * half, split.shape[-1])
-    tail = (*cos.shape[:-1], len(rest))
-    own = np.concatenate([cos[..., slot], np.ones(tail)], -1)[:, None]
-    other = np.concatenate([np.where(first, -1.0, 1.0) * sin[..., slot], np.zeros(tail)], -1)[:, None]
-    index = np.concatenate([partner, rest])
-    turned = split.scaled(own).plus(_map(split, lambda a: a[..., index]).scaled(other))
-    if not flat:
-        return turned
-    return _map(turned, lambda a: a.transpose(0, 2, 1, 3).reshape(form.shape))
-
-
-def _map(form: Form, move: Callable[[Array], Array]) -> Form:
-    bias = None if form.bias is None else move(form.bias)
-    return Form(tuple(move(i) for i in form.ids), tuple(move(c) for c in form.coefficients), bias)
-
-
-__all__ = [
-    "CONTRACTIONS",
-    "Form",
-    "Opaque",
-    "Source",
-    "Tracer",
-    "cache_root",
-    "data_operands",
-    "projection_at",
-    "recognise_norm",
-]

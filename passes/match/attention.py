@@ -19,7 +19,8 @@ from passes.match.score_terms import total_bias
 from passes.match.scores import ScorePath, anchors, score_path
 from passes.match.verdicts import TOO_LARGE, FreeQuery, NotUnderstood, Unrelated
 from passes.match.without_softmax import without_softmax
-from passes.provenance import PASS_THROUGH, Memory, Tracer
+from passes.operator_kinds import PASS_THROUGH
+from passes.provenance import Memory, Tracer
 from passes.replay import Replay, replay, tolerance
 from passes.site import AttentionSite, Modifier, NotAttention, Projection, Refusal
 

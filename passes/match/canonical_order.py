@@ -7,9 +7,9 @@ from copy import copy
 import numpy as np
 
 from passes.dataflow import Array
+from passes.forms import Source
 from passes.match.origins import Turn
 from passes.match.verdicts import NotUnderstood
-from passes.provenance import Source
 
 Axes = tuple[str, ...]
 

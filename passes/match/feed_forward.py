@@ -7,28 +7,24 @@ the block's recorded output from its recorded input.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from passes.contents import Contents
-from passes.dataflow import LAYOUT, Array, Flow, Node, Value
+from passes.dataflow import Array, Flow, Node, Value
 from passes.feed_forward_site import Activation, FeedForwardSite, HiddenInput
+from passes.match.feed_forward_activation import Reading, Readings
 from passes.match.feed_forward_blocks import Block, blocks, mixtures
+from passes.match.feed_forward_inside import Inside
 from passes.match.linear_map import linear_map
 from passes.match.names import common_scope, exporter_scope, layer_of
-from passes.match.roundings import Rounding, executed, operand_roundings, quantizer_of
+from passes.match.roundings import executed, operand_roundings
 from passes.match.verdicts import NotUnderstood, Unrelated
 from passes.nonlinearities import NONLINEARITIES
-from passes.provenance import PASS_THROUGH, data_operands
 from passes.replay import TOLERANCES, relative
 from passes.site import Projection, Refusal
-
-_NAMING_TOLERANCE = {"float64": 2e-5, "float32": 2e-5}
-"""How far the program's activation may be from a named one, relative to values above 1; other dtypes store constants
-with few digits (the two usual forms of GELU are 5e-4 apart)."""
-_COARSE = 4e-3
 
 
 @dataclass(frozen=True)
@@ -47,7 +43,7 @@ def find_feed_forward(flow: Flow, taken: Iterable[str] = ()) -> FeedForwards:
         taken: names of attentions; a block inside whose scope one lies is not named after that scope alone.
     """
     names = _Names(flow, frozenset(taken))
-    readings = _Readings(Contents(flow))
+    readings = Readings(Contents(flow))
     sites: list[FeedForwardSite] = []
     refusals: dict[tuple[str, str], Refusal] = {}
 
@@ -99,11 +95,11 @@ def _alike(a: FeedForwardSite, b: FeedForwardSite) -> bool:
 # ------------------------------------------------------------------ one block
 
 
-def _match(flow: Flow, block: Block, readings: _Readings, name: str, layer: int, owner: str) -> FeedForwardSite:
+def _match(flow: Flow, block: Block, readings: Readings, name: str, layer: int, owner: str) -> FeedForwardSite:
     """Raises NotUnderstood with the refusal's reason, Unrelated where there is no nonlinearity at all."""
     if block.obstacle is not None:
         raise NotUnderstood(block.obstacle)
-    inside = _Inside.of(flow, block)
+    inside = Inside.of(flow, block)
     reading = readings.of(inside)
     factors = [HiddenInput(inside.projections[s.source], s.columns) for s in inside.slots]
     gate = factors[reading.gate] if reading.gate is not None else None
@@ -140,335 +136,10 @@ def _nodes(flow: Flow, block: Block) -> tuple[int, ...]:
     return tuple(sorted(ends))
 
 
-@dataclass(frozen=True)
-class _Slot:
-    """One projected number that a hidden feature is a function of.
-
-    Attributes:
-        source: which projection.
-        columns: [hidden] its column.
-    """
-
-    source: int
-    columns: Array
-
-
-@dataclass(frozen=True)
-class _Inside:
-    """What lies between the projections of one block.
-
-    Attributes:
-        projections: with biases that are added further on taken in.
-        shapes: of their complete outputs.
-        slots: one in a plain block, two in a gated one.
-        biases: (node, input) of those biases.
-    """
-
-    flow: Flow
-    block: Block
-    projections: tuple[Projection, ...]
-    shapes: tuple[tuple[int, ...], ...]
-    slots: tuple[_Slot, ...]
-    biases: frozenset[tuple[int, int]]
-
-    @staticmethod
-    def of(flow: Flow, block: Block) -> _Inside:
-        projections = tuple(linear_map(flow, flow.nodes[i]) for i in block.projections)
-        shapes = tuple((*flow.shape(p.input)[:-1], p.features) for p in projections)
-        indices = _Indices(flow, block, projections, shapes)
-        slots = indices.slots()
-        return _Inside(flow, block, indices.projections, shapes, slots, frozenset(indices.biases))
-
-    @property
-    def rows(self) -> int:
-        return int(np.prod(self.shapes[0][:-1], dtype=np.int64))
-
-    def hidden(self, projected: Iterable[Array]) -> Array:
-        """[rows, hidden], float32: the program's own nodes on these projected numbers ([rows, features] each)."""
-        values = {
-            v: np.asarray(p, dtype=np.float32).reshape(s)
-            for v, p, s in zip(self.block.sources, projected, self.shapes, strict=True)
-        }
-        for index in self.block.inner:
-            node = self.flow.nodes[index]
-            values.update(zip(node.outputs, self._step(node, values), strict=False))
-        return np.asarray(values[self.block.hidden]).reshape(self.rows, -1)
-
-    def _step(self, node: Node, values: Mapping[Value, Array]) -> tuple[Array, ...]:
-        if node.op in PASS_THROUGH:
-            x = values[node.inputs[0]]
-            quantize = quantizer_of(self.flow, node)
-            x = x if quantize is None else executed(self.flow, [Rounding(quantize, 1.0, 0)], x).astype(np.float32)
-            return (x.astype(np.float32) if x.dtype == np.bool_ else x,)
-        arguments = [self._argument(node, i, v, values) for i, v in enumerate(node.inputs)]
-        with np.errstate(all="ignore"):
-            return node.evaluate(arguments)
-
-    def _argument(self, node: Node, position: int, value: Value, values: Mapping[Value, Array]) -> Array | None:
-        if not value:
-            return None
-        if value in values:
-            return values[value]
-        constant = self.flow.value(value)
-        return np.zeros_like(constant) if (node.index, position) in self.biases else constant
-
-
-class _Indices:
-    """Runs the layout operators of one block on indices; every other operator is taken for elementwise, which running
-    it on numbers will confirm or not."""
-
-    def __init__(
-        self, flow: Flow, block: Block, projections: tuple[Projection, ...], shapes: tuple[tuple[int, ...], ...]
-    ) -> None:
-        self.flow, self.block, self.projections, self.shapes = flow, block, projections, shapes
-        self.biases: list[tuple[int, int]] = []
-        sizes = [int(np.prod(s, dtype=np.int64)) for s in shapes]
-        self.bases = np.cumsum([0, *sizes])
-        self.held: dict[Value, tuple[Array, ...]] = {
-            v: (np.arange(b, b + n).reshape(s),)
-            for v, b, n, s in zip(block.sources, self.bases, sizes, shapes, strict=False)
-        }
-
-    def slots(self) -> tuple[_Slot, ...]:
-        """Which column feeds which hidden feature, the same for every token. Raises NotUnderstood."""
-        for index in self.block.inner:
-            node = self.flow.nodes[index]
-            if node.op in PASS_THROUGH:
-                self.held[node.outputs[0]] = self.held[node.inputs[0]]
-            elif node.op in LAYOUT and node.op != "Where":
-                self._move(node)
-            else:
-                self._combine(node)
-        found = self.held[self.block.hidden]
-        if len(found) > 2:
-            raise NotUnderstood(f"each hidden feature is made of {len(found)} projected ones")
-        return tuple(self._slot(ids) for ids in found)
-
-    def _move(self, node: Node) -> None:
-        data = [v for i in data_operands(node) if i < len(node.inputs) and (v := node.inputs[i])]
-        if any(v not in self.held for v in data) or len({len(self.held[v]) for v in data}) != 1:
-            raise NotUnderstood(f"{node.op} joins its hidden features with something else")
-        moved = [
-            node.evaluate([self._argument(v, slot) for v in node.inputs]) for slot in range(len(self.held[data[0]]))
-        ]
-        for which, name in enumerate(node.outputs):
-            self.held[name] = tuple(np.asarray(outputs[which]) for outputs in moved if which < len(outputs))
-
-    def _argument(self, value: Value, slot: int) -> Array | None:
-        if not value:
-            return None
-        return self.held[value][slot] if value in self.held else self.flow.value(value)
-
-    def _combine(self, node: Node) -> None:
-        merged: list[Array] = []
-        for value in node.inputs:
-            for ids in self.held.get(value, ()):
-                if not any(np.array_equal(ids, other) for other in merged):
-                    merged.append(ids)
-        if len({ids.shape for ids in merged}) != 1:
-            raise NotUnderstood("features of different tokens meet between its projections")
-        for position, value in enumerate(node.inputs):
-            if not value or value in self.held or (array := self.flow.value(value)).size == 1:
-                continue
-            try:
-                self._take_bias(node, position, merged)
-            except NotUnderstood:
-                if (array != array.reshape(-1)[0]).any():  # one number written out many times is one number
-                    raise
-        for name in node.outputs:
-            self.held[name] = tuple(merged)
-
-    def _take_bias(self, node: Node, position: int, merged: list[Array]) -> None:
-        """A vector that has the same effect as a bias of the projection becomes its bias. Raises NotUnderstood."""
-        vector = np.asarray(self.flow.value(node.inputs[position]), dtype=np.float32)
-        fed = [i for i, v in enumerate(node.inputs) if v in self.held]
-        ids = merged[0]
-        if len(merged) != 1 or len(fed) != 1 or not _adds(node, fed[0], position, vector, ids.shape):
-            raise NotUnderstood("its activation has numbers of its own for each feature")
-        slot = self._slot(ids)
-        projection = self.projections[slot.source]
-        if projection.bias is not None or vector.size != ids.shape[-1]:
-            raise NotUnderstood("two vectors are added to its hidden features")
-        index = np.full(projection.features, -1)
-        index[slot.columns] = np.arange(vector.size)
-        taken = replace(projection, bias=node.inputs[position], bias_index=index)
-        self.projections = tuple(taken if i == slot.source else p for i, p in enumerate(self.projections))
-        self.biases.append((node.index, position))
-
-    def _slot(self, ids: Array) -> _Slot:
-        source = int(np.searchsorted(self.bases, ids.reshape(-1)[0], side="right")) - 1
-        features = self.projections[source].features
-        local = ids.reshape(-1, ids.shape[-1]) - self.bases[source]
-        columns = local[0] % features
-        expected = np.arange(len(local))[:, None] * features + columns
-        if not np.array_equal(local, expected) or len(np.unique(columns)) != len(columns):
-            raise NotUnderstood("its hidden features are not laid out alike for every token")
-        return _Slot(source, columns)
-
-
-def _adds(node: Node, fed: int, position: int, vector: Array, shape: tuple[int, ...]) -> bool:
-    """Whether an operator with a number for each feature does what it does to the sum of both."""
-    x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
-    if np.broadcast_shapes(vector.shape, shape) != shape:
-        return False
-
-    def run(data: Array, other: Array) -> Array:
-        arguments: list[Array | None] = [None] * len(node.inputs)
-        arguments[fed], arguments[position] = data, other
-        return np.asarray(node.evaluate(arguments)[0])
-
-    return bool(np.allclose(run(x, vector), run(x + vector, np.zeros_like(vector)), atol=1e-5, rtol=1e-5))
-
-
-# ------------------------------------------------------------------ the activation
-
-
-@dataclass(frozen=True)
-class _Reading:
-    """Attributes:
-    name, of: as in `Activation`.
-    gate: which slot is activated and multiplied with the other; None in a plain block.
-    """
-
-    name: str | None
-    of: Callable[[Array], Array] | None
-    gate: int | None
-
-
-class _Readings:
-    """Activations, read once for all blocks of the same structure; replay proves each block by itself."""
-
-    def __init__(self, contents: Contents) -> None:
-        self.contents = contents
-        self.known: dict[Hashable, _Reading] = {}
-
-    def of(self, inside: _Inside) -> _Reading:
-        """Raises NotUnderstood, Unrelated."""
-        try:
-            structure = self._structure(inside)
-        except KeyError:  # something was not recorded
-            structure = None
-        if structure is None:
-            return _read_activation(inside)
-        if structure not in self.known:
-            self.known[structure] = _read_activation(inside)
-        known = self.known[structure]
-        return known if known.name else replace(known, of=_program(inside, known.gate))
-
-    def _structure(self, inside: _Inside) -> Hashable | None:
-        """Equal for blocks whose nodes do the same, on equal numbers; None if that is not known of some node."""
-        flow, block = inside.flow, inside.block
-        number = {v: i for i, v in enumerate(block.sources)}
-        entries: list[Hashable] = []
-        for index in block.inner:
-            node = flow.nodes[index]
-            if (likeness := node.likeness()) is None:
-                return None
-            read: list[Hashable] = []
-            for position, value in enumerate(node.inputs):
-                if (index, position) in inside.biases:
-                    read.append(("bias", flow.shape(value)))
-                else:
-                    read.append(number[value] if value in number or not value else self.contents.of(value))
-            entries.append((node.op, likeness, tuple(read)))
-            number.update({v: len(number) + i for i, v in enumerate(node.outputs) if v})
-        slots = tuple((s.source, s.columns.tobytes()) for s in inside.slots)
-        return (inside.shapes, slots, number[block.hidden], tuple(entries))
-
-
-def _read_activation(inside: _Inside) -> _Reading:
-    """Run the nodes on chosen numbers. Raises NotUnderstood where they are not elementwise, Unrelated where linear."""
-    probe = _Probe.of(inside)
-    seen = probe.run()
-    limit = _NAMING_TOLERANCE.get(inside.flow.dtype, _COARSE)
-    if len(inside.slots) == 1:
-        name = _named({n: f(probe.points[0]) for n, f in NONLINEARITIES.items()}, seen, limit)
-        if name == "identity" or (name is None and _is_affine(probe.points[0], seen)):
-            raise Unrelated("there is no nonlinearity between its projections")
-        return _Reading(name, NONLINEARITIES[name] if name else _program(inside, None), None)
-    for gate in (0, 1):
-        activated, other = probe.points[gate], probe.points[1 - gate]
-        name = _named({n: f(activated) * other for n, f in NONLINEARITIES.items()}, seen, limit)
-        if name is not None:
-            return _Reading(name, NONLINEARITIES[name], gate)
-    for gate in (0, 1):
-        if np.allclose(probe.run(doubled=1 - gate), 2.0 * seen, rtol=1e-4, atol=1e-5):
-            return _Reading(None, _program(inside, gate), gate)
-    raise NotUnderstood("gate and up are combined otherwise than by a product with an activation")
-
-
-@dataclass(frozen=True)
-class _Probe:
-    """Numbers for the projections' outputs such that every hidden feature of every token gets one point of a list.
-
-    Attributes:
-        which: [rows, hidden] the point's number; each is used several times.
-        points: for each slot its number at each point.
-    """
-
-    inside: _Inside
-    which: Array
-    points: tuple[Array, ...]
-
-    @staticmethod
-    def of(inside: _Inside) -> _Probe:
-        size = inside.rows * len(inside.slots[0].columns)
-        count = max(min(997, size // 3), 2)
-        random = np.random.default_rng(0)
-        which = random.permutation(np.resize(np.arange(count), size)).reshape(inside.rows, -1)
-        base = np.linspace(-9.0, 9.0, count)
-        return _Probe(inside, which, tuple(base if s == 0 else random.permutation(base) for s in range(2)))
-
-    def run(self, doubled: int | None = None) -> Array:
-        """[points] what the nodes make of each point. Raises NotUnderstood if its place matters."""
-        inside = self.inside
-        projected = [np.zeros((inside.rows, p.features), np.float32) for p in inside.projections]
-        for number, slot in enumerate(inside.slots):
-            factor = 2.0 if doubled == number else 1.0
-            projected[slot.source][:, slot.columns] = factor * self.points[number][self.which]
-        hidden = inside.hidden(projected).astype(np.float64).reshape(-1)
-        flat = self.which.reshape(-1)
-        seen = np.zeros(len(self.points[0]))
-        seen[flat] = hidden
-        if hidden.size != flat.size or not np.allclose(hidden, seen[flat], rtol=1e-4, atol=1e-5):
-            raise NotUnderstood("what stands between its projections is not elementwise")
-        return seen
-
-
-def _named(candidates: Mapping[str, Array], seen: Array, limit: float) -> str | None:
-    errors = {n: float((np.abs(c - seen) / np.maximum(np.abs(c), 1.0)).max()) for n, c in candidates.items()}
-    best = min(errors, key=lambda n: errors[n])
-    return best if errors[best] <= limit else None
-
-
-def _is_affine(x: Array, y: Array) -> bool:
-    slope, offset = np.polyfit(x, y, 1)
-    return bool(np.abs(slope * x + offset - y).max() <= 1e-4 * max(float(np.abs(y).max()), 1.0))
-
-
-def _program(inside: _Inside, gate: int | None) -> Callable[[Array], Array]:
-    """The activation as the program's own nodes, for arrays of any shape."""
-
-    def activation(array: Array) -> Array:
-        flat = np.asarray(array, dtype=np.float32).reshape(-1)
-        hidden = len(inside.slots[0].columns)
-        step = inside.rows * hidden
-        pieces = [_piece(np.resize(flat[i : i + step], (inside.rows, hidden))) for i in range(0, flat.size, step)]
-        return np.concatenate([p.reshape(-1) for p in pieces])[: flat.size].reshape(np.shape(array))
-
-    def _piece(values: Array) -> Array:
-        projected = [np.zeros((inside.rows, p.features), np.float32) for p in inside.projections]
-        for number, slot in enumerate(inside.slots):
-            projected[slot.source][:, slot.columns] = values if gate in (None, number) else 1.0
-        return inside.hidden(projected)
-
-    return activation
-
-
 # ------------------------------------------------------------------ replay
 
 
-def _replay_error(flow: Flow, inside: _Inside, reading: _Reading, down: Projection) -> float:
+def _replay_error(flow: Flow, inside: Inside, reading: Reading, down: Projection) -> float:
     projected = [_projected(flow, p) for p in inside.projections]
     if reading.name is None or flow.dtype == "int8":
         hidden = inside.hidden(projected)

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from passes.dataflow import LAYOUT, Flow, Node, Value, unflattened
-from passes.provenance import CHOOSERS, NORMS, PASS_THROUGH, projection_at
+from passes.operator_kinds import CHOOSERS, NORMS, PASS_THROUGH
+from passes.whole_projection import projection_at
 
 MIXTURES = frozenset(
     {

@@ -17,7 +17,8 @@ from passes.match.operands import Traced
 from passes.match.repeats import trace_repeated
 from passes.match.scores import ScorePath
 from passes.match.verdicts import NotUnderstood
-from passes.provenance import PASS_THROUGH, Tracer
+from passes.operator_kinds import PASS_THROUGH
+from passes.provenance import Tracer
 from passes.site import Modifier
 
 STEPS = 6

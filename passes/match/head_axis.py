@@ -12,7 +12,7 @@ from passes.dataflow import LAYOUT, Array, Flow, Node
 from passes.match.operand_view import OperandView
 from passes.match.operands import Tokens
 from passes.match.scores import ScorePath
-from passes.provenance import PASS_THROUGH
+from passes.operator_kinds import PASS_THROUGH
 from passes.replay import recorded
 
 STEPS = 6

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from passes.dataflow import Array, Flow, Node, Value
+from passes.forms import Source
 from passes.match.verdicts import NotUnderstood
-from passes.provenance import NORMS, PASS_THROUGH, Source
+from passes.operator_kinds import NORMS, PASS_THROUGH
 from passes.site import HeadGains
 
 

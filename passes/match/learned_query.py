@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from passes.dataflow import CONTRACTIONS, LAYOUT, Flow, Value
-from passes.provenance import PASS_THROUGH
+from passes.operator_kinds import PASS_THROUGH
 
 
 def with_learned_queries(flow: Flow, query: Value) -> Flow | None:

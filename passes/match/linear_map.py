@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from passes.dataflow import Flow, Node
 from passes.projections import layout_of
-from passes.provenance import projection_at, rounded
 from passes.site import Projection
+from passes.whole_projection import projection_at, rounded
 
 
 def linear_map(flow: Flow, node: Node) -> Projection:

@@ -12,7 +12,7 @@ import numpy as np
 
 from passes.dataflow import LAYOUT, Flow, Node, Value
 from passes.match.score_terms import HIDDEN
-from passes.provenance import PASS_THROUGH, data_operands
+from passes.operator_kinds import PASS_THROUGH, data_operands
 from passes.site import Modifier
 
 _EXPRESSION = 6

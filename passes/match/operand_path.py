@@ -5,11 +5,14 @@ from __future__ import annotations
 import numpy as np
 
 from passes.dataflow import LAYOUT, Array, Flow, Node, Value
+from passes.forms import Opaque, Source
 from passes.match.canonical_order import Axes, varies, varying_fields
 from passes.match.origins import Origin
 from passes.match.verdicts import NotUnderstood
-from passes.provenance import PASS_THROUGH, Opaque, Source, Tracer, data_operands, projection_at
+from passes.operator_kinds import PASS_THROUGH, data_operands
+from passes.provenance import Tracer
 from passes.site import Projection
+from passes.whole_projection import projection_at
 
 
 def presents_on(tracer: Tracer, path: tuple[int, ...], lookup: Lookup) -> tuple[tuple[Value, int], ...]:

@@ -7,8 +7,11 @@ from itertools import pairwise
 import numpy as np
 
 from passes.dataflow import LAYOUT, Array, Flow, Value
+from passes.forms import Form, Opaque, Source
 from passes.match.verdicts import NotUnderstood
-from passes.provenance import PASS_THROUGH, Form, Opaque, Source, Tracer, projection_at
+from passes.operator_kinds import PASS_THROUGH
+from passes.provenance import Tracer
+from passes.whole_projection import projection_at
 
 Streams = tuple[tuple[Source, slice], ...]
 """Sources that tokens are joined from, and which tokens are of each; in the order of tokens."""

@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 
 from passes.dataflow import Array, Value
+from passes.forms import Form, Source
 from passes.match.canonical_order import Axes, Canonical, features_for_tokens, index_of, lead_roles
 from passes.match.head_gains import FoundGains, find_gains, require_mergeable
 from passes.match.operand_path import Lookup, path_between, presents_on, reshapes_on, seam_of, stem_of
@@ -20,7 +21,7 @@ from passes.match.operand_sources import Streams, cache_split, form_of, main_sou
 from passes.match.operand_view import OperandView
 from passes.match.origins import Origin, origin_of
 from passes.match.verdicts import NotUnderstood
-from passes.provenance import Form, Source, Tracer
+from passes.provenance import Tracer
 from passes.site import Norm, Operand, Rotary
 
 

@@ -8,11 +8,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from passes.dataflow import PACKED_WEIGHTS, Array, Flow, Node, Value
+from passes.forms import Form, Source
 from passes.match.operand_sources import form_of
 from passes.match.verdicts import NotUnderstood
 from passes.projections import Layout, layout_of
-from passes.provenance import Form, Source, Tracer, projection_at
+from passes.provenance import Tracer
 from passes.site import Norm, Projection
+from passes.whole_projection import projection_at
 
 
 @dataclass(frozen=True)

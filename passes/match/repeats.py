@@ -14,8 +14,10 @@ from passes.dataflow import Flow, Value, read_inputs
 from passes.match.operand_path import path_between
 from passes.match.operand_view import OperandView
 from passes.match.operands import Traced, trace_operand
-from passes.provenance import NORMS, Tracer, cache_root, projection_at
+from passes.operator_kinds import NORMS
+from passes.provenance import Tracer, cache_root
 from passes.site import Norm, Operand
+from passes.whole_projection import projection_at
 
 _ENOUGH = 200
 """Values between an operand and its projections; more than any attention that is understood has."""

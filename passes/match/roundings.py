@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from passes.dataflow import LAYOUT, Array, Flow, Node, Value
-from passes.provenance import PASS_THROUGH, data_operands
+from passes.operator_kinds import PASS_THROUGH, data_operands
 
 
 @dataclass(frozen=True)

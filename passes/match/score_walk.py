@@ -23,8 +23,9 @@ from passes.match.verdicts import (
     SurelyAttention,
     Unrelated,
 )
-from passes.provenance import PASS_THROUGH, projection_at
+from passes.operator_kinds import PASS_THROUGH
 from passes.site import Modifier
+from passes.whole_projection import projection_at
 
 _ADDITIVE = "its scores are a learned function of each query and key together (additive attention), not their product"
 

@@ -27,7 +27,7 @@ from passes.match.verdicts import (
     Unrelated,
 )
 from passes.match.weighted_values import Mix, reaches_contraction, values_weighted_by
-from passes.provenance import PASS_THROUGH
+from passes.operator_kinds import PASS_THROUGH
 from passes.site import Modifier
 
 FUSED_ANCHORS = frozenset({"Attention", "GroupedQueryAttention"})

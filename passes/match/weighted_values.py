@@ -12,8 +12,8 @@ from passes.match.masked_weights import Blanked, blanked, hides_again, normalise
 from passes.match.operand_view import OperandView
 from passes.match.score_layout import flattens_rows, keeps_last_two, relaid_by, swaps_last_two
 from passes.match.verdicts import INTEGER_SCORES
+from passes.operator_kinds import PASS_THROUGH
 from passes.projections import einsum_terms
-from passes.provenance import PASS_THROUGH
 from passes.site import Modifier
 
 

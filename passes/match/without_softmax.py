@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 
 from passes.dataflow import LAYOUT, PRODUCTS, Flow, Node, Value
+from passes.forms import Opaque
 from passes.match.choosing import only_chooses
 from passes.match.scores import FOREIGN_ANCHORS, FUSED_ANCHORS
-from passes.provenance import Opaque, Tracer, data_operands
+from passes.operator_kinds import data_operands
+from passes.provenance import Tracer
 
 REASON = (
     "it weighs tokens without a softmax of scores (linear attention, retention, a gated unit or a state-space layer); "

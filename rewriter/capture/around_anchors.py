@@ -5,7 +5,7 @@ from __future__ import annotations
 from passes.dataflow import CONTRACTIONS, LAYOUT, Flow, Node, Value, unflattened
 from passes.match.masked_weights import MEET, OF_SUMS, SUMS
 from passes.match.scores import anchors
-from passes.provenance import PASS_THROUGH
+from passes.operator_kinds import PASS_THROUGH
 
 
 def around_anchors(flow: Flow) -> set[Value]:

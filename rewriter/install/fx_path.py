@@ -14,7 +14,7 @@ import torch
 from torch.fx import Node as FxNode
 
 from passes.dataflow import LAYOUT, Array, Flow, Node, Value
-from passes.provenance import NORMS
+from passes.operator_kinds import NORMS
 from passes.site import Operand
 from rewriter.errors import UnsupportedModel
 from rewriter.install.fx_emit import HINT

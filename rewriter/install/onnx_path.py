@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from passes.dataflow import LAYOUT, Value
-from passes.provenance import PASS_THROUGH
+from passes.operator_kinds import PASS_THROUGH
 from passes.site import Operand
 from rewriter.install.onnx_editor import Editor
 

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 import onnx_ir as ir
 
 from passes.dataflow import LAYOUT, Flow, Value
-from passes.provenance import PASS_THROUGH
+from passes.operator_kinds import PASS_THROUGH
 from passes.site import AttentionSite, Operand
 from rewriter.install.onnx_editor import Editor
 from rewriter.install.onnx_projection import three_axes

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from passes.dataflow import LAYOUT, Array, Flow, Value, Weight
-from passes.provenance import PASS_THROUGH, data_operands
+from passes.operator_kinds import PASS_THROUGH, data_operands
 
 
 @dataclass(frozen=True)

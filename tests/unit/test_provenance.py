@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from passes.dataflow import Flow
+from passes.forms import Form, Opaque
 from passes.match.attention import Matches, find_attention
-from passes.provenance import Form, Opaque, Tracer
+from passes.provenance import Tracer
 from rewriter.capture import onnx_file, onnx_load, torch_export
 
 BATCH, TOKENS, WIDTH, FEATURES = 2, 3, 5, 8

@@ -9,7 +9,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from passes.dataflow import Flow
-from passes.provenance import Opaque, Tracer
+from passes.forms import Opaque
+from passes.provenance import Tracer
 from rewriter.capture import onnx_file, onnx_load
 
 BATCH, TOKENS, WIDTH, FEATURES = 2, 3, 5, 12
