@@ -102,7 +102,7 @@ class Form:
                 coefficients.append(coefficient)
             else:
                 coefficients[same] = coefficients[same] + coefficient
-        return Form(tuple(ids), tuple(coefficients), total(a.bias, b.bias))
+        return Form(tuple(ids), tuple(coefficients), bias_of_sum(a.bias, b.bias))
 
     def evaluate(self, flow: Flow, sources: Sequence[Source]) -> Array:
         """The value this form denotes, float64, from the recorded sources."""
@@ -116,7 +116,7 @@ class Form:
         return total
 
 
-def total(a: Array | None, b: Array | None) -> Array | None:
+def bias_of_sum(a: Array | None, b: Array | None) -> Array | None:
     if a is None or b is None:
         return b if a is None else a
     return np.asarray(a + b)

@@ -21,7 +21,7 @@ import numpy as np
 
 from passes.contents import Contents
 from passes.dataflow import LAYOUT, Array, Flow, Node, Value
-from passes.forms import Form, NormKind, Opaque, Source, SourceKind, mapped, rotate, total, turned
+from passes.forms import Form, NormKind, Opaque, Source, SourceKind, bias_of_sum, mapped, rotate, turned
 from passes.operator_kinds import (
     AVERAGING,
     CHOOSERS,
@@ -317,7 +317,7 @@ class Tracer:
             sign = 1.0
         shape = np.broadcast_shapes(form.shape, constant.shape)
         form = form.broadcast(shape)
-        return Form(form.ids, form.coefficients, total(form.bias, np.broadcast_to(sign * constant, shape)))
+        return Form(form.ids, form.coefficients, bias_of_sum(form.bias, np.broadcast_to(sign * constant, shape)))
 
     def _bias_index(self, form: Form, other: Value) -> Array | None:
         """Where in the constant `other` each column of a projection finds what is added to it behind some layout.
@@ -359,7 +359,7 @@ class Tracer:
         fill = np.asarray(self.flow.value(node.inputs[2]), dtype=np.float64)
         kept = form.scaled((~mask).astype(np.float64))
         added = np.broadcast_to(np.where(mask, fill, 0.0), kept.shape)
-        return Form(kept.ids, kept.coefficients, total(kept.bias, added) if added.any() else kept.bias)
+        return Form(kept.ids, kept.coefficients, bias_of_sum(kept.bias, added) if added.any() else kept.bias)
 
     def _require_free_choice(self, node: Node) -> None:
         """Elements that hidden states choose come from elsewhere on every other input."""
