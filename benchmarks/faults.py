@@ -34,7 +34,7 @@ from benchmarks.rows import Row, markdown_table, put_section, write_json
 PRELOADED = [
     "transformers.models.llama.modeling_llama", "transformers.models.gpt2.modeling_gpt2", "onnxruntime", "accelerate",
     "torch.export", "torch._dynamo", "rewriter.cli", "rewriter.onnx_rewrite", "rewriter.torch_rewrite",
-    "rewriter.install.persistence", "rewriter.kernels.emit", "rewriter.uptrain.session", "rewriter.report.tables",
+    "rewriter.install.checkpoint_saving", "rewriter.kernels.emit", "rewriter.uptrain.session", "rewriter.report.tables",
     "benchmarks.fault_operations",
 ]  # fmt: skip
 """What takes seconds to import is imported once, in the process that all commands are forked from."""

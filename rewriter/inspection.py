@@ -110,7 +110,7 @@ def inspect(model: Any, *, example_inputs: Any = None) -> Inspection:
     if isinstance(model, (str, Path)):
         path = existing(model)
         if path.is_dir():
-            from rewriter.install.persistence import load
+            from rewriter.install.checkpoint_loading import load
 
             return _inspect_torch(load(path), example_inputs, str(model))
         from rewriter.capture.onnx_load import load as load_onnx

@@ -33,7 +33,7 @@ class Rewritten:
     def save(self, path: str | Path, *, external_data: str = "auto") -> None:
         """Write it: an .onnx file (``external_data`` as on the command line) or a Hugging Face directory."""
         if is_torch(self.model):
-            from rewriter.install.persistence import save as write_folder
+            from rewriter.install.checkpoint_saving import save as write_folder
 
             write_folder(self.model, path, source=self.source)
             return
@@ -273,7 +273,7 @@ def load(path: str | Path, *, module: Any = None) -> Any:
 
     Raises UsageError, UnsupportedModel or InvalidModelFile.
     """
-    from rewriter.install.persistence import load as read
+    from rewriter.install.checkpoint_loading import load as read
 
     return read(path, module=module)
 
@@ -281,7 +281,7 @@ def load(path: str | Path, *, module: Any = None) -> Any:
 def save(model: Any, path: str | Path) -> None:
     """Write a rewritten torch module: an ordinary Hugging Face checkpoint where the architecture can say it,
     else weights (safetensors) with rewrite.json, which only `load` reads."""
-    from rewriter.install.persistence import save as write
+    from rewriter.install.checkpoint_saving import save as write
 
     write(model, path)
 

@@ -26,7 +26,7 @@ from rewriter.decision import Stopwatch, assignment
 from rewriter.errors import UnsupportedModel
 from rewriter.install import huggingface, safetensors_stream
 from rewriter.install.checkpoint_files import shards
-from rewriter.install.persistence import CONFIG, GENERATION, OURS, Checkpoint, copy_side_files
+from rewriter.install.checkpoint_folder import CONFIG, GENERATION, OURS, Checkpoint, copy_side_files
 from rewriter.install.proportion import in_proportion
 from rewriter.install.safetensors_stream import Stored
 from rewriter.json_files import read_object

@@ -300,8 +300,8 @@ def save_pretrained(
     push_to_hub: bool = False,
     **kwargs: Any,
 ) -> None:
-    """Stands in for a rewritten model's `save_pretrained`; see `rewriter.install.persistence.save`."""
-    from rewriter.install import persistence
+    """Stands in for a rewritten model's `save_pretrained`; see `rewriter.install.checkpoint_saving.save`."""
+    from rewriter.install.checkpoint_saving import save
 
     if push_to_hub:
         raise UsageError(
@@ -309,7 +309,7 @@ def save_pretrained(
         )
     if is_main_process:
         Path(save_directory).parent.mkdir(parents=True, exist_ok=True)  # as the original does
-        persistence.save(self, save_directory, state_dict=state_dict, **kwargs)
+        save(self, save_directory, state_dict=state_dict, **kwargs)
 
 
 # ---------------------------------------------------------------------- hooks

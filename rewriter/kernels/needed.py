@@ -77,9 +77,9 @@ def needs(path: Path) -> list[Need]:
 def _of_module(path: Path) -> list[Need]:
     from codegen.launch.operands import DTYPES
     from codegen.launch.torch_op import computed
+    from rewriter.install.checkpoint_loading import load
     from rewriter.install.conditional_block import conditional_blocks
     from rewriter.install.expert_mixer import expert_mixers
-    from rewriter.install.persistence import load
     from rewriter.install.token_mixer import token_mixers
     from rewriter.install.torch_module import mixers
     from rewriter.install.unit_block import unit_blocks

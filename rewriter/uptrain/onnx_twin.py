@@ -81,7 +81,8 @@ def find_twin(twin: Any, folder: Path | None) -> nn.Module:
 
     Raises UnsupportedModel if there is none.
     """
-    from rewriter.install.persistence import CONFIG, MANIFEST, load
+    from rewriter.install.checkpoint_folder import CONFIG, MANIFEST
+    from rewriter.install.checkpoint_loading import load
 
     if isinstance(twin, nn.Module):
         return twin

@@ -119,7 +119,7 @@ def _module(model: Any, who: str) -> Any:
     from rewriter.capture.plain_module import require_plain
 
     if isinstance(model, (str, Path)):
-        from rewriter.install.persistence import load
+        from rewriter.install.checkpoint_loading import load
 
         model = load(model)
     if isinstance(model, torch.export.ExportedProgram):

@@ -18,7 +18,7 @@ def save(done: Uptrained, path: Path) -> None:
 
         write_onnx(done.model, path)
         return
-    from rewriter.install.persistence import save as write
+    from rewriter.install.checkpoint_saving import save as write
 
     source = done.student_from if done.student_from is not None and done.student_from.is_dir() else None
     write(done.model, path, state_dict=done.state, source=source)

@@ -34,7 +34,7 @@ from rewriter import cli
 from rewriter.calibration.files import read_calibration
 from rewriter.calibration.tokenizer import tokenizer_beside
 from rewriter.errors import InvalidModelFile, RewriteError, UsageError
-from rewriter.install.persistence import copy_side_files
+from rewriter.install.checkpoint_folder import copy_side_files
 from rewriter.kernels.folder import library_in
 from rewriter.kernels.needed import needs
 from tests.uptrain.small_models import bert, llama, student_of, token_ids

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from rewriter.errors import InvalidModelFile, UnsupportedModel, UsageError
-from rewriter.install import persistence
-from rewriter.install.persistence import load, save
+from rewriter.install import checkpoint_saving
+from rewriter.install.checkpoint_loading import load
+from rewriter.install.checkpoint_saving import save
 from rewriter.install.torch_module import mixers
 from tests.install.canonical import owners, rewrite
 from tests.install.test_huggingface import tied, turn
@@ -158,16 +159,16 @@ def test_saving_over_an_earlier_save_switches_at_once(tmp_path: Path, monkeypatc
     inputs = case.inputs(2, 9, 0)
     save(first, folder)
     (folder / "tokenizer.json").write_text("{}")
-    replace_json = persistence._replace_json
+    replace_json = checkpoint_saving._replace_json
 
     def fail(file: Path, data: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(persistence, "_replace_json", fail)
+    monkeypatch.setattr(checkpoint_saving, "_replace_json", fail)
     with pytest.raises(KeyboardInterrupt):
         save(second, folder)
     assert torch.equal(case.run(load(folder), inputs), case.run(first, inputs))  # still the first
-    monkeypatch.setattr(persistence, "_replace_json", replace_json)
+    monkeypatch.setattr(checkpoint_saving, "_replace_json", replace_json)
     save(second, folder)
     assert torch.equal(case.run(load(folder), inputs), case.run(second, inputs))
     assert len(list(folder.glob("*.safetensors"))) == 1
@@ -178,7 +179,7 @@ def test_a_new_folder_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: p
     def fail(file: Path, data: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(persistence, "_replace_json", fail)
+    monkeypatch.setattr(checkpoint_saving, "_replace_json", fail)
     with pytest.raises(KeyboardInterrupt):
         save(rewritten("gpt2-sdpa"), tmp_path / "saved")
     assert os.listdir(tmp_path) == []

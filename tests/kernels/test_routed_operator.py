@@ -26,7 +26,7 @@ from codegen.routed import RoutedFeedForward, of_heavy_branch, of_mixture
 from codegen.spec import MixtureOfExperts, Routing
 from codegen.tuning import routed as tuning
 from rewriter.errors import UsageError
-from rewriter.install import persistence
+from rewriter.install import checkpoint_loading
 from rewriter.install.conditional_block import ConditionalBlock
 from rewriter.install.expert_mixer import ExpertMixer
 from rewriter.install.kernel_choice import choose_kernels
@@ -202,7 +202,7 @@ def test_rewriter_kernels_writes_them(tmp_path: Path, monkeypatch: Any) -> None:
     pytest.importorskip("triton")
     spec = MIXTURES["tokens choose, one each"]
     held = {n: nn.Parameter(p) for n, p in parameters_of(spec.shapes, torch.float32).items()}
-    monkeypatch.setattr(persistence, "load", lambda path: nn.Sequential(ExpertMixer(spec, held)))
+    monkeypatch.setattr(checkpoint_loading, "load", lambda path: nn.Sequential(ExpertMixer(spec, held)))
     assert [need.spec for need in needs(tmp_path)] == [of_mixture(spec)]
     found = emit(tmp_path, tmp_path / "out", ["sm_90"])["kernels"]
     assert [kernel["name"].rpartition("_")[2] for kernel in found] == ["up", "down"]

@@ -18,7 +18,7 @@ from passes.targets import DecoupledHeads, GroupedQuery
 from passes.targets.catalogue import find
 from rewriter import Recipe
 from rewriter.errors import InvalidModelFile, NothingToRewrite, UnsupportedModel, UsageError
-from rewriter.install.persistence import MANIFEST
+from rewriter.install.checkpoint_folder import MANIFEST
 from rewriter.install.torch_module import mixers
 from tests.targets.lossless_twin import distance
 from tests.targets.test_calibration import batches, relative

@@ -23,7 +23,7 @@ from rewriter.errors import (
     UnknownTarget,
     UsageError,
 )
-from rewriter.install.persistence import MANIFEST
+from rewriter.install.checkpoint_folder import MANIFEST
 from rewriter.install.torch_module import mixers
 from tests.targets.watched_mixes import relative
 from tests.uptrain.small_models import bert, llama, token_ids
