@@ -71,6 +71,7 @@ def limits_of_modules(
     from rewriter.install.call_record import record_calls
     from rewriter.install.expert_mixing import block_modules, candidates
     from rewriter.install.own_module import owner_of, read_calls
+    from rewriter.install.repeated_heads import stores_heads
 
     try:
         owners = dict.fromkeys([*(owner_of(flow, s) for s in matches.sites), *candidates(model, flow, blocks.sites)])
@@ -79,7 +80,8 @@ def limits_of_modules(
         read, unread = read_calls(flow, matches.sites, records)
     except UnsupportedModel:
         return dict.fromkeys([*(s.name for s in matches.sites), *(b.name for b in blocks.sites)], _shares_heads)
-    limits: dict[str, Limit] = dict.fromkeys(unread, _shares_heads)
+    stored = {s.name: stores_heads(flow, s) for s in matches.sites if s.name in unread}
+    limits: dict[str, Limit] = {name: _shares_heads if stored[name] else _nothing for name in unread}
     limits |= dict.fromkeys([b.name for b in blocks.sites if b.name not in placed], _shares_heads)
     weighed = [name for name, protocol in read.items() if "weights" in protocol.returns]
     return limits | dict.fromkeys(weighed, lambda name: name != LinearHeads().name)
@@ -122,6 +124,7 @@ def _without_idle(sites: Sequence[AttentionSite], choices: Mapping[str, tuple[st
 def _of_modules(flow: Flow, matches: Matches, choices: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
     """With those that only modules can be rewritten to, and without those that need one that cannot be generated."""
     from rewriter.install.own_module import obstacles
+    from rewriter.install.repeated_heads import stores_heads
 
     apart = DecoupledHeads()
     kept = obstacles(flow, matches.sites)
@@ -130,7 +133,8 @@ def _of_modules(flow: Flow, matches: Matches, choices: Mapping[str, tuple[str, .
     for site in matches.sites:
         names = choices[site.name]
         if site.name in kept:
-            found[site.name] = tuple(n for n in names if n not in without)
+            whole = not stores_heads(flow, site)
+            found[site.name] = tuple(n for n in names if n not in without and not (whole and _shares_heads(n)))
         else:
             able = apart.refuses(site) is None and apart.idle(site) is None
             found[site.name] = (*names, apart.name) if able else names
@@ -140,6 +144,11 @@ def _of_modules(flow: Flow, matches: Matches, choices: Mapping[str, tuple[str, .
 def _shares_heads(name: str) -> bool:
     """Whether a target is one that a module's own forward can compute."""
     return name == "mqa" or name.startswith("gqa")
+
+
+def _nothing(name: str) -> bool:
+    """No target is left."""
+    return False
 
 
 def _conditional(flow: Flow, matches: Matches, site: AttentionSite) -> tuple[str, ...]:

@@ -303,6 +303,11 @@ def stem_of(
             "some of its tokens stand in several places (blocks of keys that are gathered for each block of queries), "
             "as sparse attention in blocks lays them out; all tokens with a mask are the same and are read"
         )
+    if best is None and any(n.op == "Clip" for n in nodes):
+        raise NotUnderstood(
+            "what is projected is kept within bounds (clipped) before queries, keys and values are cut out of it; cut "
+            "them out first and clip each, which is the same and is read"
+        )
     if best is None:
         raise NotUnderstood("the operand's heads are never separate from other features before they are changed")
     return best

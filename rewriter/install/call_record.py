@@ -27,7 +27,8 @@ class CallRecord:
         arguments: the same arguments by name; what was left at its default is absent.
         signature: of the module's own forward, decorators unwrapped, without self.
         calls: how often the module was called; more than once if a model shares it between layers.
-        alike: all calls gave the same arguments, by kind: names, types, dtypes and numbers of dimensions.
+        alike: all calls gave the same arguments, by kind: names, types, dtypes, numbers of dimensions, and numbers and
+            texts themselves (the layer that calls a shared module).
         autocast: the dtype that a region around the call computes in; None outside of such regions.
     """
 
@@ -181,7 +182,7 @@ def _kind(value: Any) -> Any:
         return tuple(map(_kind, value))
     if isinstance(value, dict):
         return {name: _kind(v) for name, v in value.items()}
-    return type(value)
+    return (type(value), value) if isinstance(value, (int, float, str)) else type(value)
 
 
 def _run(

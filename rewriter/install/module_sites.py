@@ -99,7 +99,7 @@ def install_decision(
     refused = (*decision.refused, *failed.items())
     if not done and not decision.blocks.replacements:
         raise NothingToRewrite(
-            "; ".join(f"{n}: {r}" for n, r in refused[:3]),
+            "; ".join(f"{n}: {r}" for n, r in (*failed.items(), *decision.refused)[:3]),
             hint="a module that cannot be replaced can be rewritten as a graph: pass torch.export.export(model, ...)",
         )
     return replace(decision, replacements=tuple(done), refused=refused), kept
@@ -199,7 +199,7 @@ def _install_one(
     if record is None:
         raise UnsupportedModel(f"{group.path} was not called by the model's forward")
     if not record.alike:
-        raise UnsupportedModel(f"{group.path} is called with different kinds of arguments in one forward")
+        raise UnsupportedModel(f"{group.path} is called with different arguments in one forward")
     site = first.site
     output = output_writes(module, flow, first)
     before = original_parameters(module, flow, site, group.path)

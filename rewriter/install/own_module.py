@@ -60,6 +60,9 @@ def read_calls(
         if (record := records.get(owner)) is None:
             found[site.name] = f"{owner or 'the model'} was not called by the model's forward"
             continue
+        if not record.alike:
+            found[site.name] = f"{owner} is called with different arguments in one forward"
+            continue
         try:
             protocol = read_protocol(record, owner, heads=site.heads, causal=site.causal)
         except UnsupportedModel as error:

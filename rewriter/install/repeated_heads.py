@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from passes.dataflow import Array, Flow, Value
-from passes.site import Operand
+from passes.site import AttentionSite, Operand
 from passes.targets.replacement import Replacement
 from passes.weights.head_gains import gains_like, stored_gains
 from passes.weights.repetition import Part, repetition
@@ -264,6 +264,14 @@ def _edits(model: nn.Module, flow: Flow, replacements: Sequence[Replacement]) ->
                 norms.add(place.key)
     edits = [_edit_of(model, places[key], list(found.values())) for key, found in entries.items()]
     return [replace(edit, projects=key not in norms) for key, edit in zip(entries, edits, strict=True)]
+
+
+def stores_heads(flow: Flow, site: AttentionSite) -> bool:
+    """Whether keys' and values' matrices are stored, so that a forward that stays can be given fewer of their rows."""
+    shared = ((o, o.projection) for _, o in site.shared)
+    return all(
+        _place(flow, o, p.weight, p.feature_axes(flow.shape(p.weight)), o.columns) is not None for o, p in shared
+    )
 
 
 def _place(flow: Flow, operand: Operand, value: Value, axes: Sequence[int], columns: Array) -> Location | None:

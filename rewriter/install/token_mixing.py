@@ -98,7 +98,7 @@ def _record(records: Mapping[str, CallRecord], path: str) -> CallRecord:
     if record is None:
         raise UnsupportedModel(f"{path} was not called by the model's forward")
     if not record.alike:
-        raise UnsupportedModel(f"{path} is called with different kinds of arguments in one forward")
+        raise UnsupportedModel(f"{path} is called with different arguments in one forward")
     return record
 
 

@@ -134,6 +134,50 @@ def test_layers_that_share_weights_are_not_offered_what_keeps_some_of_them() -> 
                     rewriter.optimize(model, target, example_inputs=(x,))
 
 
+class Lent(nn.Module):
+    """One attention that each of two layers calls, with adapters of its own for its keys (as Zamba2's)."""
+
+    def __init__(self, adapted: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+        ranks = (nn.Sequential(nn.Linear(WIDTH, 3, bias=False), nn.Linear(3, WIDTH, bias=False)) for _ in range(2))
+        self.adapters = nn.ModuleList(ranks) if adapted else None
+
+    def forward(self, x: Tensor, layer: int) -> Tensor:
+        keys = self.k(x) if self.adapters is None else self.k(x) + self.adapters[layer](x)
+        q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in (self.q(x), keys, self.v(x)))
+        out: Tensor = self.o(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return out
+
+
+class Borrows(nn.Module):
+    def __init__(self, adapted: bool) -> None:
+        super().__init__()
+        self.attends = Lent(adapted)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in range(2):
+            x = x + self.attends(x, layer)
+        return x
+
+
+@pytest.mark.parametrize("adapted", [True, False])
+def test_one_module_with_adapters_for_each_layer_that_calls_it_is_offered_no_fewer_heads(adapted: bool) -> None:
+    model, x = Borrows(adapted).eval(), torch.randn(2, 12, WIDTH, generator=torch.Generator().manual_seed(1))
+    offered = rewriter.inspect(model, example_inputs=(x,)).targets
+    assert len(offered) == 2 and all(("gqa2" in names) is not adapted for names in offered.values())
+    if adapted:
+        with pytest.raises(NothingToRewrite, match=r"attends: .* is computed, not stored"):
+            rewriter.optimize(model, "gqa2", example_inputs=(x,))
+    else:  # in the forward that is there, which is told the layer
+        done = rewriter.optimize(model, "gqa2", example_inputs=(x,))
+        assert len(done.rewrite_report.sites) == 2 and isinstance(done.attends, Lent)
+        assert not any("window" in names for names in offered.values())
+        with pytest.raises(NothingToRewrite, match="called with different arguments"):
+            rewriter.optimize(model, "window:4", example_inputs=(x,))
+
+
 def test_layers_without_positions_are_given_them_and_use_none(tmp_path: Path) -> None:
     from transformers import SmolLM3Config, SmolLM3ForCausalLM
 
