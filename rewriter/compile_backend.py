@@ -8,6 +8,7 @@ so that a changed parameter is merged anew. Everything happens at the graph's fi
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import re
 import warnings
@@ -24,10 +25,12 @@ from torch.utils import _pytree as pytree
 
 from passes.dataflow import Flow
 from passes.match.attention import Matches
+from passes.match.feed_forward import find_feed_forward
+from passes.targets.block import BlockReplacement
 from passes.targets.replacement import Replacement
 from rewriter.decision import assignment, decide
 from rewriter.errors import NothingToRewrite, UnsupportedModel, UsageError, VerificationFailed, first_line
-from rewriter.install.fx_graph import rewrite_exported_program
+from rewriter.install.fx_graph import GraphRewrite, rewrite_exported_program
 from rewriter.verify.torch_pair import verify_torch
 
 TARGET_VARIABLE = "REWRITER_TARGET"
@@ -134,6 +137,7 @@ class _Rewritten:
         self.graph = graph
         self.options = options
         self.compiled: _Compiled | None = None
+        self.blocks: Sequence[BlockReplacement] = ()
 
     def __call__(self, *args: Any) -> Any:
         if self.compiled is None or not self.compiled.fits(args):
@@ -160,25 +164,34 @@ class _Rewritten:
 
     def _rewrite(self, args: Sequence[Any], weights: Mapping[int, Tensor]) -> nn.Module:
         program = _exported(self.graph, args, weights)
-        done = rewrite_exported_program(program, self._choose)
-        if not done.replacements:
+        done = rewrite_exported_program(program, self._choose, blocks=self._chosen_blocks)
+        if not done.replacements and not done.blocks:
             raise NothingToRewrite("; ".join(f"{name}: {reason}" for name, reason in done.refused))
         before, after = (p.module(check_guards=False) for p in (program, done.model))
         if self.options.verify:
-            _require_equal(program, before, after, all(r.exact for r in done.replacements))
+            _require_equal(program, before, after, _all_exact(done))
         return after
 
     def _choose(self, flow: Flow, matches: Matches) -> Sequence[Replacement]:
         """What to install: a cache that leaves the graph is read by code that was traced for its old shape."""
-        decision = decide(flow, matches, self.options.target, self.options.layers)
+        blocks = functools.partial(find_feed_forward, flow, matches.names)
+        decision = decide(flow, matches, self.options.target, self.options.layers, blocks=blocks)
+        self.blocks = decision.blocks.replacements
         kept = [r for r in decision.replacements if not (r.site.k.presents or r.site.v.presents)]
-        if not kept:
+        if not kept and not self.blocks:
             names = ", ".join(r.site.name for r in decision.replacements[:3])
             raise NothingToRewrite(
                 f"the key/value cache of {names} leaves the graph, and what reads it expects its shape",
                 hint="call the model with use_cache=False, or rewriter.optimize(model, ...) before torch.compile",
             )
         return kept
+
+    def _chosen_blocks(self) -> Sequence[BlockReplacement]:
+        return self.blocks
+
+
+def _all_exact(done: GraphRewrite[ExportedProgram]) -> bool:
+    return all(r.exact for r in done.replacements) and all(b.exact for b in done.blocks)
 
 
 def _require_equal(program: ExportedProgram, before: nn.Module, after: nn.Module, exact: bool) -> None:

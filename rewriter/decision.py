@@ -109,8 +109,6 @@ def _resolve(target: Any) -> Target:
     return found
 
 
-BLOCKS_IN_GRAPHS = "feed-forward blocks of a flat graph are not rewritten in this version"
-
 OF_GRAPHS = "rewrite the module that it was made from, and export the result; or an .onnx file of it"
 """What to do about what graphs are not rewritten to."""
 
@@ -131,7 +129,7 @@ def decide(
     target: Any,
     layers: str | None,
     probe: Callable[[Matches], Probe] | None = None,
-    blocks: Callable[[], FeedForwards] | None = None,
+    blocks: Callable[[], FeedForwards] = FeedForwards,
 ) -> Decision:
     """Plan and transform weights; with a probe, by statistics of calibration batches.
 
@@ -185,13 +183,11 @@ def _decide_blocks(
     matches: Matches,
     by_selector: Mapping[str, Target],
     probe: Callable[[Matches], Probe] | None,
-    blocks: Callable[[], FeedForwards] | None,
+    blocks: Callable[[], FeedForwards],
 ) -> BlockDecision:
     wanted = {s: t.blocks for s, t in by_selector.items() if isinstance(t, Layered)}
     if not wanted:
         return BlockDecision()
-    if blocks is None:
-        raise UsageError(BLOCKS_IN_GRAPHS, hint=OF_GRAPHS)
     given = None if probe is None else lambda: probe(matches)
     return decide_blocks(flow, matches, wanted, blocks(), given)
 

@@ -11,8 +11,11 @@ import torch
 from passes.cost import all_scores
 from passes.dataflow import Flow
 from passes.match.attention import Matches
+from passes.match.feed_forward import find_feed_forward
 from passes.protocols import Probe
+from passes.targets.block import BlockReplacement
 from passes.targets.replacement import Replacement
+from rewriter.block_decision import BlockDecision
 from rewriter.calibration.batches import batches
 from rewriter.calibration.torch_probe import program_probe
 from rewriter.capture.example_inputs import Call, as_call
@@ -50,32 +53,41 @@ def rewrite_graph(
         return program_probe(readable, (args, dict(kwargs)), given)
 
     def choose(flow: Flow, matches: Matches) -> Sequence[Replacement]:
-        decisions.append(decide(flow, matches, target, layers, None if calibration is None else probe))
-        return decisions[-1].replacements
+        given = None if calibration is None else probe
+        found = decide(flow, matches, target, layers, given, lambda: find_feed_forward(flow, matches.names))
+        decisions.append(found)
+        return found.replacements
+
+    def blocks() -> Sequence[BlockReplacement]:
+        return decisions[-1].blocks.replacements
 
     with watch.stage("install"):
         recorded = opened(model) if isinstance(model, torch.export.ExportedProgram) else model
         readable = with_linear_projections(recorded)
-        done = _rewritten(readable, choose, args, kwargs)
+        done = _rewritten(readable, choose, blocks, args, kwargs)
         if readable is not recorded and (only := _unused(readable, done)) is not None:
             readable = with_linear_projections(recorded, only)
-            done = _rewritten(readable, choose, args, kwargs)
-    decision = replace(decisions[-1], replacements=done.replacements, refused=(*decisions[-1].refused, *done.refused))
-    if not done.replacements:
+            done = _rewritten(readable, choose, blocks, args, kwargs)
+    decision = replace(
+        decisions[-1],
+        replacements=done.replacements,
+        refused=(*decisions[-1].refused, *done.refused),
+        blocks=_noting(decisions[-1].blocks.without(dict(done.refused)), done.notes),
+    )
+    if not done.replacements and not done.blocks:
         raise NothingToRewrite("; ".join(f"{n}: {r}" for n, r in decision.refused[:3]))
     fidelity = None
     if verify:
         with watch.stage("verify"):
-            fidelity = _verified(model, done.model, args, kwargs, all(r.exact for r in done.replacements))
+            exact = all(r.exact for r in done.replacements) and all(b.exact for b in done.blocks)
+            fidelity = _verified(model, done.model, args, kwargs, exact)
     holder: Any = done.model
     holder.rewrite_report = report(
         done.flow,
         done.matches,
         decision,
         tuple(noted(row, done.kept) for row in rows(done.flow, done.matches, done.replacements)),
-        parameters=sum(t.numel() for t in model.state_dict().values())
-        if isinstance(model, torch.fx.GraphModule)
-        else sum(t.numel() for t in model.state_dict.values()),
+        parameters=_stored_numbers(model),
         bytes_per_number=torch.finfo(getattr(torch, done.flow.dtype)).bits // 8,
         seconds=watch.seconds,
         fidelity=fidelity,
@@ -88,21 +100,36 @@ def rewrite_graph(
     return graph
 
 
+def _stored_numbers(model: Graph) -> int:
+    """How many numbers a graph holds; what layers share has several keys, and counts once."""
+    held = model.state_dict() if isinstance(model, torch.fx.GraphModule) else model.state_dict
+    return sum({(t.data_ptr(), tuple(t.shape)): t.numel() for t in held.values()}.values())
+
+
+def _noting(blocks: BlockDecision, notes: Mapping[str, str]) -> BlockDecision:
+    for note in dict.fromkeys(notes.values()):
+        blocks = blocks.noting({name for name, own in notes.items() if own == note}, note)
+    return blocks
+
+
 def _rewritten(
     model: Graph,
     choose: Callable[[Flow, Matches], Sequence[Replacement]],
+    blocks: Callable[[], Sequence[BlockReplacement]],
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
 ) -> GraphRewrite[Any]:
     if isinstance(model, torch.fx.GraphModule):
-        return rewrite_graph_module(model, args, kwargs, choose)
-    return rewrite_exported_program(model, choose, args, kwargs)
+        return rewrite_graph_module(model, args, kwargs, choose, blocks)
+    return rewrite_exported_program(model, choose, args, kwargs, blocks)
 
 
 def _unused(readable: Graph, done: GraphRewrite[Any]) -> set[str] | None:
     """Which nodes are to be written as linear layers, if some were that project for no rewritten site; else None."""
     written = written_projections(readable)
-    used = projections_of(done.flow, (r.site for r in done.replacements)) & written.keys()
+    used = projections_of(done.flow, (r.site for r in done.replacements))
+    used |= {done.flow.nodes[i].name for b in done.blocks for i in b.site.nodes}
+    used &= written.keys()
     return None if len(used) == len(written) else {written[name] for name in used}
 
 

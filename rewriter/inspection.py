@@ -17,7 +17,6 @@ from passes.refused_readers import ALSO_READ, refused_readers
 from passes.site import AttentionSite, NotAttention, Refusal
 from passes.targets.catalogue import CATALOGUE
 from passes.targets.grouped_query import GroupedQuery
-from rewriter.decision import BLOCKS_IN_GRAPHS, OF_GRAPHS
 from rewriter.errors import NotExportable, RewriteError, UsageError
 from rewriter.given_path import existing
 from rewriter.model_kinds import is_onnx, is_torch
@@ -215,10 +214,6 @@ def _inspection(
     choices = offers(flow, matches, blocks, of, limits)
     reasons = {s.name: GroupedQuery(1).refuses(s) for s in matches.sites}
     read = blocks.sites
-    if of == "graph":
-        why = f"{BLOCKS_IN_GRAPHS}; {OF_GRAPHS}"
-        refused = tuple(Refusal(f.name, f.layer, why, f.anchor, f.owner) for f in blocks.sites)
-        blocks = replace(blocks, sites=(), refusals=(*blocks.refusals, *refused))
     good = tuple(s for s in matches.sites if choices[s.name] or reasons[s.name] is None)
     bad = tuple(
         Refusal(s.name, s.layer, reason, s.anchor, s.owner, s.heads, s.head_dim)

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 from codegen.spec import Structure
 from passes.dataflow import Flow
 from passes.feed_forward_site import FeedForwardSite
+from passes.hidden_keys import padding_obstacle
 from passes.match.attention import Matches
 from passes.match.feed_forward import FeedForwards
 from passes.plan import sharing
@@ -41,8 +42,8 @@ PAIRS = tuple(gated_pair(form) for form in get_args(Form))
 _WHOLE: tuple[Layered, ...] = (*SPARSE, *PAIRS, Colt5())
 _KEEPING = ((Fourier(keep=HYBRID).name, Fourier(keep=HYBRID)), *((t.name, t.mixing) for t in SPARSE))
 """What targets that keep some attentions do to the others, by the target's name."""
-_NOT_IN_GRAPHS = frozenset({*(t.name for t in _WHOLE), *get_args(Form)})
-"""Names of what flat graphs are not rewritten to: feed-forward blocks, and attentions of several parts."""
+_NOT_IN_GRAPHS = frozenset({*(t.name for t in PAIRS), *get_args(Form)})
+"""Names of what flat graphs are not rewritten to: gated units."""
 
 
 def offers(
@@ -52,7 +53,7 @@ def offers(
 
     `limits` says of some names which targets are left to them (see `limits_of_modules`).
     """
-    found = _without_idle(matches.sites, {s.name: _targets(flow, matches, s) for s in matches.sites})
+    found = _without_idle(matches.sites, {s.name: _targets(flow, matches, s, kind) for s in matches.sites})
     if kind == "module":
         found = _of_modules(flow, matches, found)
     alone = [f for f in blocks.sites if sharer(f, blocks.sites) is None]
@@ -87,7 +88,7 @@ def limits_of_modules(
     return limits | dict.fromkeys(weighed, lambda name: name != LinearHeads().name)
 
 
-def _targets(flow: Flow, matches: Matches, site: AttentionSite) -> tuple[str, ...]:
+def _targets(flow: Flow, matches: Matches, site: AttentionSite, kind: Kind) -> tuple[str, ...]:
     """Names of the targets that would change this site."""
     names: list[str] = []
     if GroupedQuery(1).refuses(site) is None:
@@ -102,7 +103,7 @@ def _targets(flow: Flow, matches: Matches, site: AttentionSite) -> tuple[str, ..
         with contextlib.suppress(NoSublayer):
             sublayer(flow, site, matches.evidence[site.name])
             names += [GatedUnit(form).name for form in get_args(Form)]
-    names += _conditional(flow, matches, site)
+    names += _conditional(flow, matches, site, kind)
     names += [t.name for t in IN_MODULES_OF_THEIR_OWN if t.refuses(site) is None]
     return tuple(names)
 
@@ -151,7 +152,7 @@ def _nothing(name: str) -> bool:
     return False
 
 
-def _conditional(flow: Flow, matches: Matches, site: AttentionSite) -> tuple[str, ...]:
+def _conditional(flow: Flow, matches: Matches, site: AttentionSite, kind: Kind) -> tuple[str, ...]:
     target = Colt5()
     if site.cross:
         able = target.crossing.refuses(site) is None and target.crossing.idle(site) is None
@@ -159,7 +160,7 @@ def _conditional(flow: Flow, matches: Matches, site: AttentionSite) -> tuple[str
     if target.mixing.refuses(site) is None:
         with contextlib.suppress(NoSublayer):
             target.mixing.transform(flow, site, matches.evidence[site.name])
-            return (target.name,)
+            return (target.name,) if kind == "module" or padding_obstacle(flow, site) is None else ()
     return ()
 
 

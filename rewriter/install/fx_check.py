@@ -4,11 +4,14 @@ The original graph is run with its key and value weights replaced by the new hea
 that it stands for, with what the oracle makes of each mixed sublayer's input in the place of its output, and with what
 a sparse attention gives of its operands in the place of a full one's output. That is the definition of what the
 rewrite may change, whether the step is exact or lossy.
+
+What routes tokens is compared place by place, with its torch body on what it read in this very run: a score that is
+rounded otherwise may route another token, and no more is equal from there on. The original goes on from what it gave.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -32,6 +35,7 @@ from passes.targets.replacement import Replacement
 from passes.weights.head_gains import stored_gains
 from rewriter.capture.torch_export import GraphView
 from rewriter.errors import UnsupportedModel
+from rewriter.install.fx_routed import Routed
 
 HINT = "this is a fault of rewriter: please report the model; the original is unchanged"
 
@@ -43,6 +47,7 @@ def require_equal(
     replacements: Iterable[Replacement],
     attended: Mapping[str, str],
     apart: Collection[str] = (),
+    routed: Sequence[Routed] = (),
 ) -> None:
     """Compare site outputs and graph outputs of the rewritten `module` with the widened original's.
 
@@ -50,6 +55,7 @@ def require_equal(
         bound: what each placeholder of `module` holds.
         attended: by site name the name of the node that took the place of the site's output.
         apart: names of sites that share keys or values with attentions that stay: only they read new ones.
+        routed: what routes tokens, at attentions and feed-forward blocks.
 
     Raises UnsupportedModel if they differ by more than rounding.
     """
@@ -62,14 +68,19 @@ def require_equal(
     own = {r.site.output: _widened(view, [r]) for r in replacements if r.site.name in apart}
     for r in (r for r in replacements if r.site.name in apart):
         widened |= _new_output(view, r)
-    before = _Run(view.module, widened, view.names, outputs.values(), replacements, view.flow, own)
-    after = _Run(module, {}, {}, attended.values())
+    limit = TOLERANCES[view.flow.dtype]
+    after = _Run(module, {}, {}, {*attended.values(), *(n.name for r in routed for n in (r.given, r.result))})
+    others = [r for r in replacements if r.site.name not in {one.replacement.site.name for one in routed}]
     try:
         with torch.no_grad():
-            old, new = before.on(view.bound), after.on(bound)
+            new = after.on(bound)
+            widened |= _given_by(routed, after.seen, limit)
+            before = _Run(view.module, widened, view.names, outputs.values(), others, view.flow, own)
+            old = before.on(view.bound)
+    except UnsupportedModel:
+        raise
     except Exception as error:  # any operator may fail on shapes it was not made for
         raise UnsupportedModel(f"the rewritten graph does not run: {error}", hint=HINT) from error
-    limit = TOLERANCES[view.flow.dtype]
     moved = {r.site.name for r in replacements if r.gathered}  # heads have changed places there; what follows tells
     for name, output in outputs.items():
         if name in moved:
@@ -79,6 +90,17 @@ def require_equal(
     for number, (a, b, source) in enumerate(zip(old, new, _results(view.module.graph), strict=True)):
         if isinstance(a, Tensor) and getattr(source, "name", None) not in caches:
             _require_close(a, b, limit, f"output {number}")
+
+
+def _given_by(routed: Sequence[Routed], seen: Mapping[str, Tensor], limit: float) -> dict[Value, Tensor]:
+    """What stands where tokens are routed, by the original's value, once it is what it should be."""
+    found: dict[Value, Tensor] = {}
+    for one in routed:
+        given, result = seen[one.given.name], seen[one.result.name]
+        name = f"what takes the place of {one.replacement.site.name}"
+        _require_close(one.expected(given, result), result, limit, name)
+        found[one.value] = result
+    return found
 
 
 def _widened(view: GraphView, replacements: Iterable[Replacement]) -> dict[Value, Tensor]:

@@ -9,9 +9,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch.fx import Node as FxNode
 
+from codegen.conditional import ConditionalAttention
 from codegen.sight import Pattern
 from codegen.spec import GroupedQueryAttention
 from passes.dataflow import Value
+from passes.feed_forward_site import FeedForwardSite
 from passes.site import AttentionSite, Operand
 from passes.targets.replacement import Replacement
 from rewriter.capture.torch_export import GraphView
@@ -23,6 +25,7 @@ from rewriter.install.fx_mixing import MixPlan, apply_mixing, plan_mixing
 from rewriter.install.fx_parameters import NewParameters
 from rewriter.install.fx_path import below_stem, is_nested
 from rewriter.install.fx_plan import Reprojection, SitePlan, output_parts, plan_site
+from rewriter.install.fx_routed import BlockPlan, Routed, apply_block
 from rewriter.install.fx_sight import narrowed
 from rewriter.install.fx_store import Store
 from rewriter.install.fx_sweep import sweep
@@ -45,6 +48,7 @@ class Editor:
         store: its copy, and where its parameters live.
         attended: for each site the node that took the place of its output.
         replaced: nodes that something else stands for, not swept yet.
+        routed: what routes tokens now.
     """
 
     view: GraphView
@@ -52,6 +56,7 @@ class Editor:
     attended: dict[str, FxNode] = field(default_factory=dict)
     _stems: dict[tuple[Value, int], Laid] = field(default_factory=dict)
     replaced: list[FxNode] = field(default_factory=list)
+    routed: list[Routed] = field(default_factory=list)
     _copies: dict[FxNode, FxNode] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -78,12 +83,22 @@ class Editor:
             return plan_mixing(self, replacement)
         return plan_site(self, replacement, apart=apart)
 
-    def apply(self, plan: SitePlan | MixPlan) -> None:
+    def apply(self, plan: SitePlan | MixPlan | BlockPlan) -> None:
+        if isinstance(plan, BlockPlan):
+            output = plan.replacement.site.output
+            old, done = self.node(output), apply_block(self, plan)
+            # of attentions that read it with nothing between
+            self.routed = [replace(r, given=done.result) if r.given is old else r for r in self.routed] + [done]
+            self._by_value[output] = done.result
+            return
         site = plan.replacement.site
         if isinstance(plan, MixPlan):
             output = plan.replacement.around.output
             self.replaced.append(self.node(output))
+            given = self.node(plan.replacement.around.input)
             mixed = apply_mixing(self, plan)
+            if isinstance(plan.replacement.spec, ConditionalAttention):
+                self.routed.append(Routed(plan.replacement, output, given, mixed))
             self.attended[site.name] = self._by_value[output] = mixed  # which a later site may read
             return
         for planned in plan.operands if plan.apart else ():
@@ -232,7 +247,7 @@ class Editor:
         node = self.flow.nodes[index]
         return None if is_nested(node) else self.nodes.get(node.name)
 
-    def finish(self, sites: Iterable[AttentionSite]) -> None:
+    def finish(self, sites: Iterable[AttentionSite | FeedForwardSite]) -> None:
         """Remove what is unread now, and give the new parameters keys."""
         for site in sites:
             sweep(self, site)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph
 from torch.fx import Node as FxNode
@@ -64,7 +65,7 @@ class Emitter:
         arguments, keywords = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
         assert callable(node.target)
         try:
-            with self.fake, torch.no_grad():
+            with self.fake, torch.no_grad(), enable_python_dispatcher():  # as torch.export does it, for open sizes
                 if self.fake.shape_env is None:
                     node.meta["val"] = node.target(*arguments, **keywords)
                 else:

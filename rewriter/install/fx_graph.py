@@ -23,6 +23,7 @@ from passes.dataflow import Flow
 from passes.match.attention import Matches, find_attention
 from passes.refused_readers import refused_readers
 from passes.site import Refusal
+from passes.targets.block import BlockReplacement
 from passes.targets.replacement import Replacement
 from rewriter.capture.torch_export import (
     hides_attention,
@@ -39,12 +40,16 @@ from rewriter.install.fx_editor import Editor
 from rewriter.install.fx_mixing import MixPlan
 from rewriter.install.fx_plan import SitePlan
 from rewriter.install.fx_repeat import RepeatPlan, apply_repeats, plan_repeats
+from rewriter.install.fx_routed import BlockPlan, Routed, plan_block
 from rewriter.install.fx_store import ModuleStore, ProgramStore
 from rewriter.install.kept import Kept
 from rewriter.module_modes import evaluating
 
 Decide = Callable[[Flow, Matches], Sequence[Replacement]]
 """Called with what was found; returns what to install (nothing, to leave the graph alone)."""
+
+DecideBlocks = Callable[[], Sequence[BlockReplacement]]
+"""Called behind that; returns what to install in feed-forward blocks' places."""
 
 Kind = TypeVar("Kind", GraphModule, ExportedProgram)
 
@@ -59,6 +64,8 @@ class GraphRewrite(Generic[Kind]):
         replacements: what was installed.
         refused: (site name, reason) for replacements that this door could not install.
         kept: sites that keep the attention they had, on repeated heads.
+        blocks: what was installed in feed-forward blocks' places.
+        notes: for the report, by site.
     """
 
     model: Kind
@@ -67,6 +74,8 @@ class GraphRewrite(Generic[Kind]):
     replacements: tuple[Replacement, ...]
     refused: tuple[tuple[str, str], ...] = ()
     kept: Mapping[str, Kept] = field(default_factory=dict)
+    blocks: tuple[BlockReplacement, ...] = ()
+    notes: Mapping[str, str] = field(default_factory=dict)
 
 
 def rewrite_exported_program(
@@ -74,6 +83,7 @@ def rewrite_exported_program(
     decide: Decide,
     args: tuple[Any, ...] | None = None,
     kwargs: Mapping[str, Any] | None = None,
+    blocks: DecideBlocks = tuple,
 ) -> GraphRewrite[ExportedProgram]:
     """Rewrite an exported program; its call, inputs and dynamic shapes stay as they are.
 
@@ -93,24 +103,29 @@ def rewrite_exported_program(
     view = view_program(program, args, kwargs)
     matches = find_attention(view.flow)
     chosen = decide(view.flow, matches)
+    for_blocks = blocks()
 
     def edited(why: str | None) -> GraphRewrite[ExportedProgram]:
         store = ProgramStore(program)
-        done = _edit(Editor(view, store), chosen, matches.refusals, why)
-        if not done.replacements:
+        done = _edit(Editor(view, store), chosen, for_blocks, matches.refusals, why)
+        if not done.replacements and not done.blocks:
             return GraphRewrite(program, view.flow, matches, (), done.refused)
         result = store.finish()
         parameters = {**result.state_dict, **result.constants}
         keys = {s.arg.name: s.target for s in result.graph_signature.input_specs if s.target is not None}
         bound = {n: parameters[keys[n]] if n in keys else view.bound[n] for n in _placeholders(result.graph_module)}
-        require_equal(view, result.graph_module, bound, done.replacements, done.attended, done.apart)
-        return GraphRewrite(result, view.flow, matches, done.replacements, done.refused, done.kept)
+        require_equal(view, result.graph_module, bound, done.replacements, done.attended, done.apart, done.routed)
+        return done.as_result(result, view.flow, matches)
 
     return _proved(edited)
 
 
 def rewrite_graph_module(
-    module: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any], decide: Decide
+    module: GraphModule,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    decide: Decide,
+    blocks: DecideBlocks = tuple,
 ) -> GraphRewrite[GraphModule]:
     """Rewrite a graph module, recorded on these inputs; the result is called the same way.
 
@@ -127,15 +142,16 @@ def rewrite_graph_module(
     view = view_graph_module(flat, _bound(flat, args, kwargs))
     matches = find_attention(view.flow)
     chosen = decide(view.flow, matches)
+    for_blocks = blocks()
 
     def edited(why: str | None) -> GraphRewrite[GraphModule]:
         store = ModuleStore(flat)
-        done = _edit(Editor(view, store), chosen, matches.refusals, why)
-        if not done.replacements:
+        done = _edit(Editor(view, store), chosen, for_blocks, matches.refusals, why)
+        if not done.replacements and not done.blocks:
             return GraphRewrite(module, view.flow, matches, (), done.refused)
         result = store.finish()
-        require_equal(view, result, view.bound, done.replacements, done.attended, done.apart)
-        return GraphRewrite(result, view.flow, matches, done.replacements, done.refused, done.kept)
+        require_equal(view, result, view.bound, done.replacements, done.attended, done.apart, done.routed)
+        return done.as_result(result, view.flow, matches)
 
     return _proved(edited)
 
@@ -180,26 +196,51 @@ class _Edited:
     kept: Mapping[str, Kept]
     attended: Mapping[str, str]
     apart: frozenset[str]
+    blocks: tuple[BlockReplacement, ...] = ()
+    routed: tuple[Routed, ...] = ()
+
+    def as_result(self, model: Kind, flow: Flow, matches: Matches) -> GraphRewrite[Kind]:
+        notes = {r.replacement.site.name: r.note for r in self.routed if r.note}
+        return GraphRewrite(model, flow, matches, self.replacements, self.refused, self.kept, self.blocks, notes)
 
 
 def _edit(
-    editor: Editor, replacements: Sequence[Replacement], refusals: Sequence[Refusal], why: str | None = None
+    editor: Editor,
+    replacements: Sequence[Replacement],
+    blocks: Sequence[BlockReplacement],
+    refusals: Sequence[Refusal],
+    why: str | None = None,
 ) -> _Edited:
     """`why` is a reason to write no attention anew."""
     plans, repeats, refused = _plan(editor, replacements, refusals, why)
+    block_plans, unplanned = _plan_blocks(editor, blocks)
+    refused |= unplanned
     planned = {p.replacement.site.name for p in plans} | {p.replacement.site.name for p in repeats}
-    if replacements and not planned:
+    if (replacements or blocks) and not planned and not block_plans:
         raise UnsupportedModel("; ".join(f"{name}: {reason}" for name, reason in list(refused.items())[:3]))
-    for plan in plans:
+    for plan in (*plans, *block_plans):
         editor.apply(plan)
     apply_repeats(editor, repeats)
     done = tuple(r for r in replacements if r.site.name in planned)
-    if done:
-        editor.finish([r.site for r in done])
+    replaced = tuple(p.replacement for p in block_plans)
+    if done or replaced:
+        editor.finish([*(r.site for r in done), *(b.site for b in replaced)])
     attended = {name: node.name for name, node in editor.attended.items()}
     kept = {p.replacement.site.name: Kept(False, True, p.why) for p in repeats}
     apart = frozenset(p.replacement.site.name for p in plans if isinstance(p, SitePlan) and p.apart)
-    return _Edited(done, tuple(refused.items()), kept, attended, apart)
+    return _Edited(done, tuple(refused.items()), kept, attended, apart, replaced, tuple(editor.routed))
+
+
+def _plan_blocks(editor: Editor, replacements: Sequence[BlockReplacement]) -> tuple[list[BlockPlan], dict[str, str]]:
+    """Blocks to be replaced, and reasons by site for the rest."""
+    plans: list[BlockPlan] = []
+    refused: dict[str, str] = {}
+    for replacement in replacements:
+        try:
+            plans.append(plan_block(editor, replacement))
+        except UnsupportedModel as error:
+            refused[replacement.site.name] = str(error)
+    return plans, refused
 
 
 def _plan(

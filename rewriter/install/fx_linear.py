@@ -21,6 +21,7 @@ from passes.hidden_keys import HIDES, masks_of, more_than_hidden_keys, size
 from passes.site import AttentionSite, Modifier
 from passes.targets.replacement import Replacement
 from rewriter.errors import UnsupportedModel
+from rewriter.install.fx_body import copied, exported_body
 from rewriter.install.fx_emit import HINT, Emitter, aten
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def linear_attention(editor: Editor, like: FxNode, replacement: Replacement, q: 
         k = emitter.call(like, aten.mul.Tensor, k, 1 / site.k.gain)
     behind = size(editor.flow, site.q, "s") != size(editor.flow, site.k, "s")
     body = _body(spec, editor.view.tensors[site.q.seam].dtype, shown is not None, behind)
-    return _copied(emitter, like, body, [q, k, v, *held, *([] if shown is None else [shown])])
+    return copied(emitter, like, body, [q, k, v, *held, *([] if shown is None else [shown])])
 
 
 class _Body(nn.Module):
@@ -74,36 +75,7 @@ def _body(spec: LinearAttention, dtype: torch.dtype, shown: bool, behind: bool) 
     free: dict[str, Any] = {"q": {0: batch, 2: queries}, "k": {0: batch, 2: tokens}, "v": {0: batch, 2: tokens}}
     free |= {"held": tuple(None for _ in held), "shown": {0: batch, 1: tokens} if shown else None}
     arguments = (q, k, v, held, visible)
-    with torch.no_grad():
-        program = torch.export.export(_Body(spec), arguments, dynamic_shapes=free, strict=False)
-    graph: GraphModule = program.graph_module
-    graph.graph.eliminate_dead_code()
-    return graph
-
-
-def _copied(emitter: Emitter, like: FxNode, body: GraphModule, operands: list[FxNode]) -> FxNode:
-    """The body's nodes on these operands, but for its checks."""
-    given = [n for n in body.graph.nodes if n.op == "placeholder" and n.meta.get("val") is not None]
-    known: dict[FxNode, FxNode] = dict(zip(given, operands, strict=True))
-    for node in body.graph.nodes:
-        if node.op == "call_function" and not _is_check(node):
-            arguments, keywords = torch.fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
-            if "device" in keywords:
-                keywords = {**keywords, "device": _device(emitter, operands[0])}
-            known[node] = emitter.call(like, node.target, *arguments, **keywords)
-        elif node.op == "output":
-            (result,) = torch.fx.node.map_arg(node.args[0], known.__getitem__)
-    answer: FxNode = result
-    return answer
-
-
-def _is_check(node: FxNode) -> bool:
-    return (not node.users and node.is_impure()) or node.target is aten._assert_tensor_metadata.default
-
-
-def _device(emitter: Emitter, like: FxNode) -> Any:
-    value = like.meta.get("val")
-    return emitter.device if value is None else value.device
+    return exported_body(_Body(spec), arguments, free)
 
 
 # ------------------------------------------------------------ masks

@@ -17,10 +17,13 @@ from codegen.spec import (
     Structure,
     TokenMixing,
 )
+from passes.dataflow import Value
+from passes.hidden_keys import hiding
 from passes.targets.replacement import Replacement
 from rewriter.decision import OF_GRAPHS
 from rewriter.errors import UnsupportedModel
 from rewriter.install.fx_emit import Emitter, aten
+from rewriter.install.fx_routed import conditional_attention, require_padding_told
 
 if TYPE_CHECKING:
     from rewriter.install.fx_editor import Editor
@@ -40,7 +43,9 @@ def plan_mixing(editor: Editor, replacement: Replacement) -> MixPlan:
     if isinstance(replacement.spec, (GatedAttention, MixedChunkAttention)):
         raise UnsupportedModel(f"gated attention units are not written into graphs; {OF_GRAPHS}")
     if isinstance(replacement.spec, ConditionalAttention):
-        raise UnsupportedModel(f"conditional attention is not written into graphs; {OF_GRAPHS}")
+        require_padding_told(editor, replacement)
+        for modifier in hiding(editor.flow, replacement.site):
+            editor.node(Value(modifier.value or ""))
     for value in (replacement.around.input, replacement.around.output):
         editor.node(value)
     return MixPlan(replacement)
@@ -53,24 +58,29 @@ def apply_mixing(editor: Editor, plan: MixPlan) -> FxNode:
     assert spec is not None
     output = editor.node(around.output)
     held = {name: editor.parameters.of_mix(replacement, name) for name in spec.shapes}
+    write, x = _Writer(editor.emitter, output, held), editor.node(around.input)
+    given = editor.view.tensors[around.input].dtype
     with editor.graph.inserting_before(output):
-        mixed = _mix(_Writer(editor.emitter, output, held), editor.node(around.input), spec, around.batch_first)
+        wide = x if given in WIDE else write.call(aten.to.dtype, x, torch.float32)
+        if isinstance(spec, ConditionalAttention):
+            mixed = conditional_attention(editor, output, replacement, wide)
+        else:
+            mixed = _mix(write, wide, spec, around.batch_first)
         recorded = editor.view.tensors[around.output]
         if recorded.dim() == 2:
             mixed = editor.emitter.call(output, aten.flatten.using_ints, mixed, 0, 1)
-        if recorded.dtype not in WIDE or recorded.dtype != editor.view.tensors[around.input].dtype:
+        if recorded.dtype not in WIDE or recorded.dtype != given:
             mixed = editor.emitter.call(output, aten.to.dtype, mixed, recorded.dtype)
     output.replace_all_uses_with(mixed)
     return mixed
 
 
 def _mix(write: _Writer, x: FxNode, spec: TokenMixing, batch_first: bool) -> FxNode:
-    """[B, S, E] or [S, B, E] in float32, or in float64 where x is; contiguous, since views may follow."""
-    wide = x if x.meta["val"].dtype in WIDE else write.call(aten.to.dtype, x, torch.float32)
+    """[B, S, E] or [S, B, E], in float32 or float64 as x is; contiguous, since views may follow."""
     if isinstance(spec, LinearMixing):
-        return _linear(write, wide, spec, batch_first)
+        return _linear(write, x, spec, batch_first)
     assert isinstance(spec, FourierMixing)
-    return _fourier(write, wide, spec, batch_first)
+    return _fourier(write, x, spec, batch_first)
 
 
 @dataclass(frozen=True)

@@ -92,6 +92,11 @@ class NewParameters:
         sources = self._stored(out.weight) if out is not None else ()
         return self._once(key, (replacement.site.name, "mix", part), tensor, sources)
 
+    def of_block(self, site: str, value: Value, part: str, array: Array) -> FxNode:
+        """For a parameter of what takes a feed-forward block's place; `value` is the block's output projection."""
+        key = (value, part.encode(), array.tobytes())
+        return self._once(key, (site, "routed", part), self._like(array, value), self._stored(value))
+
     def of_linear_attention(self, replacement: Replacement, part: str) -> FxNode:
         """In float32; sites that share their keys' weight share it."""
         array, value = replacement.tensors[part], replacement.site.k.projection.weight
@@ -156,5 +161,5 @@ def _key(new: _NewParameter) -> str:
     """Beside the old weight, with the operand's letter: "attn.c_attn.weight" gives "attn.c_attn.k_weight"."""
     path, _, leaf = new.sources[0].rpartition(".") if len(new.sources) == 1 else (new.site, "", new.part)
     path = ".".join(re.sub(r"\W+", "_", step) for step in path.split("."))
-    leaf = new.part if new.role in ("mix", "linear") else leaf
+    leaf = new.part if new.role in ("mix", "linear", "routed") else leaf
     return f"{path}.{new.role}_{leaf}" if path else f"{new.role}_{leaf}"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch.fx import Node as FxNode
 
+from passes.feed_forward_site import FeedForwardSite
 from passes.site import AttentionSite
 from rewriter.install.fx_emit import aten
 
@@ -14,10 +15,11 @@ if TYPE_CHECKING:
     from rewriter.install.fx_editor import Editor
 
 
-def sweep(editor: Editor, site: AttentionSite) -> None:
+def sweep(editor: Editor, site: AttentionSite | FeedForwardSite) -> None:
     """Erase the site's nodes that nothing reads, and what only they read."""
-    numbers = {*site.nodes, *(o.projection.node for o in site.operands)}
-    numbers |= {i for o in site.operands for i in o.path}
+    numbers = {*site.nodes}
+    if isinstance(site, AttentionSite):
+        numbers |= {o.projection.node for o in site.operands} | {i for o in site.operands for i in o.path}
     matched = {n for i in numbers if (n := editor.of(i)) is not None}
     matched |= {u for n in matched for u in n.users if u.target is operator.getitem}
     todo = [editor.node(site.output), *matched, *editor.replaced]

@@ -38,8 +38,26 @@ def conditional_attention(
         ValueError: if x or a parameter contradicts the spec, or a parameter is given or missing against it.
     """
     require_fitting(spec, tuple(x.shape), {name: tuple(p.shape) for name, p in parameters.items()})
+    return unguarded(spec, x, shown, parameters, soft=soft)
+
+
+def numbers_of(spec: ConditionalAttention) -> Tensor:
+    """int64 [2 farthest + 1]: the bucket of each distance from -farthest up."""
+    return torch.from_numpy(bucket(spec, np.arange(-spec.farthest, spec.farthest + 1)))
+
+
+def unguarded(
+    spec: ConditionalAttention,
+    x: Tensor,
+    shown: Tensor | None,
+    parameters: Parameters,
+    *,
+    soft: bool = False,
+    numbers: Tensor | None = None,
+) -> Tensor:
+    """`conditional_attention`, with shapes unchecked: what is written into graphs, with `numbers_of` as an operand."""
     seen = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if shown is None else shown
-    light = local_attention(spec, x, seen, parameters)
+    light = local_attention(spec, x, seen, parameters, numbers)
     queries = route(spec.queries, x, parameters["query_router"], seen, soft=soft)
     keys = route(spec.keys, x, parameters["key_router"], seen, soft=soft)
     source = keys.gather(x) * keys.weight[..., None].to(x.dtype)
@@ -48,39 +66,59 @@ def conditional_attention(
     visible = seen.gather(1, keys.index)[:, None, None, :]
     bias = None
     if spec.buckets:
-        bias = _bias(spec, keys.index[:, None, :] - queries.index[:, :, None], parameters["distances"])
+        bias = _bias(spec, keys.index[:, None, :] - queries.index[:, :, None], parameters["distances"], numbers)
         bias = bias[:, spec.light_heads :]
     attended = _attended(spec, query, key, value, visible, bias).transpose(1, 2).flatten(2)
     found = queries.add(light, attended @ parameters["heavy_output_weight"])
     return found + parameters["output_bias"] if spec.output_bias else found
 
 
-def local_attention(spec: ConditionalAttention, x: Tensor, seen: Tensor, parameters: Parameters) -> Tensor:
+def local_attention(
+    spec: ConditionalAttention, x: Tensor, seen: Tensor, parameters: Parameters, numbers: Tensor | None = None
+) -> Tensor:
     """[B, S, E]: the light branch. Each block of queries meets its own keys and those of both blocks beside it."""
-    tokens, block = x.shape[1], spec.block(x.shape[1])
-    missing = -tokens % block
+    tokens = x.shape[1]
+    block = spec.radius + 1 if torch.compiler.is_exporting() else spec.block(tokens)
     query, key, value = (
-        torch.unflatten(
-            functional.pad(_projected(spec, f"light_{role}", x, parameters), (0, 0, 0, missing)), 2, (-1, block)
-        ).transpose(1, 2)
+        _by_block(_projected(spec, f"light_{role}", x, parameters), block).transpose(1, 2)
         for role in ("query", "key", "value")
     )  # each [B, G, H, C, D]
-    visible = torch.unflatten(functional.pad(seen, (0, missing)), 1, (-1, block))
+    visible = _by_block(seen[..., None], block)[..., 0]
     at = torch.arange(block, device=x.device)
     distance = torch.arange(3 * block, device=x.device) - block - at[:, None]  # [C, 3 C]
     near = distance.abs() <= spec.radius
     visible = _beside(visible)[:, :, None, None, :] & near
-    bias = _bias(spec, distance, parameters["distances"])[: spec.light_heads] if spec.buckets else None
+    bias = None
+    if spec.buckets:
+        bias = _bias(spec, distance, parameters["distances"], numbers)[: spec.light_heads]
     attended = _attended(spec, query, _beside(key, 3), _beside(value, 3), visible, bias)
-    merged = attended.transpose(2, 3).flatten(3).flatten(1, 2)[:, :tokens]  # [B, S, H D]
-    return merged @ parameters["light_output_weight"]
+    merged = attended.transpose(2, 3).flatten(3).flatten(1, 2)  # [B, G C, H D]
+    return _first(merged, tokens) @ parameters["light_output_weight"]
+
+
+def _by_block(x: Tensor, block: int) -> Tensor:
+    """[..., S, D] as [..., G, C, D], with zeros, or False, behind the end."""
+    tokens = x.shape[-2]
+    if not torch.compiler.is_exporting():
+        return torch.unflatten(functional.pad(x, (0, 0, 0, -tokens % block)), -2, (-1, block))
+    # by an index, with two blocks more: exporters doubt reshapes to sizes that they cannot bound, and fix a size of 1
+    count = tokens // block + 2
+    numbers = torch.arange(count, device=x.device)[:, None] * block + torch.arange(block, device=x.device)
+    return functional.pad(x, (0, 0, 0, 1))[..., numbers.clamp(max=tokens), :]
+
+
+def _first(x: Tensor, tokens: int) -> Tensor:
+    """[B, tokens, F] of [B, G C, F]."""
+    if torch.compiler.is_exporting():  # a slice would be checked against a length that exporters cannot bound
+        return x.index_select(1, torch.arange(tokens, device=x.device))
+    return x[:, :tokens]
 
 
 def _beside(blocks: Tensor, dim: int = 2) -> Tensor:
     """Of [B, G, ...], each block between the two beside it, joined along `dim`; zeros, or False, beyond the ends."""
-    ends = torch.zeros_like(blocks[:, :1])
+    ends, count = torch.zeros_like(blocks[:, :1]), blocks.shape[1]
     around = torch.cat((ends, blocks, ends), dim=1)
-    return torch.cat((around[:, :-2], blocks, around[:, 2:]), dim=dim)
+    return torch.cat((around[:, :count], blocks, around[:, 2 : 2 + count]), dim=dim)
 
 
 def _projected(spec: ConditionalAttention, name: str, x: Tensor, parameters: Parameters) -> Tensor:
@@ -103,9 +141,8 @@ def _attended(
     return (weights * visible) @ value
 
 
-def _bias(spec: ConditionalAttention, distance: Tensor, table: Tensor) -> Tensor:
-    """[..., H, S, T] at distances [..., S, T] of a table [buckets, H]."""
-    reach = np.arange(-spec.farthest, spec.farthest + 1)
-    number = torch.from_numpy(bucket(spec, reach)).to(distance.device)
+def _bias(spec: ConditionalAttention, distance: Tensor, table: Tensor, numbers: Tensor | None) -> Tensor:
+    """[..., H, S, T] at distances [..., S, T] of a table [buckets, H]; `numbers` as of `numbers_of`."""
+    number = (numbers_of(spec) if numbers is None else numbers).to(distance.device)
     found = table[number[distance.clamp(-spec.farthest, spec.farthest) + spec.farthest]]
     return found.movedim(-1, -3)

@@ -31,6 +31,18 @@ def conditional_feed_forward(
         ValueError: if x or a parameter contradicts the spec, or a parameter is given or missing against it.
     """
     require_fitting(spec, tuple(x.shape), {name: tuple(p.shape) for name, p in parameters.items()})
+    return unguarded(spec, x, shown, parameters, soft=soft)
+
+
+def unguarded(
+    spec: ConditionalFeedForward,
+    x: Tensor,
+    shown: Tensor | None,
+    parameters: Mapping[str, Tensor],
+    *,
+    soft: bool = False,
+) -> Tensor:
+    """`conditional_feed_forward`, with shapes unchecked: what is written into graphs."""
     routed = route(spec.router, x, parameters["router"], shown, soft=soft)
     heavy = _branch(spec, "heavy", routed.gather(x), parameters)
     return routed.add(_branch(spec, "light", x, parameters), heavy)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,18 +53,28 @@ def route(router: Router, x: Tensor, u: Tensor, shown: Tensor | None = None, *, 
 def chosen(router: Router, scores: Tensor, shown: Tensor | None = None, *, soft: bool = False) -> Routed:
     """The same of scores [B, S]."""
     ranked = scores if shown is None else scores.masked_fill(~shown, LEAST)
-    index = _highest(ranked.detach(), router.kept(scores.shape[-1], soft=soft))
+    index = _highest(ranked.detach(), _kept(router, scores.shape[-1], soft=soft))
     if soft:
         return Routed(index, soft_top_k(router, scores, shown).gather(1, index))
     weight = torch.ones_like(scores) if shown is None else shown.to(scores.dtype)
     return Routed(index, weight.gather(1, index).detach())
 
 
-def _highest(scores: Tensor, count: int) -> Tensor:
+def _kept(router: Router, tokens: Any, *, soft: bool) -> Any:
+    """`Router.kept`; of a symbolic size too, which a graph capture must not compare with numbers."""
+    if isinstance(tokens, int) or soft:
+        return router.kept(tokens, soft=soft)
+    wanted = torch.sym_max(round(router.fraction * tokens), 1)  # type: ignore[no-untyped-call]
+    return torch.sym_min(wanted, tokens)  # type: ignore[no-untyped-call]
+
+
+def _highest(scores: Tensor, count: Any) -> Tensor:
     """[B, count]: where the highest stand, in order; of equal ones the lower index comes first."""
     if torch.onnx.is_in_onnx_export():  # whose TopK is so by definition, and which has no stable sort
         return scores.topk(count, dim=-1).indices
-    return scores.sort(dim=-1, descending=True, stable=True).indices[:, :count]
+    index = scores.sort(dim=-1, descending=True, stable=True).indices
+    # not a slice: captures would ask whether there are as many
+    return index.index_select(-1, torch.arange(count, device=scores.device))
 
 
 def soft_top_k(router: Router, scores: Tensor, shown: Tensor | None = None) -> Tensor:

@@ -54,7 +54,7 @@ def mixture_of_experts(spec: MixtureOfExperts, x: Tensor, **parameters: Tensor) 
 
 def routed(spec: MixtureOfExperts, x: Tensor, **parameters: Tensor) -> Routed:
     """As `mixture_of_experts`, with the router's losses."""
-    grouped, logits = _logits(spec, x, parameters)
+    grouped, logits = _checked(spec, x, parameters)
     by = _by_experts if spec.routing is Routing.EXPERTS_CHOOSE else _by_tokens
     return _finished(spec, x, logits, by(spec, grouped, logits.softmax(dim=-1), parameters), parameters)
 
@@ -65,7 +65,7 @@ Blocks = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 def routed_through(spec: MixtureOfExperts, x: Tensor, blocks: Blocks, **parameters: Tensor) -> Routed:
     """As `routed`, with what is behind the router computed by `blocks`."""
-    grouped, logits = _logits(spec, x, parameters)
+    grouped, logits = _checked(spec, x, parameters)
     rows, weights, balance, used = placed(spec, grouped, logits.softmax(dim=-1))
     mixed = blocks(grouped.reshape(-1, spec.hidden), rows, weights)
     return _finished(spec, x, logits, (mixed, balance, used), parameters)
@@ -82,13 +82,25 @@ def placed(spec: MixtureOfExperts, x: Tensor, probabilities: Tensor) -> tuple[Te
     return rows, _in_places(spec, asked, asked.gates, 0), asked.balance, asked.kept.any(dim=2)
 
 
-def _logits(spec: MixtureOfExperts, x: Tensor, parameters: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def unguarded(spec: MixtureOfExperts, x: Tensor, parameters: dict[str, Tensor], *, groups: int) -> Tensor:
+    """`mixture_of_experts` in so many groups, with shapes unchecked: what is written into graphs."""
+    grouped = x.reshape(groups, -1, spec.hidden)
+    logits = _logits(spec, grouped, parameters)
+    by = _by_experts if spec.routing is Routing.EXPERTS_CHOOSE else _by_tokens
+    return _finished(spec, x, logits, by(spec, grouped, logits.softmax(dim=-1), parameters), parameters).output
+
+
+def _checked(spec: MixtureOfExperts, x: Tensor, parameters: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Groups of tokens [G, T, H], and logits [G, T, E] in float32 at least."""
     require_fitting(spec, tuple(x.shape), {name: tuple(p.shape) for name, p in parameters.items()})
     grouped = x.reshape(spec.groups(x.shape[0] * x.shape[1]), -1, spec.hidden)
+    return grouped, _logits(spec, grouped, parameters)
+
+
+def _logits(spec: MixtureOfExperts, grouped: Tensor, parameters: dict[str, Tensor]) -> Tensor:
     wide = grouped if grouped.dtype == torch.float64 else grouped.float()
     logits = wide @ parameters["router_weight"].to(wide.dtype)
-    return grouped, logits + parameters["router_bias"].to(wide.dtype) if spec.router_bias else logits
+    return logits + parameters["router_bias"].to(wide.dtype) if spec.router_bias else logits
 
 
 def _finished(spec: MixtureOfExperts, x: Tensor, logits: Tensor, found: Mixed, parameters: dict[str, Tensor]) -> Routed:
