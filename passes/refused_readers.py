@@ -29,6 +29,13 @@ def refused_readers(flow: Flow, sites: Iterable[AttentionSite], refusals: Sequen
     return found
 
 
+def read_elsewhere(flow: Flow, site: AttentionSite) -> bool:
+    """Whether products that lead to something else than a site's output read its projected keys or values."""
+    own = {node.index for node in flow.ancestors(site.output)}
+    outputs = [operand.projection.output for _, operand in site.shared]
+    return any(node.index not in own for node in _behind(flow, outputs, ()))
+
+
 def _products(flow: Flow, anchor: Node) -> Iterator[int]:
     """What makes a softmax's scores and what mixes by its weights; a fused operator is both."""
     if "Softmax" not in anchor.op:

@@ -17,7 +17,8 @@ from passes.match.attention import Matches, find_attention
 from passes.match.confirm import confirm
 from passes.match.feed_forward import FeedForwards, confirm_feed_forward, find_feed_forward
 from passes.protocols import Probe
-from passes.site import Refusal
+from passes.refused_readers import read_elsewhere
+from passes.site import AttentionSite, Refusal
 from passes.targets.replacement import Replacement
 from rewriter.auto_choice import as_auto, settle
 from rewriter.block_decision import BlockDecision
@@ -94,14 +95,23 @@ def match_capture(captured: OnnxCapture) -> Matches:
     if matches.sites and (other := captured.other) is not None:
         matches = confirm(matches, find_attention(other.flow))
     hidden = tuple(Refusal(name, len(captured.nodes), _in_body(op), -1) for name, op in hidden_anchors(captured.model))
-    early = tuple(s for s in matches.sites if not (s.k.seam and s.v.seam))
+    reasons = {s.name: reason for s in matches.sites if (reason := _never_written(captured, s)) is not None}
     refused = tuple(
-        Refusal(s.name, s.layer, "its heads are repeated before they are rotated, which is not rewritten in a file",
-                s.anchor, s.owner, s.heads, s.head_dim)
-        for s in early
-    )  # fmt: skip
-    sites = tuple(s for s in matches.sites if s not in early)
+        Refusal(s.name, s.layer, reasons[s.name], s.anchor, s.owner, s.heads, s.head_dim)
+        for s in matches.sites
+        if s.name in reasons
+    )
+    sites = tuple(s for s in matches.sites if s.name not in reasons)
     return replace(matches, sites=sites, refusals=(*matches.refusals, *refused, *hidden))
+
+
+def _never_written(captured: OnnxCapture, site: AttentionSite) -> str | None:
+    """Why nothing can be done with a site in a file, whatever it is to become; None if something can."""
+    if not (site.k.seam and site.v.seam):
+        return "its heads are repeated before they are rotated, which is not rewritten in a file"
+    if site.by_blocks and read_elsewhere(captured.flow, site):
+        return "it attends within blocks of tokens, and another attention reads the keys or values that it would share"
+    return None
 
 
 def match_feed_forward(captured: OnnxCapture, matches: Matches) -> FeedForwards:

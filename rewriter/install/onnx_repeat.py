@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from passes.dataflow import Array, Flow, Value
 from passes.projections import layout_of
+from passes.refused_readers import read_elsewhere
 from passes.site import Operand, Projection
 from passes.targets.replacement import Replacement
 from passes.token_blocks import parted_behind
@@ -26,7 +27,8 @@ from rewriter.install.onnx_weights import Emitted, emit_like, emit_plain
 def repeatable(capture: OnnxCapture, replacement: Replacement, others: Sequence[Replacement]) -> bool:
     """Whether a site that is not written anew for the way its tokens lie can repeat its heads behind the projections.
 
-    `others` are all replacements of the file: a projection that two of them read is left alone.
+    `others` are all replacements of the file: a projection that two of them read is left alone, and so is one that an
+    attention reads that stays as it is.
     """
     site = replacement.site
     otherwise = any(_parted(capture, o) or unflattened_input(capture, o) is None for o in (site.k, site.v))
@@ -38,7 +40,7 @@ def repeatable(capture: OnnxCapture, replacement: Replacement, others: Sequence[
     if site.cached or site.k.presents or site.v.presents or site.owner in capture.written_out:
         return False
     projections = [o.projection for o in (site.k, site.v)]
-    if any(not _plain(capture, p) for p in projections):
+    if any(not _plain(capture, p) for p in projections) or read_elsewhere(capture.flow, site):
         return False
     outputs = {p.output for p in projections}
     elsewhere = (o.projection.output for r in others if r is not replacement for o in r.site.operands)

@@ -207,3 +207,31 @@ def test_a_level_of_one_block_is_one_of_blocks(blocks: int) -> None:
     with torch.no_grad():
         assert torch.allclose(small(x), same(x), atol=1e-5)
         assert not torch.allclose(small(x), model(x), atol=1e-2), "the control: other heads"
+
+
+class AlsoRead(Blocks):
+    """A second attention, with a temperature that is computed from hidden states (refused), reads the same keys."""
+
+    def __init__(self) -> None:
+        super().__init__(fused=False)
+        self.heat = nn.Linear(WIDTH, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, rows, columns = x.shape[0], ROWS // SIDE, COLUMNS // SIDE
+        blocks = x.reshape(batch, rows, SIDE, columns, SIDE, WIDTH).transpose(2, 3)
+        blocks = blocks.reshape(batch, rows * columns, SIDE * SIDE, WIDTH)
+        q, k, v = self.qkv(blocks).unflatten(-1, (3, HEADS, WIDTH // HEADS)).permute(3, 0, 1, 4, 2, 5)
+        scores = q @ k.transpose(-2, -1) * (WIDTH // HEADS) ** -0.5
+        first, second = (s.softmax(-1) @ v for s in (scores, scores * self.heat(blocks)[:, :, None]))
+        apart = torch.cat([first, second], 2).transpose(2, 3)
+        laid = [y.reshape(batch, ROWS * COLUMNS, WIDTH) for y in apart.split(HEADS, 3)]
+        out: Tensor = self.proj(laid[0]) + laid[1]
+        return out
+
+
+def test_heads_that_another_attention_reads_are_not_repeated_in_a_file(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    torch.onnx.export(AlsoRead().eval(), (batch(2),), tmp_path / "m.onnx", dynamo=False, input_names=["x"])
+    with pytest.raises(NothingToRewrite, match="another attention reads the keys"):
+        rewriter.optimize(tmp_path / "m.onnx", "gqa2")
+    assert not rewriter.inspect(tmp_path / "m.onnx").sites
