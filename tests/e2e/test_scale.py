@@ -123,7 +123,7 @@ def test_an_unrecorded_value_is_not_searched_for(tmp_path: Path) -> None:
 
     def calls(layers: int) -> int:
         captured = capture(load(write(Stack(layers, hidden=16, inner=16, heads=4), tmp_path / f"{layers}.onnx")))
-        held = captured.session.constants
+        held = captured.constants
         last = captured.model.graph.outputs[0].name or ""
 
         def ask() -> None:

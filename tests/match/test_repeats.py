@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from passes.dataflow import Flow
-from passes.match import feed_forward, repeats
+from passes.match import feed_forward_activation, repeats
 from passes.match.attention import find_attention, match_anchor
 from passes.match.feed_forward import find_feed_forward
 from passes.provenance import Tracer
@@ -121,7 +121,7 @@ def test_an_activation_is_read_once_for_blocks_that_are_alike(
     slopes: tuple[float, ...], names: list[str], read: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flow = _flow(_Blocks(slopes), width=8)
-    calls = _counted(monkeypatch, feed_forward, "_read_activation")
+    calls = _counted(monkeypatch, feed_forward_activation, "_read_activation")
     found = find_feed_forward(flow)
     assert [s.activation.name for s in found.sites] == names
     assert len(calls) == read
