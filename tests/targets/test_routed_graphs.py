@@ -60,6 +60,7 @@ EXPERTS = SparseMixer(mixing=LinearMixer(keep=1), blocks=Experts(4, 0.5))
 ASKED = SparseMixer(mixing=LinearMixer(keep=1), blocks=Experts(4, 0.5, routing=Routing.TOKENS_CHOOSE))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("build", "target", "after", "program"),
     [
@@ -102,6 +103,7 @@ class SequenceFirst(torch.nn.Module):
         return found
 
 
+@pytest.mark.slow
 def test_tokens_may_come_first() -> None:
     """Where the module door finds no module. With every token routed it is the original."""
     model, x = SequenceFirst().train(), torch.randn(30, 2, 16)
@@ -146,6 +148,7 @@ def test_graphs_of_fixed_sizes_have_as_many_groups_as_modules() -> None:
     assert not torch.allclose(found, mixture_of_experts(replace(spec, group_limit=99), x, **parameters), atol=1e-3)
 
 
+@pytest.mark.slow
 def test_torch_compile_takes_them() -> None:
     case = ZOO["bert-sdpa"]
     model, inputs = case.build(), given(2, 9, 0)
