@@ -10,6 +10,7 @@ from passes.dataflow import LAYOUT, Flow, Node, Value
 from passes.match.canonical_order import HeadsApart, in_blocks
 from passes.match.folded import unfolded
 from passes.match.groups import joined, require_groups
+from passes.match.hidden_bias import with_sources
 from passes.match.learned_query import with_learned_queries
 from passes.match.linear_map import output_map
 from passes.match.names import common_scope, exporter_scope, layer_of
@@ -112,6 +113,8 @@ def match_anchor(tracer: Tracer, anchor: Node, name: str, layer: int) -> tuple[A
     limit = tolerance(flow, (path.q.value, path.k.value, path.v.value, path.output_view.value))
     if not replayed.worst <= limit:
         raise NotUnderstood(_off(flow, path, replayed))
+    shared = (*k.operand.parts, *v.operand.parts)
+    path = replace(path, modifiers=with_sources(flow, path.modifiers, q.operand, shared))
     merged, out = _output_projection(flow, path.output_view.value)
     site = AttentionSite(
         name=name,

@@ -33,6 +33,8 @@ JOINED = "its tokens are joined from several projections, whose heads can be sha
 INTERLEAVED = "query heads that share a key/value head are no neighbours; gqaN brings them together first"
 BY_BLOCKS = "it attends within blocks of tokens, which have an axis of their own; only gqaN keeps that as it is"
 
+HIDDEN_BIAS = "its scores get a bias that is computed from hidden states, which only gqaN keeps"
+
 
 def shared_alone(site: AttentionSite) -> str | None:
     """Why a site's heads can be shared (gqaN) and nothing else done with it, None if more can."""
@@ -40,6 +42,8 @@ def shared_alone(site: AttentionSite) -> str | None:
         return JOINED
     if site.interleaved:
         return INTERLEAVED
+    if site.hidden_bias:
+        return HIDDEN_BIAS
     return BY_BLOCKS if site.by_blocks else None
 
 
