@@ -19,8 +19,8 @@ TOO_LARGE = (
     "example_inputs of fewer tokens (a shorter text, a smaller image)"
 )
 CONTENT_BIAS = (
-    "the score bias is computed from hidden states (content-dependent positions); only biases from masks and positions "
-    "can be kept"
+    "the score bias is computed from hidden states in a way that is not read (beside it is no product of queries and "
+    "keys, or more than one, or it is part of an operator); leave this attention as it is (layers= selects others)"
 )
 
 
