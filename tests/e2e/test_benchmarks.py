@@ -56,14 +56,14 @@ def test_coverage_of_two_models_through_three_doors(
     monkeypatch.setattr(coverage, "ProcessPoolExecutor", Here)
     target, page = tmp_path / "coverage.json", tmp_path / "benchmarks.md"
     page.write_text("# Benchmarks\n\n## Coverage\n\nold\n\n## Other\n\nkept\n")
-    arguments = ["--cases", "bert-sdpa,talking-encoder", "--doors", "torch,graph,torchscript17", "--workers", "1"]
+    arguments = ["--cases", "bert-sdpa,deberta-eager", "--doors", "torch,graph,torchscript17", "--workers", "1"]
     code = coverage.main([*arguments, "--json", str(target), "--markdown", str(page), "--cache", str(zoo_cache)])
     assert code == 0
     written = json.loads(target.read_text())
     assert set(written["machine"]) >= MACHINE and written["skipped"] == []
     table = {(r["case"], r["peer_name"]): r for r in written["rows"]}
     doors = [("torch", None), ("graph", None), ("torchscript17", "onnxruntime"), ("torchscript17", "onnxscript")]
-    assert set(table) == {(f"{case} {door}", peer) for case in ("bert-sdpa", "talking-encoder") for door, peer in doors}
+    assert set(table) == {(f"{case} {door}", peer) for case in ("bert-sdpa", "deberta-eager") for door, peer in doors}
     for (case, peer), row in table.items():
         assert set(row) >= ROW and row["ok"] is True and row["unit"] == "attentions"
         counts = (2, 0, 2) if case.startswith("bert") else (0, 2, 0)

@@ -116,8 +116,8 @@ def unchanged(case: ZooCase, module: nn.Module, heads: int, reason: str) -> None
 
 
 def test_attention_that_is_refused_runs_unchanged_and_says_why() -> None:
-    case = ZOO["talking-encoder"]
-    unchanged(case, case.build(), 2, "mixed between heads")
+    case = ZOO["deberta-eager"]
+    unchanged(case, case.build(), 2, "computed from hidden states")
 
 
 def test_a_cache_that_leaves_the_graph_keeps_its_shape() -> None:

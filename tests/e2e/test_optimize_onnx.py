@@ -359,12 +359,7 @@ def test_bad_wishes_are_usage_errors(zoo_onnx: ZooOnnx, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [
-        ("mlp", "no attention"),
-        ("conv", "no attention"),
-        ("router", "no attention"),
-        ("talking-encoder", "between heads"),
-    ],
+    [("mlp", "no attention"), ("conv", "no attention"), ("router", "no attention"), ("deberta-eager", "hidden states")],
 )
 def test_a_file_in_which_nothing_can_be_rewritten_says_why(name: str, reason: str, zoo_onnx: ZooOnnx) -> None:
     with pytest.raises(NothingToRewrite, match=reason) as error:

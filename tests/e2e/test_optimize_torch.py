@@ -117,10 +117,10 @@ def test_the_report_reads_well() -> None:
 
 
 def test_what_is_found_and_verified_prints_as_the_command_line_shows_it() -> None:
-    case = ZOO["talking-encoder"]
+    case = ZOO["deberta-eager"]
     found = rewriter.inspect(case.build(), example_inputs=case.inputs(2, 7, 0))
     lines = str(found).splitlines()
-    assert "0 of 2 attention sites can be rewritten" in lines and "between heads" in lines[3]
+    assert "0 of 2 attention sites can be rewritten" in lines and "hidden states" in lines[3]
     assert len(repr(found)) < 100 and "0 attentions, 2 feed-forward blocks, 2 refused" in repr(found)
     assert "\x1b" not in str(found)
     verified = Verification(Fidelity(0.5, 0.25), (Check("runs", False, "it does not"),))
@@ -379,12 +379,7 @@ def test_an_unknown_target_lists_what_there_is() -> None:
 
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [
-        ("mlp", "no attention"),
-        ("conv", "no attention"),
-        ("router", "no attention"),
-        ("talking-encoder", "between heads"),
-    ],
+    [("mlp", "no attention"), ("conv", "no attention"), ("router", "no attention"), ("deberta-eager", "hidden states")],
 )
 def test_a_model_in_which_nothing_can_be_rewritten_says_why(name: str, reason: str) -> None:
     case = ZOO[name]

@@ -61,7 +61,6 @@ MODULE_KEEPS = {
     "x-rotary": "of no known role",
     "x-rotary-sdpa": "of no known role",
     "x-alibi": "of no known role",
-    "deberta-eager": "computed from hidden states, as its forward does",
     "two-streams": "tokens of several projections are joined",
     **dict.fromkeys(("packed-sequence", "windows", "image-attends-text"), "the attention is the model itself"),
 }
@@ -69,7 +68,6 @@ MODULE_KEEPS = {
 
 GRAPH_KEEPS = {
     "complex-rotary": "changes how heads lie",
-    "deberta-eager": "computed from its keys",
     "x-rotary": "inside a wrapped region",
     "x-rotary-sdpa": "inside a wrapped region",
     "falcon-sdpa": "repeated before they are rotated",

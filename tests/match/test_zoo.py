@@ -73,11 +73,11 @@ def test_no_attention_of_the_extras_is_lost(case: ZooCase) -> None:
 
 
 @pytest.mark.parametrize(("case", "door"), [*in_torch(REFUSED), *matrix(REFUSED)])
-def test_talking_heads_are_refused_for_that_reason(case: ZooCase, door: str, zoo_onnx: ZooOnnx) -> None:
+def test_content_dependent_positions_are_refused_for_that_reason(case: ZooCase, door: str, zoo_onnx: ZooOnnx) -> None:
     matches = (through_torch(case) if door == "torch" else through_onnx(zoo_onnx(case, door))).matches
     assert matches.sites == ()
     assert len(matches.refusals) == case.sites
-    assert all("mixed between heads" in refusal.reason for refusal in matches.refusals)
+    assert all("computed from hidden states" in refusal.reason for refusal in matches.refusals)
     assert [refusal.layer for refusal in matches.refusals] == list(range(case.sites))
 
 

@@ -1,4 +1,4 @@
-"""Scores with a bias that hidden states make: every door shares heads and keeps it, and offers nothing else."""
+"""Scores with a bias that hidden states make: every door shares heads and keeps it where that is asked for."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import rewriter
-from rewriter.errors import RewriteError
+from passes.targets import GroupedQuery
+from rewriter.cli.arguments import target_of
+from rewriter.errors import NothingToRewrite, RewriteError, UsageError
 from tests.targets.lossless_twin import run_file
 
 WIDTH, HEADS, DIM, KEPT, REACH = 32, 4, 8, 2, 4
 EXACT, MOVED = 1e-5, 1e-3
+KEEPING = GroupedQuery(KEPT, keep_hidden_bias=True)
 
 
 class Attention(nn.Module):
@@ -128,11 +131,11 @@ def test_shared_heads_keep_the_bias(kind: type[Attention], door: str, tmp_path: 
 
     def rewritten() -> Tensor:
         if door == "module":
-            return rewriter.optimize(model, f"gqa{KEPT}", example_inputs=(given(),))(given(9))
+            return rewriter.optimize(model, KEEPING, example_inputs=(given(),))(given(9))
         if door == "program":
             program = torch.export.export(model, (given(9),))
-            return rewriter.optimize(program, f"gqa{KEPT}").module()(given(9))
-        rewriter.optimize(file_of(model, tmp_path / "m.onnx"), f"gqa{KEPT}").save(tmp_path / "new.onnx")
+            return rewriter.optimize(program, KEEPING).module()(given(9))
+        rewriter.optimize(file_of(model, tmp_path / "m.onnx"), KEEPING).save(tmp_path / "new.onnx")
         return torch.from_numpy(run_file(tmp_path / "new.onnx", {"x": given(9)}))
 
     assert (rewritten() - model(given(9))).abs().max() <= EXACT
@@ -142,19 +145,31 @@ def test_shared_heads_keep_the_bias(kind: type[Attention], door: str, tmp_path: 
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
-def test_nothing_else_is_offered(kind: type[Attention], tmp_path: Path) -> None:
-    model = twin(kind)
-    for seen in (
-        rewriter.inspect(model, example_inputs=(given(),)),
-        rewriter.inspect(file_of(model, tmp_path / "m.onnx")),
-    ):
-        assert not seen.refusals
-        assert [site["targets"] for site in seen.to_dict()["sites"]] == [["mqa", f"gqa{KEPT}"]] * 2
-    with pytest.raises(RewriteError, match="bias that is computed from hidden states"):
-        rewriter.optimize(model, "window:2", example_inputs=(given(),))
+def test_nothing_is_done_unasked(kind: type[Attention], tmp_path: Path) -> None:
+    model, file = twin(kind), file_of(twin(kind), tmp_path / "m.onnx")
+    for seen in (rewriter.inspect(model, example_inputs=(given(),)), rewriter.inspect(file)):
+        assert not seen.sites and len(seen.refusals) == 2
+        assert all(r.reason.startswith("the score bias is computed from hidden states") for r in seen.refusals)
+    for target in (f"gqa{KEPT}", "window:2", "fnet"):
+        with pytest.raises(NothingToRewrite, match="keep_hidden_bias=True"):
+            rewriter.optimize(model, target, example_inputs=(given(),))
+    with pytest.raises(NothingToRewrite, match="keep_hidden_bias=True"):
+        rewriter.optimize(file, f"gqa{KEPT}")
+
+
+def test_layers_are_asked_one_by_one() -> None:
+    target = {"0": KEEPING, "1": f"gqa{KEPT}"}
+    report = rewriter.optimize(twin(OfQueries), target, example_inputs=(given(),)).rewrite_report
+    assert [s.name for s in report.sites] == ["0"] and [r.name for r in report.refused] == ["1"]
+
+
+def test_the_command_line_asks_for_it() -> None:
+    assert target_of(f"gqa{KEPT}", None, None, keep_hidden_bias=True) == KEEPING
+    with pytest.raises(UsageError, match="keep-hidden-bias is for mqa and gqaN"):
+        target_of("fnet", None, None, keep_hidden_bias=True)
 
 
 def test_a_program_whose_keys_and_positions_share_a_projection_says_what_to_do() -> None:
     program = torch.export.export(twin(OfKeys), (given(),))
     with pytest.raises(RewriteError, match=r"computed from its keys; .* is read elsewhere, .*; rewrite the module"):
-        rewriter.optimize(program, f"gqa{KEPT}")
+        rewriter.optimize(program, KEEPING)

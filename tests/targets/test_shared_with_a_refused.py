@@ -18,21 +18,21 @@ EXACT, MOVED = 1e-5, 1e-2
 
 
 class TwoReaders(nn.Module):
-    """One attention, and one with a temperature computed from hidden states (refused) over the same keys and values."""
+    """One attention, and one whose bias is computed from hidden states (refused) over the same keys and values."""
 
     def __init__(self) -> None:
         super().__init__()
         self.q, self.k, self.v = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
-        self.heat, self.o = nn.Linear(WIDTH, HEADS), nn.Linear(2 * WIDTH, WIDTH)
+        self.bias, self.o = nn.Linear(WIDTH, HEADS), nn.Linear(2 * WIDTH, WIDTH)
 
     def forward(self, x: Tensor, shared: bool = False) -> Tensor:
         """`shared`: with the first attention's heads merged by their mean, written out."""
         q, k, v = (f(x).unflatten(-1, (HEADS, DIM)).transpose(1, 2) for f in (self.q, self.k, self.v))
-        heat = self.heat(x).permute(0, 2, 1)[:, :, None] * torch.ones(1, 1, x.shape[1], 1)
+        bias = self.bias(x).permute(0, 2, 1)[:, :, None] * torch.ones(1, 1, x.shape[1], 1)
         scale = DIM**-0.5
         fewer = (merged(k), merged(v)) if shared else (k, v)
         first = (q @ fewer[0].transpose(-2, -1) * scale).softmax(-1) @ fewer[1]
-        second = (q @ k.transpose(-2, -1) * scale * heat).softmax(-1) @ v
+        second = (q @ k.transpose(-2, -1) * scale + bias).softmax(-1) @ v
         return self.o(torch.cat([y.transpose(1, 2).flatten(2) for y in (first, second)], -1))
 
 
@@ -107,10 +107,10 @@ class OneReader(TwoReaders):
             for f in (self.q, self.k, self.v, self.other_k, self.other_v)
         ]
         q, k, v, other_k, other_v = heads
-        heat = self.heat(x).permute(0, 2, 1)[:, :, None] * torch.ones(1, 1, x.shape[1], 1)
+        bias = self.bias(x).permute(0, 2, 1)[:, :, None] * torch.ones(1, 1, x.shape[1], 1)
         k, v = (merged(k), merged(v)) if shared else (k, v)
         first = (q @ k.transpose(-2, -1) * DIM**-0.5).softmax(-1) @ v
-        second = (q @ other_k.transpose(-2, -1) * DIM**-0.5 * heat).softmax(-1) @ other_v
+        second = (q @ other_k.transpose(-2, -1) * DIM**-0.5 + bias).softmax(-1) @ other_v
         return self.o(torch.cat([y.transpose(1, 2).flatten(2) for y in (first, second)], -1))
 
 

@@ -173,23 +173,6 @@ def _without_attention() -> list[ZooCase]:
 
 
 def _refused() -> list[ZooCase]:
-    return [
-        ZooCase(
-            "talking-encoder",
-            lambda: randomize(plain_torch.TalkingEncoder(WIDTH, HEADS, INNER, LAYERS)),
-            features,
-            heads.stacked(HEADS, HEADS, "attn"),
-            HEADS,
-            HEADS,
-            LAYERS,
-            False,
-            FEATURE_AXES,
-            tags=frozenset({"torch", "refuse"}),
-        )
-    ]
-
-
-def _with_hidden_biases() -> list[ZooCase]:
     settings = {
         **ENCODER,
         "relative_attention": True,
@@ -198,7 +181,7 @@ def _with_hidden_biases() -> list[ZooCase]:
         "max_relative_positions": -1,
         "position_biased_input": False,
         "norm_rel_ebd": "layer_norm",
-        "share_att_key": False,
+        "share_att_key": True,
         "type_vocab_size": 0,
     }
     return implementations(
@@ -209,19 +192,12 @@ def _with_hidden_biases() -> list[ZooCase]:
         heads.separate(HEADS, "key_proj", "value_proj"),
         only=("eager",),
         causal=False,
-        tags=("wide",),
+        tags=("refuse",),
     )
 
 
 MAIN: dict[str, ZooCase] = {
-    case.name: case
-    for case in [
-        *_encoders(),
-        *_decoders(),
-        *_plain_torch(),
-        *_without_attention(),
-        *_refused(),
-    ]
+    case.name: case for case in [*_encoders(), *_decoders(), *_plain_torch(), *_without_attention(), *_refused()]
 }
 """What the library must handle (or refuse) today."""
 
@@ -237,7 +213,6 @@ WIDE: dict[str, ZooCase] = {
         *wide_hugging_face.refused(),
         *wide_torch.plain(),
         *by_hand.by_hand(),
-        *_with_hidden_biases(),
     ]
 }
 """Families beyond those, tagged "wide", each with what must be refused and why."""

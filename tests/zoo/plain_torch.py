@@ -132,34 +132,6 @@ class TorchEncoder(nn.Module):
         return out
 
 
-class TalkingHeads(nn.Module):
-    """Attention whose scores are mixed between heads (arXiv 2003.02436), and a feed-forward block."""
-
-    def __init__(self, width: int, heads: int, inner: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.attn, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.talk, self.mlp = nn.Linear(heads, heads, bias=False), FeedForward(width, inner)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.attn(x).chunk(3, -1))
-        scores = self.talk((q @ k.transpose(-2, -1)).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        x = x + self.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
-        out: Tensor = x + self.mlp(x)
-        return out
-
-
-class TalkingEncoder(nn.Module):
-    def __init__(self, width: int, heads: int, inner: int, layers: int) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(TalkingHeads(width, heads, inner) for _ in range(layers))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
-
 class Perceptron(nn.Module):
     """A classifier whose softmax is no attention; ``x [B, T, width]`` to ``[B, T, classes]``."""
 

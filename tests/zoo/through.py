@@ -36,7 +36,6 @@ DYNAMO: Mapping[str, tuple[str, ...]] = {
     "torch-encoder-padded": ("dynamo18",),
     "router": ("dynamo18",),
     "deberta-eager": ("dynamo18",),
-    "talking-encoder": ("dynamo18",),
     # What only the other lists have, once each: see what stands behind the names in the lists themselves.
     **dict.fromkeys(
         (
