@@ -179,6 +179,10 @@ class Operand:
         return int(self.columns.shape[1])
 
 
+Source = Literal["", "hidden", "keys"]
+"""What of a call makes a bias of scores, beyond masks and positions."""
+
+
 @dataclass(frozen=True)
 class Modifier:
     """One step between score and softmax.
@@ -194,6 +198,8 @@ class Modifier:
             windows of each image, and a mask knows which is which.
         apart: (KV, G) where `value` is broadcastable to [B, KV, G, S, T] instead: its heads lie along two axes.
         heads_first: whether `value` is [heads * B, S, T], its sequences one after the other for each head.
+        source: "" where `value` is made of masks, positions and other inputs; "hidden" where hidden states reach it,
+            "keys" where the attention's own keys or values do.
     """
 
     kind: Literal["temperature", "bias", "mask", "unmask", "causal", "softcap", "sinks"]
@@ -202,6 +208,7 @@ class Modifier:
     apart: tuple[int, int] | None = None
     windows: int | None = None
     heads_first: bool = False
+    source: Source = ""
 
 
 @dataclass(frozen=True)
@@ -289,6 +296,12 @@ class AttentionSite:
         """Kinds of the modifiers behind `temperature`."""
         kinds = tuple(m.kind for m in self.modifiers)
         return kinds if self.temperature is None else kinds[1:]
+
+    @property
+    def hidden_bias(self) -> Source:
+        """Whether hidden states bias its scores, and if its own keys are among them."""
+        found = {m.source for m in self.modifiers}
+        return "keys" if "keys" in found else "hidden" if "hidden" in found else ""
 
     @property
     def qk_norm(self) -> bool:

@@ -27,6 +27,7 @@ from passes.dataflow import Flow
 from passes.match.attention import Matches
 from passes.match.feed_forward import find_feed_forward
 from passes.targets.block import BlockReplacement
+from passes.targets.grouped_query import keeps_hidden_biases
 from passes.targets.replacement import Replacement
 from rewriter.decision import assignment, decide
 from rewriter.errors import NothingToRewrite, UnsupportedModel, UsageError, VerificationFailed, first_line
@@ -164,7 +165,8 @@ class _Rewritten:
 
     def _rewrite(self, args: Sequence[Any], weights: Mapping[int, Tensor]) -> nn.Module:
         program = _exported(self.graph, args, weights)
-        done = rewrite_exported_program(program, self._choose, blocks=self._chosen_blocks)
+        kept = keeps_hidden_biases(self.options.target)
+        done = rewrite_exported_program(program, self._choose, blocks=self._chosen_blocks, hidden_biases=kept)
         if not done.replacements and not done.blocks:
             raise NothingToRewrite("; ".join(f"{name}: {reason}" for name, reason in done.refused))
         before, after = (p.module(check_guards=False) for p in (program, done.model))

@@ -14,6 +14,7 @@ from passes.match.attention import Matches
 from passes.match.feed_forward import find_feed_forward
 from passes.protocols import Probe
 from passes.targets.block import BlockReplacement
+from passes.targets.grouped_query import keeps_hidden_biases
 from passes.targets.replacement import Replacement
 from rewriter.block_decision import BlockDecision
 from rewriter.calibration.batches import batches
@@ -64,10 +65,11 @@ def rewrite_graph(
     with watch.stage("install"):
         recorded = opened(model) if isinstance(model, torch.export.ExportedProgram) else model
         readable = with_linear_projections(recorded)
-        done = _rewritten(readable, choose, blocks, args, kwargs)
+        kept = keeps_hidden_biases(target)
+        done = _rewritten(readable, choose, blocks, args, kwargs, kept)
         if readable is not recorded and (only := _unused(readable, done)) is not None:
             readable = with_linear_projections(recorded, only)
-            done = _rewritten(readable, choose, blocks, args, kwargs)
+            done = _rewritten(readable, choose, blocks, args, kwargs, kept)
     decision = replace(
         decisions[-1],
         replacements=done.replacements,
@@ -118,10 +120,11 @@ def _rewritten(
     blocks: Callable[[], Sequence[BlockReplacement]],
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
+    hidden_biases: bool,
 ) -> GraphRewrite[Any]:
     if isinstance(model, torch.fx.GraphModule):
-        return rewrite_graph_module(model, args, kwargs, choose, blocks)
-    return rewrite_exported_program(model, choose, args, kwargs, blocks)
+        return rewrite_graph_module(model, args, kwargs, choose, blocks, hidden_biases=hidden_biases)
+    return rewrite_exported_program(model, choose, args, kwargs, blocks, hidden_biases=hidden_biases)
 
 
 def _unused(readable: Graph, done: GraphRewrite[Any]) -> set[str] | None:

@@ -19,6 +19,7 @@ from passes.match.feed_forward import FeedForwards, confirm_feed_forward, find_f
 from passes.protocols import Probe
 from passes.refused_readers import read_elsewhere
 from passes.site import AttentionSite, Refusal
+from passes.targets.grouped_query import keeps_hidden_biases
 from passes.targets.replacement import Replacement
 from rewriter.auto_choice import as_auto, settle
 from rewriter.block_decision import BlockDecision
@@ -36,8 +37,8 @@ from rewriter.errors import NothingToRewrite, VerificationFailed
 from rewriter.install.kept import Kept, noted
 from rewriter.install.onnx_experts import contrib_obstacle
 from rewriter.install.onnx_function import install
-from rewriter.install.onnx_obstacles import block_obstacle, obstacle
-from rewriter.install.onnx_repeat import repeatable
+from rewriter.install.onnx_obstacles import BIAS_OF_KEYS, block_obstacle, obstacle
+from rewriter.install.onnx_repeat import repeatable, stays_possible
 from rewriter.report import stored
 from rewriter.report.rewrite_report import RewriteReport
 from rewriter.verify.onnx_pair import verify_onnx
@@ -45,7 +46,7 @@ from rewriter.verify.onnx_pair import verify_onnx
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 4}
 
 
-def match_onnx(model: ir.Model) -> tuple[OnnxCapture, Matches]:
+def match_onnx(model: ir.Model, *, hidden_biases: bool = False) -> tuple[OnnxCapture, Matches]:
     """Capture and match; every site has replayed at two sizes, or at one if the file's sizes are fixed.
 
     Fused operators and convolutions that project are written out in `model` first: give a model that is not needed any
@@ -53,7 +54,7 @@ def match_onnx(model: ir.Model) -> tuple[OnnxCapture, Matches]:
     """
     write_as_products(model)
     captured = capture(model, unfuse(model))
-    return captured, match_capture(captured)
+    return captured, match_capture(captured, hidden_biases=hidden_biases)
 
 
 def _unfuse_rewritable(
@@ -67,7 +68,7 @@ def _unfuse_rewritable(
     if not _is_written_out(model):
         return {}, {}, (), target
     products = write_as_products(spare)
-    captured, matches = match_onnx(spare)
+    captured, matches = match_onnx(spare, hidden_biases=keeps_hidden_biases(target))
     if (automatic := as_auto(target)) is not None and matches.sites:
         probe = None if given is None else onnx_probe(captured, given(matches))
         target, layers = settle(captured.flow, matches, automatic, layers, probe), None
@@ -90,10 +91,10 @@ def _without_left(captured: OnnxCapture, matches: Matches) -> Matches:
     return replace(matches, refusals=tuple(r for r in matches.refusals if r.anchor not in indices))
 
 
-def match_capture(captured: OnnxCapture) -> Matches:
-    matches = without_unfaithful(captured, find_attention(captured.flow))
+def match_capture(captured: OnnxCapture, *, hidden_biases: bool = False) -> Matches:
+    matches = without_unfaithful(captured, find_attention(captured.flow, hidden_biases=hidden_biases))
     if matches.sites and (other := captured.other) is not None:
-        matches = confirm(matches, find_attention(other.flow))
+        matches = confirm(matches, find_attention(other.flow, hidden_biases=hidden_biases))
     hidden = tuple(Refusal(name, len(captured.nodes), _in_body(op), -1) for name, op in hidden_anchors(captured.model))
     reasons = {s.name: reason for s in matches.sites if (reason := _never_written(captured, s)) is not None}
     refused = tuple(
@@ -111,6 +112,8 @@ def _never_written(captured: OnnxCapture, site: AttentionSite) -> str | None:
         return "its heads are repeated before they are rotated, which is not rewritten in a file"
     if site.by_blocks and read_elsewhere(captured.flow, site):
         return "it attends within blocks of tokens, and another attention reads the keys or values that it would share"
+    if site.hidden_bias == "keys" and not stays_possible(captured, site):
+        return BIAS_OF_KEYS
     return None
 
 
@@ -239,7 +242,7 @@ def _edited(
         )
         captured = capture(model, written_out)
     with watch.stage("match"):
-        matches = _without_left(captured, match_capture(captured))
+        matches = _without_left(captured, match_capture(captured, hidden_biases=keeps_hidden_biases(target)))
     with watch.stage("transform"):
 
         def probe(found: Matches) -> Probe:

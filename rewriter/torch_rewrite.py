@@ -12,6 +12,7 @@ import torch
 from passes.match.attention import Matches, find_attention
 from passes.match.feed_forward import find_feed_forward
 from passes.protocols import Probe
+from passes.targets.grouped_query import keeps_hidden_biases
 from rewriter.calibration.batches import batches, is_sampled
 from rewriter.calibration.sampled import sampled_text
 from rewriter.calibration.tokenizer import tokenizer_in
@@ -103,7 +104,7 @@ def _rewritten(
         example_inputs = example_inputs if calibration is None else _examples(module, example_inputs, calibration)
         captured, (args, kwargs) = _captured(module, example_inputs)
     with watch.stage("match"):
-        matches = find_attention(captured.flow)
+        matches = find_attention(captured.flow, hidden_biases=keeps_hidden_biases(target))
     with watch.stage("transform"):
 
         def probe(found: Matches) -> Probe:

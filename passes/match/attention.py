@@ -10,6 +10,7 @@ from passes.dataflow import LAYOUT, Flow, Node, Value
 from passes.match.canonical_order import HeadsApart, in_blocks
 from passes.match.folded import unfolded
 from passes.match.groups import joined, require_groups
+from passes.match.hidden_bias import with_sources
 from passes.match.learned_query import with_learned_queries
 from passes.match.linear_map import output_map
 from passes.match.names import common_scope, exporter_scope, layer_of
@@ -17,7 +18,7 @@ from passes.match.operands import Traced
 from passes.match.repeats import trace_repeated
 from passes.match.score_terms import total_bias
 from passes.match.scores import ScorePath, anchors, score_path
-from passes.match.verdicts import TOO_LARGE, FreeQuery, NotUnderstood, Unrelated
+from passes.match.verdicts import HIDDEN_BIAS, TOO_LARGE, FreeQuery, NotUnderstood, Unrelated
 from passes.match.without_softmax import without_softmax
 from passes.operator_kinds import PASS_THROUGH
 from passes.provenance import Memory, Tracer
@@ -50,8 +51,12 @@ class Matches:
         return (*(s.name for s in self.sites), *(r.name for r in self.refusals))
 
 
-def find_attention(flow: Flow) -> Matches:
-    """Match every attention of a program and verify each by replay."""
+def find_attention(flow: Flow, *, hidden_biases: bool = False) -> Matches:
+    """Match every attention of a program and verify each by replay.
+
+    Args:
+        hidden_biases: whether attentions whose scores get a bias that hidden states make are sites; refusals else.
+    """
     sites: list[AttentionSite] = []
     refusals: list[Refusal] = []
     unrelated: list[NotAttention] = []
@@ -62,6 +67,8 @@ def find_attention(flow: Flow) -> Matches:
         try:
             # a tracer of its own: what one attention is read from serves no other, and would be held until the end
             site, proof = _match(Tracer(flow, memory), anchor, name, layer)
+            if site.hidden_bias and not hidden_biases:
+                raise NotUnderstood(HIDDEN_BIAS)
         except Unrelated as reason:
             unrelated.append(NotAttention(name, str(reason), anchor.index))
         except NotUnderstood as reason:
@@ -112,6 +119,8 @@ def match_anchor(tracer: Tracer, anchor: Node, name: str, layer: int) -> tuple[A
     limit = tolerance(flow, (path.q.value, path.k.value, path.v.value, path.output_view.value))
     if not replayed.worst <= limit:
         raise NotUnderstood(_off(flow, path, replayed))
+    shared = (*k.operand.parts, *v.operand.parts)
+    path = replace(path, modifiers=with_sources(flow, path.modifiers, q.operand, shared))
     merged, out = _output_projection(flow, path.output_view.value)
     site = AttentionSite(
         name=name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -29,6 +30,9 @@ from passes.whole_projection import projection_at
 
 _ADDITIVE = "its scores are a learned function of each query and key together (additive attention), not their product"
 
+MOST_SUMS = 8
+"""Biases of hidden states that are told from scores, one within the other."""
+
 
 @dataclass
 class ScoreWalk:
@@ -49,6 +53,10 @@ class ScoreWalk:
     roundings: list[Rounding] = field(default_factory=list)
     ranks: list[int] = field(default_factory=list)
     shapes: list[tuple[int, ...]] = field(default_factory=list)
+    tried: dict[tuple[Value, bool], bool] = field(default_factory=dict)
+    """Whether a product of queries and keys was found above a value, by what `turned` was there."""
+    depth: int = 0
+    """In how many sums this walk is a trial of one term."""
     contraction: Node = field(init=False)
 
     def run(self, value: Value) -> ScoreWalk:
@@ -222,7 +230,7 @@ class ScoreWalk:
     def _arithmetic(self, node: Node) -> Value:
         if (shifted := self._row_shift(node)) is not None:
             return shifted
-        score, other = _split_operands(self.flow, node)
+        score, other = self._scored(node) if self._sums_hidden(node) else _split_operands(self.flow, node)
         number = self.flow.value(other)
         if node.op == "Mul" and number.size > 1 and self._zeroes_hidden(score, number):
             return score
@@ -243,6 +251,29 @@ class ScoreWalk:
             raise NotUnderstood("scores are subtracted from a tensor")
         self.modifiers.append(Modifier("bias", other, -self.scale if node.op == "Sub" else self.scale))
         return score
+
+    def _sums_hidden(self, node: Node) -> bool:
+        """Whether two values are summed that hidden states reach, neither of them a projection of the other."""
+        a, b = node.inputs[:2]
+        deep = node.op in {"Add", "Sub"} and all(self.flow.data_dependent(v) for v in (a, b))
+        return deep and not any(_projects(self.flow, x, y) for x, y in ((a, b), (b, a)))
+
+    def _scored(self, node: Node) -> tuple[Value, Value]:
+        """(scores, bias) of such a sum: scores are the one term above which queries and keys are multiplied."""
+        a, b = node.inputs[:2]
+        found = [pair for pair in ((a, b), (b, a)) if self._leads_to_product(pair[0])]
+        if len(found) != 1 or (node.op == "Sub" and found[0][0] != a) or is_chosen(self.flow, found[0][1]):
+            raise NotUnderstood(content_bias(self.flow, a, b))
+        return found[0]
+
+    def _leads_to_product(self, value: Value) -> bool:
+        place = (value, self.turned)
+        if place not in self.tried:
+            self.tried[place] = False
+            trial = ScoreWalk(self.flow, self.turned, tried=self.tried, depth=self.depth + 1)
+            with contextlib.suppress(NotUnderstood, Unrelated, LookupError):
+                self.tried[place] = self.depth < MOST_SUMS and bool(trial.run(value))
+        return self.tried[place]
 
     def _is_temperature(self, node: Node, other: Value) -> bool:
         """Whether the scores, [B, H, S, T], are multiplied by one stored number for each head."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from passes.dataflow import CONTRACTIONS, LAYOUT, Flow, Node, Value
-from passes.match.choosing import content_bias
+from passes.match.choosing import content_bias, is_chosen
 from passes.match.contractions import contracts, first_contraction, query_and_key, require_projected
 from passes.match.operand_view import OperandView
 from passes.match.roundings import Rounding
@@ -124,7 +124,7 @@ def _fused(flow: Flow, anchor: Node) -> ScorePath:
     if softcap := float(anchor.attrs.get("softcap", 0.0)):
         modifiers.append(Modifier("softcap", number=softcap))
     if mask:
-        if flow.data_dependent(mask):
+        if flow.data_dependent(mask) and (flow.value(mask).dtype == np.bool_ or is_chosen(flow, mask)):
             raise NotUnderstood(content_bias(flow, mask))
         modifiers.append(_mask_or_bias(flow, mask))
     heads, kv_heads = anchor.attrs.get("q_num_heads"), anchor.attrs.get("kv_num_heads")

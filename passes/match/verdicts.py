@@ -18,9 +18,13 @@ TOO_LARGE = (
     "its scores on the example inputs, recomputed in double precision, take more memory than there is; pass "
     "example_inputs of fewer tokens (a shorter text, a smaller image)"
 )
+HIDDEN_BIAS = (
+    "the score bias is computed from hidden states (content-dependent positions), which sharing "
+    "heads may not suit; GroupedQuery(N, keep_hidden_bias=True), or --keep-hidden-bias, shares them and keeps the bias"
+)
 CONTENT_BIAS = (
-    "the score bias is computed from hidden states (content-dependent positions); only biases from masks and positions "
-    "can be kept"
+    "the score bias is computed from hidden states in a way that is not read (beside it is no product of queries and "
+    "keys, or more than one, or it is part of an operator); leave this attention as it is (layers= selects others)"
 )
 
 

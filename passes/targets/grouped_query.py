@@ -7,13 +7,14 @@ lossy elsewhere. Pooling before or after a rotary embedding is the same thing, s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from codegen.spec import GroupedQueryAttention
 from passes.dataflow import Array, Flow
 from passes.match.attention import Evidence
+from passes.match.verdicts import HIDDEN_BIAS as NOT_ASKED
 from passes.site import AttentionSite
 from passes.targets.freedom import freedom_of
 from passes.targets.misfit import Misfit
@@ -33,6 +34,8 @@ JOINED = "its tokens are joined from several projections, whose heads can be sha
 INTERLEAVED = "query heads that share a key/value head are no neighbours; gqaN brings them together first"
 BY_BLOCKS = "it attends within blocks of tokens, which have an axis of their own; only gqaN keeps that as it is"
 
+HIDDEN_BIAS = "its scores get a bias that is computed from hidden states, which only gqaN keeps"
+
 
 def shared_alone(site: AttentionSite) -> str | None:
     """Why a site's heads can be shared (gqaN) and nothing else done with it, None if more can."""
@@ -40,7 +43,15 @@ def shared_alone(site: AttentionSite) -> str | None:
         return JOINED
     if site.interleaved:
         return INTERLEAVED
+    if site.hidden_bias:
+        return HIDDEN_BIAS
     return BY_BLOCKS if site.by_blocks else None
+
+
+def keeps_hidden_biases(target: Any) -> bool:
+    """Whether a target, or one of those by layer, is to share heads whose scores get a bias of hidden states."""
+    asked = target.values() if isinstance(target, Mapping) else (target,)
+    return any(isinstance(t, GroupedQuery) and t.keep_hidden_bias for t in asked)
 
 
 @dataclass(frozen=True)
@@ -56,11 +67,14 @@ class GroupedQuery:
         grouping: which heads share one: "contiguous", neighbours as in the paper, or "similar", those that cost least
             to merge; where they are not neighbours query heads change places. Where those cannot be moved, neighbours
             are grouped, and the report says so.
+        keep_hidden_bias: also where scores get a bias that is computed from hidden states (relative positions by
+            content as in DeBERTa, Transformer-XL and Conformers, pairs of tokens), which stays as it is.
     """
 
     kv_heads: int
     merge: Method | None = None
     grouping: Grouping = "contiguous"
+    keep_hidden_bias: bool = False
 
     def __post_init__(self) -> None:
         if self.kv_heads < 1:
@@ -84,6 +98,8 @@ class GroupedQuery:
 
     def refuses(self, site: AttentionSite) -> str | None:
         """Why this site cannot be pooled at all, or None. Illegal head counts are wrong usage, not a refusal."""
+        if site.hidden_bias and not self.keep_hidden_bias:
+            return NOT_ASKED
         if site.joined and site.interleaved:
             return "tokens are joined from several projections, and query heads that share a head are no neighbours"
         for role, operand in (("key", site.k), ("value", site.v)):

@@ -10,7 +10,7 @@ from passes.dataflow import Array, Flow
 from passes.site import AttentionSite
 from passes.stacks import stacks
 from passes.sublayer import NoSublayer, Sublayer
-from passes.targets.grouped_query import BY_BLOCKS, describe
+from passes.targets.grouped_query import BY_BLOCKS, HIDDEN_BIAS, describe
 from passes.targets.replacement import Replacement
 from passes.weights.projection import SiteWeights, site_weights
 
@@ -54,6 +54,8 @@ def refusal(site: AttentionSite, *, causal: bool = False) -> str | None:
     """Why a site cannot be mixed, as far as its description tells; with `causal`, a causal one can."""
     if site.by_blocks:
         return BY_BLOCKS
+    if site.hidden_bias:
+        return HIDDEN_BIAS
     if site.joined:
         return "its tokens are joined from several projections, and mixing has one sequence"
     if site.cross:

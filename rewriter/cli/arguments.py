@@ -64,9 +64,13 @@ def calibration_of(path: Path | None) -> Any:
     return SAMPLED if str(path) == SAMPLED and not path.exists() else read_calibration(path)
 
 
-def target_of(name: str, merge: Merge | None, grouping: Grouping | None) -> Any:
-    """The target of this name with the asked merge; names that are unknown are left for `optimize` to refuse."""
-    given = {"merge": merge and merge.value, "grouping": grouping and grouping.value}
+def target_of(name: str, merge: Merge | None, grouping: Grouping | None, keep_hidden_bias: bool = False) -> Any:
+    """The target of this name as asked; names that are unknown are left for `optimize` to refuse."""
+    given = {
+        "merge": merge and merge.value,
+        "grouping": grouping and grouping.value,
+        "keep_hidden_bias": keep_hidden_bias or None,
+    }
     asked: dict[str, Any] = {option: value for option, value in given.items() if value is not None}
     if not asked:
         return name
@@ -76,6 +80,8 @@ def target_of(name: str, merge: Merge | None, grouping: Grouping | None) -> Any:
     found = find(name)
     if isinstance(found, DecoupledHeads) and grouping is not None:
         raise UsageError("--grouping is for keys and values that are grouped alike", hint="leave it out")
+    if keep_hidden_bias and found is not None and not isinstance(found, GroupedQuery):
+        raise UsageError(f"--keep-hidden-bias is for mqa and gqaN, not for {name}", hint="leave it out")
     if found is not None and not isinstance(found, (Auto, DecoupledHeads, GroupedQuery)):
         raise UsageError(f"--{next(iter(asked))} says how heads become one, and {name} has none", hint="leave it out")
     return name if found is None else replace(found, **asked)

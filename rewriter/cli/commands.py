@@ -118,6 +118,10 @@ def rewrite(
     grouping: Annotated[
         Grouping | None, typer.Option("--grouping", help="Which heads share one: neighbours, or those most alike.")
     ] = None,
+    keep_hidden_bias: Annotated[
+        bool,
+        typer.Option("--keep-hidden-bias", help="Share heads also where hidden states bias the scores; that stays."),
+    ] = False,
     kernels: Annotated[Kernels, typer.Option("--kernels", help="Generated kernels to use.")] = Kernels.AUTO,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Check the result before writing it.")] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show plan, cost and drift; write nothing.")] = False,
@@ -148,7 +152,7 @@ def rewrite(
 
         done = rewriter.optimize(
             str(model),
-            target_of(target, merge, grouping),
+            target_of(target, merge, grouping, keep_hidden_bias),
             layers=layers,
             budget=budget,
             calibration=calibration_of(calibration),

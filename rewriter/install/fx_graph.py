@@ -84,11 +84,14 @@ def rewrite_exported_program(
     args: tuple[Any, ...] | None = None,
     kwargs: Mapping[str, Any] | None = None,
     blocks: DecideBlocks = tuple,
+    *,
+    hidden_biases: bool = False,
 ) -> GraphRewrite[ExportedProgram]:
     """Rewrite an exported program; its call, inputs and dynamic shapes stay as they are.
 
     Args:
         args, kwargs: what to record values on; the program's own example inputs if both are None.
+        hidden_biases: as in `find_attention`.
 
     Raises:
         UsageError: if there are no example inputs, or they do not fit the program.
@@ -101,7 +104,7 @@ def rewrite_exported_program(
     program = opened(program)
     args, kwargs = _as_exported(program.call_spec.in_spec, args or (), kwargs or {})
     view = view_program(program, args, kwargs)
-    matches = find_attention(view.flow)
+    matches = find_attention(view.flow, hidden_biases=hidden_biases)
     chosen = decide(view.flow, matches)
     for_blocks = blocks()
 
@@ -126,11 +129,14 @@ def rewrite_graph_module(
     kwargs: Mapping[str, Any],
     decide: Decide,
     blocks: DecideBlocks = tuple,
+    *,
+    hidden_biases: bool = False,
 ) -> GraphRewrite[GraphModule]:
     """Rewrite a graph module, recorded on these inputs; the result is called the same way.
 
     A graph of aten operators is edited as it is. Any other (from symbolic tracing, say, or one that writes into slices)
     is exported first, for inference, with dimensions of size 2 and more dynamic where torch.export accepts that.
+    `hidden_biases` is as in `find_attention`.
 
     Raises:
         UsageError: if the inputs do not fit the graph.
@@ -140,7 +146,7 @@ def rewrite_graph_module(
     plain = is_flat(module) and is_functional(module.graph) and not hides_attention(module)
     flat = module if plain else _exported(module, args, kwargs)
     view = view_graph_module(flat, _bound(flat, args, kwargs))
-    matches = find_attention(view.flow)
+    matches = find_attention(view.flow, hidden_biases=hidden_biases)
     chosen = decide(view.flow, matches)
     for_blocks = blocks()
 

@@ -76,6 +76,8 @@ def plan_site(editor: Editor, replacement: Replacement, *, apart: bool = False) 
         require_linear(editor, replacement)
     if any(m.windows or m.heads_first for m in site.modifiers):
         raise UnsupportedModel("masks meet its scores window by window, or heads before sequences", hint=HINT)
+    if site.hidden_bias == "keys" and spec.kv_heads != site.kv_heads:
+        raise UnsupportedModel("its scores get a bias that is computed from its keys", hint=HINT)
     if site.temperature is not None:
         raise UnsupportedModel("each head's scores have a temperature of their own", hint=HINT)
     if spec.pattern and spec.sinks:

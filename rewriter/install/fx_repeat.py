@@ -53,6 +53,12 @@ def plan_repeats(editor: Editor, replacement: Replacement, why: str) -> RepeatPl
         projection = reader.operand.projection
         for value in (projection.input, projection.output):
             editor.node(value)
+        stored = editor.flow.weights.get(projection.weight)
+        if replacement.site.hidden_bias and stored is not None and stored.readers > 1:
+            raise UnsupportedModel(
+                f"{projection.weight} is read elsewhere, too (for relative positions, say); rewrite the module "
+                "that the graph was made from, or its .onnx file"
+            )
         if projection.weight_axes is not None:
             raise UnsupportedModel(f"{why}; its projections are stacks of matrices, which would have to be kept")
         if projection.bias_index is not None:

@@ -16,6 +16,11 @@ from rewriter.install.onnx_linear import linear_obstacle
 
 _WRITABLE = frozenset({("bh", "s", "d"), ("hb", "s", "d"), ("b", "s", "hd")})
 MODULES = "is installed in torch modules only: rewrite the module the file was exported from"
+BIAS_OF_KEYS = (
+    "a bias of its scores is computed from its own keys, so it could only stay as it is and repeat shared heads behind "
+    "its projections; that is done where these are plain products with floats that no other attention reads, without "
+    "caches and fused operators"
+)
 OLDEST_OPSET = 12
 HEADS_IN_BATCH = frozenset({("bh", "s", "d"), ("bh", "d", "s"), ("hb", "s", "d"), ("hb", "d", "s")})
 
@@ -43,6 +48,8 @@ def obstacle(capture: OnnxCapture, replacement: Replacement) -> str | None:
         return None
     if site.joined and site.owner in capture.written_out:
         return "tokens of several projections are joined in front of a fused operator, which is not written anew"
+    if site.hidden_bias == "keys":
+        return BIAS_OF_KEYS
     queries = [("query", operand) for _, operand in fed_queries(replacement)]
     keys_values = [(role, part) for role, o in (("key", site.k), ("value", site.v)) for part in o.parts]
     for role, operand in (*keys_values, *queries):

@@ -14,7 +14,7 @@ import onnx_ir as ir
 from passes.dataflow import Array, Flow, Value
 from passes.projections import layout_of
 from passes.refused_readers import read_elsewhere
-from passes.site import Operand, Projection
+from passes.site import AttentionSite, Operand, Projection
 from passes.targets.replacement import Replacement
 from passes.token_blocks import parted_behind
 from passes.weights.repetition import Part, Repetition, repetition
@@ -32,17 +32,14 @@ def repeatable(capture: OnnxCapture, replacement: Replacement, others: Sequence[
     """
     site = replacement.site
     otherwise = any(_parted(capture, o) or unflattened_input(capture, o) is None for o in (site.k, site.v))
-    if not site.by_blocks and not otherwise:
+    if not site.by_blocks and not otherwise and site.hidden_bias != "keys":
         return False
     special = (replacement.mixing, replacement.linear, replacement.decoupled)
-    if any(spec is not None for spec in special) or replacement.pattern or replacement.turned or site.joined:
+    if any(spec is not None for spec in special) or replacement.pattern or replacement.turned:
         return False
-    if site.cached or site.k.presents or site.v.presents or site.owner in capture.written_out:
+    if not stays_possible(capture, site):
         return False
-    projections = [o.projection for o in (site.k, site.v)]
-    if any(not _plain(capture, p) for p in projections) or read_elsewhere(capture.flow, site):
-        return False
-    outputs = {p.output for p in projections}
+    outputs = {o.projection.output for o in (site.k, site.v)}
     elsewhere = (o.projection.output for r in others if r is not replacement for o in r.site.operands)
     if outputs & set(elsewhere):
         return False
@@ -52,6 +49,14 @@ def repeatable(capture: OnnxCapture, replacement: Replacement, others: Sequence[
     except ValueError:
         return False
     return True
+
+
+def stays_possible(capture: OnnxCapture, site: AttentionSite) -> bool:
+    """Whether, as far as a site alone tells, what follows its projections can go on with heads that they repeat."""
+    if site.joined or site.cached or site.k.presents or site.v.presents or site.owner in capture.written_out:
+        return False
+    plain = all(_plain(capture, o.projection) for o in (site.k, site.v))
+    return plain and not read_elsewhere(capture.flow, site)
 
 
 def _parted(capture: OnnxCapture, operand: Operand) -> bool:

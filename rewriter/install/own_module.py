@@ -101,6 +101,8 @@ def form_obstacle(site: AttentionSite) -> str | None:
         return "a norm spans the features of all its heads, which is kept in the module's forward"
     if any(stored_gains(o) for o in (site.k, site.v)):
         return "a norm multiplies each of its heads by numbers of their own"
+    if site.hidden_bias:
+        return "its scores get a bias that is computed from hidden states, as its forward does"
     if any(m.kind == "sinks" for m in site.modifiers):
         return "its attention sinks can only be kept where the model's own config sets the head count"
     if site.temperature is not None:
