@@ -6,6 +6,7 @@ import gc
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -168,6 +169,7 @@ def test_rewrites_leave_no_file_open_and_no_object_behind(tmp_path: Path) -> Non
         return min(files), len(gc.get_objects())
 
     left(10)
-    (files, objects), (files_after, objects_after) = left(10), left(10)
-    assert files_after <= files
-    assert objects_after - objects < 10, "less than one for each rewrite"
+    files, objects = zip(*(left(10) for _ in range(4)), strict=True)
+    assert max(files) <= files[0]
+    # what each rewrite leaves behind is there every time, what other tests' threads and caches do is not
+    assert min(b - a for a, b in pairwise(objects)) < 10, "less than one for each rewrite"
