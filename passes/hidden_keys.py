@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -50,21 +51,24 @@ def _told_before(flow: Flow, modifier: Modifier, node: Node) -> Modifier | None:
     if node.op == "Expand":
         return replace(modifier, value=node.inputs[0])
     if modifier.kind == "bias" and node.op == "Add":
-        return _beside(flow, modifier, node)
+        return _fed_part(flow, modifier, node, _hides_none)
     if modifier.kind == "bias" and node.op == "Where":
         return _condition(flow, modifier, node)
     if modifier.kind in _JOINS and node.op == _JOINS[modifier.kind]:
-        return _joined(flow, modifier, node)
+        return _fed_part(flow, modifier, node, _shows_all)
     if modifier.kind in _JOINS and node.op == "Not":
         return replace(modifier, kind="mask" if modifier.kind == "unmask" else "unmask", value=node.inputs[0])
     return None
 
 
-def _joined(flow: Flow, modifier: Modifier, node: Node) -> Modifier | None:
-    """The fed one of two conditions whose other hides no key: one of queries alone, or of which keys are near."""
+def _fed_part(
+    flow: Flow, modifier: Modifier, node: Node, hides_none: Callable[[Flow, Modifier, Value], bool]
+) -> Modifier | None:
+    """The fed one of the values that a node joins, where the others hide no key: conditions of queries alone, or of
+    which keys are near, and biases."""
     fed = [v for v in node.inputs if flow.is_fed(v)]
     others = [v for v in node.inputs if not flow.is_fed(v)]
-    if len(fed) != 1 or not all(_shows_all(flow, modifier, v) for v in others):
+    if len(fed) != 1 or not all(hides_none(flow, modifier, v) for v in others):
         return None
     return replace(modifier, value=fed[0])
 
@@ -75,15 +79,6 @@ def _shows_all(flow: Flow, modifier: Modifier, value: Value) -> bool:
     seen = np.asarray(flow.value(value), dtype=bool) ^ (modifier.kind == "unmask")
     by_key_alone = seen.ndim > 0 and seen.shape[-1] > 1 and (seen.ndim < 2 or seen.shape[-2] == 1)
     return bool(seen.all()) and not by_key_alone
-
-
-def _beside(flow: Flow, modifier: Modifier, node: Node) -> Modifier | None:
-    """The fed part of a sum whose other part hides nothing."""
-    fed = [v for v in node.inputs if flow.is_fed(v)]
-    others = [v for v in node.inputs if not flow.is_fed(v)]
-    if len(fed) != 1 or not all(_hides_none(flow, modifier, v) for v in others):
-        return None
-    return replace(modifier, value=fed[0])
 
 
 def _condition(flow: Flow, modifier: Modifier, node: Node) -> Modifier | None:

@@ -325,6 +325,11 @@ class Refusal:
     heads: int | None = None
     head_dim: int | None = None
 
+    @staticmethod
+    def of(site: AttentionSite, reason: str) -> Refusal:
+        """Of an attention that is understood."""
+        return Refusal(site.name, site.layer, reason, site.anchor, site.owner, site.heads, site.head_dim)
+
 
 @dataclass(frozen=True)
 class NotAttention:

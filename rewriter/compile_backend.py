@@ -31,7 +31,7 @@ from passes.targets.grouped_query import keeps_hidden_biases
 from passes.targets.replacement import Replacement
 from rewriter.decision import assignment, decide
 from rewriter.errors import NothingToRewrite, UnsupportedModel, UsageError, VerificationFailed, first_line
-from rewriter.install.fx_graph import GraphRewrite, rewrite_exported_program
+from rewriter.install.fx_graph import rewrite_exported_program
 from rewriter.verify.torch_pair import verify_torch
 
 TARGET_VARIABLE = "REWRITER_TARGET"
@@ -171,7 +171,7 @@ class _Rewritten:
             raise NothingToRewrite("; ".join(f"{name}: {reason}" for name, reason in done.refused))
         before, after = (p.module(check_guards=False) for p in (program, done.model))
         if self.options.verify:
-            _require_equal(program, before, after, _all_exact(done))
+            _require_equal(program, before, after, done.exact)
         return after
 
     def _choose(self, flow: Flow, matches: Matches) -> Sequence[Replacement]:
@@ -190,10 +190,6 @@ class _Rewritten:
 
     def _chosen_blocks(self) -> Sequence[BlockReplacement]:
         return self.blocks
-
-
-def _all_exact(done: GraphRewrite[ExportedProgram]) -> bool:
-    return all(r.exact for r in done.replacements) and all(b.exact for b in done.blocks)
 
 
 def _require_equal(program: ExportedProgram, before: nn.Module, after: nn.Module, exact: bool) -> None:

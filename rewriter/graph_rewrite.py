@@ -81,8 +81,7 @@ def rewrite_graph(
     fidelity = None
     if verify:
         with watch.stage("verify"):
-            exact = all(r.exact for r in done.replacements) and all(b.exact for b in done.blocks)
-            fidelity = _verified(model, done.model, args, kwargs, exact)
+            fidelity = _verified(model, done.model, args, kwargs, done.exact)
     holder: Any = done.model
     holder.rewrite_report = report(
         done.flow,

@@ -194,7 +194,7 @@ def _tried(model: Any, example_inputs: Any, flow: Flow, matches: Matches) -> Mat
     except RewriteError:
         refused = doubtful
     failed = [s for s in matches.sites if s.name in doubtful and s.name in refused]
-    more = [Refusal(s.name, s.layer, refused[s.name], s.anchor, s.owner, s.heads, s.head_dim) for s in failed]
+    more = [Refusal.of(s, refused[s.name]) for s in failed]
     kept = tuple(s for s in matches.sites if s not in failed)
     return replace(matches, sites=kept, refusals=tuple(sorted((*matches.refusals, *more), key=lambda r: r.anchor)))
 
@@ -216,9 +216,7 @@ def _inspection(
     read = blocks.sites
     good = tuple(s for s in matches.sites if choices[s.name] or reasons[s.name] is None)
     bad = tuple(
-        Refusal(s.name, s.layer, reason, s.anchor, s.owner, s.heads, s.head_dim)
-        for s in matches.sites
-        if s not in good and (reason := reasons[s.name]) is not None
+        Refusal.of(s, reason) for s in matches.sites if s not in good and (reason := reasons[s.name]) is not None
     )
     refusals = (*matches.refusals, *bad)
     drawn = [(s.anchor, site_picture(flow, s)) for s in good]

@@ -97,11 +97,7 @@ def match_capture(captured: OnnxCapture, *, hidden_biases: bool = False) -> Matc
         matches = confirm(matches, find_attention(other.flow, hidden_biases=hidden_biases))
     hidden = tuple(Refusal(name, len(captured.nodes), _in_body(op), -1) for name, op in hidden_anchors(captured.model))
     reasons = {s.name: reason for s in matches.sites if (reason := _never_written(captured, s)) is not None}
-    refused = tuple(
-        Refusal(s.name, s.layer, reasons[s.name], s.anchor, s.owner, s.heads, s.head_dim)
-        for s in matches.sites
-        if s.name in reasons
-    )
+    refused = tuple(Refusal.of(s, reasons[s.name]) for s in matches.sites if s.name in reasons)
     sites = tuple(s for s in matches.sites if s.name not in reasons)
     return replace(matches, sites=sites, refusals=(*matches.refusals, *refused, *hidden))
 

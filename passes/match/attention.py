@@ -18,7 +18,7 @@ from passes.match.operands import Traced
 from passes.match.repeats import trace_repeated
 from passes.match.score_terms import total_bias
 from passes.match.scores import ScorePath, anchors, score_path
-from passes.match.verdicts import HIDDEN_BIAS, TOO_LARGE, FreeQuery, NotUnderstood, Unrelated
+from passes.match.verdicts import BIAS_NOT_ASKED_FOR, TOO_LARGE, FreeQuery, NotUnderstood, Unrelated
 from passes.match.without_softmax import without_softmax
 from passes.operator_kinds import PASS_THROUGH
 from passes.provenance import Memory, Tracer
@@ -68,7 +68,7 @@ def find_attention(flow: Flow, *, hidden_biases: bool = False) -> Matches:
             # a tracer of its own: what one attention is read from serves no other, and would be held until the end
             site, proof = _match(Tracer(flow, memory), anchor, name, layer)
             if site.hidden_bias and not hidden_biases:
-                raise NotUnderstood(HIDDEN_BIAS)
+                raise NotUnderstood(BIAS_NOT_ASKED_FOR)
         except Unrelated as reason:
             unrelated.append(NotAttention(name, str(reason), anchor.index))
         except NotUnderstood as reason:

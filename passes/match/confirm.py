@@ -20,17 +20,13 @@ def confirm(first: Matches, second: Matches) -> Matches:
         other = others.get(site.anchor)
         if other is None:
             reason = reasons.get(site.anchor, "there is no attention at another size")
-            refusals.append(_refusal(site, f"it does not replay at a second size: {reason}"))
+            refusals.append(Refusal.of(site, f"it does not replay at a second size: {reason}"))
         elif difference := _difference(site, other):
-            refusals.append(_refusal(site, f"its {difference} differs from one size to another"))
+            refusals.append(Refusal.of(site, f"its {difference} differs from one size to another"))
         else:
             worst = max(site.replay_error, other.replay_error)
             sites.append(replace(site, replay_error=worst, causal=site.causal and other.causal))
     return replace(first, sites=tuple(sites), refusals=tuple(sorted(refusals, key=lambda r: r.anchor)))
-
-
-def _refusal(site: AttentionSite, reason: str) -> Refusal:
-    return Refusal(site.name, site.layer, reason, site.anchor, site.owner, site.heads, site.head_dim)
 
 
 def _difference(a: AttentionSite, b: AttentionSite) -> str | None:

@@ -18,7 +18,7 @@ TOO_LARGE = (
     "its scores on the example inputs, recomputed in double precision, take more memory than there is; pass "
     "example_inputs of fewer tokens (a shorter text, a smaller image)"
 )
-HIDDEN_BIAS = (
+BIAS_NOT_ASKED_FOR = (
     "the score bias is computed from hidden states (content-dependent positions), which sharing "
     "heads may not suit; GroupedQuery(N, keep_hidden_bias=True), or --keep-hidden-bias, shares them and keeps the bias"
 )

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from codegen.spec import GroupedQueryAttention
 from passes.dataflow import Array, Flow
 from passes.match.attention import Evidence
-from passes.match.verdicts import HIDDEN_BIAS as NOT_ASKED
+from passes.match.verdicts import BIAS_NOT_ASKED_FOR
 from passes.site import AttentionSite
 from passes.targets.freedom import freedom_of
 from passes.targets.misfit import Misfit
@@ -33,7 +33,6 @@ GROUPINGS: tuple[Grouping, ...] = ("contiguous", "similar")
 JOINED = "its tokens are joined from several projections, whose heads can be shared (gqaN) and nothing else"
 INTERLEAVED = "query heads that share a key/value head are no neighbours; gqaN brings them together first"
 BY_BLOCKS = "it attends within blocks of tokens, which have an axis of their own; only gqaN keeps that as it is"
-
 HIDDEN_BIAS = "its scores get a bias that is computed from hidden states, which only gqaN keeps"
 
 
@@ -99,7 +98,7 @@ class GroupedQuery:
     def refuses(self, site: AttentionSite) -> str | None:
         """Why this site cannot be pooled at all, or None. Illegal head counts are wrong usage, not a refusal."""
         if site.hidden_bias and not self.keep_hidden_bias:
-            return NOT_ASKED
+            return BIAS_NOT_ASKED_FOR
         if site.joined and site.interleaved:
             return "tokens are joined from several projections, and query heads that share a head are no neighbours"
         for role, operand in (("key", site.k), ("value", site.v)):

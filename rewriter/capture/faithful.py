@@ -22,7 +22,7 @@ def without_unfaithful(capture: OnnxCapture, matches: Matches) -> Matches:
     """`matches` with sites refused whose fused operator gives something else than what stands for it."""
     reasons = {scope: reason for scope, w in capture.written_out.items() if (reason := _difference(capture, w))}
     bad = [s for s in matches.sites if s.owner in reasons]
-    refusals = [Refusal(s.name, s.layer, reasons[s.owner], s.anchor, s.owner, s.heads, s.head_dim) for s in bad]
+    refusals = [Refusal.of(s, reasons[s.owner]) for s in bad]
     return replace(
         matches,
         sites=tuple(s for s in matches.sites if s not in bad),

@@ -77,6 +77,11 @@ class GraphRewrite(Generic[Kind]):
     blocks: tuple[BlockReplacement, ...] = ()
     notes: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def exact(self) -> bool:
+        """Whether nothing that was installed loses anything."""
+        return all(r.exact for r in self.replacements) and all(b.exact for b in self.blocks)
+
 
 def rewrite_exported_program(
     program: ExportedProgram,
