@@ -17,6 +17,7 @@ from rewriter import Recipe
 from rewriter.uptrain.batch import Batch
 from rewriter.uptrain.objective import WHOLE, Distillation, Phase, Teacher, plan
 from rewriter.uptrain.pairs import changed
+from tests.uptrain.leaving import leave
 from tests.uptrain.small_models import llama, student_of, token_ids
 
 
@@ -51,3 +52,4 @@ def main(out: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    leave()

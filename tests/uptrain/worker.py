@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 import rewriter
 from rewriter import Recipe
+from tests.uptrain.leaving import leave
 from tests.uptrain.small_models import llama, student_of, token_ids, weights
 
 
@@ -53,3 +54,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave()
