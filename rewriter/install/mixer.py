@@ -22,9 +22,11 @@ from codegen.ops.grouped_query_attention.torch_body import grouped_query_attenti
 from codegen.sight import from_json
 from codegen.spec import DecoupledAttention, GroupedQueryAttention
 from rewriter.errors import UnsupportedModel
+from rewriter.install.call_masks import at_the_end, causal_over_cache, checked, combined, of_four_axes, with_order
 from rewriter.install.linear_term import LinearTerm
 from rewriter.install.mimicry import mimic_attributes
-from rewriter.install.protocol import Protocol, mask_kind
+from rewriter.install.protocol import Protocol
+from rewriter.install.rotary import given_tables, rotate
 
 Call = Mapping[str, Any]
 """The arguments of one call by role."""
@@ -146,18 +148,18 @@ class RewrittenMixer(nn.Module):
             k, v = together(k, v, self.spec.kv_heads)
         places = self._places(call)
         causal, mask = self._visible(call, q, places)
-        if self.linear_term is not None and places is None and not _at_the_end(past, q, k):
+        if self.linear_term is not None and places is None and not at_the_end(past, q, k):
             raise TypeError("linear attention needs a cache that only grows, as transformers' DynamicCache")
         if causal and mask is None and call.get("cache") is not None:
-            causal, k, v = _causal_over_cache(q, k, v)
+            causal, k, v = causal_over_cache(q, k, v)
         bias = self._bias(call, q, k, past)
         if bias is not None:
-            causal, mask = False, _combine(_square(mask, causal, q, k), bias, q.dtype)
+            causal, mask = False, combined(with_order(mask, causal, q, k), bias, q.dtype)
         if self.linear_term is not None:
             output, weights = self._linear(self.linear_term, call, q, k, v, mask, causal)
-        elif self.spec.pattern and not _at_the_end(past, q, k):
+        elif self.spec.pattern and not at_the_end(past, q, k):
             shown = self._shown(past, q, k, places)
-            mask, causal = _combine(_square(mask, causal, q, k), shown, q.dtype), False
+            mask, causal = combined(with_order(mask, causal, q, k), shown, q.dtype), False
             output, weights = self._attend(call, q, k, v, mask, causal, masked=True)
         else:
             output, weights = self._attend(call, q, k, v, mask, causal)
@@ -189,8 +191,8 @@ class RewrittenMixer(nn.Module):
         return (x if norm is None else norm(x)).transpose(1, 2)
 
     def _rotated(self, x: Tensor, call: Call) -> Tensor:
-        tables = None if self.protocol.rotary == "none" else _tables(call, self.protocol.rotary_order)
-        return x if tables is None else _rotate(x, *tables, self.protocol.rotary, self.protocol.rotary_tables)
+        tables = None if self.protocol.rotary == "none" else given_tables(call, self.protocol.rotary_order)
+        return x if tables is None else rotate(x, *tables, self.protocol.rotary, self.protocol.rotary_tables)
 
     def _keys_and_values(self, call: Call, context: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of all tokens so far; the cache is brought up to date."""
@@ -247,45 +249,20 @@ class RewrittenMixer(nn.Module):
         cross = _is_cross(call)
         given = call.get("cross_mask" if cross and self.protocol.has("cross_mask") else "mask")
         causal = not cross and self._causal(call)
-        mask = None if given is None else self._mask(given, q)
+        mask = None if given is None else of_four_axes(self.protocol, given, q, self.spec.heads)
         if mask is not None and mask.shape[-2] != 1 and self.protocol.causal != "always":
             causal = False  # a mask over queries and keys holds the order too
         if mask is not None and places is not None and mask.shape[-1] > len(places):
             mask = mask.index_select(-1, places)
         padding = call.get("key_padding")
         if padding is not None:
-            padding = self._checked(padding, self.protocol.padding_true_keeps)
-            mask = _combine(mask, padding.reshape(-1, 1, 1, padding.shape[-1]), q.dtype)
+            padding = checked(self.protocol, padding, self.protocol.padding_true_keeps)
+            mask = combined(mask, padding.reshape(-1, 1, 1, padding.shape[-1]), q.dtype)
         return causal, mask
 
     def _causal(self, call: Call) -> bool:
         asked = call.get("is_causal") if self.protocol.heeds_is_causal else None
         return self.protocol.causal != "never" if asked is None else bool(asked)
-
-    def _checked(self, mask: Tensor, true_keeps: bool) -> Tensor:
-        """Boolean with True for a visible key, or additive."""
-        if not isinstance(mask, Tensor):
-            raise TypeError(f"a mask of type {type(mask).__name__} is not understood; give a tensor")
-        kind = mask_kind(mask)
-        if kind in self.protocol.masks_refused:
-            raise TypeError(f"a {kind} mask means something else here than it did in the original; use another dtype")
-        if kind == "int":
-            mask = mask != 0
-        if mask.dtype == torch.bool and not true_keeps:
-            mask = ~mask
-        return mask
-
-    def _mask(self, mask: Tensor, q: Tensor) -> Tensor:
-        """Of two to four dimensions -> [B or 1, H or 1, S or 1, T]."""
-        mask = self._checked(mask, self.protocol.mask_true_keeps)
-        if mask.dim() == 4:
-            return mask
-        if mask.dim() == 3:
-            per_head = mask.shape[0] == q.shape[0] * self.spec.heads
-            return mask.view(q.shape[0], self.spec.heads, *mask.shape[1:]) if per_head else mask[:, None]
-        if mask.dim() != 2:
-            raise TypeError(f"a mask of {mask.dim()} dimensions is not understood")
-        return mask[:, None, None] if self.protocol.flat_mask == "batch" else mask[None, None]
 
     def _bias(self, call: Call, q: Tensor, k: Tensor, past: Any) -> Tensor | None:
         """The additive score bias [1 or B, H, S, T], given by the caller or computed here."""
@@ -464,83 +441,6 @@ def _parameter(tensor: Tensor) -> nn.Parameter:
     return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=tensor.requires_grad)
 
 
-def _at_the_end(past: Any, q: Tensor, k: Tensor) -> bool:
-    """Whether the queries are the last of the keys' positions, the first of which is 0."""
-    if isinstance(past, Tensor):
-        return False
-    if torch.compiler.is_exporting():  # lengths are symbols, and caches that a program can hold only grow
-        return True
-    return bool(past + q.shape[2] == k.shape[2])
-
-
-def _causal_over_cache(q: Tensor, k: Tensor, v: Tensor) -> tuple[bool, Tensor, Tensor]:
-    """Without a mask, more keys than queries are the unused end of a preallocated cache, unless there is one query."""
-    s = q.shape[2]
-    if s == 1:
-        return False, k, v
-    return True, k[:, :, :s], v[:, :, :s]
-
-
-def _square(mask: Tensor | None, causal: bool, q: Tensor, k: Tensor) -> Tensor | None:
-    if not causal:
-        return mask
-    s, t = q.shape[2], k.shape[2]
-    order = torch.ones(s, t, dtype=torch.bool, device=q.device).tril(t - s)[None, None]
-    return order if mask is None else _combine(mask, order, q.dtype)
-
-
-def _combine(first: Tensor | None, second: Tensor, dtype: torch.dtype) -> Tensor:
-    """Both masks at once: boolean if both are, else additive with the lowest number where a boolean one hides."""
-    if first is None:
-        return second
-    if second.dtype == torch.bool:
-        first, second = second, first
-    if first.dtype != torch.bool:
-        return first + second
-    return first & second if second.dtype == torch.bool else second.masked_fill(~first, torch.finfo(dtype).min)
-
-
 def _is_cross(call: Call) -> bool:
     context = call.get("context")
     return context is not None and context is not call["hidden"]
-
-
-def _tables(call: Call, order: str) -> tuple[Tensor, Tensor] | None:
-    """cos and sin as the caller gives them: a pair (in this order), two arguments, or one complex tensor."""
-    rotary = call.get("rotary")
-    if isinstance(rotary, Tensor) and rotary.is_complex():
-        return rotary.real, rotary.imag
-    if rotary is not None:
-        cos, sin = rotary if order == "cos first" else reversed(rotary)
-        return cos, sin
-    if call.get("cos") is not None:
-        return call["cos"], call["sin"]
-    return None
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, pairing: str, tables: str) -> Tensor:
-    """Rotate the leading features of x [B, heads, tokens, D] by tables [.., tokens, R] or [.., tokens, R/2]."""
-    cos, sin = (_spread(table, x, pairing, tables) for table in (cos, sin))
-    turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
-    turned = turned * cos + _quarter_turn(turned, pairing) * sin
-    return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
-
-
-def _spread(table: Tensor, x: Tensor, pairing: str, tables: str) -> Tensor:
-    """One entry per feature, broadcastable to [B, heads, tokens, R], in x's dtype."""
-    if table.dim() == 3:
-        table = table[:, None]
-    elif table.dim() == 2:
-        table = table[None, None]
-    if tables == "first":
-        table = table[..., : table.shape[-1] // 2]
-    if tables != "full":
-        table = torch.cat((table, table), dim=-1) if pairing == "half" else table.repeat_interleave(2, dim=-1)
-    return table.to(x.dtype)
-
-
-def _quarter_turn(x: Tensor, pairing: str) -> Tensor:
-    if pairing == "half":
-        first, second = x.chunk(2, dim=-1)
-        return torch.cat((-second, first), dim=-1)
-    return torch.stack((-x[..., 1::2], x[..., 0::2]), dim=-1).flatten(-2)
