@@ -1,7 +1,8 @@
 """Mixed chunk attention as two model-local ONNX functions over standard operators, valid at any opset from 12 on.
 
 One has the projections and calls the other, which is what lies between them, and what a kernel can take the place of.
-The last chunk is padded with zeros inside the function, and preceding chunks are summed by an exclusive CumSum.
+The last chunk is padded with zeros inside the function, unless it is the only one, and preceding chunks are summed by an
+exclusive CumSum.
 Parts, names and dtypes are those of `codegen/ops/gated_attention/onnx_body.py`.
 
 Shape legend: B batch, S tokens = G chunks of C, E hidden, F expanded, N base.
@@ -76,12 +77,14 @@ def chunks_function(spec: MixedChunkAttention, opset: int) -> ir.Function:
     quad_query, lin_query, quad_key, lin_key = heads
     tokens = body.take(body.op("Shape", [gate], "gate_shape"), [1])
     base, expanded, chunk = (body.attribute(n) for n in ("base_size", "expanded_size", "chunk"))
-    padding = body.op("Mod", [body.op("Neg", [tokens], "minus_S"), chunk], "padding")
-    query, key = (body.by_chunk(v, padding, chunk, base) for v in (quad_query, quad_key))
-    chunks = body.by_chunk(value, padding, chunk, expanded)
-    mixed = body.quadratic(spec, query, key, chunks, bias, body.count(chunk), chunk, [0, 1, 3, 2])
+    size = body.op("Max", [body.op("Min", [chunk, tokens], "at_most_S"), body.ints([1])], "rows")
+    padding = body.op("Mod", [body.op("Neg", [tokens], "minus_S"), size], "padding")
+    query, key = (body.by_chunk(v, padding, size, base) for v in (quad_query, quad_key))
+    chunks = body.by_chunk(value, padding, size, expanded)
+    bias_of_rows = None if bias is None else body.corner(bias, size)
+    mixed = body.quadratic(spec, query, key, chunks, bias_of_rows, body.count(size), chunk, [0, 1, 3, 2])
     if spec.causal:
-        queries, keys = (body.by_chunk(v, padding, chunk, base) for v in (lin_query, lin_key))
+        queries, keys = (body.by_chunk(v, padding, size, base) for v in (lin_query, lin_key))
         between = body.op("MatMul", [queries, body.preceding(spec, keys, chunks, chunk)], "between")
         mixed = body.by_token(body.op("Add", [mixed, between], "both"), tokens, expanded)
     else:
@@ -98,16 +101,21 @@ def chunks_function(spec: MixedChunkAttention, opset: int) -> ir.Function:
 class _Body(UnitBody):
     """With chunks."""
 
-    def by_chunk(self, x: ir.Value, padding: ir.Value, chunk: ir.Value, size: ir.Value) -> ir.Value:
-        """[B, G, C, size] of [B, S, size], zeros behind the last token."""
+    def by_chunk(self, x: ir.Value, padding: ir.Value, rows: ir.Value, size: ir.Value) -> ir.Value:
+        """[B, G, rows, size] of [B, S, size], zeros behind the last token."""
         ends = self.concat([self.ints([0, 0, 0, 0]), padding, self.ints([0])], "ends")
         padded = self.op("Pad", [x, ends, self.literal(0.0)], f"{x.name}_padded")
-        return self.op("Reshape", [padded, self.concat([self.ints([0, -1]), chunk, size])], f"{x.name}_chunks")
+        return self.op("Reshape", [padded, self.concat([self.ints([0, -1]), rows, size])], f"{x.name}_chunks")
 
     def by_token(self, x: ir.Value, tokens: ir.Value, size: ir.Value) -> ir.Value:
         """[B, S, size] of [B, G, C, size]."""
         flat = self.op("Reshape", [x, self.concat([self.ints([0, -1]), size])], "flat")
         return self.op("Slice", [flat, self.ints([0]), tokens, self.ints([1])], "mixed_BSF")
+
+    def corner(self, bias: ir.Value, rows: ir.Value) -> ir.Value:
+        """The first rows and columns of [C, C]."""
+        ends = self.concat([rows, rows], "corner")
+        return self.op("Slice", [bias, self.ints([0, 0]), ends, self.ints([0, 1])], "bias_of_rows")
 
     def preceding(self, spec: MixedChunkAttention, key: ir.Value, value: ir.Value, chunk: ir.Value) -> ir.Value:
         """[B, G, N, F]: the sum of kᵀ v over the chunks before each, divided."""

@@ -98,17 +98,18 @@ def _within_chunks(
 ) -> Tensor:
     """[B, G, C, F]"""
     query, key, value = by_chunk(spec, query), by_chunk(spec, key), by_chunk(spec, hide(value, shown))
-    if spec.chunk >= HALVED and not (torch.compiler.is_compiling() or torch.is_grad_enabled()) and spec.causal:
+    size = query.shape[2]
+    if size >= HALVED and not (torch.compiler.is_compiling() or torch.is_grad_enabled()) and spec.causal:
         return _by_halves(spec, query, key, value, weights)
-    bias = score_bias(spec, weights, like=query, rows=spec.chunk, columns=spec.chunk)
+    bias = score_bias(spec, weights, like=query, rows=size, columns=size)
     return kernel(query, key, spec.chunk, bias) @ value
 
 
 def _by_halves(spec: MixedChunkAttention, query: Tensor, key: Tensor, value: Tensor, weights: Weights) -> Tensor:
     """The earlier half of each chunk, with no later key at hand, then the later half: three quarters of the work."""
     mixed = torch.empty_like(value)
-    half = spec.chunk // 2
-    for first, reach in ((0, half), (half, spec.chunk)):
+    size = query.shape[2]
+    for first, reach in ((0, size // 2), (size // 2, size)):
         rows = slice(first, reach)
         bias = score_bias(spec, weights, like=query, rows=reach - first, columns=reach, first=first)
         scores = kernel(query[:, :, rows], key[:, :, :reach], spec.chunk, bias).flatten(0, 1)
@@ -155,9 +156,11 @@ def products(key: Tensor, value: Tensor) -> Tensor:
 
 
 def by_chunk(spec: MixedChunkAttention, x: Tensor) -> Tensor:
-    """[B, G, C, ...] of [B, S, ...], zeros behind the last token."""
+    """[B, G, C, ...] of [B, S, ...], zeros behind the last token; what one chunk holds stays as short as it is."""
     if torch.compiler.is_exporting():
         return _gathered(spec, wide(x))
+    if 0 < x.shape[1] < spec.chunk and not torch.compiler.is_compiling():
+        return wide(x)[:, None]
     missing = -x.shape[1] % spec.chunk
     return torch.unflatten(wide(F.pad(x, (0, 0, 0, missing)) if missing else x), 1, (-1, spec.chunk))
 
