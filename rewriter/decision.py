@@ -109,9 +109,6 @@ def _resolve(target: Any) -> Target:
     return found
 
 
-OF_GRAPHS = "rewrite the module that it was made from, and export the result; or an .onnx file of it"
-"""What to do about what graphs are not rewritten to."""
-
 LISTS = "`rewriter inspect` lists every site with what it can become, or why it cannot"
 KERNELS = ("auto", "off", "cpp", "triton", "cuda")
 

@@ -42,8 +42,6 @@ PAIRS = tuple(gated_pair(form) for form in get_args(Form))
 _WHOLE: tuple[Layered, ...] = (*SPARSE, *PAIRS, Colt5())
 _KEEPING = ((Fourier(keep=HYBRID).name, Fourier(keep=HYBRID)), *((t.name, t.mixing) for t in SPARSE))
 """What targets that keep some attentions do to the others, by the target's name."""
-_NOT_IN_GRAPHS = frozenset({*(t.name for t in PAIRS), *get_args(Form)})
-"""Names of what flat graphs are not rewritten to: gated units."""
 
 
 def offers(
@@ -58,10 +56,7 @@ def offers(
         found = _of_modules(flow, matches, found)
     alone = [f for f in blocks.sites if sharer(f, blocks.sites) is None]
     found |= {f.name: _block_targets(flow, matches, f) if f in alone else () for f in blocks.sites}
-    found = {s: tuple(n for n in names if s not in limits or limits[s](n)) for s, names in found.items()}
-    if kind == "graph":
-        found = {s: tuple(n for n in names if n not in _NOT_IN_GRAPHS) for s, names in found.items()}
-    return found
+    return {s: tuple(n for n in names if s not in limits or limits[s](n)) for s, names in found.items()}
 
 
 def limits_of_modules(

@@ -60,6 +60,10 @@ def refusal(site: AttentionSite, *, causal: bool = False) -> str | None:
         return "its tokens are joined from several projections, and mixing has one sequence"
     if site.cross:
         return "it is cross-attention, and mixing has one sequence"
+    if (site.cached or site.k.presents or site.v.presents) and causal:
+        return (
+            "its keys and values are kept in a cache, which a unit has none of: rewrite the module, or export without"
+        )
     if site.cached or site.k.presents or site.v.presents:
         return "its keys and values are kept in a cache, and mixing needs all tokens at once"
     if site.causal and not causal:

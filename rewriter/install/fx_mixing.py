@@ -11,19 +11,16 @@ from torch.fx import Node as FxNode
 from codegen.conditional import ConditionalAttention
 from codegen.spec import (
     FourierMixing,
-    GatedAttention,
+    GatedUnit,
     LinearMixing,
-    MixedChunkAttention,
     Structure,
     TokenMixing,
 )
 from passes.dataflow import Value
 from passes.hidden_keys import hiding
 from passes.targets.replacement import Replacement
-from rewriter.decision import OF_GRAPHS
-from rewriter.errors import UnsupportedModel
 from rewriter.install.fx_emit import Emitter, aten
-from rewriter.install.fx_routed import conditional_attention, require_padding_told
+from rewriter.install.fx_routed import conditional_attention, gated_unit, require_padding_told
 
 if TYPE_CHECKING:
     from rewriter.install.fx_editor import Editor
@@ -39,9 +36,7 @@ class MixPlan:
 
 
 def plan_mixing(editor: Editor, replacement: Replacement) -> MixPlan:
-    """Raises UnsupportedModel where a wrapped region hides the sublayer's input or output, and for gated units."""
-    if isinstance(replacement.spec, (GatedAttention, MixedChunkAttention)):
-        raise UnsupportedModel(f"gated attention units are not written into graphs; {OF_GRAPHS}")
+    """Raises UnsupportedModel where a wrapped region hides the sublayer's input or output, or padding is not told."""
     if isinstance(replacement.spec, ConditionalAttention):
         require_padding_told(editor, replacement)
         for modifier in hiding(editor.flow, replacement.site):
@@ -64,6 +59,8 @@ def apply_mixing(editor: Editor, plan: MixPlan) -> FxNode:
         wide = x if given in WIDE else write.call(aten.to.dtype, x, torch.float32)
         if isinstance(spec, ConditionalAttention):
             mixed = conditional_attention(editor, output, replacement, wide)
+        elif isinstance(spec, GatedUnit):
+            mixed = gated_unit(editor, output, replacement, wide, list(held.values()))
         else:
             mixed = _mix(write, wide, spec, around.batch_first)
         recorded = editor.view.tensors[around.output]

@@ -49,6 +49,10 @@ NAMES = (
 )
 TWO_STACKS = ("t5-sdpa", "bart-sdpa", "whisper-sdpa")
 TARGETS = ("fnet", "hartley")
+EVERY_MIX = (
+    *("fnet", "fnet-hybrid:4", "hartley", "linear-mixer", "circulant", "toeplitz"),
+    *("sparse-mixer", "fast-sparse-mixer"),
+)
 
 
 # ------------------------------------------------------------------ modules
@@ -371,6 +375,85 @@ def test_a_file_computes_what_the_module_does(
         assert relative(run_file(out, inputs), expected) < CLOSE
         assert relative(run_file(source, inputs), expected) > 1e-2  # the control
     assert rewriter.verify(out, source).ok
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        mixed: torch.Tensor = self.out((q @ k.transpose(-1, -2)).softmax(-1).matmul(v).transpose(1, 2).flatten(2))
+        return mixed
+
+
+class Layers(nn.Module):
+    """Five of them: the sparse mixers keep the attention of four."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm = nn.LayerNorm(width)
+        self.attentions = nn.ModuleList(Attention(width) for _ in range(5))
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, 32), nn.GELU(), nn.Linear(32, width)) for _ in range(5)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for attention, block in zip(self.attentions, self.blocks, strict=True):
+            x = self.norm(x + attention(x))
+            x = self.norm(x + block(x))
+        return x
+
+
+def operators(model: onnx.ModelProto) -> set[str]:
+    """Of all nodes, those of functions and branches included."""
+    todo = [*model.graph.node, *(n for f in model.functions for n in f.node)]
+    found = set()
+    while todo:
+        node = todo.pop()
+        found.add(node.op_type)
+        todo += [n for a in node.attribute for g in (a.g, *a.graphs) for n in g.node]
+    return found
+
+
+def tables(path: Path, feeds: dict[str, Array]) -> list[Array]:
+    """Of every transform over tokens in a file when it runs."""
+    model = onnx.load(path)
+    names = [o for n in model.graph.node if n.op_type in ("FourierTables", "HartleyTables") for o in n.output]
+    model.graph.output.extend(onnx.ValueInfoProto(name=n) for n in names)
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return [np.asarray(v) for v in session.run(names, feeds)]
+
+
+@pytest.mark.slow
+def test_files_transform_in_two_levels_and_never_by_the_standard_operator(tmp_path: Path) -> None:
+    x, source, out = torch.randn(1, 12, 16), tmp_path / "layers.onnx", tmp_path / "mixed.onnx"
+    free = ({1: torch.export.Dim("tokens", max=512)},)
+    torch.onnx.export(
+        Layers().eval(), (x,), str(source), input_names=["x"], opset_version=18, dynamo=True, dynamic_shapes=free
+    )
+    for target in EVERY_MIX:
+        rewriter.optimize(source, target, verify=False).save(out)
+        written = onnx.load(out)
+        assert not {"DFT", "STFT"} & operators(written), target
+        assert any("Mix" in n.op_type for n in written.graph.node), target
+        if not target.startswith(("fnet", "hartley")):
+            continue
+        features = [tuple(t.dims) for t in written.graph.initializer if t.name.startswith("fourier_16")]
+        assert features == [(8, 4), (4, 8, 6)], "9 features and what fills the last block, not 16"
+        module = rewriter.optimize(Layers().eval(), target, example_inputs=(x,), kernels="off", verify=False)
+        for tokens, first in ((12, 3), (512, 16)):
+            more = torch.randn(1, tokens, 16)
+            sizes = {t.shape for t in tables(out, {"x": more.numpy()})}
+            rest = tokens // first
+            assert sizes == {(2 * first, first), (tokens,), (first, rest, 4 * rest)}, "in two levels"
+            with torch.no_grad():
+                assert relative(run_file(out, {"x": more}), module(more)) < 2e-5
+                assert relative(run_file(out, {"x": more.flip(1)}), module(more)) > 1e-2  # the control
+    written.functions[0].node.append(onnx.helper.make_node("DFT", ["x"], ["y"]))
+    assert "DFT" in operators(written)  # the control
 
 
 def test_a_files_record_lists_what_went(zoo_onnx: ZooOnnx, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from codegen.spec import MixtureOfExperts, Routing
 from passes.targets import Colt5, ConditionalBlocks, ConditionalHeads, Experts, LinearMixer, SparseMixer
 from rewriter.errors import UnsupportedModel
 from rewriter.install import fx_routed
+from rewriter.install.fx_spec_body import spec_body
 from tests.targets.watched_mixes import relative
 from tests.zoo.models import ZOO
 
@@ -141,7 +142,7 @@ def test_graphs_of_fixed_sizes_have_as_many_groups_as_modules() -> None:
     assert not any(fx_routed.ONE_GROUP in row.notes for row in done.rewrite_report.sites)
     spec = replace(MixtureOfExperts(4, 6, 3), group_limit=8)
     x, held = torch.randn(2, 9, 4), tuple(torch.randn(shape) for shape in spec.shapes.values())
-    body = fx_routed._body(spec, torch.float32, (2, 9), False)
+    body = spec_body(spec, torch.float32, (2, 9), False)
     found = torch.fx.Interpreter(body).run(x, *held, None, None, enable_io_processing=False)[0]
     parameters = dict(zip(spec.shapes, held, strict=True))
     assert torch.allclose(found, mixture_of_experts(spec, x, **parameters), atol=1e-6)

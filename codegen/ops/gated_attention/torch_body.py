@@ -77,8 +77,8 @@ def kernel(query: Tensor, key: Tensor, divisor: int, bias: Tensor | None, shown:
     """relu(q kᵀ / divisor + bias)² [..., R, T]; bias [R, T], minus infinity where hidden; shown [B, T]."""
     query, key = wide(query), wide(key).transpose(-1, -2)
     scores = _scores(query, key, divisor, bias)
-    positive = F.relu(scores, inplace=not scores.requires_grad)
-    squared = positive.square() if scores.requires_grad else positive.square_()
+    positive = F.relu(scores, inplace=overwritable(scores))
+    squared = positive.square_() if overwritable(scores) else positive.square()
     return squared if shown is None else squared * shown[:, None, :].to(squared.dtype)
 
 
@@ -95,7 +95,7 @@ def _scores(query: Tensor, key: Tensor, divisor: int, bias: Tensor | None) -> Te
 def gated(gate: Tensor, mixed: Tensor, weights: Weights) -> Tensor:
     """[B, S, E]: the output projection of gate times what was mixed, which is overwritten without gradients."""
     mixed = mixed.to(gate.dtype)
-    product = gate * mixed if mixed.requires_grad or gate.requires_grad else mixed.mul_(gate)
+    product = mixed.mul_(gate) if overwritable(mixed, gate) else gate * mixed
     return F.linear(product, weights["out_weight"], weights["out_bias"])
 
 
@@ -104,7 +104,7 @@ def expanded(spec: Gated, x: Tensor, weights: Weights) -> tuple[Tensor, Tensor, 
     whole = F.linear(x, weights["expand_weight"], weights["expand_bias"])
     kinds: tuple[Activation | None, ...] = (spec.gate, spec.value, spec.latent)
     if len(set(kinds)) == 1:
-        in_place = spec.gate is Activation.SILU and not whole.requires_grad
+        in_place = spec.gate is Activation.SILU and overwritable(whole)
         whole = F.silu(whole, inplace=True) if in_place else activated(spec.gate, whole)
         kinds = (None, None, None)
     parts = torch.split(whole, [spec.expanded, spec.expanded, spec.base], dim=-1)
@@ -174,6 +174,11 @@ def _learned_bias(spec: Gated, weights: Weights, like: Tensor, rows: int, column
         left = rotated(query, *turns(rows, spec.base, query, first))
         return left @ rotated(key, *turns(columns, spec.base, key)).transpose(0, 1)
     return None
+
+
+def overwritable(*tensors: Tensor) -> bool:
+    """Whether intermediate results may be overwritten: not for gradients, nor in graphs, which others may train."""
+    return not (torch.compiler.is_compiling() or any(t.requires_grad for t in tensors))
 
 
 def wide(x: Tensor) -> Tensor:
