@@ -1,9 +1,8 @@
 """Mixed chunk attention as two model-local ONNX functions over standard operators, valid at any opset from 12 on.
 
 One has the projections and calls the other, which is what lies between them, and what a kernel can take the place of.
-The last chunk is padded with zeros inside the function, unless it is the only one, and preceding chunks are summed by an
-exclusive CumSum.
-Parts, names and dtypes are those of `codegen/ops/gated_attention/onnx_body.py`.
+The last chunk is padded with zeros inside the function, unless it is the only one, and preceding chunks are summed by
+an exclusive CumSum. Parts, names and dtypes are those of `codegen/ops/gated_attention/onnx_body.py`.
 
 Shape legend: B batch, S tokens = G chunks of C, E hidden, F expanded, N base.
 """
