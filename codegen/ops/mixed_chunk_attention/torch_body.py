@@ -159,7 +159,7 @@ def by_chunk(spec: MixedChunkAttention, x: Tensor) -> Tensor:
     """[B, G, C, ...] of [B, S, ...], zeros behind the last token; what one chunk holds stays as short as it is."""
     if torch.compiler.is_exporting():
         return _gathered(spec, wide(x))
-    if 0 < x.shape[1] < spec.chunk and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and 0 < x.shape[1] < spec.chunk:
         return wide(x)[:, None]
     missing = -x.shape[1] % spec.chunk
     return torch.unflatten(wide(F.pad(x, (0, 0, 0, missing)) if missing else x), 1, (-1, spec.chunk))
