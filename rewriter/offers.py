@@ -68,12 +68,15 @@ def limits_of_modules(
     from rewriter.install.expert_mixing import block_modules, candidates
     from rewriter.install.own_module import owner_of, read_calls
     from rewriter.install.repeated_heads import stores_heads
+    from rewriter.install.stand_in import REASON, not_called_by_place
 
     try:
         owners = dict.fromkeys([*(owner_of(flow, s) for s in matches.sites), *candidates(model, flow, blocks.sites)])
         records = record_calls(model, owners, *call) if owners else {}
         placed = block_modules(model, flow, blocks.sites, records)
         read, unread = read_calls(flow, matches.sites, records)
+        fixed = not_called_by_place(model, records.keys() & {owner_of(flow, s) for s in matches.sites}, *call)
+        unread |= {s.name: REASON for s in matches.sites if owner_of(flow, s) in fixed}
     except UnsupportedModel:
         return dict.fromkeys([*(s.name for s in matches.sites), *(b.name for b in blocks.sites)], _shares_heads)
     stored = {s.name: stores_heads(flow, s) for s in matches.sites if s.name in unread}

@@ -7,7 +7,7 @@ The numbers stand behind the norm, written out, or among the inputs of an operat
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -26,6 +26,7 @@ class FoundGains:
         output: what the norm is behind them.
         index: which number (counted flat) each element of the norm is multiplied by, flat.
         inside: whether the norm is one operator, so that what is traced knows nothing of the numbers.
+        factor: what all of the norm is multiplied by before.
     """
 
     output: Value
@@ -34,6 +35,7 @@ class FoundGains:
     reader: int
     index: Array
     inside: bool
+    factor: float = 1.0
 
     def divided_out(
         self, flow: Flow, source: Source, ids: Sequence[Array], coefficients: Sequence[Array]
@@ -47,7 +49,7 @@ class FoundGains:
         numbers = np.asarray(flow.value(self.gain), dtype=np.float64).reshape(-1)
         if (numbers == 0).any():
             raise NotUnderstood("its norm multiplies some features by zero, so how they are rotated is not seen")
-        factors = numbers[self.index]
+        factors = numbers[self.index] * self.factor
         found = []
         for own, coefficient in zip(ids, coefficients, strict=True):
             here = source.holds(own)
@@ -70,13 +72,20 @@ def find_gains(flow: Flow, source: Source, dim: int) -> FoundGains | None:
     if node is not None and node.op in NORMS:
         gain, shift, *_ = (*(v for v in node.inputs[1:3] if v), None, None)
         return None if gain is None else _found(flow, source, node, gain, shift, dim)
-    name = source.value
+    name, factor = source.value, 1.0
     while len(readers := flow.live_readers(name)) == 1:
         reader = readers[0]
+        others = [v for v in reader.inputs if v != name]
+        constant = len(others) == 1 and not flow.data_dependent(others[0]) and not flow.is_fed(others[0])
+        scales = constant and (reader.op == "Mul" or (reader.op == "Div" and reader.inputs[0] == name))
+        if scales and flow.value(others[0]).size == 1 < dim:  # the square root of the features, before their gains
+            number = float(flow.value(others[0]).reshape(()))
+            factor *= number if reader.op == "Mul" else 1.0 / number
+            name = reader.outputs[0]
+            continue
         if reader.op == "Mul":
-            others = [v for v in reader.inputs if v != name]
-            constant = len(others) == 1 and not flow.data_dependent(others[0]) and not flow.is_fed(others[0])
-            return _found(flow, source, reader, others[0], None, dim) if constant else None
+            found = _found(flow, source, reader, others[0], None, dim) if constant else None
+            return None if found is None else replace(found, factor=factor)
         if reader.op not in PASS_THROUGH:
             return None
         name = reader.outputs[0]

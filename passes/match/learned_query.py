@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from passes.dataflow import CONTRACTIONS, LAYOUT, Flow, Value
-from passes.operator_kinds import PASS_THROUGH
+from passes.operator_kinds import NORMS, PASS_THROUGH, data_operands
 
 
 def with_learned_queries(flow: Flow, query: Value) -> Flow | None:
@@ -28,15 +28,23 @@ def with_learned_queries(flow: Flow, query: Value) -> Flow | None:
 
 
 def _root(flow: Flow, value: Value) -> Value | None:
-    """The float parameter of two axes or more that a value is a re-layout, a sum or a norm of."""
-    candidates = [value]
+    """The float parameter that a value is a re-layout, a sum or a norm of: of two axes or more, or one token's features
+    where nothing else is added."""
+    candidates, least = [value], 1
     while candidates:
         name = candidates.pop()
         if name in flow.weights:
-            if len(flow.shape(name)) >= 2 and flow.value(name).dtype.kind == "f":
+            if len(flow.shape(name)) >= least and flow.value(name).dtype.kind == "f":
                 return name
             continue
         node = flow.producer(name)
-        if node is not None and node.op in LAYOUT | PASS_THROUGH | {"Add", "LayerNormalization", "RMSNormalization"}:
+        if node is None:
+            continue
+        if node.op == "Add":
             candidates.extend(v for v in node.inputs if v)
+            least = 2  # one of them may be a bias
+        elif node.op in NORMS:
+            candidates.append(node.inputs[0])
+        elif node.op in LAYOUT | PASS_THROUGH:
+            candidates.extend(node.inputs[i] for i in data_operands(node) if node.inputs[i])
     return None

@@ -10,7 +10,7 @@ import numpy as np
 from passes.dataflow import CONTRACTIONS, LAYOUT, Array, Flow, Node, Value
 from passes.match.choosing import REASON as CHOSEN
 from passes.match.choosing import content_bias, is_chosen
-from passes.match.contractions import contracted_by, contracts, require_projected, two_terms
+from passes.match.contractions import contracted_by, contracts, first_contraction, require_projected, two_terms
 from passes.match.roundings import Rounding, quantizer_of
 from passes.match.score_layout import flattens_rows, keeps_last_two, relaid_by, swaps_last_two
 from passes.match.score_terms import HIDDEN, total_bias
@@ -119,7 +119,7 @@ class ScoreWalk:
         value = node.inputs[operands[0]] if operands is not None else ""
         while (above := self.flow.producer(value)) is not None and self.flow.data_dependent(value):
             if above.op in CONTRACTIONS:
-                return all(self.flow.data_dependent(v) for v in above.inputs[:2])
+                return all(self._holds_tokens(v) for v in above.inputs[:2])
             if above.op not in LAYOUT | PASS_THROUGH | {"Add", "Sub", "Mul", "Div", "MaskedFill"}:
                 return False
             deep = [v for v in above.inputs if v and self.flow.data_dependent(v)]
@@ -127,6 +127,12 @@ class ScoreWalk:
                 return False
             value = deep[0]
         return False
+
+    def _holds_tokens(self, value: Value) -> bool:
+        """Whether data reaches an operand, or it is projected from learned tokens (as of a first class attention)."""
+        if self.flow.data_dependent(value):
+            return True
+        return first_contraction(self.flow, value) is not None and len(self.flow.shape(value)) > 2
 
     def _free_operand(self, node: Node) -> Value | None:
         """The one of a contraction's operands that no fed data reaches, if the other is made of hidden states."""

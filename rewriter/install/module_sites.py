@@ -7,7 +7,7 @@ a refusal.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -37,6 +37,7 @@ from rewriter.install.site_parameters import (
     whole_key,
     write_outputs,
 )
+from rewriter.install.stand_in import REASON, not_called_by_place
 from rewriter.install.token_mixer import TokenMixer
 from rewriter.install.token_mixing import Recorded, install_mixing
 from rewriter.install.torch_module import install
@@ -67,6 +68,7 @@ def install_decision(
     owned = _by_owner(flow, decision.replacements)
     outside = [p for o in owned if (p := _output_module(flow, o.replacements[0])) is not None]
     records = record_calls(module, [*(o.path for o in owned), *outside], args, kwargs)
+    fixed = not_called_by_place(module, (o.path for o in owned if o.path in records), args, kwargs)
     left: dict[str, _Owned] = {}
     reasons: dict[str, str] = {}
     for group in owned:
@@ -77,7 +79,7 @@ def install_decision(
         try:
             recorded = records.get(group.path)
             with contextlib.nullcontext() if recorded is None else recorded.surroundings():
-                _install_one(module, flow, group, recorded, records)
+                _install_one(module, flow, group, recorded, records, fixed)
         except UnsupportedModel as error:
             left[group.path] = group
             reasons.update({r.site.name: str(error) for r in group.replacements})
@@ -180,8 +182,14 @@ def _mix_one(module: torch.nn.Module, flow: Flow, group: _Owned, records: Mappin
 
 
 def _install_one(
-    module: torch.nn.Module, flow: Flow, group: _Owned, record: CallRecord | None, records: Mapping[str, CallRecord]
+    module: torch.nn.Module,
+    flow: Flow,
+    group: _Owned,
+    record: CallRecord | None,
+    records: Mapping[str, CallRecord],
+    fixed: Collection[str],
 ) -> None:
+    """`fixed`: paths of modules that no other can stand in for."""
     first = group.replacements[0]
     reason = crowd(group.path, [r.site for r in group.replacements])
     if reason is not None:
@@ -190,6 +198,9 @@ def _install_one(
         )
     if len({r.pattern for r in group.replacements}) > 1:
         raise UnsupportedModel("one module computes attentions that are to see different keys")
+    by_class = REASON.format(owner=group.path) if group.path in fixed else None
+    if first.mixing is not None and by_class is not None:
+        raise UnsupportedModel(by_class)
     if first.mixing is not None:
         _mix_one(module, flow, group, records)
         return
@@ -214,7 +225,7 @@ def _install_one(
         )
         write_outputs(output)
         return
-    reason = form_obstacle(site)
+    reason = by_class or form_obstacle(site)
     if reason is not None:
         raise UnsupportedModel(reason)
     # the seams' scale leaves out what the module multiplies in before it lays out heads

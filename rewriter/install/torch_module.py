@@ -75,7 +75,7 @@ def install(
         place(model, owner, mixer)
         return mixer
     protocol = read_protocol(record, owner, heads=spec_before.heads, causal=spec_before.causal)
-    build = _Builder(original, out, q_norm, k_norm, position=_needs_position(original, protocol, record))
+    build = _Builder(original, record, out, q_norm, k_norm, position=_needs_position(original, protocol, record))
     proof = build.mixer(spec_before, protocol, before)
     protocol = settle(original, proof, record, owner)
     mixer = build.mixer(spec_after, protocol, after)
@@ -172,9 +172,16 @@ class _Builder:
     """Builds mixers out of one original and the submodules that are taken over from it."""
 
     def __init__(
-        self, original: nn.Module, out: str | None, q_norm: str | None, k_norm: str | None, *, position: bool
+        self,
+        original: nn.Module,
+        record: CallRecord,
+        out: str | None,
+        q_norm: str | None,
+        k_norm: str | None,
+        *,
+        position: bool,
     ) -> None:
-        self.layer_index = _layer_index(original)
+        self.layer_index = _layer_index(original, record)
         self.names = {"out": out, "q_norm": q_norm, "k_norm": k_norm}
         self.taken = {role: None if name is None else _owned(original, name) for role, name in self.names.items()}
         self.original = original
@@ -196,10 +203,11 @@ class _Builder:
         return mixer
 
 
-def _layer_index(original: nn.Module) -> int | None:
-    """The number under which the original keeps its keys in a cache."""
-    candidates = (getattr(module, name, None) for module in original.modules() for name in LAYER_INDEX)
-    return next((value for value in candidates if isinstance(value, int)), None)
+def _layer_index(original: nn.Module, record: CallRecord) -> int | None:
+    """The number under which the original keeps its keys in a cache: told in the call, or known to the module."""
+    told = (record.arguments.get(name) for name in LAYER_INDEX)
+    known = (getattr(module, name, None) for module in original.modules() for name in LAYER_INDEX)
+    return next((value for value in (*told, *known) if isinstance(value, int) and value >= 0), None)
 
 
 def _check_grouping(

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import rewriter
 from codegen.spec import GroupedQueryAttention
 from rewriter.errors import UnsupportedModel
 from rewriter.install.call_record import record_calls
@@ -904,3 +905,35 @@ def test_a_cache_is_recorded_as_it_was_before_the_call() -> None:
     model, inputs = case.build(), inputs_of(case)
     record = record_calls(model, ["transformer.h.0.attn"], kwargs={**inputs, "past_key_values": DynamicCache()})
     assert record["transformer.h.0.attn"].arguments["cache"].get_seq_length() == 0
+
+
+class AsksForTheClass(nn.Module):
+    """Calls its attention only if that is torch's own, as graph networks do that have several kinds."""
+
+    def __init__(self, asks: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.attention, self.asks = nn.MultiheadAttention(32, 4, batch_first=True), asks
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.asks and not isinstance(self.attention, nn.MultiheadAttention):
+            return x
+        out: Tensor = x + self.attention(x, x, x, need_weights=False)[0]
+        return out
+
+
+@pytest.mark.parametrize("asks", [True, False])
+def test_a_module_that_is_called_for_its_class_stays_and_is_still_called(asks: bool) -> None:
+    model, x = AsksForTheClass(asks).eval(), torch.randn(2, 6, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for part in (*model.attention.in_proj_weight.split(32)[1:], *model.attention.in_proj_bias.split(32)[1:]):
+            rows = part.view(2, 2, 8, *part.shape[1:])
+            rows.copy_(rows[:, :1].clone().expand_as(rows))
+    (site,) = rewriter.inspect(model, example_inputs=(x,)).sites
+    assert ("window" in rewriter.inspect(model, example_inputs=(x,)).targets[site.name]) == (not asks)
+    small = rewriter.optimize(model, "gqa2", example_inputs=(x,), kernels="off", verify=False)
+    assert isinstance(small.attention, RewrittenMixer) == (not asks)
+    assert relative_error(small(x), model(x)) < RELATIVE[torch.float32]
+    if asks:
+        with pytest.raises(rewriter.RewriteError, match="asks for its class"):
+            rewriter.optimize(model, "window", example_inputs=(x,), kernels="off")

@@ -457,11 +457,12 @@ class Pool(nn.Module):
     def __init__(self, spelling: str) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.queries, self.norm, self.spelling = nn.Parameter(torch.randn(3, WIDTH)), nn.LayerNorm(WIDTH), spelling
+        learned = torch.randn(WIDTH) if spelling == "class token" else torch.randn(3, WIDTH)
+        self.queries, self.norm, self.spelling = nn.Parameter(learned), nn.LayerNorm(WIDTH), spelling
         self.wq, self.wk, self.wv, self.wo = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
-        given = self.norm(self.queries)[None].expand(len(x), -1, -1)
+        given = self.norm(self.queries.expand(len(x), -1 if self.queries.ndim > 1 else 1, WIDTH))
         q, k, v = (
             p(t).view(len(x), -1, HEADS, DIM).transpose(1, 2) for p, t in ((self.wq, given), (self.wk, x), (self.wv, x))
         )
@@ -476,7 +477,7 @@ class Pool(nn.Module):
         return out
 
 
-@pytest.mark.parametrize("spelling", ["written out", "fused", "bias in the product"])
+@pytest.mark.parametrize("spelling", ["written out", "fused", "bias in the product", "class token"])
 def test_learned_queries_make_a_site(spelling: str) -> None:
     module = nn.Sequential(nn.Linear(WIDTH, WIDTH), Pool(spelling)).eval()
     pool = module[1]

@@ -62,6 +62,19 @@ class TalkingByEinsum(Projects):
         return self.merged(torch.einsum("bhij,hg->bgij", scores.softmax(-1), self.after) @ v)
 
 
+class TalkingClass(TalkingByEinsum):
+    """Likewise, where what asks is a learned class token before it has seen anything."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.randn(1, 1, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        (_, k, v), (q, _, _) = self.heads(x), self.heads(self.token.expand(len(x), -1, -1))
+        scores = torch.einsum("bhij,hg->bgij", q @ k.transpose(-2, -1), self.before)
+        return self.merged(torch.einsum("bhij,hg->bgij", scores.softmax(-1), self.after) @ v)
+
+
 class SummedByHand(Projects):
     """Both products are elementwise, then summed."""
 
@@ -460,6 +473,7 @@ REASONS: dict[type[Projects], str] = {
     ChosenQueries: "chosen by something computed from hidden states",
     TalkingTwice: "mixed between heads",
     TalkingByEinsum: "mixed between heads",
+    TalkingClass: "mixed between heads",
     SummedByHand: "products of elements that are summed by hand",
     Additive: "additive attention",
     SummedAdditive: "additive attention",

@@ -20,12 +20,24 @@ class Written(nn.Module):
         return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
 
 
+class Scaled(nn.Module):
+    """Each head's features at unit length, times the square root of their number, then times a gain of each head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(HEADS, DIM))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(x, dim=-1) * DIM**0.5 * self.weight
+
+
 NORMS = {
     "rms-written": lambda: Written(WIDTH),
     "rms": lambda: nn.RMSNorm(WIDTH, eps=1e-6),
     "layer": lambda: nn.LayerNorm(WIDTH),
     "without-gain": lambda: nn.RMSNorm(WIDTH, eps=1e-6, elementwise_affine=False),
     "by-head": lambda: Written(HEADS, DIM),
+    "by-head-scaled": Scaled,
 }
 
 
@@ -35,7 +47,7 @@ class Normed(nn.Module):
     def __init__(self, kind: str, packed: bool = False) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.by_head, self.packed = kind == "by-head", packed
+        self.by_head, self.packed = kind.startswith("by-head"), packed
         if packed:
             self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
         else:
