@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 from passes.dataflow import PRODUCTS, Flow, Node, Value
-from passes.site import AttentionSite, Refusal
+from passes.site import AttentionSite, Operand, Refusal
 
 ALSO_READ = (
     "{}, which is not rewritten, reads the same keys or values and would change with them; rewrite the exported "
@@ -34,6 +34,20 @@ def read_elsewhere(flow: Flow, site: AttentionSite) -> bool:
     own = {node.index for node in flow.ancestors(site.output)}
     outputs = [operand.projection.output for _, operand in site.shared]
     return any(node.index not in own for node in _behind(flow, outputs, ()))
+
+
+def path_read_elsewhere(flow: Flow, site: AttentionSite, operand: Operand) -> bool:
+    """Whether another attention reads what lies between an operand's stem and its seam, or the scores made of it."""
+    between = [v for i in site.nodes for v in flow.nodes[i].outputs if v and v != site.output]
+    if any(reader.index not in site.nodes for reader in _readers(flow, between)):
+        return True
+    behind, path = {operand.stem}, list[Value]()
+    for index in operand.path:
+        node = flow.nodes[index]
+        if operand.stem not in node.outputs and behind.intersection(node.inputs):
+            behind.update(node.outputs)
+            path += node.outputs
+    return any(node.index not in site.nodes for node in _behind(flow, path, ()))
 
 
 def _products(flow: Flow, anchor: Node) -> Iterator[int]:

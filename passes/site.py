@@ -223,6 +223,8 @@ class AttentionSite:
         output_axes: as `Operand.seam_axes`.
         merged: the first later value that holds the heads merged into one feature axis; the input of `out`.
         out: output projection, None if there is none.
+        weights_read: whether something beside the product with values reads the attention weights, too, which the
+            program gives out (output_attentions), say.
         scores, probabilities: the values entering and leaving softmax; None if the anchor is a fused operator.
         replay_error: worst relative error of the replay.
         owner: the door's opaque id.
@@ -249,6 +251,7 @@ class AttentionSite:
     out: Projection | None
     nodes: tuple[int, ...]
     masked_rows_are_zero: bool = False
+    weights_read: bool = False
     replay_error: float = 0.0
     owner: str = ""
 
@@ -302,6 +305,11 @@ class AttentionSite:
         """Whether hidden states bias its scores, and if its own keys are among them."""
         found = {m.source for m in self.modifiers}
         return "keys" if "keys" in found else "hidden" if "hidden" in found else ""
+
+    @property
+    def stays(self) -> bool:
+        """Whether no attention can be written in its place: something else reads what goes on within it."""
+        return self.weights_read or self.hidden_bias == "keys"
 
     @property
     def qk_norm(self) -> bool:

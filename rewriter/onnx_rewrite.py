@@ -37,7 +37,7 @@ from rewriter.errors import NothingToRewrite, VerificationFailed
 from rewriter.install.kept import Kept, noted
 from rewriter.install.onnx_experts import contrib_obstacle
 from rewriter.install.onnx_function import install
-from rewriter.install.onnx_obstacles import BIAS_OF_KEYS, block_obstacle, obstacle
+from rewriter.install.onnx_obstacles import block_obstacle, obstacle, stays_because
 from rewriter.install.onnx_repeat import repeatable, stays_possible
 from rewriter.report import stored
 from rewriter.report.rewrite_report import RewriteReport
@@ -108,8 +108,8 @@ def _never_written(captured: OnnxCapture, site: AttentionSite) -> str | None:
         return "its heads are repeated before they are rotated, which is not rewritten in a file"
     if site.by_blocks and read_elsewhere(captured.flow, site):
         return "it attends within blocks of tokens, and another attention reads the keys or values that it would share"
-    if site.hidden_bias == "keys" and not stays_possible(captured, site):
-        return BIAS_OF_KEYS
+    if site.stays and not stays_possible(captured, site):
+        return stays_because(site)
     return None
 
 

@@ -144,6 +144,7 @@ def match_anchor(tracer: Tracer, anchor: Node, name: str, layer: int) -> tuple[A
         out=out,
         nodes=path.nodes,
         masked_rows_are_zero=path.masked_rows_are_zero,
+        weights_read=path.weights_read,
         replay_error=replayed.worst,
         owner=_owner(flow, q, anchor),
     )

@@ -304,9 +304,9 @@ class ScoreWalk:
         if (shifted := self._even_shift(node)) is not None:
             return shifted
         a, b = node.inputs[0], self._before_spreading(node.inputs[1])
-        shape = self.flow.shape(a)
-        deep = self.flow.data_dependent(b) and self.flow.shape(b)[-1:] == (1,) and shape[-1] > 1
-        if not deep or len(self.flow.shape(b)) != len(shape):
+        shape, shift = self.flow.shape(a), self.flow.shape(b)
+        by_row = not self.turned and shift[-1:] == (1,) and shape[-1] > 1 and len(shift) == len(shape)
+        if not self.flow.data_dependent(b) or (shift and not by_row):
             return None
         self.shifted = True
         return a

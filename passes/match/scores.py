@@ -66,6 +66,8 @@ class ScorePath:
     """How many modifiers, the last ones, are applied to the weights: `scores` are without them."""
     ranks: tuple[int, ...] = ()
     """How many axes the scores have where each modifier meets them; empty for fused anchors."""
+    weights_read: bool = False
+    """Whether something else than the product with values reads the weights, too."""
 
 
 def anchors(flow: Flow) -> list[Node]:
@@ -204,7 +206,7 @@ def _written_out(flow: Flow, softmax: Node) -> ScorePath:
     return ScorePath(
         softmax, q, k, mixes.v, back.scale * alpha, modifiers, softmax.inputs[0], mixes.output,
         (back.contraction.index, *back.nodes, softmax.index, *mixes.nodes), mixes.zero_nan,
-        columns, back.shifted, roundings, len(behind), ranks,
+        columns, back.shifted, roundings, len(behind), ranks, mixes.read,
     )  # fmt: skip
 
 

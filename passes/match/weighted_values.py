@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,6 +17,9 @@ from passes.operator_kinds import PASS_THROUGH
 from passes.projections import einsum_terms
 from passes.site import Modifier
 
+_FORKS = 8
+"""Places with several readers that weights are followed through."""
+
 
 @dataclass(frozen=True)
 class Mix:
@@ -24,6 +28,7 @@ class Mix:
     Attributes:
         zero_nan: whether rows whose keys are all masked give zeros.
         masks: what hides keys from the weights, as masks of their scores, and the shape of the weights that each meets.
+        read: whether the weights are read by something else, too, or are an output of the program.
     """
 
     v: OperandView
@@ -31,6 +36,24 @@ class Mix:
     nodes: tuple[int, ...]
     zero_nan: bool
     masks: tuple[tuple[Modifier, tuple[int, ...]], ...] = ()
+    read: bool = False
+
+
+@dataclass(frozen=True)
+class _Met:
+    """What weights have met on their way; see `Mix`.
+
+    Attributes:
+        waiting: masks behind which weights have not been normalised again yet.
+        forks: how often there were several readers.
+    """
+
+    nodes: tuple[int, ...] = ()
+    zero_nan: bool = False
+    masks: tuple[tuple[Modifier, tuple[int, ...]], ...] = ()
+    waiting: tuple[tuple[Blanked, Node], ...] = ()
+    read: bool = False
+    forks: int = 0
 
 
 def values_weighted_by(flow: Flow, value: Value, turned: bool) -> Mix | str | None:
@@ -38,18 +61,16 @@ def values_weighted_by(flow: Flow, value: Value, turned: bool) -> Mix | str | No
 
     `turned`: they are [keys, queries].
     """
-    nodes: list[int] = []
-    zero_nan = False
-    masks: list[tuple[Modifier, tuple[int, ...]]] = []
-    waiting: list[tuple[Blanked, Node]] = []
-    """Masks behind which weights have not been normalised again yet."""
+    return _followed(flow, value, turned, _Met(), None)
+
+
+def _followed(flow: Flow, value: Value, turned: bool, met: _Met, first: Node | None) -> Mix | str | None:
+    """`first` is the reader that is followed, where there are several."""
+    nodes, masks, waiting = list(met.nodes), list(met.masks), list(met.waiting)
+    zero_nan, read = met.zero_nan, met.read
     while True:
-        if value in flow.outputs:
-            return (
-                "the attention weights are an output of the model, too; export it without that output "
-                "(output_attentions=False, say)"
-            )
-        again = normalised(flow, value, turned)
+        read |= value in flow.outputs
+        again = normalised(flow, value, turned) if first is None else None
         if isinstance(again, str):
             return again
         if again is not None:
@@ -62,16 +83,22 @@ def values_weighted_by(flow: Flow, value: Value, turned: bool) -> Mix | str | No
         readers = flow.live_readers(value)
         tests = [n for n in readers if n.op == "IsNaN"]
         rest = [n for n in readers if n not in tests]
-        if len(rest) != 1:
-            return _read_apart(rest) if rest else None
-        node = rest[0]
-        nodes += [n.index for n in tests]
+        if not rest:
+            return None
+        if first is None:
+            nodes += [n.index for n in tests]
+        if first is None and len(rest) > 1:
+            if met.forks > _FORKS:
+                return _read_apart(rest)
+            here = _Met(tuple(nodes), zero_nan, tuple(masks), tuple(waiting), True, met.forks + 1)
+            return _only_mix(flow, value, rest, [_followed(flow, value, turned, here, n) for n in rest])
+        node, first = first or rest[0], None
         nodes.append(node.index)
         if node.op in CONTRACTIONS:
             if waiting:
                 return _not_normalised(waiting[0][1])
             mix = _value_operand(flow, node, value, turned, tuple(nodes), zero_nan)
-            return replace(mix, masks=tuple(masks)) if isinstance(mix, Mix) else mix
+            return replace(mix, masks=tuple(masks), read=read) if isinstance(mix, Mix) else mix
         kept = node.op in PASS_THROUGH or (node.op == "Reshape" and keeps_last_two(flow, node))
         kept = kept or flattens_rows(flow, node)
         kept = kept or (node.op == "Expand" and flow.shape(node.inputs[0]) == flow.shape(node.outputs[0]))
@@ -115,6 +142,34 @@ def _not_normalised(node: Node) -> str:
 def _replaces_nan(flow: Flow, node: Node) -> bool:
     fill = node.inputs[1] if node.op == "Where" else node.inputs[2]
     return not flow.data_dependent(fill) and not np.any(flow.value(fill))
+
+
+def _only_mix(flow: Flow, weights: Value, readers: list[Node], ends: Sequence[Mix | str | None]) -> Mix | str:
+    """What the one of several readers leads to that mixes values; a string says why there is none."""
+    mixes = [end for end in ends if isinstance(end, Mix)]
+    others = [n for n, end in zip(readers, ends, strict=True) if not isinstance(end, Mix)]
+    if len(mixes) == 1 and not any(_multiplies(flow, n) for n in others):
+        return mixes[0]
+    if len(mixes) > 1 and not any(_made_of(flow, mix.v.value, weights) for mix in mixes):
+        return (
+            f"the same weights mix {len(mixes)} sets of values (as where layers after one another share one "
+            "attention's weights), whose heads cannot be shared as one's; leave this attention as it is (layers= "
+            "selects others)"
+        )
+    return _read_apart(readers)
+
+
+def _multiplies(flow: Flow, node: Node) -> bool:
+    """Whether a reader of weights multiplies them by other data, turned round perhaps."""
+    if node.op == "Transpose":
+        return any(_multiplies(flow, n) for n in flow.live_readers(node.outputs[0]) if n.op in CONTRACTIONS)
+    return node.op in CONTRACTIONS and all(flow.data_dependent(v) for v in node.inputs[:2])
+
+
+def _made_of(flow: Flow, value: Value, weights: Value) -> bool:
+    """Whether a value is computed from attention weights without a projection between."""
+    above = flow.ancestors(value, stop=lambda n: weights in n.outputs or flow.projection_operands(n) is not None)
+    return any(weights in n.outputs for n in above)
 
 
 def _read_apart(readers: list[Node]) -> str:

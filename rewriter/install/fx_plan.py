@@ -11,6 +11,7 @@ import numpy as np
 from codegen.spec import GroupedQueryAttention
 from passes.dataflow import Array, Value
 from passes.site import AttentionSite, Operand
+from passes.targets.grouped_query import WEIGHTS_READ
 from passes.targets.replacement import Replacement
 from passes.token_blocks import PARTED, parted_behind
 from passes.weights.head_gains import gains_like, stored_gains
@@ -76,8 +77,9 @@ def plan_site(editor: Editor, replacement: Replacement, *, apart: bool = False) 
         require_linear(editor, replacement)
     if any(m.windows or m.heads_first for m in site.modifiers):
         raise UnsupportedModel("masks meet its scores window by window, or heads before sequences", hint=HINT)
-    if site.hidden_bias == "keys" and spec.kv_heads != site.kv_heads:
-        raise UnsupportedModel("its scores get a bias that is computed from its keys", hint=HINT)
+    if site.stays and spec.kv_heads != site.kv_heads:
+        of_keys = "its scores get a bias that is computed from its keys"
+        raise UnsupportedModel(WEIGHTS_READ if site.weights_read else of_keys, hint=HINT)
     if site.temperature is not None:
         raise UnsupportedModel("each head's scores have a temperature of their own", hint=HINT)
     if spec.pattern and spec.sinks:

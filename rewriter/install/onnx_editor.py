@@ -24,7 +24,7 @@ class Editor:
 
     Attributes:
         shared: new initializers by content.
-        seams: for each seam already fed anew, the value that now stands there and its axes.
+        seams: for the site at hand, by seam that is fed anew, the value that stands there now and its axes.
         dead: nodes beyond the matched ones that may be unread now.
         standing_in: what has taken the place of a value that later sites may read.
         fed: for the site at hand, by role, what a fused operator that is kept reads instead of its old operand.

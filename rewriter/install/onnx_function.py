@@ -111,7 +111,7 @@ def _mixed(editor: Editor, mixing: Mixing, replacement: Replacement) -> Installe
 def _attended(editor: Editor, replacement: Replacement) -> Installed:
     """Another attention behind the projections, which get new weights where it has fewer heads."""
     site = replacement.site
-    editor.fed = {}
+    editor.fed, editor.seams = {}, {}
     if replacement.linear is not None:
         attend(editor, replacement)
         return Installed(site.name, _cleaned(editor, site), 0.0, False)

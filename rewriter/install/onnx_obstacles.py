@@ -16,10 +16,9 @@ from rewriter.install.onnx_linear import linear_obstacle
 
 _WRITABLE = frozenset({("bh", "s", "d"), ("hb", "s", "d"), ("b", "s", "hd")})
 MODULES = "is installed in torch modules only: rewrite the module the file was exported from"
-BIAS_OF_KEYS = (
-    "a bias of its scores is computed from its own keys, so it could only stay as it is and repeat shared heads behind "
-    "its projections; that is done where these are plain products with floats that no other attention reads, without "
-    "caches and fused operators"
+_STAYS = (
+    "{}, so it could only stay as it is and repeat shared heads behind its projections; that is done where these are "
+    "plain products with floats that nothing else reads, without caches and fused operators"
 )
 OLDEST_OPSET = 12
 HEADS_IN_BATCH = frozenset({("bh", "s", "d"), ("bh", "d", "s"), ("hb", "s", "d"), ("hb", "d", "s")})
@@ -48,8 +47,8 @@ def obstacle(capture: OnnxCapture, replacement: Replacement) -> str | None:
         return None
     if site.joined and site.owner in capture.written_out:
         return "tokens of several projections are joined in front of a fused operator, which is not written anew"
-    if site.hidden_bias == "keys":
-        return BIAS_OF_KEYS
+    if site.stays:
+        return stays_because(site)
     queries = [("query", operand) for _, operand in fed_queries(replacement)]
     keys_values = [(role, part) for role, o in (("key", site.k), ("value", site.v)) for part in o.parts]
     for role, operand in (*keys_values, *queries):
@@ -72,6 +71,14 @@ def obstacle(capture: OnnxCapture, replacement: Replacement) -> str | None:
         if not writable(axes) and not apart:
             return f"{what} laid out as {axes} cannot be rewritten"
     return _sinks_obstacle(capture, site)
+
+
+def stays_because(site: AttentionSite) -> str:
+    """Why an attention cannot be written anew, and when it can be rewritten as it stands."""
+    if not site.weights_read:
+        return _STAYS.format("a bias of its scores is computed from its own keys")
+    weights = "its attention weights are an output of the model, or read by something else than its values"
+    return f"{_STAYS.format(weights)}; else export the model without these weights (output_attentions=False, say)"
 
 
 def block_obstacle(capture: OnnxCapture, replacement: BlockReplacement) -> str | None:

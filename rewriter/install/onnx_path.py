@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
@@ -13,20 +14,30 @@ from passes.site import Operand
 from rewriter.install.onnx_editor import Editor
 
 
-def rewire(editor: Editor, operand: Operand, stem: ir.Value, new: ir.Value, heads: int) -> None:
-    """The path reads the new stem; its values, caches and presents change their number of heads."""
+def rewire(editor: Editor, operand: Operand, stem: ir.Value, new: ir.Value, heads: int, *, copied: bool) -> ir.Value:
+    """The path reads the new stem; its values, caches and presents change their number of heads. Returns the seam.
+
+    `copied`: the path stays as it is for what else reads it, and a copy of it reads the new stem.
+    """
     inside = {id(editor.capture.nodes[i]) for i in operand.path}
-    for node, position in list(stem.uses()):
-        if id(node) in inside:
-            node.replace_input_with(position, new)
+    nodes = {i: editor.capture.nodes[i] for i in operand.path}
+    seam = editor.value(operand.seam)
+    if copied:
+        copies = _copied_path(editor, nodes, {id(stem): new})
+        nodes, seam = copies.nodes, copies.values[id(seam)]
+    else:
+        for node, position in list(stem.uses()):
+            if id(node) in inside:
+                node.replace_input_with(position, new)
     if stem.is_graph_output():
         _become_output(editor, stem, new)
     if heads == operand.heads:
-        return
+        return seam
     for index, axis in operand.reshapes:
-        _recount(editor, editor.capture.nodes[index], axis, operand.heads, heads)
-    for index in operand.path:
-        node = editor.capture.nodes[index]
+        name = editor.capture.nodes[index].outputs[0].name
+        assert name is not None
+        _recount(editor, nodes[index], name, axis, operand.heads, heads)
+    for node in nodes.values():
         _narrow_gain(editor, node)
         if node.op_type == "RotaryEmbedding" and node.attributes.get_int("num_heads", 0) == operand.heads:
             node.attributes["num_heads"] = ir.AttrInt64("num_heads", heads)
@@ -38,6 +49,35 @@ def rewire(editor: Editor, operand: Operand, stem: ir.Value, new: ir.Value, head
         _forget_shapes(editor.value(operand.past), inside)
     for name, axis in operand.presents:
         resize(new if name == operand.stem else editor.value(name), axis, heads)
+    return seam
+
+
+@dataclass(frozen=True)
+class _Copies:
+    """Nodes by index, and values by the id of what they are a copy of."""
+
+    nodes: dict[int, ir.Node]
+    values: dict[int, ir.Value]
+
+
+def _copied_path(editor: Editor, path: Mapping[int, ir.Node], values: dict[int, ir.Value]) -> _Copies:
+    """Copies of the nodes of a path, in order, that read one of `values` or what is made of them."""
+    nodes: dict[int, ir.Node] = {}
+    for index, node in path.items():
+        if not any(id(v) in values for v in node.inputs):
+            continue
+        inputs = [values.get(id(v), v) for v in node.inputs]
+        name = editor.write.unique(f"{node.name or node.op_type}.shared")
+        copy = ir.Node(
+            node.domain, node.op_type, inputs, list(node.attributes.values()), num_outputs=len(node.outputs),
+            overload=node.overload, version=node.version, name=name,
+        )  # fmt: skip
+        for old, made in zip(node.outputs, copy.outputs, strict=True):
+            made.name, made.type = editor.write.unique(f"{old.name}.shared"), old.type
+            values[id(old)] = made
+        editor.graph.insert_after(node, [copy])
+        nodes[index] = copy
+    return _Copies(nodes, values)
 
 
 def _forget_shapes(value: ir.Value, inside: Collection[int]) -> None:
@@ -80,10 +120,9 @@ def _is_constant(editor: Editor, name: Value | None) -> bool:
     return not editor.capture.flow.data_dependent(name) and not editor.capture.flow.is_fed(name)
 
 
-def _recount(editor: Editor, node: ir.Node, axis: int, before: int, heads: int) -> None:
-    """Write the new number of heads into a shape that is written out."""
-    name = node.outputs[0].name
-    assert name is not None and node.inputs[1] is not None
+def _recount(editor: Editor, node: ir.Node, name: Value, axis: int, before: int, heads: int) -> None:
+    """Write the new number of heads into a shape that is written out; `name` is what was reshaped to it."""
+    assert node.inputs[1] is not None
     if _left_open(editor, node.inputs[1], axis):
         return
     size = editor.capture.flow.shape(name)[axis] // before * heads

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from passes.dataflow import Array
+from passes.refused_readers import path_read_elsewhere
 from passes.site import AttentionSite, Operand
 from passes.targets.replacement import Replacement
 from passes.weights.head_gains import gains_like, stored_gains
@@ -57,10 +58,16 @@ def reproject(
     if inside:
         editor.fed[role] = out
         return error
-    rewire(editor, operand, stem, out, heads)
     at_stem = operand.seam == operand.stem
-    editor.seams[operand.seam] = (out, axes) if at_stem else (editor.value(operand.seam), operand.seam_axes)
+    seam = rewire(editor, operand, stem, out, heads, copied=not at_stem and _must_copy(editor, site, operand, heads))
+    editor.seams[operand.seam] = (out, axes) if at_stem else (seam, operand.seam_axes)
     return error
+
+
+def _must_copy(editor: Editor, site: AttentionSite, operand: Operand, heads: int) -> bool:
+    """Whether another attention goes on reading a path with all heads; caches are one for all that read them."""
+    cached = operand.past is not None or bool(operand.presents) or bool(stored_gains(operand))
+    return heads != operand.heads and not cached and path_read_elsewhere(editor.capture.flow, site, operand)
 
 
 def regain(editor: Editor, site: AttentionSite, role: str, operand: Operand, replacement: Replacement) -> list[str]:

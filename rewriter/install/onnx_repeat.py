@@ -32,7 +32,7 @@ def repeatable(capture: OnnxCapture, replacement: Replacement, others: Sequence[
     """
     site = replacement.site
     otherwise = any(_parted(capture, o) or unflattened_input(capture, o) is None for o in (site.k, site.v))
-    if not site.by_blocks and not otherwise and site.hidden_bias != "keys":
+    if not site.by_blocks and not otherwise and not site.stays:
         return False
     special = (replacement.mixing, replacement.linear, replacement.decoupled)
     if any(spec is not None for spec in special) or replacement.pattern or replacement.turned:
@@ -125,10 +125,10 @@ def _reproject(editor: Editor, replacement: Replacement, output: Value) -> tuple
         bias, _ = _held(editor, nodes, projection.bias, vector, f"{name}.bias", store)
         out = editor.write.op(nodes, "Add", [out, bias], f"{name}.projected")
     index = editor.write.ints(laid.index.tolist(), f"{name}.heads")
-    out = editor.write.op(nodes, "Gather", [out, index], f"{name}.repeated", axis=-1)
+    lead, axes = len(flow.shape(projection.input)) - 1, flow.shape(output)
+    out = editor.write.op(nodes, "Gather", [out, index], f"{name}.repeated", axis=lead)
     biased = _biased(flow, projection)
     assert biased is not None
-    lead, axes = len(flow.shape(projection.input)) - 1, flow.shape(output)
     if len(axes) > lead + 1:
         apart = editor.write.ints([*(0 for _ in axes[:lead]), *axes[lead:]], f"{name}.apart")
         out = editor.write.op(nodes, "Reshape", [out, apart], f"{name}.by_head")

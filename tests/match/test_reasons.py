@@ -97,15 +97,6 @@ class SummedAdditive(Projects):
         return self.merged(scores.softmax(-1) @ v)
 
 
-class WithWeights(Projects):
-    """The weights are handed back, too."""
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        q, k, v = self.heads(x)
-        weights = (q @ k.transpose(-2, -1)).softmax(-1)
-        return self.merged(weights @ v), weights
-
-
 class Additive(Projects):
     """A learned function of each query and key together."""
 
@@ -477,7 +468,6 @@ REASONS: dict[type[Projects], str] = {
     SummedByHand: "products of elements that are summed by hand",
     Additive: "additive attention",
     SummedAdditive: "additive attention",
-    WithWeights: "export it without that output",
     SoftFeatures: "without a softmax of scores",
     NormalisedLast: "normalised by hand in a way that is not read",
     StoredQueries: "that no projection makes",
