@@ -26,6 +26,7 @@ from rewriter.install.expert_mixing import install_blocks, prove_blocks
 from rewriter.install.kept import noted
 from rewriter.install.kernel_choice import choose_kernels
 from rewriter.install.module_sites import behind_units, install_decision
+from rewriter.install.tied_parameters import without_tied
 from rewriter.install.token_mixing import drop_unread_positions
 from rewriter.install.unit_block import follow
 from rewriter.placement import device_of, moved, on_processor
@@ -37,7 +38,7 @@ def match_torch(module: torch.nn.Module, example_inputs: Any) -> tuple[TorchCapt
     """Capture and match; raises UnsupportedModel, or UsageError where example inputs are missing."""
     require_plain(module)
     captured, call = _captured(module, example_inputs)
-    return captured, find_attention(captured.flow), call
+    return captured, without_tied(module, captured.flow, find_attention(captured.flow)), call
 
 
 def rewrite_torch(
@@ -105,6 +106,7 @@ def _rewritten(
         captured, (args, kwargs) = _captured(module, example_inputs)
     with watch.stage("match"):
         matches = find_attention(captured.flow, hidden_biases=keeps_hidden_biases(target))
+        matches = without_tied(module, captured.flow, matches)
     with watch.stage("transform"):
 
         def probe(found: Matches) -> Probe:

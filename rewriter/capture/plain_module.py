@@ -27,7 +27,8 @@ def require_plain(module: torch.nn.Module) -> None:
             f"{missing} is on the meta device and has no numbers",
             hint="load the weights first; a checkpoint larger than memory: rewriter rewrite --streamed",
         )
-    for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
+    dense = ((n, b) for n, b in module.named_buffers() if not b.is_sparse)  # what is sparse marks places (heads, say)
+    for name, tensor in itertools.chain(module.named_parameters(), dense):
         if (hidden := without_numbers(tensor)) is not None:
             raise UnsupportedModel(f"{name} is {hidden}", hint="give a module whose weights are ordinary dense tensors")
     if hasattr(module, "merge_and_unload") or hasattr(module, "peft_config"):

@@ -25,6 +25,7 @@ from rewriter.capture.aten_names import Literal, canonical
 from rewriter.capture.flex_attention import OPERATOR, UNREAD, operands, written_out
 from rewriter.capture.folded_adapters import fold_adapters
 from rewriter.capture.folded_norms import fold_norms
+from rewriter.capture.late_clips import clip_behind_cuts
 from rewriter.capture.own_containers import own
 from rewriter.capture.pointwise import operator_name, write_as_linear
 from rewriter.capture.torch_trace import trace, writes_through_views
@@ -181,7 +182,8 @@ def with_linear_maps(program: torch.export.ExportedProgram) -> torch.export.Expo
     """The same program, edited in place: convolutions, sums and batch norms by which attentions project are linear
     layers."""
     inputs = {spec.arg.name for spec in program.graph_signature.input_specs if spec.target is None}
-    if write_as_linear(program.graph) | fold_adapters(program.graph, inputs) | fold_norms(program.graph):
+    written = write_as_linear(program.graph) | fold_adapters(program.graph, inputs) | fold_norms(program.graph)
+    if written | clip_behind_cuts(program.graph):
         program.graph_module.recompile()
     return program
 

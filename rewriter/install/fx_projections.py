@@ -1,5 +1,7 @@
 """Convolutions, adapters and batch norms that attentions project by, written as linear layers in a flat graph's copy.
 
+Bounds on what is projected go behind the cuts there.
+
 The graph door edits what it is given, so only what projects for attentions that are rewritten may stay written so: the
 rest is the person's own.
 """
@@ -20,6 +22,7 @@ from passes.dataflow import Flow
 from passes.site import AttentionSite
 from rewriter.capture.folded_adapters import MERGED, erase_unread, fold_adapters
 from rewriter.capture.folded_norms import fold_norms
+from rewriter.capture.late_clips import clip_behind_cuts
 from rewriter.capture.pointwise import STANDS_FOR, write_as_linear
 from rewriter.install.fx_graph import is_flat
 from rewriter.install.fx_store import ModuleStore, ProgramStore, Store
@@ -44,6 +47,7 @@ def with_linear_projections(model: Kind, only: Collection[str] | None = None) ->
         for key in store.dropped():
             store.remove(key)
     written |= fold_norms(graph, only)
+    written |= clip_behind_cuts(graph, only)
     made: Kind = store.finish() if written else model
     return made
 

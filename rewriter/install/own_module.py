@@ -97,6 +97,8 @@ def layout_obstacle(flow: Flow, site: AttentionSite) -> str | None:
 
 def form_obstacle(site: AttentionSite) -> str | None:
     """What attention in a generated module does not compute, and a model's own may where its config is edited."""
+    if any(o.norm is not None and o.norm.kind == "clip" for o in site.operands):
+        return "what it projects is kept within bounds (clipped), which its forward does"
     if any(o.norm is not None and not o.norm.per_head for o in (site.q, site.k, site.v)):
         return "a norm spans the features of all its heads, which is kept in the module's forward"
     if any(stored_gains(o) for o in (site.k, site.v)):

@@ -114,9 +114,13 @@ def _normed(model: Layer) -> None:
         torch.nn.utils.weight_norm(projection)
 
 
-@pytest.mark.parametrize("change", [_no_leaf, _pruned, _normed])
+def _marked(model: Layer) -> None:
+    model.register_buffer("aligned", torch.eye(2).to_sparse(), persistent=False)
+
+
+@pytest.mark.parametrize("change", [_no_leaf, _pruned, _normed, _marked])
 def test_weights_that_are_computed_and_kept_as_attributes(change: Callable[[Layer], object]) -> None:
-    """Python copies no tensor that was computed of parameters."""
+    """Python copies no tensor that was computed of parameters; a sparse mark that no forward reads hinders nothing."""
     layer, x = Layer(), given()
     layer.before = nn.Sequential()
     change(layer)

@@ -161,19 +161,6 @@ class Adapted(Projects):
         return self.merged((q @ k.transpose(-2, -1)).softmax(-1) @ v)
 
 
-class ClippedTogether(Projects):
-    """Queries, keys and values are kept within bounds before they are cut out of one projection (DBRX)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        parts = self.qkv(x).clamp(-1, 1).chunk(3, dim=-1)
-        q, k, v = (t.view(*x.shape[:2], HEADS, DIM).transpose(1, 2) for t in parts)
-        return self.merged((q @ k.transpose(-2, -1)).softmax(-1) @ v)
-
-
 class HeadByHead(Projects):
     """A projection for each head, whose results are stacked."""
 
@@ -473,7 +460,6 @@ REASONS: dict[type[Projects], str] = {
     StoredQueries: "that no projection makes",
     Unprojected: "no projection makes keys or values of them",
     Adapted: "merge the adapter into the layer's weights first",
-    ClippedTogether: "cut them out first and clip each",
     HeadByHead: "its heads are joined from 4 projections",
     ByChannel: "it weighs features by features",
     Warmed: "scores are multiplied by something computed from hidden states",
