@@ -231,7 +231,7 @@ class Flow:
         for x, w in pairs:
             if w < len(node.inputs) and self.is_constant(node.inputs[w]) and self.is_fed(node.inputs[x]):
                 shape = self.shape(node.inputs[w])
-                if len(shape) == 1 and node.op in PACKED_WEIGHTS:  # packed without rows and columns
+                if len(shape) != 2 and node.op in PACKED_WEIGHTS:  # packed, not by rows and columns
                     return x, w
                 # an outer product (positions times inverse frequencies) contracts an axis of size 1
                 if len(shape) < 2 or self.turned_pairs(node) is not None:

@@ -20,7 +20,7 @@ from passes.targets.grouped_query import GroupedQuery
 from rewriter.errors import NotExportable, RewriteError, UsageError
 from rewriter.given_path import existing
 from rewriter.model_kinds import is_onnx, is_torch
-from rewriter.offers import Kind, Limit, limits_of_modules, offers
+from rewriter.offers import Kind, Limit, limits_of_modules, offers, shares_heads
 from rewriter.overlooked import not_called, not_captured, without_scores
 from rewriter.report.inspection_rows import feed_forward_row, refusal_row, site_row
 from rewriter.report.printable import printable
@@ -136,13 +136,14 @@ def pictures_of(model: str | Path) -> Sequence[Picture]:
 
 
 def _inspect_onnx(model: Any, name: str) -> Inspection:
-    from rewriter.onnx_rewrite import match_feed_forward, match_onnx
+    from rewriter.onnx_rewrite import match_feed_forward, match_onnx, unshared
 
     producer = " ".join(p for p in (model.producer_name, model.producer_version) if p) or None
     opset = model.opset_imports.get("")
     captured, matches = match_onnx(model)
     blocks = match_feed_forward(captured, matches)
-    return _inspection(name, "onnx", opset, producer, captured.flow, matches, blocks)
+    whole = unshared(captured, matches)
+    return _inspection(name, "onnx", opset, producer, captured.flow, matches, blocks, whole=whole)
 
 
 def _inspect_torch(model: Any, example_inputs: Any, name: str) -> Inspection:
@@ -210,9 +211,12 @@ def _inspection(
     *,
     of: Kind = "file",
     limits: Mapping[str, Limit] = MappingProxyType({}),
+    whole: Mapping[str, str] = MappingProxyType({}),
 ) -> Inspection:
+    """`whole` says of some sites, by name, why they cannot have fewer heads."""
+    limits = {**dict.fromkeys(whole, lambda target: not shares_heads(target)), **limits}
     choices = offers(flow, matches, blocks, of, limits)
-    reasons = {s.name: GroupedQuery(1).refuses(s) for s in matches.sites}
+    reasons = {s.name: whole.get(s.name) or GroupedQuery(1).refuses(s) for s in matches.sites}
     read = blocks.sites
     good = tuple(s for s in matches.sites if choices[s.name] or reasons[s.name] is None)
     bad = tuple(

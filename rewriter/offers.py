@@ -78,10 +78,10 @@ def limits_of_modules(
         fixed = not_called_by_place(model, records.keys() & {owner_of(flow, s) for s in matches.sites}, *call)
         unread |= {s.name: REASON for s in matches.sites if owner_of(flow, s) in fixed}
     except UnsupportedModel:
-        return dict.fromkeys([*(s.name for s in matches.sites), *(b.name for b in blocks.sites)], _shares_heads)
+        return dict.fromkeys([*(s.name for s in matches.sites), *(b.name for b in blocks.sites)], shares_heads)
     stored = {s.name: stores_heads(flow, s) for s in matches.sites if s.name in unread}
-    limits: dict[str, Limit] = {name: _shares_heads if stored[name] else _nothing for name in unread}
-    limits |= dict.fromkeys([b.name for b in blocks.sites if b.name not in placed], _shares_heads)
+    limits: dict[str, Limit] = {name: shares_heads if stored[name] else _nothing for name in unread}
+    limits |= dict.fromkeys([b.name for b in blocks.sites if b.name not in placed], shares_heads)
     weighed = [name for name, protocol in read.items() if "weights" in protocol.returns]
     return limits | dict.fromkeys(weighed, lambda name: name != LinearHeads().name)
 
@@ -133,14 +133,14 @@ def _of_modules(flow: Flow, matches: Matches, choices: Mapping[str, tuple[str, .
         names = choices[site.name]
         if site.name in kept:
             whole = not stores_heads(flow, site)
-            found[site.name] = tuple(n for n in names if n not in without and not (whole and _shares_heads(n)))
+            found[site.name] = tuple(n for n in names if n not in without and not (whole and shares_heads(n)))
         else:
             able = apart.refuses(site) is None and apart.idle(site) is None
             found[site.name] = (*names, apart.name) if able else names
     return found
 
 
-def _shares_heads(name: str) -> bool:
+def shares_heads(name: str) -> bool:
     """Whether a target is one that a module's own forward can compute."""
     return name == "mqa" or name.startswith("gqa")
 

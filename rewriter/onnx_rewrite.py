@@ -19,7 +19,7 @@ from passes.match.feed_forward import FeedForwards, confirm_feed_forward, find_f
 from passes.protocols import Probe
 from passes.refused_readers import read_elsewhere
 from passes.site import AttentionSite, Refusal
-from passes.targets.grouped_query import keeps_hidden_biases
+from passes.targets.grouped_query import keeps_hidden_biases, specification
 from passes.targets.replacement import Replacement
 from rewriter.auto_choice import as_auto, settle
 from rewriter.block_decision import BlockDecision
@@ -111,6 +111,16 @@ def _never_written(captured: OnnxCapture, site: AttentionSite) -> str | None:
     if site.stays and not stays_possible(captured, site):
         return stays_because(site)
     return None
+
+
+def unshared(captured: OnnxCapture, matches: Matches) -> dict[str, str]:
+    """By name of a site that is understood, why fewer heads for it cannot be written into this file."""
+    trials = [
+        Replacement(site, specification(site, 1), {}, exact=False, before="", after="mqa") for site in matches.sites
+    ]
+    reasons = {t.site.name: obstacle(captured, t) for t in trials}
+    failed = [t for t in trials if reasons[t.site.name] is not None and not repeatable(captured, t, trials)]
+    return {t.site.name: reason for t in failed if (reason := reasons[t.site.name]) is not None}
 
 
 def match_feed_forward(captured: OnnxCapture, matches: Matches) -> FeedForwards:

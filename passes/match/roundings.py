@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
+import ml_dtypes
 import numpy as np
 
 from passes.dataflow import LAYOUT, Array, Flow, Node, Value
@@ -44,11 +45,20 @@ def executed(flow: Flow, roundings: Iterable[Rounding], values: Array) -> Array:
         node = rounding.quantize
         scale = float(flow.value(node.inputs[1]).reshape(()))
         given = flow.value(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] else np.zeros((), np.uint8)
-        point, limits = int(given.reshape(-1)[0]), np.iinfo(given.dtype)
         with np.errstate(over="ignore"):
-            codes = np.clip(np.rint(values / rounding.factor / scale) + point, limits.min, limits.max)
-        values = (codes - point) * scale * rounding.factor
+            steps = _steps(values / rounding.factor / scale, given)
+        values = steps * scale * rounding.factor
     return values
+
+
+def _steps(values: Array, point: Array) -> Array:
+    """Values in units of the scale, rounded to what is stored beside a zero point like this one."""
+    if point.dtype.name.startswith("float"):  # floats of eight bits, whose zero point is zero
+        highest = float(ml_dtypes.finfo(point.dtype).max)  # type: ignore[no-untyped-call]
+        return np.asarray(np.clip(values, -highest, highest).astype(point.dtype), dtype=np.float64)
+    limits = ml_dtypes.iinfo(point.dtype)  # type: ignore[no-untyped-call]
+    zero = int(point.reshape(-1)[0])
+    return np.asarray(np.clip(np.rint(values) + zero, int(limits.min), int(limits.max)) - zero)
 
 
 def operand_roundings(flow: Flow, matrix: Value, output: Value, end: Value) -> tuple[tuple[Rounding, ...], ...]:

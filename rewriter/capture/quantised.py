@@ -72,20 +72,31 @@ class QuantisedProduct:
 
     @property
     def points(self) -> Array | None:
-        """Zero points as stored."""
-        return None if self.zero_point is None else stored_tensor(self.zero_point).numpy()
+        """Zero points as stored; float32 where they are floats, as those of blocks may be."""
+        if self.zero_point is None:
+            return None
+        stored = stored_tensor(self.zero_point)
+        return stored_numbers(self.zero_point) if stored.dtype.is_floating_point() else stored.numpy()
 
 
 def unpacked_matrix(
     packed: Array, scale: Array, points: Array | None, bits: int, block: int, rows: int, columns: int
 ) -> Array:
-    """[in, out] of weights packed as [out, blocks, bytes], lowest bits first; zero points lie packed over blocks."""
+    """[in, out] of weights packed as [out, blocks, bytes], lowest bits first; zero points lie packed over blocks, or
+    are floats, one for each."""
     blocks = -(-rows // block)
     codes = unpack(packed.reshape(columns, -1), bits)[:, : blocks * block].reshape(columns, blocks, block)
     middle = np.full((columns, blocks), 1 << (bits - 1), np.float32)
-    offsets = middle if points is None else unpack(points.reshape(columns, -1), bits)[:, :blocks]
+    offsets = middle if points is None else block_points(points, bits, columns, blocks)
     values = (codes.astype(np.float32) - offsets[..., None]) * scale.reshape(columns, blocks, 1)
     return np.asarray(values.reshape(columns, -1)[:, :rows].T, dtype=np.float32)
+
+
+def block_points(points: Array, bits: int, columns: int, blocks: int) -> Array:
+    """Zero points [out, blocks], of integers that are packed or of floats that are not."""
+    if points.dtype.kind == "f":
+        return points.reshape(columns, blocks)
+    return unpack(points.reshape(columns, -1), bits)[:, :blocks]
 
 
 def unpack(packed: Array, bits: int) -> Array:
@@ -145,10 +156,15 @@ def _quantizer(codes: ir.Value | None, scale: ir.Value | None, point: ir.Value |
 def _blocks(node: ir.Node) -> QuantisedProduct | None:
     x, codes, scale, point, order, bias = (input_at(node, i) for i in range(6))
     bits, block = (_number(node, name) for name in ("bits", "block_size"))
-    plain = point is None or (constant_tensor(point) is not None and stored_tensor(point).dtype == ir.DataType.UINT8)
+    plain = point is None or (constant_tensor(point) is not None and _has_points(stored_tensor(point).dtype))
     if order is not None or not plain or bits not in (2, 4, 8) or block < 1 or "weight_prepacked" in node.attributes:
         return None
     return _checked("blocks", node, node, (), x, codes, scale, point, bias, bits, block)
+
+
+def _has_points(dtype: ir.DataType) -> bool:
+    """Whether zero points of blocks may be stored like that: packed as the weights are, or as floats (HQQ)."""
+    return dtype in {ir.DataType.UINT8, ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
 
 
 def _number(node: ir.Node, name: str) -> int:

@@ -28,7 +28,7 @@ def obstacle(capture: OnnxCapture, replacement: Replacement) -> str | None:
     """Why this site cannot be installed, None if it can."""
     site = replacement.site
     opset = capture.model.opset_imports.get("", 1)
-    if opset < OLDEST_OPSET:
+    if too_old(capture):
         return (
             f"the file's opset is {opset}, and functions for what replaces attention need {OLDEST_OPSET} or later; "
             f"convert it first (onnx.version_converter.convert_version(model, {OLDEST_OPSET}))"
@@ -71,6 +71,11 @@ def obstacle(capture: OnnxCapture, replacement: Replacement) -> str | None:
         if not writable(axes) and not apart:
             return f"{what} laid out as {axes} cannot be rewritten"
     return _sinks_obstacle(capture, site)
+
+
+def too_old(capture: OnnxCapture) -> bool:
+    """Whether the file's operators are older than any function body."""
+    return capture.model.opset_imports.get("", 1) < OLDEST_OPSET
 
 
 def stays_because(site: AttentionSite) -> str:

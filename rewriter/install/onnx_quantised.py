@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from passes.dataflow import Array
 from rewriter.capture.onnx_constants import stored_numbers, stored_tensor
-from rewriter.capture.quantised import QuantisedProduct, unpack, unpacked_matrix
+from rewriter.capture.quantised import QuantisedProduct, block_points, unpack, unpacked_matrix
 
 
 @dataclass
@@ -176,12 +176,14 @@ def in_blocks(old: QuantisedProduct, weight: Array) -> Codes:
     else:
         least, most = np.minimum(apart.min(-1), 0.0), np.maximum(apart.max(-1), 0.0)
         scale = np.where(most > least, (most - least) / top, 1.0)
-        point = np.clip(np.rint(-least / scale), 0, top).astype(np.int64)
+        point = np.clip(np.rint(-least / scale), 0, top).astype(
+            np.float32 if old.points.dtype.kind == "f" else np.int64
+        )
     codes = np.clip(np.rint(apart / scale[..., None]) + point[..., None], 0, top).astype(np.uint8)
     _keep_held_blocks(old, weight, codes, scale, point)
     packed = pack(codes.reshape(columns, -1), bits).reshape(columns, blocks, -1)
     scales = scale.astype(stored_numbers(old.scale).dtype)
-    points = None if old.points is None else _packed_points(point, bits, old.points.ndim)
+    points = None if old.points is None else _stored_points(point, bits, old.points)
     values = unpacked_matrix(packed, scales, points, bits, block, rows, columns)
     shape = (-1,) if old.scale.shape is not None and old.scale.shape.rank() == 1 else scales.shape
     return Codes(packed, scales.reshape(shape), points, _error(values, weight))
@@ -197,12 +199,13 @@ def _keep_held_blocks(old: QuantisedProduct, weight: Array, codes: Array, scale:
     codes[kept] = held[found[kept]]
     scale[kept] = stored_numbers(old.scale).reshape(before, blocks)[found[kept]]
     if old.points is not None:
-        point[kept] = unpack(old.points.reshape(before, -1), old.bits)[found[kept], :blocks]
+        point[kept] = block_points(old.points, old.bits, before, blocks)[found[kept]]
 
 
-def _packed_points(point: Array, bits: int, rank: int) -> Array:
-    packed = pack(point.astype(np.uint8), bits)
-    return packed.reshape(-1) if rank == 1 else packed
+def _stored_points(point: Array, bits: int, old: Array) -> Array:
+    """Zero points [out, blocks] in the form of the old."""
+    stored = point if old.dtype.kind == "f" else pack(point.astype(np.uint8), bits)
+    return stored.reshape(-1) if old.ndim == 1 else stored
 
 
 def pack(codes: Array, bits: int) -> Array:

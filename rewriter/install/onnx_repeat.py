@@ -20,19 +20,20 @@ from passes.token_blocks import parted_behind
 from passes.weights.repetition import Part, Repetition, repetition
 from rewriter.capture.onnx_file import OnnxCapture
 from rewriter.install.onnx_editor import Editor
-from rewriter.install.onnx_obstacles import unflattened_input
+from rewriter.install.onnx_obstacles import too_old, unflattened_input
 from rewriter.install.onnx_weights import Emitted, emit_like, emit_plain
 
 
 def repeatable(capture: OnnxCapture, replacement: Replacement, others: Sequence[Replacement]) -> bool:
-    """Whether a site that is not written anew for the way its tokens lie can repeat its heads behind the projections.
+    """Whether a site that is not written anew for the way its tokens lie, what else reads its weights or the age of the
+    file can repeat its heads behind the projections.
 
     `others` are all replacements of the file: a projection that two of them read is left alone, and so is one that an
     attention reads that stays as it is.
     """
     site = replacement.site
     otherwise = any(_parted(capture, o) or unflattened_input(capture, o) is None for o in (site.k, site.v))
-    if not site.by_blocks and not otherwise and not site.stays:
+    if not (site.by_blocks or otherwise or site.stays or too_old(capture)):
         return False
     special = (replacement.mixing, replacement.linear, replacement.decoupled)
     if any(spec is not None for spec in special) or replacement.pattern or replacement.turned:

@@ -12,7 +12,7 @@ import onnxruntime as ort
 import pytest
 from onnx import numpy_helper
 from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
-from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+from onnxruntime.quantization.matmul_nbits_quantizer import HQQWeightOnlyQuantConfig, MatMulNBitsQuantizer
 
 import rewriter
 from passes.match.verdicts import INTEGER_SCORES
@@ -61,6 +61,15 @@ def dynamic_fused(source: Path) -> Path:
     return source.with_suffix(".fused.onnx")
 
 
+def half_quadratic(source: Path) -> Path:
+    """Zero points are floats (HQQ), and 32 rows are one block."""
+    made = MatMulNBitsQuantizer(onnx.load(source), algo_config=HQQWeightOnlyQuantConfig(block_size=32, bits=4))
+    made.process()
+    out = source.with_suffix(".hqq.onnx")
+    made.model.save_model_to_file(str(out))
+    return out
+
+
 def blocks(bits: int, symmetric: bool, accuracy: int | None = None) -> Quantise:
     def quantise(source: Path) -> Path:
         made = MatMulNBitsQuantizer(
@@ -83,6 +92,7 @@ SCHEMES: dict[str, Quantise] = {
     "4-bit": blocks(4, symmetric=False),
     "4-bit-symmetric": blocks(4, symmetric=True),
     "4-bit-int8-activations": blocks(4, symmetric=True, accuracy=4),
+    "4-bit-float-points": half_quadratic,
     "8-bit": blocks(8, symmetric=False),
 }
 JOBS = [("bert-eager", "torchscript17", scheme) for scheme in SCHEMES]
@@ -162,10 +172,10 @@ def test_blocks_in_a_form_that_is_not_read_are_refused_with_advice(zoo_onnx: Zoo
     twin_file(ZOO["bert-eager"], zoo_onnx(ZOO["bert-eager"], "torchscript17"), twin)
     model = onnx.load(SCHEMES["4-bit-symmetric"](twin))
     for node in (n for n in model.graph.node if n.op_type == "MatMulNBits"):
-        scales = next(numpy_helper.to_array(t) for t in model.graph.initializer if t.name == node.input[2])
-        points = numpy_helper.from_array(np.full(scales.shape, 8.0, np.float32), f"{node.name}.points")
-        model.graph.initializer.append(points)
-        node.input.append(points.name)
+        rows = next(a.i for a in node.attribute if a.name == "K")
+        order = numpy_helper.from_array(np.arange(rows, dtype=np.int32) // 16, f"{node.name}.order")  # GPTQ's g_idx
+        model.graph.initializer.append(order)
+        node.input.extend(["", order.name])
     with pytest.raises(NothingToRewrite, match="rewrite the float model and quantise it afterwards"):
         rewriter.optimize(model, "gqa2")
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 import rewriter
+from rewriter.errors import NothingToRewrite
 
 WIDTH, HEADS, DIM, BLOCK = 24, 4, 6, 3
 
@@ -25,6 +26,7 @@ class Parted(nn.Module):
 
     def _heads(self, projection: nn.Linear, x: Tensor) -> Tensor:
         projected = projection(x) if self.behind else projection(x.reshape(-1, BLOCK, WIDTH))
+        self.projected = projected
         heads = projected.reshape(len(x), -1, BLOCK, HEADS, DIM).transpose(2, 3)
         laid: Tensor = heads.reshape((-1, BLOCK, DIM) if self.joined else (-1, HEADS, BLOCK, DIM))
         return laid
@@ -38,6 +40,14 @@ class Parted(nn.Module):
         laid = mixed.reshape(len(x), -1, HEADS, BLOCK, DIM).transpose(2, 3)
         out: Tensor = self.o(laid.reshape(x.shape))
         return out
+
+
+class Mapped(Parted):
+    """Another map reads the projected values (as positions by convolution do in YOLO's area attention)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixed = super().forward(x)
+        return mixed + self.o(self.projected)
 
 
 def twin(**options: bool) -> Parted:
@@ -78,3 +88,15 @@ def test_files_repeat_shared_heads_too_unless_tokens_are_parted_before(behind: b
     notes = " ".join(report.sites[0].notes)
     assert ("parted into blocks between the key projection and its heads" in notes) == behind, "why attention is kept"
     assert report.fidelity is not None and report.fidelity.max_abs < 1e-5
+
+
+def test_inspect_offers_no_heads_that_optimize_would_not_share(tmp_path: Path) -> None:
+    for kind, offered in ((Parted, True), (Mapped, False)):
+        path = tmp_path / f"{kind.__name__}.onnx"
+        torch.onnx.export(kind().eval(), (tokens(2, 5),), str(path), dynamo=False, opset_version=17, input_names=["x"])
+        seen = rewriter.inspect(path).to_dict()["sites"]
+        (attention,) = (site for site in seen if site["kind"] == "attention")
+        assert ("gqa2" in attention["targets"]) is offered and "window" in attention["targets"]
+        if not offered:
+            with pytest.raises(NothingToRewrite, match="parted into blocks"):
+                rewriter.optimize(path, "gqa2")

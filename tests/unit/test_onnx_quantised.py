@@ -79,13 +79,15 @@ def test_new_columns_are_off_by_half_a_step(dtype: type, columns: bool, point: i
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
-@pytest.mark.parametrize("points", [False, True])
-def test_blocks_of_a_few_bits(bits: int, points: bool) -> None:
+@pytest.mark.parametrize("points", ["none", "packed", "floats"])
+def test_blocks_of_a_few_bits(bits: int, points: str) -> None:
     """40 rows in blocks of 16: the last block is half empty, and zero points of three blocks fill no whole byte."""
     rng = np.random.default_rng(2)
     codes = rng.integers(0, 256, (COLUMNS, 3, 16 * bits // 8)).astype(np.uint8)
     scale = rng.uniform(0.1, 0.2, (COLUMNS, 3)).astype(np.float32)
-    zero = pack(rng.integers(0, 1 << bits, (COLUMNS, 3)).astype(np.uint8), bits) if points else None
+    whole = rng.integers(0, 1 << bits, (COLUMNS, 3)).astype(np.uint8)
+    floats = whole.astype(np.float32) + np.float32(0.25)
+    zero = {"none": None, "packed": pack(whole, bits), "floats": floats}[points]
     old = product("MatMulNBits", codes, scale, zero, K=ROWS, N=COLUMNS, bits=bits, block_size=16)
     assert old.matrix.shape == (ROWS, COLUMNS)
     same = in_blocks(old, old.matrix[:, [2, 5]])
