@@ -299,16 +299,15 @@ def test_a_block_that_is_no_module_is_refused_where_modules_are_edited() -> None
     assert all("no module of its own" in r.reason for r in report.refused)
 
 
-def test_inspection_of_graphs_lists_all_but_gated_units() -> None:
-    """What routes tokens is written into graphs (tests/targets/test_routed_graphs.py)."""
+def test_inspection_of_graphs_lists_what_that_of_modules_does() -> None:
     case = ZOO["vit-sdpa"]
     given = case.inputs(2, 7, 0)
     program = torch.export.export(case.build(), (), given, strict=False)
-    units = {"gau", "flash", "gau:pair"}
-    for model, listed in ((program, False), (program.module(), False), (case.build(), True)):
+    units, of_modules = {"gau", "flash", "gau:pair"}, {"dha"}
+    for model, others in ((program, set()), (program.module(), set()), (case.build(), of_modules)):
         rows = rewriter.inspect(model, example_inputs=given).to_dict()["sites"]
-        assert (units <= {name for row in rows for name in row["targets"]}) is listed
-        assert any(units & set(row["targets"]) for row in rows) is listed
+        listed = {name for row in rows for name in row["targets"]}
+        assert units <= listed and listed & {"dha"} == others
         blocks = [row for row in rows if row["kind"] == "feed_forward"]
         assert len(blocks) == 2 and all(row["status"] == "rewritable" and "colt5" in row["targets"] for row in blocks)
 
