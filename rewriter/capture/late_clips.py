@@ -1,7 +1,7 @@
 """Bounds on a projection's whole output, written behind the cuts that make queries, keys and values of it.
 
-A clamp treats every number alike, so clipping first and cutting then is the same as cutting first. Done to the graph that
-a module was exported to for analysis, and to a copy of a graph that is edited itself.
+A clamp treats every number alike, so clipping first and cutting then is the same as cutting first. Done to the graph
+that a module was exported to for analysis, and to a copy of a graph that is edited itself.
 """
 
 from __future__ import annotations
@@ -17,16 +17,8 @@ from rewriter.capture.pointwise import STANDS_FOR, called, operator_name
 _CLIPS = frozenset({"clamp", "clip", "hardtanh"})
 _LAYOUT = frozenset(
     {
-        "view",
-        "reshape",
-        "unflatten",
-        "transpose",
-        "permute",
-        "movedim",
-        "unsqueeze",
-        "contiguous",
-        "clone",
-        "_unsafe_view",
+        *("view", "_unsafe_view", "reshape", "unflatten", "unsqueeze"),
+        *("transpose", "permute", "movedim", "contiguous", "clone"),
     }
 )
 _PARTS = frozenset({"split", "split_with_sizes", "chunk", "unbind", "tensor_split"})
