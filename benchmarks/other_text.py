@@ -1,8 +1,8 @@
 """Calibrated on text of one kind, measured on another, by KL divergence: help topics, or the model's own, for plays.
 
 What merges keep must not be the calibration text's alone. SmolLM2's layers get one key/value head each, calibrated on
-technical English, on what the model writes when nobody gives it text, and on half of each; the divergence from the original
-over a play stands beside that of mean pooling.
+technical English, on what the model writes when nobody gives it text, and on half of each; the divergence from the
+original over a play stands beside that of mean pooling.
 """
 
 from __future__ import annotations
