@@ -14,6 +14,7 @@ from xml.etree import ElementTree
 import pytest
 
 from benchmarks import (
+    colt5_files,
     coverage,
     curves,
     end_to_end,
@@ -277,6 +278,8 @@ def test_mixed_encoders_beside_the_originals(tmp_path: Path) -> None:
     assert all(r["ratio"] > 0 and r["goal"] is None for r in conditional)
     dense = [r["peer_name"] for r in conditional if r["best_peer"]]
     assert len(dense) == 4 and dense.count("torch, dense, sdpa") == 2  # T5 and BERT, in torch and in files
+    tiled = [r for r in conditional if r["peer_name"].endswith(colt5_files.TILES)]
+    assert [r["case"].split(",")[0] for r in tiled] == ["colt5 from BERT"]  # T5's bias is as large as all scores
     assert all(f"## {title}" in page.read_text() for title in ("End to end", "FLASH layers", "CoLT5 encoders"))
 
 
