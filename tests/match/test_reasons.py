@@ -639,6 +639,31 @@ def test_matrices_made_of_each_token_mix_no_tokens() -> None:
     assert not rewriter.inspect(ByToken(False).eval(), example_inputs=(_x(),)).refusals
 
 
+class Streams(nn.Module):
+    """Copies of each token, mixed twice by matrices with a row for each copy; or tokens themselves in their place."""
+
+    def __init__(self, tokens: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.mixes = nn.ModuleList(nn.Linear(WIDTH, 4) for _ in range(2))
+        self.inner, self.back, self.tokens = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 1), tokens
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inner(x)
+        streams = x.unflatten(1, (-1, 4)) if self.tokens else x[:, :, None].expand(-1, -1, 4, -1)
+        for mix in self.mixes:
+            mixed = torch.einsum("btsr,btsd->btrd", mix(streams).tanh(), streams)
+            added = torch.einsum("btd,bts->btsd", self.inner(mixed[:, :, 0]), self.back(streams)[..., 0].tanh())
+            streams = mixed + added
+        return streams.flatten(1, 2)
+
+
+@pytest.mark.parametrize("tokens", [False, True])
+def test_copies_of_a_token_that_are_mixed_are_no_attention(tokens: bool) -> None:
+    seen = rewriter.inspect(Streams(tokens).eval(), example_inputs=(torch.randn(2, 8, WIDTH),))
+    assert not seen.sites and bool(seen.refusals) is tokens
+
+
 class Blurred(Projects):
     """A convolution over neighbouring tokens stands behind the queries' projection."""
 
