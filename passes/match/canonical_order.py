@@ -238,7 +238,10 @@ def _untangle(tables: list[Array], gains: list[Array]) -> tuple[Array, Array, Ar
                 "scaled after rotary positions), which no weight in front of it can hold; leave this attention as it "
                 "is (layers= selects others)"
             )
-        raise NotUnderstood("pairs of features are combined with weights that vary over tokens, not by a rotation")
+        raise NotUnderstood(
+            "pairs of features are combined with weights that vary over tokens, not by a rotation (as where positions "
+            "scale what they rotate)"
+        )
     gain = np.maximum(gain, 1e-30)
     cos = own / gain
     swap(turned & (np.abs(cos - cos[..., partner]).max(axis=(0, 1)) > 2e-2))

@@ -298,6 +298,25 @@ class Landmarks(Projects):
         return self.merged((q @ few_k.transpose(-2, -1)).softmax(-1) @ ((few_q @ k.transpose(-2, -1)).softmax(-1) @ v))
 
 
+class Summed(Projects):
+    """Queries are compared with sums of pairs of keys."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        k, v = (t.unflatten(2, (-1, 3)).sum(3) for t in (k, v))
+        return self.merged((q @ k.transpose(-2, -1)).softmax(-1) @ v)
+
+
+class HeadsFirst(Projects):
+    """Scores of each row of a table by einsum, heads before rows: [heads, rows, batch, queries, keys]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.transpose(1, 2).unflatten(1, (2, -1)).permute(1, 2, 0, 3, 4) for t in self.heads(x))
+        weights = torch.einsum("icnhd,jcnhd->hcnij", q, k).softmax(-1)
+        mixed = torch.einsum("hcnij,jcnhd->icnhd", weights, v)
+        return self.merged(mixed.permute(2, 3, 1, 0, 4).flatten(2, 3))
+
+
 class Inverted(Projects):
     """Weights enter a product with their own transpose before they meet values."""
 
@@ -442,6 +461,8 @@ REASONS: dict[type[Projects], str] = {
     EarlierValues: "sum of projections of different hidden states",
     Differential: "as in differential attention",
     Renormalised: "they are normalised once more",
+    Summed: "several numbers are added up between projection and score",
+    HeadsFirst: "axes in another order than its queries",
     Landmarks: "tokens are averaged between projection and score",
     Inverted: "they enter several products",
     Gated: "they are combined with other numbers first (Mul",
