@@ -156,6 +156,12 @@ class Tracer:
                 "no single token is compared; leave this attention as it is (layers= selects others)",
                 node,
             )
+        if node.op == "ReduceSum":
+            raise Opaque(
+                "several numbers are added up between projection and score (landmarks that tokens are summed to, or "
+                "pooling), so no single token is compared; leave this attention as it is (layers= selects others)",
+                node,
+            )
         scatters = node.op.rpartition(".")[2].rstrip("_") in SCATTERING
         if scatters and not any(self.flow.data_dependent(v) for v in node.inputs[1:-1] if v):
             raise Opaque(

@@ -285,6 +285,12 @@ def _off(flow: Flow, path: ScorePath, replayed: Replay) -> str:
             f"its {wild} are not finite on the example inputs, so nothing can be told from them: check its weights, "
             "and what the model computes from such inputs"
         )
+    limit = tolerance(flow, (*operands.values(), path.output_view.value))
+    if max(replayed.q, replayed.k, replayed.v, replayed.output) <= limit:
+        return (
+            "its scores have their axes in another order than its queries (heads first, say, in an einsum's result); "
+            "have them end in queries and keys behind batch and heads in the queries' order, which is the same numbers"
+        )
     return (
         f"it does not replay from its weights (relative error q {replayed.q:.1e}, k {replayed.k:.1e}, "
         f"v {replayed.v:.1e}, scores {replayed.scores:.1e}, output {replayed.output:.1e})"

@@ -93,8 +93,8 @@ class Canonical:
         for c in self.coefficients:
             if np.abs(c - c[:, :1]).max() > 1e-6 * max(1.0, float(np.abs(c).max())):
                 raise NotUnderstood(
-                    "its heads are rotated by angles of their own (learned positions), so merged heads would have to "
-                    "share them"
+                    "its heads are rotated by angles of their own (learned positions, or one rotation over the "
+                    "features of all heads), so merged heads would have to share them"
                     if len(self.coefficients) > 1
                     else "key or value heads are scaled differently from each other"
                 )
@@ -164,7 +164,11 @@ def _two_lead_axes(row_of: Array) -> tuple[Array, Array, Axes]:
     if batch_axis is None:
         batch_axis = 1 if lead[1] == 1 and lead[0] > 1 else 0
     if any(varies(row_of, a) for a in wide if a != batch_axis):
-        raise NotUnderstood("both leading axes of an operand run over sequences")
+        raise NotUnderstood(
+            "both leading axes of an operand run over tokens or sequences (as where tokens are cut into blocks behind "
+            "an axis of batch and heads); give the weights to an attention between all tokens, which is read (target "
+            "window makes it local again)"
+        )
     index = np.indices(lead).reshape(2, -1)
     return index[batch_axis], index[1 - batch_axis], ("b", "h") if batch_axis == 0 else ("h", "b")
 
@@ -234,7 +238,10 @@ def _untangle(tables: list[Array], gains: list[Array]) -> tuple[Array, Array, Ar
                 "scaled after rotary positions), which no weight in front of it can hold; leave this attention as it "
                 "is (layers= selects others)"
             )
-        raise NotUnderstood("pairs of features are combined with weights that vary over tokens, not by a rotation")
+        raise NotUnderstood(
+            "pairs of features are combined with weights that vary over tokens, not by a rotation (as where positions "
+            "scale what they rotate)"
+        )
     gain = np.maximum(gain, 1e-30)
     cos = own / gain
     swap(turned & (np.abs(cos - cos[..., partner]).max(axis=(0, 1)) > 2e-2))

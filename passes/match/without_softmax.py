@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator
 from passes.dataflow import LAYOUT, PRODUCTS, Flow, Node, Value
 from passes.forms import Opaque
 from passes.match.choosing import only_chooses
+from passes.match.mixed_axis import mixes_no_tokens
 from passes.match.scores import FOREIGN_ANCHORS, FUSED_ANCHORS
 from passes.operator_kinds import data_operands
 from passes.provenance import Tracer
@@ -64,7 +65,7 @@ class _Found:
             return False
         operands = node.inputs[-2:] if node.op == "Baddbmm" else node.inputs[:2]
         of_states = len(operands) == 2 and all(self._carries(v) for v in operands)
-        return of_states and not any(self._by_token(v) for v in operands)
+        return of_states and not any(self._by_token(v) for v in operands) and not mixes_no_tokens(self.flow, node)
 
     def _by_token(self, value: Value) -> bool:
         """Whether each matrix of a stack is one token's row of a projection, laid out: that mixes no tokens."""

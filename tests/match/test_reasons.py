@@ -298,6 +298,25 @@ class Landmarks(Projects):
         return self.merged((q @ few_k.transpose(-2, -1)).softmax(-1) @ ((few_q @ k.transpose(-2, -1)).softmax(-1) @ v))
 
 
+class Summed(Projects):
+    """Queries are compared with sums of pairs of keys."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        k, v = (t.unflatten(2, (-1, 3)).sum(3) for t in (k, v))
+        return self.merged((q @ k.transpose(-2, -1)).softmax(-1) @ v)
+
+
+class HeadsFirst(Projects):
+    """Scores of each row of a table by einsum, heads before rows: [heads, rows, batch, queries, keys]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.transpose(1, 2).unflatten(1, (2, -1)).permute(1, 2, 0, 3, 4) for t in self.heads(x))
+        weights = torch.einsum("icnhd,jcnhd->hcnij", q, k).softmax(-1)
+        mixed = torch.einsum("hcnij,jcnhd->icnhd", weights, v)
+        return self.merged(mixed.permute(2, 3, 1, 0, 4).flatten(2, 3))
+
+
 class Inverted(Projects):
     """Weights enter a product with their own transpose before they meet values."""
 
@@ -442,6 +461,8 @@ REASONS: dict[type[Projects], str] = {
     EarlierValues: "sum of projections of different hidden states",
     Differential: "as in differential attention",
     Renormalised: "they are normalised once more",
+    Summed: "several numbers are added up between projection and score",
+    HeadsFirst: "axes in another order than its queries",
     Landmarks: "tokens are averaged between projection and score",
     Inverted: "they enter several products",
     Gated: "they are combined with other numbers first (Mul",
@@ -637,6 +658,31 @@ class ByToken(nn.Module):
 
 def test_matrices_made_of_each_token_mix_no_tokens() -> None:
     assert not rewriter.inspect(ByToken(False).eval(), example_inputs=(_x(),)).refusals
+
+
+class Streams(nn.Module):
+    """Copies of each token, mixed twice by matrices with a row for each copy; or tokens themselves in their place."""
+
+    def __init__(self, tokens: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.mixes = nn.ModuleList(nn.Linear(WIDTH, 4) for _ in range(2))
+        self.inner, self.back, self.tokens = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 1), tokens
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inner(x)
+        streams = x.unflatten(1, (-1, 4)) if self.tokens else x[:, :, None].expand(-1, -1, 4, -1)
+        for mix in self.mixes:
+            mixed = torch.einsum("btsr,btsd->btrd", mix(streams).tanh(), streams)
+            added = torch.einsum("btd,bts->btsd", self.inner(mixed[:, :, 0]), self.back(streams)[..., 0].tanh())
+            streams = mixed + added
+        return streams.flatten(1, 2)
+
+
+@pytest.mark.parametrize("tokens", [False, True])
+def test_copies_of_a_token_that_are_mixed_are_no_attention(tokens: bool) -> None:
+    seen = rewriter.inspect(Streams(tokens).eval(), example_inputs=(torch.randn(2, 8, WIDTH),))
+    assert not seen.sites and bool(seen.refusals) is tokens
 
 
 class Blurred(Projects):
