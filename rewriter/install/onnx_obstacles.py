@@ -80,10 +80,12 @@ def too_old(capture: OnnxCapture) -> bool:
 
 def stays_because(site: AttentionSite) -> str:
     """Why an attention cannot be written anew, and when it can be rewritten as it stands."""
-    if not site.weights_read:
-        return _STAYS.format("a bias of its scores is computed from its own keys")
-    weights = "its attention weights are an output of the model, or read by something else than its values"
-    return f"{_STAYS.format(weights)}; else export the model without these weights (output_attentions=False, say)"
+    otherwise = ""
+    if site.weights_read:
+        otherwise = "; else export the model without these weights (output_attentions=False, say)"
+    elif site.scores_rounded:
+        otherwise = "; else quantise again, with masks that add no more than -100, or without quantised scores"
+    return _STAYS.format(site.stays) + otherwise
 
 
 def block_obstacle(capture: OnnxCapture, replacement: BlockReplacement) -> str | None:
