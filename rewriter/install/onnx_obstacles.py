@@ -18,7 +18,7 @@ _WRITABLE = frozenset({("bh", "s", "d"), ("hb", "s", "d"), ("b", "s", "hd")})
 MODULES = "is installed in torch modules only: rewrite the module the file was exported from"
 _STAYS = (
     "{}, so it could only stay as it is and repeat shared heads behind its projections; that is done where these are "
-    "plain products with floats that nothing else reads, without caches and fused operators"
+    "plain products that nothing else reads, without caches and fused operators"
 )
 OLDEST_OPSET = 12
 HEADS_IN_BATCH = frozenset({("bh", "s", "d"), ("bh", "d", "s"), ("hb", "s", "d"), ("hb", "d", "s")})

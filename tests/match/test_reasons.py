@@ -700,6 +700,14 @@ def test_what_a_recording_or_a_cache_does_not_tell_is_refused_for_that(tmp_path:
     assert "the cache that comes in as cache is cut into parts (Split)" in refusal.reason
 
 
+def test_a_class_token_that_is_repeated_for_any_batch_talks_in_files_too(tmp_path: Path) -> None:
+    path = tmp_path / "class.onnx"
+    axes = {"x": {0: "batch"}}
+    torch.onnx.export(TalkingClass().eval(), (_x(),), str(path), dynamo=False, input_names=["x"], dynamic_axes=axes)
+    (refusal,) = rewriter.inspect(path).refusals
+    assert REASONS[TalkingClass] in refusal.reason
+
+
 def test_scores_that_no_memory_holds_are_refused_for_that(monkeypatch: pytest.MonkeyPatch) -> None:
     def replay(*_: object) -> None:
         raise MemoryError
