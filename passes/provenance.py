@@ -238,7 +238,7 @@ class Tracer:
         self._require_free_choice(node)
         forms = {i: f for i, v in enumerate(node.inputs) if v and (f := self._operand(node, i)) is not None}
         if not forms:
-            raise Opaque(f"{node.op} of values that no projection reaches", node)
+            raise Opaque(self._unreached(node), node)
         which = node.outputs.index(value)
         terms = max(len(f.ids) for f in forms.values())
         width = range(terms)
@@ -296,6 +296,17 @@ class Tracer:
             else:
                 arguments.append(self.flow.value(value))
         return np.asarray(node.evaluate(arguments)[which])
+
+    def _unreached(self, node: Node) -> str:
+        """Why a layout operator's result is not told from ids: none of its operands carries any."""
+        cache = next((c for v in node.inputs if v and (c := cache_root(self.flow, v)) is not None), None)
+        if cache is None:
+            return f"{node.op} of values that no projection reaches"
+        return (
+            f"the cache that comes in as {cache} is cut into parts ({node.op}), of keys and values or of layers, so no "
+            "input would have fewer heads by itself; export the model with inputs of their own for each layer's keys "
+            "and values, or without a cache"
+        )
 
     def _arithmetic(self, node: Node, value: Value) -> Form:
         a, b = node.inputs[:2]

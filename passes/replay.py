@@ -46,6 +46,8 @@ class Replay:
     v: float
     scores: float
     output: float
+    rounding: float = 0.0
+    """How far the output would be from what it is if nothing were quantised between score and softmax; no error."""
 
     @property
     def worst(self) -> float:
@@ -79,7 +81,14 @@ def replay(flow: Flow, path: ScorePath, q: Traced, k: Traced, v: Traced) -> Repl
         scores = apply_modifier(flow, modifier, scores)
     output = softmax(scores)[..., : values.shape[2]] @ values
     seen_output = recorded(flow, path.output_view, q.tokens)
-    return Replay(errors[0], errors[1], errors[2], score_error, _output_error(output, seen_output, scores))
+    rounding = 0.0
+    if path.roundings:
+        clean = products(query, keys, path.scale)
+        for modifier in path.modifiers:
+            clean = apply_modifier(flow, modifier, clean)
+        unrounded_output = softmax(clean)[..., : values.shape[2]] @ values
+        rounding = _output_error(unrounded_output, output, scores)
+    return Replay(errors[0], errors[1], errors[2], score_error, _output_error(output, seen_output, scores), rounding)
 
 
 def _rebuilt(flow: Flow, view: OperandView, traced: Traced, seen: Array) -> tuple[Array, float]:

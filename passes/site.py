@@ -225,6 +225,7 @@ class AttentionSite:
         out: output projection, None if there is none.
         weights_read: whether something beside the product with values reads the attention weights, too, which the
             program gives out (output_attentions), say.
+        scores_rounded: whether fake quantisation of the scores makes another output than scores would.
         scores, probabilities: the values entering and leaving softmax; None if the anchor is a fused operator.
         replay_error: worst relative error of the replay.
         owner: the door's opaque id.
@@ -252,6 +253,7 @@ class AttentionSite:
     nodes: tuple[int, ...]
     masked_rows_are_zero: bool = False
     weights_read: bool = False
+    scores_rounded: bool = False
     replay_error: float = 0.0
     owner: str = ""
 
@@ -307,9 +309,18 @@ class AttentionSite:
         return "keys" if "keys" in found else "hidden" if "hidden" in found else ""
 
     @property
-    def stays(self) -> bool:
-        """Whether no attention can be written in its place: something else reads what goes on within it."""
-        return self.weights_read or self.hidden_bias == "keys"
+    def stays(self) -> str:
+        """Why no attention can be written in its place, "" if one can: it does more than that would, or tells more."""
+        if self.hidden_bias == "keys":
+            return "its scores get a bias that is computed from its keys"
+        if self.weights_read:
+            return "something else reads its attention weights, too (an output, say)"
+        if self.scores_rounded:
+            return (
+                "quantisers between its scores and the softmax change what it attends to (their range holds masked "
+                "scores, say)"
+            )
+        return ""
 
     @property
     def qk_norm(self) -> bool:

@@ -25,6 +25,11 @@ from passes.provenance import Memory, Tracer
 from passes.replay import Replay, replay, tolerance
 from passes.site import AttentionSite, Modifier, NotAttention, Projection, Refusal
 
+_NO_SCORES = (
+    "none of its scores is finite on the example inputs (a quantiser has an infinite scale, say, or masks leave no key "
+    "to any query), so nothing can be told from them: check what the model computes from such inputs"
+)
+
 
 @dataclass(frozen=True)
 class Evidence:
@@ -117,7 +122,7 @@ def match_anchor(tracer: Tracer, anchor: Node, name: str, layer: int) -> tuple[A
         )
     replayed = replay(flow, path, q, k, v)
     limit = tolerance(flow, (path.q.value, path.k.value, path.v.value, path.output_view.value))
-    if not replayed.worst <= limit:
+    if not replayed.worst <= limit or _without_scores(flow, path):
         raise NotUnderstood(_off(flow, path, replayed))
     shared = (*k.operand.parts, *v.operand.parts)
     path = replace(path, modifiers=with_sources(flow, path.modifiers, q.operand, shared))
@@ -145,6 +150,7 @@ def match_anchor(tracer: Tracer, anchor: Node, name: str, layer: int) -> tuple[A
         nodes=path.nodes,
         masked_rows_are_zero=path.masked_rows_are_zero,
         weights_read=path.weights_read,
+        scores_rounded=replayed.rounding > limit,
         replay_error=replayed.worst,
         owner=_owner(flow, q, anchor),
     )
@@ -276,6 +282,11 @@ def _owner(flow: Flow, q: Traced, anchor: Node) -> str:
     return anchor.owner or flow.nodes[q.operand.projection.node].owner
 
 
+def _without_scores(flow: Flow, path: ScorePath) -> bool:
+    """Whether none of the recorded scores is a finite number."""
+    return path.scores is not None and not np.isfinite(flow.value(path.scores)).any()
+
+
 def _off(flow: Flow, path: ScorePath, replayed: Replay) -> str:
     """What is wrong with a replay."""
     operands = {"queries": path.q.value, "keys": path.k.value, "values": path.v.value}
@@ -285,6 +296,8 @@ def _off(flow: Flow, path: ScorePath, replayed: Replay) -> str:
             f"its {wild} are not finite on the example inputs, so nothing can be told from them: check its weights, "
             "and what the model computes from such inputs"
         )
+    if _without_scores(flow, path):
+        return _NO_SCORES
     limit = tolerance(flow, (*operands.values(), path.output_view.value))
     if max(replayed.q, replayed.k, replayed.v, replayed.output) <= limit:
         return (

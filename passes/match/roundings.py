@@ -45,7 +45,7 @@ def executed(flow: Flow, roundings: Iterable[Rounding], values: Array) -> Array:
         node = rounding.quantize
         scale = float(flow.value(node.inputs[1]).reshape(()))
         given = flow.value(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] else np.zeros((), np.uint8)
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
             steps = _steps(values / rounding.factor / scale, given)
         values = steps * scale * rounding.factor
     return values

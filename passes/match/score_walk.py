@@ -132,7 +132,12 @@ class ScoreWalk:
         """Whether data reaches an operand, or it is projected from learned tokens (as of a first class attention)."""
         if self.flow.data_dependent(value):
             return True
-        return first_contraction(self.flow, value) is not None and len(self.flow.shape(value)) > 2
+        if first_contraction(self.flow, value) is None:
+            return False
+        try:
+            return len(self.flow.shape(value)) > 2
+        except KeyError:  # neither recorded nor the same for all inputs: it is laid out for each sequence
+            return True
 
     def _free_operand(self, node: Node) -> Value | None:
         """The one of a contraction's operands that no fed data reaches, if the other is made of hidden states."""

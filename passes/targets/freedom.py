@@ -13,7 +13,6 @@ from passes.projections import layout_of
 from passes.site import AttentionSite, Modifier, Projection
 from passes.weights.merge import Freedom
 
-_STAYS = "its attention stays as it is: something else reads its weights, or what its scores are biased by"
 BIASED = "its scores get a bias that is computed from hidden states, from its queries or keys mostly"
 _EVEN = 2e-2
 """Spread up to which the factors on a head's features count as equal; half precisions round rotations."""
@@ -41,7 +40,7 @@ def _order(flow: Flow, site: AttentionSite, evidence: Evidence, alike: Sequence[
     if site.hidden_bias:
         return BIASED
     if site.stays:
-        return _STAYS
+        return f"its attention stays as it is: {site.stays}"
     if any(_by_head(flow, m) for m in site.modifiers):
         return "its scores get a bias or a mask for each head"
     if evidence.q.tokens.offset is not None:
@@ -67,7 +66,7 @@ def _keys(flow: Flow, site: AttentionSite, evidence: Evidence, alike: Sequence[A
     if site.hidden_bias:
         return BIASED
     if site.stays:
-        return _STAYS
+        return f"its attention stays as it is: {site.stays}"
     turns = [None if o.rotary is None else o.rotary.partner for o in (site.q, site.k)]
     if turns[0] != turns[1]:
         return "queries and keys are rotated differently"
@@ -83,7 +82,7 @@ def _keys(flow: Flow, site: AttentionSite, evidence: Evidence, alike: Sequence[A
 
 def _values(flow: Flow, site: AttentionSite, evidence: Evidence, alike: Sequence[AttentionSite]) -> str | None:
     if site.stays:
-        return _STAYS
+        return f"its attention stays as it is: {site.stays}"
     if site.v.norm is not None:
         return "a norm follows the value projection"
     if evidence.v.tokens.offset is not None:

@@ -33,7 +33,6 @@ GROUPINGS: tuple[Grouping, ...] = ("contiguous", "similar")
 JOINED = "its tokens are joined from several projections, whose heads can be shared (gqaN) and nothing else"
 INTERLEAVED = "query heads that share a key/value head are no neighbours; gqaN brings them together first"
 BY_BLOCKS = "it attends within blocks of tokens, which have an axis of their own; only gqaN keeps that as it is"
-WEIGHTS_READ = "something else reads its attention weights, too (an output, say), which only gqaN keeps as they are"
 HIDDEN_BIAS = "its scores get a bias that is computed from hidden states, which only gqaN keeps"
 
 
@@ -45,8 +44,8 @@ def shared_alone(site: AttentionSite) -> str | None:
         return INTERLEAVED
     if site.hidden_bias:
         return HIDDEN_BIAS
-    if site.weights_read:
-        return WEIGHTS_READ
+    if site.stays:
+        return f"{site.stays}; only gqaN keeps that as it is"
     return BY_BLOCKS if site.by_blocks else None
 
 

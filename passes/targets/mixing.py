@@ -10,7 +10,7 @@ from passes.dataflow import Array, Flow
 from passes.site import AttentionSite
 from passes.stacks import stacks
 from passes.sublayer import NoSublayer, Sublayer
-from passes.targets.grouped_query import BY_BLOCKS, HIDDEN_BIAS, WEIGHTS_READ, describe
+from passes.targets.grouped_query import BY_BLOCKS, HIDDEN_BIAS, describe
 from passes.targets.replacement import Replacement
 from passes.weights.projection import SiteWeights, site_weights
 
@@ -57,7 +57,7 @@ def refusal(site: AttentionSite, *, causal: bool = False) -> str | None:
     if site.hidden_bias:
         return HIDDEN_BIAS
     if site.weights_read:
-        return WEIGHTS_READ
+        return f"{site.stays}; only gqaN keeps that as it is"
     if site.joined:
         return "its tokens are joined from several projections, and mixing has one sequence"
     if site.cross:

@@ -11,7 +11,6 @@ import numpy as np
 from codegen.spec import GroupedQueryAttention
 from passes.dataflow import Array, Value
 from passes.site import AttentionSite, Operand
-from passes.targets.grouped_query import WEIGHTS_READ
 from passes.targets.replacement import Replacement
 from passes.token_blocks import PARTED, parted_behind
 from passes.weights.head_gains import gains_like, stored_gains
@@ -78,8 +77,7 @@ def plan_site(editor: Editor, replacement: Replacement, *, apart: bool = False) 
     if any(m.windows or m.heads_first for m in site.modifiers):
         raise UnsupportedModel("masks meet its scores window by window, or heads before sequences", hint=HINT)
     if site.stays and spec.kv_heads != site.kv_heads:
-        of_keys = "its scores get a bias that is computed from its keys"
-        raise UnsupportedModel(WEIGHTS_READ if site.weights_read else of_keys, hint=HINT)
+        raise UnsupportedModel(site.stays, hint=HINT)
     if site.temperature is not None:
         raise UnsupportedModel("each head's scores have a temperature of their own", hint=HINT)
     if spec.pattern and spec.sinks:

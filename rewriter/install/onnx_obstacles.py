@@ -18,7 +18,7 @@ _WRITABLE = frozenset({("bh", "s", "d"), ("hb", "s", "d"), ("b", "s", "hd")})
 MODULES = "is installed in torch modules only: rewrite the module the file was exported from"
 _STAYS = (
     "{}, so it could only stay as it is and repeat shared heads behind its projections; that is done where these are "
-    "plain products with floats that nothing else reads, without caches and fused operators"
+    "plain products that nothing else reads, without caches and fused operators"
 )
 OLDEST_OPSET = 12
 HEADS_IN_BATCH = frozenset({("bh", "s", "d"), ("bh", "d", "s"), ("hb", "s", "d"), ("hb", "d", "s")})
@@ -80,10 +80,12 @@ def too_old(capture: OnnxCapture) -> bool:
 
 def stays_because(site: AttentionSite) -> str:
     """Why an attention cannot be written anew, and when it can be rewritten as it stands."""
-    if not site.weights_read:
-        return _STAYS.format("a bias of its scores is computed from its own keys")
-    weights = "its attention weights are an output of the model, or read by something else than its values"
-    return f"{_STAYS.format(weights)}; else export the model without these weights (output_attentions=False, say)"
+    otherwise = ""
+    if site.weights_read:
+        otherwise = "; else export the model without these weights (output_attentions=False, say)"
+    elif site.scores_rounded:
+        otherwise = "; else quantise again, with masks that add no more than -100, or without quantised scores"
+    return _STAYS.format(site.stays) + otherwise
 
 
 def block_obstacle(capture: OnnxCapture, replacement: BlockReplacement) -> str | None:

@@ -21,6 +21,7 @@ from passes.weights.repetition import Part, Repetition, repetition
 from rewriter.capture.onnx_file import OnnxCapture
 from rewriter.install.onnx_editor import Editor
 from rewriter.install.onnx_obstacles import too_old, unflattened_input
+from rewriter.install.onnx_quantised import emit_product
 from rewriter.install.onnx_weights import Emitted, emit_like, emit_plain
 
 
@@ -66,7 +67,7 @@ def _parted(capture: OnnxCapture, operand: Operand) -> bool:
 
 
 def _plain(capture: OnnxCapture, projection: Projection) -> bool:
-    """Whether a projection is one product with a stored float matrix, and one bias at most.
+    """Whether a projection is one product with a stored matrix, of floats or integers, and one bias at most.
 
     The matrix may be stored by heads, and heads and features lie on axes of their own behind the product.
     """
@@ -74,8 +75,7 @@ def _plain(capture: OnnxCapture, projection: Projection) -> bool:
         layout = layout_of(capture.flow, capture.flow.nodes[projection.node])
         if isinstance(layout, str) or not layout.features_last or layout.summed > 1:
             return False
-    stored = capture.quantised.get(projection.node) is None
-    return stored and projection.factor == 1.0 and _biased(capture.flow, projection) is not None
+    return projection.factor == 1.0 and _biased(capture.flow, projection) is not None
 
 
 def _biased(flow: Flow, projection: Projection) -> Value | None:
@@ -113,12 +113,7 @@ def _reproject(editor: Editor, replacement: Replacement, output: Value) -> tuple
         (matrix if projection.out_first else matrix.T)[laid.kept], *(tensors[f"{role}_weight"] for role, _ in shared)
     ])  # fmt: skip
     nodes: list[ir.Node] = []
-    laid_rows = rows if projection.out_first else rows.T
-    store = emit_like if projection.weight_axes is None else emit_plain
-    weight, error = _held(editor, nodes, projection.weight, laid_rows, f"{name}.weight", store)
-    if projection.out_first:
-        weight = editor.write.op(nodes, "Transpose", [weight], f"{name}.weight_t", perm=[1, 0])
-    out = editor.write.op(nodes, "MatMul", [editor.value(projection.input), weight], f"{name}.matmul")
+    out, error = _product(editor, nodes, projection, rows, name)
     if projection.bias is not None:
         kept = np.asarray(flow.value(projection.bias)).reshape(-1)[laid.kept]
         vector = np.concatenate([kept, *(tensors[f"{role}_bias"] for role, _ in shared)])
@@ -144,6 +139,24 @@ def _reproject(editor: Editor, replacement: Replacement, output: Value) -> tuple
     old.replace_all_uses_with(out, replace_graph_outputs=True)
     editor.standing_in[biased] = out
     return producer, error
+
+
+def _product(
+    editor: Editor, nodes: list[ir.Node], projection: Projection, rows: Array, name: str
+) -> tuple[ir.Value, float]:
+    """What a projection reads times `rows` [out, in], stored as its own are, and the error of that."""
+    x, quantised = editor.value(projection.input), editor.capture.quantised.get(projection.node)
+    if quantised is not None:
+        product = emit_product(quantised, x, rows.T, f"{name}.weight", editor.write.unique)
+        nodes += product.nodes
+        editor.register(product.initializers)
+        return product.value, product.error
+    laid = rows if projection.out_first else rows.T
+    store = emit_like if projection.weight_axes is None else emit_plain
+    weight, error = _held(editor, nodes, projection.weight, laid, f"{name}.weight", store)
+    if projection.out_first:
+        weight = editor.write.op(nodes, "Transpose", [weight], f"{name}.weight_t", perm=[1, 0])
+    return editor.write.op(nodes, "MatMul", [x, weight], f"{name}.matmul"), error
 
 
 def _held(

@@ -17,6 +17,7 @@ from onnxruntime.quantization.matmul_nbits_quantizer import HQQWeightOnlyQuantCo
 import rewriter
 from passes.match.verdicts import INTEGER_SCORES
 from passes.replay import TOLERANCES
+from passes.site import AttentionSite
 from rewriter.capture.exact_integers import with_unsigned_weights
 from rewriter.capture.onnx_load import load
 from rewriter.capture.quantised import QuantisedProduct, quantised_product
@@ -223,6 +224,23 @@ def test_fake_quantisation_is_executed_again_in_replay(name: str, zoo_onnx: ZooO
 
 def names(path: Path) -> set[str]:
     return {t.name for t in onnx.load(path).graph.initializer}
+
+
+def test_scores_that_quantisers_flatten_stay_as_they_are(
+    zoo_onnx: ZooOnnx, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A range that holds masked scores (-3e38) leaves one step for all others, so every key counts alike."""
+    path = static(twin_of("llama-eager", zoo_onnx, tmp_path), QuantFormat.QDQ, None)
+
+    def moved() -> tuple[float, str]:
+        report = rewriter.optimize(path, "gqa2").rewrite_report
+        assert report is not None and report.fidelity is not None and len(report.sites) == 2
+        return report.fidelity.max_abs, " ".join(report.sites[0].notes)
+
+    drift, note = moved()
+    assert drift <= EXACT and "quantisers between its scores and the softmax" in note
+    monkeypatch.setattr(AttentionSite, "stays", "")
+    assert moved()[0] > 0.1, "control: written anew it attends otherwise"
 
 
 @pytest.mark.parametrize("operators", [None, ["MatMul"]], ids=["all", "products"])

@@ -720,6 +720,40 @@ def test_operands_that_are_not_finite_are_refused_for_that(broken: str | None) -
     assert f"its {'keys' if broken == 'k' else 'values'} are not finite" in refusal.reason
 
 
+class Hidden(Projects):
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        return self.merged(((q @ k.transpose(-2, -1)) + torch.full((TOKENS, TOKENS), -torch.inf)).softmax(-1) @ v)
+
+
+class Packed(Projects):
+    """Keys and values come in one cache (streaming speech recognisers)."""
+
+    def forward(self, x: Tensor, cache: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        q, k, v = self.heads(x)
+        past_k, past_v = cache.split(DIM, -1)
+        k, v = torch.cat((past_k, k), 2), torch.cat((past_v, v), 2)
+        return self.merged((q @ k.transpose(-2, -1)).softmax(-1) @ v), torch.cat((k, v), -1)
+
+
+def test_what_a_recording_or_a_cache_does_not_tell_is_refused_for_that(tmp_path: Path) -> None:
+    (refusal,) = rewriter.inspect(Hidden().eval(), example_inputs=(_x(),)).refusals
+    assert "none of its scores is finite" in refusal.reason
+    path, given = tmp_path / "packed.onnx", (_x(), torch.randn(len(_x()), HEADS, 3, 2 * DIM))
+    axes = {"x": {1: "t"}, "cache": {2: "p"}}
+    torch.onnx.export(Packed().eval(), given, str(path), dynamo=False, input_names=["x", "cache"], dynamic_axes=axes)
+    (refusal,) = rewriter.inspect(path).refusals
+    assert "the cache that comes in as cache is cut into parts (Split)" in refusal.reason
+
+
+def test_a_class_token_that_is_repeated_for_any_batch_talks_in_files_too(tmp_path: Path) -> None:
+    path = tmp_path / "class.onnx"
+    axes = {"x": {0: "batch"}}
+    torch.onnx.export(TalkingClass().eval(), (_x(),), str(path), dynamo=False, input_names=["x"], dynamic_axes=axes)
+    (refusal,) = rewriter.inspect(path).refusals
+    assert REASONS[TalkingClass] in refusal.reason
+
+
 def test_scores_that_no_memory_holds_are_refused_for_that(monkeypatch: pytest.MonkeyPatch) -> None:
     def replay(*_: object) -> None:
         raise MemoryError

@@ -5,9 +5,13 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
+import onnx
+import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
+from onnxruntime.quantization import QuantType, quantize_dynamic
+from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 from torch import Tensor, nn
 
 import rewriter
@@ -83,6 +87,26 @@ def test_heads_are_shared_and_weights_told_as_before(door: str, twin: Told, tmp_
     assert max(apart()) <= EXACT
     twin.layers[0]["k"].weight[-DIM:] *= -1
     assert min(apart()) > MOVED, "control: heads that differ are merged, and weights tell"
+
+
+@pytest.mark.parametrize("scheme", ["integers", "blocks"])
+def test_quantised_projections_repeat_heads_too(scheme: str, twin: Told, tmp_path: Path) -> None:
+    def moved() -> tuple[float, set[str]]:
+        path, out = file_of(twin, tmp_path / "m.onnx", 17), tmp_path / "quantised.onnx"
+        if scheme == "integers":
+            quantize_dynamic(path, out, weight_type=QuantType.QInt8)
+        else:
+            made = MatMulNBitsQuantizer(onnx.load(path), bits=8, block_size=16)
+            made.process()
+            made.model.save_model_to_file(str(out))
+        done = rewriter.optimize(out, f"gqa{KEPT}")
+        assert len(done.rewrite_report.sites) == 2 and done.rewrite_report.fidelity is not None
+        shapes = {str(v.shape) for v in done.model.graph.initializers.values() if v.dtype == ir.DataType.FLOAT}
+        return done.rewrite_report.fidelity.max_abs, {s for s in shapes if s in {"[32,32]", "[32,16]"}}
+
+    assert moved() == (pytest.approx(0, abs=1e-4), set()), "all matrices stay integers"
+    twin.layers[0]["k"].weight[-DIM:] *= -1
+    assert moved()[0] > MOVED, "control: heads that differ are merged"
 
 
 def test_nothing_else_is_done_with_them(twin: Told, tmp_path: Path) -> None:
