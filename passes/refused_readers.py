@@ -50,6 +50,15 @@ def path_read_elsewhere(flow: Flow, site: AttentionSite, operand: Operand) -> bo
     return any(node.index not in site.nodes for node in _behind(flow, path, ()))
 
 
+def cache_read_elsewhere(flow: Flow, site: AttentionSite, together: Iterable[AttentionSite]) -> bool:
+    """Whether an attention that is none of `together` reads the keys or values that a site caches."""
+    sites = tuple(together)
+    ends = {i for s in sites for i in s.nodes}
+    between = {i for s in sites for o in s.operands for i in o.path}
+    cached = [o.projection.output for _, o in site.shared if o.past is not None or o.presents]
+    return any(node.index not in ends | between for node in _behind(flow, cached, ends))
+
+
 def _products(flow: Flow, anchor: Node) -> Iterator[int]:
     """What makes a softmax's scores and what mixes by its weights; a fused operator is both."""
     if "Softmax" not in anchor.op:

@@ -96,3 +96,41 @@ def test_without_a_copy_it_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     monkeypatch.setattr(onnx_projection, "path_read_elsewhere", lambda *_: False)
     with pytest.raises(rewriter.errors.VerificationFailed):
         test_others_go_on_reading_all_heads(NextToTalkingHeads, 1, tmp_path)
+
+
+class BehindACache(_Layers):
+    """As `NextToTalkingHeads`, over keys and values that a cache holds; `alone`, the second attention has its own."""
+
+    def __init__(self, alone: bool) -> None:
+        super().__init__()
+        self.alone, self.talk = alone, nn.Parameter(torch.randn(HEADS, HEADS))
+
+    def forward(self, x: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
+        k = torch.cat((keys, self.heads(self.b(x))), dim=2)
+        v = torch.cat((values, self.heads(self.d(x))), dim=2)
+        mixed = (self.heads(self.a(x)) @ k.transpose(-2, -1) * DIM**-0.5).softmax(-1) @ v
+        read = self.heads(self.c(x)) if self.alone else k
+        talked = torch.einsum("bhij,hg->bgij", self.heads(self.c(x)) @ read.transpose(-2, -1), self.talk).softmax(-1)
+        return self.o(self.joined(mixed)), self.p(self.joined(talked @ (read if self.alone else v))), k, v
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_cache_that_a_refused_attention_reads_keeps_its_heads(alone: bool, tmp_path: Path) -> None:
+    """It ended in a failed verification."""
+    torch.manual_seed(0)
+    cache = torch.randn(2, HEADS, 3, DIM)
+    names = ["x", "keys", "values"]
+    axes = {"x": {0: "batch", 1: "tokens"}, **{name: {0: "batch", 2: "past"} for name in names[1:]}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            BehindACache(alone).eval(), (torch.randn(2, 5, WIDTH), cache, cache), str(tmp_path / "m.onnx"),
+            dynamo=False, input_names=names, dynamic_axes=axes,
+        )  # fmt: skip
+    (targets,) = (t for name, t in rewriter.inspect(tmp_path / "m.onnx").targets.items() if "attention" in name)
+    assert ("gqa2" in targets) is alone and "window" in targets
+    if alone:
+        assert len(rewriter.optimize(tmp_path / "m.onnx", "gqa2").rewrite_report.sites) == 1
+        return
+    with pytest.raises(rewriter.errors.NothingToRewrite, match="reads its cached keys or values"):
+        rewriter.optimize(tmp_path / "m.onnx", "gqa2")
