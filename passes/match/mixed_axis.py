@@ -18,6 +18,8 @@ Pair = tuple[Value, Place, Place]
 """A value, and two places in it."""
 
 _MOST = 500
+_EXACT = 1 << 24
+"""Whole numbers that float32 holds."""
 
 
 def mixes_no_tokens(flow: Flow, node: Node) -> bool:
@@ -25,7 +27,7 @@ def mixes_no_tokens(flow: Flow, node: Node) -> bool:
     try:
         found = _summed(flow, node)
         return found == () or (found is not None and _of_one_token(flow, *found))
-    except (LookupError, ValueError):  # of values that were not recorded nothing is told
+    except (LookupError, ValueError, RuntimeError):  # not recorded, or an operator that takes no numbers of elements
         return False
 
 
@@ -104,7 +106,7 @@ def _of_terms(flow: Flow, node: Node, places: tuple[Place, Place]) -> list[Pair]
 
 def _laid(flow: Flow, node: Node, value: Value, places: tuple[Place, Place]) -> list[Pair] | None:
     """Through a layout operator, run on numbers of elements."""
-    data = [i for i in data_operands(node) if i < len(node.inputs) and node.inputs[i]]
+    data = [i for i in data_operands(node) if i < len(node.inputs) and flow.is_fed(node.inputs[i])]
     numbers, start = {}, [1]  # 0 is what is filled in
     for i in data:
         shape = flow.shape(node.inputs[i])
@@ -112,9 +114,11 @@ def _laid(flow: Flow, node: Node, value: Value, places: tuple[Place, Place]) -> 
         start.append(start[-1] + numbers[i].size)
     moved = node.evaluate([numbers.get(i, flow.value(v) if v else None) for i, v in enumerate(node.inputs)])
     laid = np.asarray(moved[node.outputs.index(value)])
-    found = [int(laid[place]) for place in places]
-    if not all(1 <= n < start[-1] for n in found):
+    if laid.dtype.kind == "f" and start[-1] > _EXACT:  # beside a filled-in fraction numbers of elements are floats
+        raise ValueError("numbers of elements were rounded")
+    if not all(1 <= laid[place] < start[-1] for place in places):
         return []
+    found = [int(laid[place]) for place in places]
     held = [int(np.searchsorted(start, n, side="right")) - 1 for n in found]
     if held[0] != held[1]:
         return None if node.op == "Concat" and _stacked(flow, node, value) else []
