@@ -7,7 +7,7 @@ overlooked.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 
 from passes.dataflow import LAYOUT, PRODUCTS, Flow, Node, Value
 from passes.forms import Opaque
@@ -40,10 +40,10 @@ def without_softmax(flow: Flow, elsewhere: Collection[int] = ()) -> Iterator[tup
         if node.index in seen or not found.of_states(node) or found.normalised(node):
             continue
         later = found.further(node)
-        if later and only_chooses(flow, later[-1]):
-            seen.update(n.index for n in later)
-        elif later:
-            seen.update(n.index for n in later)
+        if not later or not found.of_tokens(node):
+            continue
+        seen.update(n.index for n in later)
+        if not only_chooses(flow, later[-1]):
             yield later[0], UNREAD if found.exponentials(node, later[0]) else REASON
 
 
@@ -57,15 +57,20 @@ class _Found:
         self._normalised: dict[Value, bool] = {}
 
     def of_states(self, node: Node) -> bool:
-        """Whether a node contracts hidden states with hidden states, not with weights that a router has chosen, nor
-        with matrices of which each token has its own."""
+        """Whether a node contracts hidden states with hidden states, not with weights that a router has chosen."""
         if node.op not in PRODUCTS or self.flow.projection_operands(node) is not None:
             return False
         if not any(self.flow.is_read(v) for v in node.outputs if v):
             return False
-        operands = node.inputs[-2:] if node.op == "Baddbmm" else node.inputs[:2]
-        of_states = len(operands) == 2 and all(self._carries(v) for v in operands)
-        return of_states and not any(self._by_token(v) for v in operands) and not mixes_no_tokens(self.flow, node)
+        operands = _factors(node)
+        return len(operands) == 2 and all(self._carries(v) for v in operands)
+
+    def of_tokens(self, node: Node) -> bool:
+        """Whether what a node contracts is not each token's own: no matrices of which each has one, no copies of it.
+
+        Told by running layout operators on numbers, so it is asked last: of most products other things tell enough.
+        """
+        return not any(self._by_token(v) for v in _factors(node)) and not mixes_no_tokens(self.flow, node)
 
     def _by_token(self, value: Value) -> bool:
         """Whether each matrix of a stack is one token's row of a projection, laid out: that mixes no tokens."""
@@ -146,7 +151,11 @@ class _Found:
                 if node.index in met or self._softmax(node) or self.flow.projection_operands(node) is not None:
                     continue
                 met.add(node.index)
-                if self.of_states(node):
+                if self.of_states(node) and self.of_tokens(node):
                     found.append(node)
                 todo.extend(node.outputs)
         return sorted(found, key=lambda n: n.index)
+
+
+def _factors(node: Node) -> Sequence[Value]:
+    return node.inputs[-2:] if node.op == "Baddbmm" else node.inputs[:2]
