@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from torch import Tensor, nn
-
 import rewriter
 from benchmarks.healing import healed, help_sentences, precision, training_plays
 from benchmarks.rows import Row
@@ -39,6 +37,7 @@ def minilm_mixed(quick: bool) -> Iterator[Row]:
     model, tokenizer = minilm()
     batch = dict(tokenizer(sentences([HELD_OUT], 64 if quick else 256, 1), padding=True, return_tensors="pt"))
     other = dict(tokenizer(help_sentences(256), padding=True, truncation=True, max_length=64, return_tensors="pt"))
+    wished = [(held, embedded(model, held)) for held in (batch, other)]
     calibration = (sentences(CALIBRATION, 64 if quick else 512, 0), tokenizer)
     texts = sentences(training_plays(), 10**9, 3)
     rows = [{"input_ids": ids} for ids in tokenizer(texts, truncation=True, max_length=64)["input_ids"]]
@@ -46,9 +45,9 @@ def minilm_mixed(quick: bool) -> Iterator[Row]:
     recipe = replace(recipe, steps=QUICK if quick else None)
     for case in CASES[:1] if quick else CASES:
         student = rewriter.optimize(model, case.target, calibration=calibration, verify=False)
-        before, away = (_likeness(model, student, held) for held in (batch, other))
+        before, away = (cosine(wish, embedded(student, held)) for held, wish in wished)
         found = healed(student, model, rows, recipe, case.budget)
-        after, away_after = (_likeness(model, student, held) for held in (batch, other))
+        after, away_after = (cosine(wish, embedded(student, held)) for held, wish in wished)
         goal = None if quick else case.goal
         yield Row(
             "minilm cosine, healed", f"{case.target}, {found.done.steps} steps", after, before, "before healing",
@@ -58,8 +57,3 @@ def minilm_mixed(quick: bool) -> Iterator[Row]:
                 "other_text_before": away, "other_text": away_after,
             },
         )  # fmt: skip
-
-
-def _likeness(model: nn.Module, student: nn.Module, batch: dict[str, Tensor]) -> float:
-    """Mean cosine of the sentences' embeddings."""
-    return cosine(embedded(model, batch), embedded(student, batch))

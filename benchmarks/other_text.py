@@ -1,8 +1,8 @@
 """Calibrated on text of one kind, measured on another, by KL divergence: help topics, or the model's own, for plays.
 
 What merges keep must not be the calibration text's alone. SmolLM2's layers get one key/value head each, calibrated on
-technical English, on what the model writes when nobody gives it text, and on half of each; the divergence from the
-original over a play stands beside that of mean pooling.
+technical English, on what the model writes when nobody gives it text (also on twice as much), and on half of each;
+the divergence from the original over a play stands beside that of mean pooling.
 """
 
 from __future__ import annotations
@@ -29,16 +29,17 @@ def other_text_rows(quick: bool) -> Iterator[Row]:
     held = token_ids(tokenizer, HELD_OUT, 2 if quick else 8)
     windows = 4 if quick else 16
     topics, written = encoded(tokenizer, help_text())[: windows * WINDOW], sampled_text(model, sequences=windows)
-    texts = {
-        "of help topics": topics,
-        "that it wrote": written,
-        "of both, half of each": torch.cat([text.flatten()[: windows * WINDOW // 2] for text in (topics, written)]),
-    }
+    texts = [
+        ("of help topics", topics),
+        ("that it wrote", written),
+        ("of both, half of each", torch.cat([text.flatten()[: windows * WINDOW // 2] for text in (topics, written)])),
+        ("that it wrote", sampled_text(model, sequences=2 * windows)),
+    ]
     for case, layers in (("last layer", "-1:"),) if quick else (("last 8 layers", "-8:"), ("all 30 layers", "all")):
         pooled = rewriter.optimize(model, GroupedQuery(1, "mean"), layers=layers, verify=False)
         peer = divergence(model, pooled, held)
         del pooled
-        for kind, calibration in texts.items():
+        for kind, calibration in texts:
             start = time.perf_counter()
             merged = rewriter.optimize(
                 model, GroupedQuery(1, "joint"), layers=layers, verify=False, calibration=calibration

@@ -50,13 +50,16 @@ def path_read_elsewhere(flow: Flow, site: AttentionSite, operand: Operand) -> bo
     return any(node.index not in site.nodes for node in _behind(flow, path, ()))
 
 
-def cache_read_elsewhere(flow: Flow, site: AttentionSite, together: Iterable[AttentionSite]) -> bool:
-    """Whether an attention that is none of `together` reads the keys or values that a site caches."""
-    sites = tuple(together)
+def caches_read_elsewhere(flow: Flow, sites: Sequence[AttentionSite]) -> frozenset[str]:
+    """Names of those sites whose cached keys or values an attention reads that is none of them."""
     ends = {i for s in sites for i in s.nodes}
-    between = {i for s in sites for o in s.operands for i in o.path}
-    cached = [o.projection.output for _, o in site.shared if o.past is not None or o.presents]
-    return any(node.index not in ends | between for node in _behind(flow, cached, ends))
+    own = ends.union(i for s in sites for o in s.operands for i in o.path)
+
+    def outside(site: AttentionSite) -> bool:
+        cached = [o.projection.output for _, o in site.shared if o.past is not None or o.presents]
+        return any(node.index not in own for node in _behind(flow, cached, ends))
+
+    return frozenset(site.name for site in sites if outside(site))
 
 
 def _products(flow: Flow, anchor: Node) -> Iterator[int]:

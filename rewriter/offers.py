@@ -71,12 +71,13 @@ def limits_of_modules(
     from rewriter.install.stand_in import REASON, not_called_by_place
 
     try:
-        owners = dict.fromkeys([*(owner_of(flow, s) for s in matches.sites), *candidates(model, flow, blocks.sites)])
+        owned = {s.name: owner_of(flow, s) for s in matches.sites}
+        owners = dict.fromkeys([*owned.values(), *candidates(model, flow, blocks.sites)])
         records = record_calls(model, owners, *call) if owners else {}
         placed = block_modules(model, flow, blocks.sites, records)
         read, unread = read_calls(flow, matches.sites, records)
-        fixed = not_called_by_place(model, records.keys() & {owner_of(flow, s) for s in matches.sites}, *call)
-        unread |= {s.name: REASON for s in matches.sites if owner_of(flow, s) in fixed}
+        fixed = not_called_by_place(model, records.keys() & set(owned.values()), *call)
+        unread |= {name: REASON.format(owner=owner) for name, owner in owned.items() if owner in fixed}
     except UnsupportedModel:
         return dict.fromkeys([*(s.name for s in matches.sites), *(b.name for b in blocks.sites)], shares_heads)
     stored = {s.name: stores_heads(flow, s) for s in matches.sites if s.name in unread}

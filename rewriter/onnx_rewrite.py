@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from passes.match.attention import Matches, find_attention
 from passes.match.confirm import confirm
 from passes.match.feed_forward import FeedForwards, confirm_feed_forward, find_feed_forward
 from passes.protocols import Probe
-from passes.refused_readers import cache_read_elsewhere, read_elsewhere
+from passes.refused_readers import caches_read_elsewhere, read_elsewhere
 from passes.site import AttentionSite, Refusal
 from passes.targets.grouped_query import keeps_hidden_biases, specification
 from passes.targets.replacement import Replacement
@@ -118,7 +118,8 @@ def unshared(captured: OnnxCapture, matches: Matches) -> dict[str, str]:
     trials = [
         Replacement(site, specification(site, 1), {}, exact=False, before="", after="mqa") for site in matches.sites
     ]
-    reasons = {t.site.name: obstacle(captured, t) or _cache_obstacle(captured, t, trials) for t in trials}
+    lent = caches_read_elsewhere(captured.flow, matches.sites)
+    reasons = {t.site.name: _unwritable(captured, t, lent) for t in trials}
     failed = [t for t in trials if reasons[t.site.name] is not None and not repeatable(captured, t, trials)]
     return {t.site.name: reason for t in failed if (reason := reasons[t.site.name]) is not None}
 
@@ -168,11 +169,12 @@ def _installable(captured: OnnxCapture, decision: Decision) -> tuple[Decision, d
     """Sites that this door cannot write become refusals, before anything is edited; also those that keep their
     attention, by name."""
     reasons, done, kept = {}, [], {}
+    lent = caches_read_elsewhere(captured.flow, [r.site for r in decision.replacements])
     for replacement in decision.replacements:
         name = replacement.site.name
         try:
             written = replacement.together()
-            reason = obstacle(captured, written) or _cache_obstacle(captured, written, decision.replacements)
+            reason = _unwritable(captured, written, lent)
         except ValueError as error:
             reason = str(error)
         if reason is None:
@@ -193,14 +195,17 @@ def _installable(captured: OnnxCapture, decision: Decision) -> tuple[Decision, d
     return settled, kept
 
 
-def _cache_obstacle(captured: OnnxCapture, written: Replacement, among: Sequence[Replacement]) -> str | None:
-    """A cache holds the heads of all that read it, so it shrinks for all of them or for none."""
-    site = written.site
-    if written.mixing is not None or written.grouped.kv_heads == site.kv_heads:
+def _unwritable(captured: OnnxCapture, written: Replacement, lent: Collection[str]) -> str | None:
+    """Why a site cannot be written anew, None if it can; `lent` names sites whose caches others read.
+
+    A cache holds the heads of all that read it, so it shrinks for all of them or for none.
+    """
+    reason = obstacle(captured, written)
+    if reason is not None or written.site.name not in lent or written.mixing is not None:
+        return reason
+    if written.grouped.kv_heads == written.site.kv_heads:
         return None
-    if cache_read_elsewhere(captured.flow, site, (r.site for r in among)):
-        return "an attention that is not rewritten reads its cached keys or values, too, and would find fewer heads"
-    return None
+    return "an attention that is not rewritten reads its cached keys or values, too, and would find fewer heads"
 
 
 def rewrite_onnx(

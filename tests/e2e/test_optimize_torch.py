@@ -417,18 +417,29 @@ def test_modules_that_hide_their_weights_or_their_code_are_refused() -> None:
 
 @pytest.mark.parametrize("shared", [("k_proj",), ("k_proj", "v_proj")])
 def test_layers_that_share_one_projection_and_not_the_others(shared: tuple[str, ...]) -> None:
-    """Both keep their heads, or they would no longer be tied; a third layer, which shares nothing, does not."""
+    """Both keep their heads, or they would no longer be tied; a third, which shares nothing, does not, and the model
+    stays whole, as a twin in which nothing is lost shows."""
     case = ZOO["llama-sdpa"]
-    model = case.build().eval()
-    model.model.layers.append(copy.deepcopy(model.model.layers[0]))
-    model.config.num_hidden_layers = 3
-    model.model.layers[2].self_attn.layer_idx = 2
-    first, second = (model.get_submodule(f"model.layers.{i}.self_attn") for i in range(2))
-    for name in shared:
-        second.get_submodule(name).weight = first.get_submodule(name).weight
-    done = rewriter.optimize(model, "gqa2", inplace=False).rewrite_report
-    assert [row.name for row in done.sites] == ["model.layers.2.self_attn"]
-    assert len(done.refused) == 2 and all("tied parameters" in r.reason for r in done.refused)
+    inputs = case.inputs(2, 9, 0)
+    moved = []
+    for lossless in (True, False):
+        model = case.build().eval()
+        model.model.layers.append(copy.deepcopy(model.model.layers[0]))
+        model.config.num_hidden_layers = 3
+        model.model.layers[2].self_attn.layer_idx = 2
+        first, second = (model.get_submodule(f"model.layers.{i}.self_attn") for i in range(2))
+        for name in shared:
+            second.get_submodule(name).weight = first.get_submodule(name).weight
+        if lossless:
+            case.tie(model, 2)
+        small = rewriter.optimize(model, "gqa2")
+        assert [row.name for row in small.rewrite_report.sites] == ["model.layers.2.self_attn"]
+        assert len(small.rewrite_report.refused) == 2
+        assert all("tied parameters" in refusal.reason for refusal in small.rewrite_report.refused)
+        first, second = (small.get_submodule(f"model.layers.{i}.self_attn") for i in range(2))
+        assert all(first.get_submodule(n).weight is second.get_submodule(n).weight for n in shared)
+        moved.append(float((case.run(small, inputs) - case.run(model, inputs)).abs().max()))
+    assert moved[0] <= 1e-4 < moved[1]
 
 
 def test_missing_or_wrong_example_inputs_are_explained() -> None:
