@@ -58,6 +58,12 @@ def knob_applies(model: nn.Module, owner: str, k_weight_key: str, v_weight_key: 
     )
 
 
+def adds_outside(model: nn.Module, owner: str, weight_key: str, bias: Tensor | None) -> bool:
+    """True if `bias` is added to a projection that has none itself: by a hook or by code, which would add it again."""
+    projection = _projection(model.get_submodule(owner), owner, weight_key)
+    return bias is not None and projection is not None and projection.bias is None
+
+
 def apply_knob(
     model: nn.Module,
     owner: str,

@@ -23,7 +23,7 @@ from rewriter.decision import Decision
 from rewriter.errors import NothingToRewrite, UnsupportedModel
 from rewriter.install.call_record import CallRecord, record_calls
 from rewriter.install.expert_mixing import Proved
-from rewriter.install.huggingface import apply_knob, knob_applies
+from rewriter.install.huggingface import adds_outside, apply_knob, knob_applies
 from rewriter.install.kept import Kept
 from rewriter.install.own_module import crowd, form_obstacle, layout_obstacle, owner_of
 from rewriter.install.repeated_heads import keep_forwards
@@ -218,7 +218,9 @@ def _install_one(
     q_key, k_key, v_key = (whole_key(flow, o) for o in (site.q, site.k, site.v))
     turned = "q_weight" in first.tensors
     knob = _keeps_its_form(first) and knob_applies(module, group.path, k_key, v_key) if k_key and v_key else False
-    if k_key and v_key and (q_key or not turned) and knob:
+    biases = ((q_key if turned else None, before.q_bias), (k_key, before.k_bias), (v_key, before.v_bias))
+    outside = any(adds_outside(module, group.path, key, bias) for key, bias in biases if key)
+    if k_key and v_key and (q_key or not turned) and knob and not outside:
         query, gains = q_key if turned else None, new_gains(module, flow, first, group.path)
         apply_knob(
             module, group.path, k_key, v_key, first.grouped.kv_heads, after, record, q_weight_key=query, gains=gains

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import rewriter
 from rewriter.errors import UnsupportedModel, UsageError
 from rewriter.install.call_record import record_calls
 from rewriter.install.huggingface import apply_knob, config_tells_all, heads_of, knob_applies
@@ -96,6 +97,21 @@ def test_fewer_heads_than_a_grouped_model_has() -> None:
     turn(model, case, 1)
     assert model.config.num_key_value_heads == 1
     torch.testing.assert_close(case.run(model, inputs), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["k_proj", "v_proj"])
+def test_what_a_hook_adds_to_a_projection_is_added_once(name: str) -> None:
+    case = ZOO["llama-sdpa"]
+    model, inputs = tied(case, 2), case.inputs(2, 9, 0)
+    without = case.run(model, inputs)
+    for path in owners(model, case.heads):
+        projection = model.get_submodule(f"{path}.{name}")
+        projection.register_forward_hook(lambda _module, _args, output: output + 0.5)
+    expected = case.run(model, inputs)
+    assert not torch.allclose(expected, without, atol=1e-2)
+    done = rewriter.optimize(model, "gqa2", example_inputs=case.inputs(2, 7, 1))
+    assert all(row.exact for row in done.rewrite_report.sites)
+    torch.testing.assert_close(case.run(done, inputs), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
