@@ -130,6 +130,8 @@ def _units(
             refused.append((site.name, f"it shares its weights with {outside}, which is not selected"))
         elif silent is not None:
             refused.append((site.name, f"no output projection follows {silent}, so its effect cannot be measured"))
+        elif run := next((s for s in unit if s.headwise), None):
+            refused.append((site.name, f"{run.stays}, so its effect is not measured; share its heads by gqaN"))
         else:
             found[tuple(s.name for s in unit)] = unit
     return list(found.values()), refused

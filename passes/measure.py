@@ -21,7 +21,7 @@ def site_error(flow: Flow, evidence: Evidence, replacement: Replacement) -> tupl
     """(error, floor): relative root-mean-square error of the attention output, and of an output of zeros.
 
     Where the output projection changes too, or goes, it is taken behind that. None where a q/k norm with its own
-    weights makes the keys' step not computable outside the program.
+    weights, or a path that is not read, makes the keys' step not computable outside the program.
     """
     if replacement.mixing is not None:
         return _mixing_error(flow, replacement, replacement.mixing)
@@ -30,7 +30,7 @@ def site_error(flow: Flow, evidence: Evidence, replacement: Replacement) -> tupl
     spec = replacement.grouped
     if spec.pattern:
         return _sparse_error(flow, evidence, spec)
-    if any(operand.norm is not None for _, operand in replacement.site.shared):
+    if replacement.site.headwise or any(operand.norm is not None for _, operand in replacement.site.shared):
         return None
     turned = "q_weight" in replacement.tensors
     heads = spec.heads

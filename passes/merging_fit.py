@@ -50,7 +50,7 @@ def merge_calibrated(
 
     `pooled` holds what sites that share weights have become so far; `steps` are all that are taken.
     """
-    if isinstance(target, GroupedQuery) and site.joined:  # statistics are of one projection's tokens
+    if isinstance(target, GroupedQuery) and (site.joined or site.headwise):  # statistics are of a projection's tokens
         return target.pooled(pair.flow, site)
     if isinstance(target, GroupedQuery) and site.interleaved:
         order = pair.freedom(site)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from passes.dataflow import Array, Flow, Value
+from passes.dataflow import Array, Flow, Node, Value
 from passes.match.canonical_order import in_blocks
 from passes.match.operand_view import OperandView
 from passes.match.operands import Tokens, Traced
@@ -127,6 +127,9 @@ def rebuild(flow: Flow, traced: Traced, view: OperandView | None = None) -> Arra
     """
     operand, tokens = traced.operand, traced.tokens
     projection = operand.projection
+    if operand.headwise:
+        assert view is not None
+        return _run_by_head(flow, traced, view)
     matrix = flow.nodes[projection.node].outputs[0]
     early, late = operand_roundings(flow, matrix, projection.output, view.value) if view is not None else ((), ())
     projected = project(flow, projection, early)
@@ -134,6 +137,35 @@ def rebuild(flow: Flow, traced: Traced, view: OperandView | None = None) -> Arra
         projected = _normed(flow, traced, projected)
     out = rotated(projected, tokens.columns, traced)
     return executed(flow, late, out if tokens.offset is None else out + tokens.offset)
+
+
+def _run_by_head(flow: Flow, traced: Traced, view: OperandView) -> Array:
+    """An operand whose path is not read: it is run for each head on that head's columns alone."""
+    operand, tokens = traced.operand, traced.tokens
+    whole = project(flow, operand.projection).reshape(flow.shape(operand.projection.output))
+    nodes, out = [flow.nodes[i] for i in operand.path], recorded(flow, view, tokens)
+    for head in range(operand.heads):
+        given = columns_alone(whole, operand.columns[head])
+        mine = [h for h, group in enumerate(traced.group) if group == head]
+        out[:, mine] = recorded(run_between(flow, nodes, operand.projection.output, given), view, tokens)[:, mine]
+    return out
+
+
+def columns_alone(projected: Array, columns: Array) -> Array:
+    """A projection's output with zeros in all other columns."""
+    given = np.zeros_like(projected)
+    given[..., columns] = projected[..., columns]
+    return given
+
+
+def run_between(flow: Flow, nodes: Iterable[Node], start: Value, given: Array) -> Flow:
+    """The flow with `given` in the place of `start`, and what `nodes` make of that."""
+    held = {start: given.astype(flow.value(start).dtype)}
+    for node in nodes:
+        arguments = [held[v] if v in held else flow.value(v) if v else None for v in node.inputs]
+        with np.errstate(all="ignore"):  # zeros may be normalised
+            held.update(zip(node.outputs, node.evaluate(arguments), strict=False))
+    return replace(flow, read=lambda name: held[name] if name in held else flow.read(name))
 
 
 def rotated(projected: Array, columns: Array, traced: Traced) -> Array:

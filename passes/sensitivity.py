@@ -180,7 +180,7 @@ class Sensitivity:
 
     def _counted(self, runs: Sequence[Trial]) -> list[Array | None]:
         """[B, S], tokens that are no padding, as the last self-attention has them."""
-        own = [s for s in self._ordered(self.matches.sites) if not s.cross and s.out is not None]
+        own = [s for s in self._ordered(self.matches.sites) if not (s.cross or s.headwise or s.out is None)]
         if not own:
             return [None] * len(runs)
         looker = PairedRuns(self.flow, self.matches, self.probe, runs, (), [True] * len(runs))

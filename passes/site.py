@@ -145,6 +145,9 @@ class Operand:
         presents: (program output, axis that runs over heads) for outputs that lie on the path.
         streams: where tokens are joined from several projections, what the others of them make, in the order of tokens:
             operands of the same heads and with the same seam.
+        headwise: whether what lies between projection and anchor is not read (pooled tokens, say) and known by running
+            it only: it treats every head by itself and all alike. Such an operand has no seam, and no row of the
+            projection is one of its tokens.
     """
 
     projection: Projection
@@ -164,6 +167,7 @@ class Operand:
     presents: tuple[tuple[Value, int], ...] = ()
     reshapes: tuple[tuple[int, int], ...] = ()
     streams: tuple[Operand, ...] = ()
+    headwise: bool = False
 
     @property
     def parts(self) -> tuple[Operand, ...]:
@@ -282,6 +286,11 @@ class AttentionSite:
         return any(o.streams for o in (self.q, self.k, self.v))
 
     @property
+    def headwise(self) -> bool:
+        """Whether queries, keys or values are, as `Operand.headwise`."""
+        return any(o.headwise for o in (self.q, self.k, self.v))
+
+    @property
     def interleaved(self) -> bool:
         """Whether query heads that read one key/value head are no neighbours."""
         return tuple(sorted(self.group)) != self.group
@@ -313,6 +322,8 @@ class AttentionSite:
         """Why no attention can be written in its place, "" if one can: it does more than that would, or tells more."""
         if self.hidden_bias == "keys":
             return "its scores get a bias that is computed from its keys"
+        if self.headwise:
+            return "its tokens are pooled, put into blocks or changed otherwise between projections and scores"
         if self.weights_read:
             return "something else reads its attention weights, too (an output, say)"
         if self.scores_rounded:

@@ -104,7 +104,7 @@ def match_capture(captured: OnnxCapture, *, hidden_biases: bool = False) -> Matc
 
 def _never_written(captured: OnnxCapture, site: AttentionSite) -> str | None:
     """Why nothing can be done with a site in a file, whatever it is to become; None if something can."""
-    if not (site.k.seam and site.v.seam):
+    if not (site.headwise or (site.k.seam and site.v.seam)):
         return "its heads are repeated before they are rotated, which is not rewritten in a file"
     if site.by_blocks and read_elsewhere(captured.flow, site):
         return "it attends within blocks of tokens, and another attention reads the keys or values that it would share"

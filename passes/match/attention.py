@@ -10,10 +10,12 @@ from passes.dataflow import LAYOUT, Flow, Node, Value
 from passes.match.canonical_order import HeadsApart, in_blocks
 from passes.match.folded import unfolded
 from passes.match.groups import joined, require_groups
+from passes.match.headwise import trace_headwise
 from passes.match.hidden_bias import with_sources
 from passes.match.learned_query import with_learned_queries
 from passes.match.linear_map import output_map
 from passes.match.names import common_scope, exporter_scope, layer_of
+from passes.match.operand_view import OperandView
 from passes.match.operands import Traced
 from passes.match.repeats import trace_repeated
 from passes.match.score_terms import total_bias
@@ -109,8 +111,7 @@ def match_anchor(tracer: Tracer, anchor: Node, name: str, layer: int) -> tuple[A
     flow = tracer.flow
     path, q = _query(tracer, score_path(flow, anchor))
     path = _by_blocks(flow, _heads_first(flow, path, q), q)
-    k = _named(tracer, path.k, "key", shared=True)
-    v = _named(tracer, path.v, "value", shared=True)
+    k, v = _shared(tracer, path.k, "key"), _shared(tracer, path.v, "value")
     require_groups(flow, path, k, v)
     heads = q.operand.heads
     group = _group(k, heads)
@@ -159,11 +160,32 @@ def match_anchor(tracer: Tracer, anchor: Node, name: str, layer: int) -> tuple[A
 
 def _query(tracer: Tracer, path: ScorePath) -> tuple[ScorePath, Traced]:
     try:
+        return _read_query(tracer, path)
+    except NotUnderstood:
+        found = trace_headwise(tracer, path.q, shared_heads=False)
+        if found is None:
+            raise
+        return path, found
+
+
+def _read_query(tracer: Tracer, path: ScorePath) -> tuple[ScorePath, Traced]:
+    try:
         return path, _named(tracer, path.q, "query", shared=False)
     except HeadsApart:
         return _joined(tracer, path)
     except NotUnderstood:
         found = unfolded(tracer, path)
+        if found is None:
+            raise
+        return found
+
+
+def _shared(tracer: Tracer, view: OperandView, role: str) -> Traced:
+    """Keys or values."""
+    try:
+        return _named(tracer, view, role, shared=True)
+    except NotUnderstood:
+        found = trace_headwise(tracer, view, shared_heads=True)
         if found is None:
             raise
         return found
@@ -214,9 +236,9 @@ def _by_blocks(flow: Flow, path: ScorePath, q: Traced) -> ScorePath:
     return replace(path, modifiers=tuple(modifiers))
 
 
-def _named(tracer: Tracer, view: object, role: str, *, shared: bool) -> Traced:
+def _named(tracer: Tracer, view: OperandView, role: str, *, shared: bool) -> Traced:
     try:
-        return trace_repeated(tracer, view, shared_heads=shared)  # type: ignore[arg-type]
+        return trace_repeated(tracer, view, shared_heads=shared)
     except HeadsApart as error:
         raise HeadsApart(f"{role}: {error}") from error
     except NotUnderstood as error:
@@ -258,6 +280,8 @@ def _is_causal(flow: Flow, path: ScorePath, q: Traced, k: Traced, heads: int) ->
     batch, queries = q.tokens.rows.shape
     keys = k.tokens.new.stop
     if q.streams or k.streams:
+        return False
+    if in_blocks(q.tokens.axes) and (q.operand.headwise or k.operand.headwise):  # positions in a block, of more keys
         return False
     if queries < 2 or keys < queries:
         return False

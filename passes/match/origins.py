@@ -58,7 +58,7 @@ class Turn:
 def origin_of(tracer: Tracer, source: Source) -> Origin:
     """The projection under a source, and what is done to it first."""
     if source.kind == "projection":
-        projection, layout = _describe(tracer.flow, source.value)
+        projection, layout = described(tracer.flow, source.value)
         return Origin(projection, {source.value: (layout.rows, layout.columns)}, source.value)
     assert source.under is not None
     inner = form_of(tracer, source.under)
@@ -99,7 +99,7 @@ def _turned_origin(tracer: Tracer, source: Source, inner: Form) -> Origin:
     )
 
 
-def _describe(flow: Flow, output: Value) -> tuple[Projection, Layout]:
+def described(flow: Flow, output: Value) -> tuple[Projection, Layout]:
     """The projection whose complete output this is, and how that is laid out. Raises NotUnderstood."""
     found = projection_at(flow, output)
     assert found is not None

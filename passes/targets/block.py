@@ -61,9 +61,10 @@ def surroundings(flow: Flow, matches: Matches, site: FeedForwardSite) -> Surroun
     """By the attentions above the block; by the next one where there is none."""
     above = {node.index for node in flow.ancestors(site.up.projection.input)}
     own = sorted((s for s in matches.sites if not s.cross), key=lambda s: s.anchor)
-    near = [s for s in own if s.anchor in above]
-    unclear = not near and any(r.anchor in above for r in matches.refusals)
-    near = near or own[:1]
+    near = [s for s in own if s.anchor in above and not s.headwise]  # whose positions are not told
+    unread = {*(r.anchor for r in matches.refusals), *(s.anchor for s in own if s.headwise)}
+    unclear = not near and not unread.isdisjoint(above)
+    near = near or [s for s in own if not s.headwise][:1]
     return Surroundings(
         causal_model=any(s.causal for s in own),
         causal=None if unclear else any(s.causal for s in near),

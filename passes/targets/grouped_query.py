@@ -32,7 +32,10 @@ GROUPINGS: tuple[Grouping, ...] = ("contiguous", "similar")
 
 JOINED = "its tokens are joined from several projections, whose heads can be shared (gqaN) and nothing else"
 INTERLEAVED = "query heads that share a key/value head are no neighbours; gqaN brings them together first"
-BY_BLOCKS = "it attends within blocks of tokens, which have an axis of their own; only gqaN keeps that as it is"
+BY_BLOCKS = (
+    "it attends within blocks of tokens, which have an axis of their own; only gqaN keeps that as it is (or give the "
+    "weights to an attention between all tokens, which target window makes local again)"
+)
 HIDDEN_BIAS = "its scores get a bias that is computed from hidden states, which only gqaN keeps"
 
 

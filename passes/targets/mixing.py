@@ -56,7 +56,7 @@ def refusal(site: AttentionSite, *, causal: bool = False) -> str | None:
         return BY_BLOCKS
     if site.hidden_bias:
         return HIDDEN_BIAS
-    if site.weights_read:
+    if site.weights_read or site.headwise:
         return f"{site.stays}; only gqaN keeps that as it is"
     if site.joined:
         return "its tokens are joined from several projections, and mixing has one sequence"

@@ -14,7 +14,7 @@ def around_anchors(flow: Flow) -> set[Value]:
 
     def stop(node: Node) -> bool:
         operands = flow.projection_operands(node)
-        if operands is None:
+        if operands is None or _projects_tokens(flow, node, operands[0]):
             return False
         # a constant of more axes may be queries that are learned, or their product with a weight: keys lie above
         return node.op != "MatMul" or len(flow.shape(node.inputs[operands[1]])) <= 2
@@ -27,6 +27,21 @@ def around_anchors(flow: Flow) -> set[Value]:
         wanted.update(v for v in (*above.inputs, *above.outputs) if v)
         wanted.update(unflattened(flow, above.inputs[0]) if stop(above) else ())
     return wanted
+
+
+def _projects_tokens(flow: Flow, node: Node, data: int) -> bool:
+    """Whether features leave the last axis in front of a product and come back behind it, or behind its bias."""
+    before = flow.producer(node.inputs[data])
+    if before is None or not _moves_features(before):
+        return False
+    readers = flow.consumers(node.outputs[0])
+    behind = [r for n in readers for r in (flow.consumers(n.outputs[0]) if n.op == "Add" else (n,))]
+    return len(behind) > 0 and all(_moves_features(r) for r in behind)
+
+
+def _moves_features(node: Node) -> bool:
+    perm = node.attrs.get("perm") if node.op == "Transpose" else None
+    return perm is not None and perm[-1] != len(perm) - 1
 
 
 def _downstream(flow: Flow, anchor: Node) -> list[Node]:

@@ -74,10 +74,10 @@ def plan_site(editor: Editor, replacement: Replacement, *, apart: bool = False) 
     stay = bool(spec.pattern) or replacement.linear is not None  # the projections do
     if replacement.linear is not None:
         require_linear(editor, replacement)
-    if any(m.windows or m.heads_first for m in site.modifiers):
-        raise UnsupportedModel("masks meet its scores window by window, or heads before sequences", hint=HINT)
     if site.stays and spec.kv_heads != site.kv_heads:
         raise UnsupportedModel(site.stays, hint=HINT)
+    if any(m.windows or m.heads_first for m in site.modifiers):
+        raise UnsupportedModel("masks meet its scores window by window, or heads before sequences", hint=HINT)
     if site.temperature is not None:
         raise UnsupportedModel("each head's scores have a temperature of their own", hint=HINT)
     if spec.pattern and spec.sinks:

@@ -105,6 +105,8 @@ def form_obstacle(site: AttentionSite) -> str | None:
         return "a norm multiplies each of its heads by numbers of their own"
     if site.hidden_bias:
         return "its scores get a bias that is computed from hidden states, as its forward does"
+    if site.headwise:
+        return f"{site.stays}, as its forward does"
     if site.weights_read:
         return "its attention weights are read elsewhere, too, which its forward hands on"
     if any(m.kind == "sinks" for m in site.modifiers):

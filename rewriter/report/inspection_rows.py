@@ -35,7 +35,8 @@ def _layout(site: AttentionSite) -> str:
     """Which projections feed the site and how heads lie in them."""
     nodes = {site.q.projection.node, site.k.projection.node, site.v.projection.node}
     fused = {1: "fused qkv", 2: "two projections share q, k, v", 3: "separate q, k, v"}[len(nodes)]
-    keys = f"keys {' '.join(site.k.seam_axes)}" if site.k.seam else "keys repeated before they are rotated"
+    late = "keys run as they are" if site.k.headwise else "keys repeated before they are rotated"
+    keys = f"keys {' '.join(site.k.seam_axes)}" if site.k.seam else late
     joined = f", tokens of {len(site.k.parts)} streams joined" if site.joined else ""
     return f"{fused}, {keys}{joined}"
 

@@ -215,6 +215,40 @@ class TurnedByMatrices(Attends):
         return weights @ v
 
 
+class Convolved(Attends):
+    """Keys and values of every other token, convolved channel by channel alike in all heads, then normalised."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = nn.Conv1d(DIM, DIM, 3, 2, 1, groups=DIM)
+        self.norm = nn.LayerNorm(DIM)
+
+    def weigh(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = (self.norm(self.pool(t.flatten(0, 1).transpose(1, 2)).transpose(1, 2)) for t in (k, v))
+        k, v = (t.unflatten(0, (-1, HEADS)) for t in (k, v))
+        weights: Tensor = (q @ k.transpose(-2, -1)).softmax(-1)
+        return weights @ v
+
+
+class ScaledByPosition(Attends):
+    """xPos on queries and keys; tokens of values are projected to fewer, as in a Linformer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fewer = nn.Linear(TOKENS, TOKENS)
+
+    def weigh(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        angles = torch.arange(TOKENS)[:, None] / 10 ** torch.arange(DIM // 2)
+        growth = (1 + torch.arange(DIM // 2) / DIM) ** torch.arange(TOKENS)[:, None]
+        q, k = self._turned(q, angles, growth), self._turned(k, angles, 1 / growth)
+        weights: Tensor = (q @ k.transpose(-2, -1) / DIM**0.5).softmax(-1)
+        return weights @ self.fewer(v.transpose(-2, -1)).transpose(-2, -1)
+
+    def _turned(self, t: Tensor, angles: Tensor, growth: Tensor) -> Tensor:
+        (a, b), cos, sin = t.chunk(2, -1), angles.cos() * growth, angles.sin() * growth
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
 CONVENTIONS: dict[str, Callable[[], Attends]] = {
     "temperatures": Tempered,
     "temperatures-capped": Cooled,
@@ -228,6 +262,8 @@ CONVENTIONS: dict[str, Callable[[], Attends]] = {
     "projections-by-einsum": ByEinsum,
     "joined-bias": JoinedBias,
     "turned-by-matrices": TurnedByMatrices,
+    "convolved-heads": Convolved,
+    "scaled-by-position": ScaledByPosition,
 }
 
 

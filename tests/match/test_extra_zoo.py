@@ -61,6 +61,7 @@ MODULE_KEEPS = {
     "x-rotary": "of no known role",
     "x-rotary-sdpa": "of no known role",
     "x-alibi": "of no known role",
+    "longt5-eager": "put into blocks",
     "two-streams": "tokens of several projections are joined",
     **dict.fromkeys(("packed-sequence", "windows", "image-attends-text"), "the attention is the model itself"),
 }
@@ -68,6 +69,7 @@ MODULE_KEEPS = {
 
 GRAPH_KEEPS = {
     "complex-rotary": "changes how heads lie",
+    "longt5-eager": "put into blocks",
     "x-rotary": "inside a wrapped region",
     "x-rotary-sdpa": "inside a wrapped region",
     "falcon-sdpa": "repeated before they are rotated",

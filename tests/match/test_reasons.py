@@ -216,6 +216,7 @@ class NormalisedByBatch(Projects):
     def __init__(self) -> None:
         super().__init__()
         self.norm = nn.BatchNorm1d(WIDTH)
+        nn.init.normal_(self.norm.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         rows = self.v(x).flatten(0, 1)
@@ -457,19 +458,14 @@ class Renormalised(Projects):
 REASONS: dict[type[Projects], str] = {
     Indexed: "hidden states choose which keys each query sees",
     Unbatched: "it is one head of one sequence",
-    ScaledLate: "behind the rotation",
     EarlierValues: "sum of projections of different hidden states",
     Differential: "as in differential attention",
     Renormalised: "they are normalised once more",
-    Summed: "several numbers are added up between projection and score",
     HeadsFirst: "axes in another order than its queries",
-    Landmarks: "tokens are averaged between projection and score",
     Inverted: "they enter several products",
     Gated: "they are combined with other numbers first (Mul",
     Assigned: "only the largest of each token's count",
     GlobalAndNear: "its scores are joined from several products",
-    GatheredKeys: "some of its tokens stand in several places",
-    ChosenQueries: "chosen by something computed from hidden states",
     TalkingTwice: "mixed between heads",
     TalkingByEinsum: "mixed between heads",
     TalkingClass: "mixed between heads",
@@ -486,8 +482,6 @@ REASONS: dict[type[Projects], str] = {
     Warmed: "scores are multiplied by something computed from hidden states",
     NormalisedByBatch: "a batch normalisation stands between projection and scores",
     TalkingOnTop: "mixed between heads",
-    PooledQueries: "(pooling), so heads are no linear map",
-    PooledByIndex: "(pooling), so heads are no linear map",
     TurnedByHead: "rotated by angles of their own",
     WithLearnedToken: "joined to it (add_zero_attn, add_bias_kv, a prefix); without them it is read",
     PositionsByHead: "numbers of their own for each head (such as projected positions)",

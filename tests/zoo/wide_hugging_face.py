@@ -201,7 +201,7 @@ def encoder_decoders() -> list[ZooCase]:
         causal=True,
         tags=("wide", "encoder-decoder"),
     )
-    return _refused(made, "attended in blocks", LAYERS)
+    return made
 
 
 def refused() -> list[ZooCase]:
