@@ -6,9 +6,8 @@ The exported graph is for analysis only; what a person gets back is their own mo
 from __future__ import annotations
 
 import contextlib
-import io
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -28,15 +27,13 @@ from rewriter.capture.folded_norms import fold_norms
 from rewriter.capture.late_clips import clip_behind_cuts
 from rewriter.capture.own_containers import own
 from rewriter.capture.pointwise import operator_name, write_as_linear
+from rewriter.capture.quiet_export import quiet_export
 from rewriter.capture.torch_trace import trace, writes_through_views
 from rewriter.errors import NotExportable, UnsupportedModel, first_line
 from rewriter.module_modes import evaluating, unchanged
 
 _REGIONS = frozenset({"wrap_with_autocast", "wrap_with_set_grad_enabled"})
 _ANCHORS = frozenset({"softmax", "_softmax", "scaled_dot_product_attention"})
-
-STACK_TRACES_OFF = "do_not_emit_stack_traces"
-"""The setting of torch.fx by which nodes get none."""
 
 
 @dataclass(frozen=True)
@@ -106,13 +103,7 @@ def _traced(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
 def exported(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.export.ExportedProgram:
     """What torch.export makes of the module in eval mode; raises NotExportable with its reason if it fails."""
     try:
-        with (
-            evaluating(module),
-            torch.no_grad(),
-            unchanged(module),
-            _without_stack_traces(),
-            contextlib.redirect_stderr(io.StringIO()),  # on failure the exporter prints the graph it has so far
-        ):
+        with evaluating(module), torch.no_grad(), unchanged(module), quiet_export():
             program = functional(torch.export.export(module, own(args), own(dict(kwargs)), strict=False))
     except Exception as error:  # torch.export raises many unrelated types
         scripted = next((n for n, m in module.named_modules() if isinstance(m, torch.jit.ScriptModule)), None)
@@ -186,22 +177,6 @@ def with_linear_maps(program: torch.export.ExportedProgram) -> torch.export.Expo
     if written | clip_behind_cuts(program.graph):
         program.graph_module.recompile()
     return program
-
-
-@contextlib.contextmanager
-def _without_stack_traces() -> Iterator[None]:
-    """Leave out where in the model's source each node was made: nothing here reads it, and it takes long to write."""
-    from torch.fx import config
-
-    before = getattr(config, STACK_TRACES_OFF, None)
-    if before is None:  # torch before this setting
-        yield
-        return
-    setattr(config, STACK_TRACES_OFF, True)
-    try:
-        yield
-    finally:
-        setattr(config, STACK_TRACES_OFF, before)
 
 
 def view(program: torch.export.ExportedProgram, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TorchCapture:

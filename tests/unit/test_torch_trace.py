@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -86,3 +90,27 @@ def test_a_capture_writes_no_stack_traces_and_leaves_the_setting_alone(monkeypat
         monkeypatch.setattr(config, "do_not_emit_stack_traces", before)
         capture(module, args, {})
         assert config.do_not_emit_stack_traces is before
+
+
+def test_a_capture_logs_nothing_and_others_go_on_logging() -> None:
+    """torch logs tracebacks of exports that fail, by handlers of its own; what fails is tried otherwise."""
+    said = io.StringIO()
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    handler = logging.StreamHandler(said)
+
+    class Talking(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            print("a graph", file=sys.stderr)
+            logger.error("a traceback")
+            return x * 2
+
+    module, args = Talking(), (torch.ones(2, 3),)
+    logger.addHandler(handler)
+    try:
+        with contextlib.redirect_stderr(said):
+            capture(module, args, {})
+            assert not said.getvalue()
+            module(*args)
+    finally:
+        logger.removeHandler(handler)
+    assert said.getvalue() == "a graph\na traceback\n"
