@@ -8,6 +8,7 @@ import numpy as np
 
 from passes.dataflow import LAYOUT, Flow, Node, Value
 from passes.match.canonical_order import HeadsApart, in_blocks
+from passes.match.edge_softmax import edge_softmaxes
 from passes.match.folded import unfolded
 from passes.match.groups import joined, require_groups
 from passes.match.headwise import trace_headwise
@@ -89,7 +90,7 @@ def find_attention(flow: Flow, *, hidden_biases: bool = False) -> Matches:
             site = names.settled(site)
             sites.append(site)
             evidence[site.name] = proof
-    for node, missing in without_softmax(flow, {n.anchor for n in unrelated}):
+    for node, missing in (*without_softmax(flow, {n.anchor for n in unrelated}), *edge_softmaxes(flow)):
         name, layer = names.of(node)
         refusals.append(Refusal(name, layer, missing, node.index, node.owner))
     refusals.sort(key=lambda r: r.anchor)

@@ -1,4 +1,6 @@
-"""Convolutions of kernel size 1 that attentions read, written as the linear layers over channels that they are.
+"""Convolutions that attentions read, written as the linear layers that they are.
+
+Those are over channels where kernels are of size 1, else over the channels of all tokens that a kernel covers.
 
 Done to the graph that a module was exported to for analysis, and to a copy of a graph that is edited itself. The module
 keeps its convolution: what is stored has the same rows, so the door out finds them there.
@@ -34,9 +36,7 @@ def write_as_linear(graph: Graph, only: Collection[str] | None = None) -> bool:
 
     A product is an attention's if a softmax reads it or it reads one.
     """
-    found = [
-        n for n in dict.fromkeys(read_by_attention(graph)) if _is_pointwise(n) and (only is None or n.name in only)
-    ]
+    found = [n for n in dict.fromkeys(read_by_attention(graph)) if _is_dense(n) and (only is None or n.name in only)]
     for node in found:
         _replace(graph, node)
     if found:
@@ -83,21 +83,23 @@ def _next(start: FxNode, step: Callable[[FxNode], Iterable[FxNode]]) -> Iterator
             todo.extend(step(node))
 
 
-def _is_pointwise(node: FxNode) -> bool:
-    """Whether a convolution multiplies each place by one matrix, and does nothing else."""
+def _is_dense(node: FxNode) -> bool:
+    """Whether a convolution multiplies all channels of the tokens under its kernel by one matrix."""
     if operator_name(node) not in _CONVOLUTIONS:
         return False
     shapes = [getattr(recorded(n), "shape", None) for n in node.all_input_nodes[:2]]
-    schema = node.target._schema  # type: ignore[union-attr]
-    given = dict(zip((a.name for a in schema.arguments), node.args, strict=False)) | dict(node.kwargs)
+    given = _given(node)
     if any(s is None for s in shapes) or isinstance(given.get("padding"), str):
         return False
     x, weight = shapes
     assert x is not None and weight is not None
-    steps = [n for name in ("stride", "dilation") for n in given.get(name, [1])]
-    still = all(n == 1 for n in steps) and all(n == 0 for n in given.get("padding", [0]))
-    plain = not given.get("transposed") and given.get("groups", 1) == 1 and len(x) == len(weight)
-    return still and plain and all(n == 1 for n in weight[2:])
+    return not given.get("transposed") and given.get("groups", 1) == 1 and len(x) == len(weight)
+
+
+def _given(node: FxNode) -> dict[str, Any]:
+    """A node's arguments by name."""
+    schema = node.target._schema  # type: ignore[union-attr]
+    return dict(zip((a.name for a in schema.arguments), node.args, strict=False)) | dict(node.kwargs)
 
 
 def recorded(node: FxNode) -> Any:
@@ -119,13 +121,36 @@ def called(like: FxNode, target: Any, *args: Any) -> FxNode:
 
 
 def _replace(graph: Graph, node: FxNode) -> None:
-    x, weight = node.args[:2]
+    weight = node.args[1]
     bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
     with graph.inserting_before(node):
-        rows = called(node, aten.movedim.int, x, 1, -1)
+        rows = _rows(node)
         matrix = called(node, aten.flatten.using_ints, weight, 1)
         product = called(node, aten.linear.default, rows, matrix, bias)
         result = called(node, aten.movedim.int, product, -1, 1)
     product.meta[STANDS_FOR] = node.name
     node.replace_all_uses_with(result)
     graph.erase_node(node)
+
+
+def _rows(node: FxNode) -> FxNode:
+    """[N, places..., channels times kernel]: what a convolution multiplies at each place."""
+    x, weight = node.all_input_nodes[:2]
+    sizes = list(recorded(weight).shape[2:])
+    given, count = _given(node), len(sizes)
+
+    def along(name: str, otherwise: int) -> list[int]:
+        numbers = list(given.get(name, [otherwise]))
+        return numbers * count if len(numbers) == 1 else numbers
+
+    if any(padding := along("padding", 0)):
+        x = called(node, aten.constant_pad_nd.default, x, [n for p in reversed(padding) for n in (p, p)])
+    steps = list(zip(sizes, along("stride", 1), along("dilation", 1), strict=True))
+    if all(step == (1, 1, 1) for step in steps):
+        return called(node, aten.movedim.int, x, 1, -1)
+    for axis, (size, stride, dilation) in enumerate(steps, 2):
+        x = called(node, aten.unfold.default, x, axis, (size - 1) * dilation + 1, stride)
+        if dilation > 1:
+            x = called(node, aten.slice.Tensor, x, -1, 0, None, dilation)
+    x = called(node, aten.movedim.int, x, 1, count + 1)
+    return called(node, aten.flatten.using_ints, x, count + 1)

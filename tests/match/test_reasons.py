@@ -455,7 +455,34 @@ class Renormalised(Projects):
         return self.merged((weights / (weights.sum(-2, keepdim=True) + 1e-6)) @ v)
 
 
+class AlongEdges(Projects):
+    """A graph transformer: each edge's score is normalised by the sum at the node where it ends."""
+
+    pooled = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (p(x.flatten(0, 1)).view(-1, HEADS, DIM) for p in (self.q, self.k, self.v))
+        start, end = torch.tensor([0, 1, 2, 3, 4, 5, 0]), torch.tensor([1, 2, 3, 4, 5, 0, 3])
+        scores = self.k(x.flatten(0, 1))[start, :HEADS] if self.pooled else (q[end] * k[start]).sum(-1)
+        powers, where = scores.exp(), end[:, None].expand(-1, HEADS)
+        weights = powers / torch.zeros(len(q), HEADS).scatter_add(0, where, powers)[end]
+        summed = torch.zeros_like(v).scatter_add(0, where[..., None].expand(-1, -1, DIM), weights[..., None] * v[start])
+        return self.o(summed.reshape(x.shape))
+
+
+class PooledAlongEdges(AlongEdges):
+    """A learned projection of what is pooled is its score."""
+
+    pooled = True
+
+
+def test_pooling_along_edges_is_no_attention() -> None:
+    seen = rewriter.inspect(PooledAlongEdges().eval(), example_inputs=(_x(),))
+    assert not seen.sites and not seen.refusals
+
+
 REASONS: dict[type[Projects], str] = {
+    AlongEdges: "along the edges of a graph",
     Indexed: "hidden states choose which keys each query sees",
     Unbatched: "it is one head of one sequence",
     EarlierValues: "sum of projections of different hidden states",

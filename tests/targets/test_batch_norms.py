@@ -83,7 +83,7 @@ def twin(spelling: str, perturbed: str = "") -> nn.Sequential:
 
 
 class TwoKinds(nn.Module):
-    """The same behind another attention, whose queries are pooled, so that it is refused."""
+    """The same behind another attention, whose queries are the larger of two heads', so that it is refused."""
 
     def __init__(self, module: nn.Sequential) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class TwoKinds(nn.Module):
         first = self.refused[1]
         assert isinstance(first, Normed)
         q, k, v = (y.unflatten(1, (HEADS, DIM)) for y in first.projected(x))
-        weights = (nn.functional.max_pool2d(q, (1, 3)).transpose(-2, -1) @ k).softmax(-1)
+        weights = (torch.maximum(q, q.flip(1)).transpose(-2, -1) @ k).softmax(-1)
         pooled = (v @ weights.transpose(-2, -1)).flatten(1, 2).mean(-1)[..., None, None]
         out: Tensor = self.second(x + pooled)
         return out
