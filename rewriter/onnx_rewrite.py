@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from codegen.ops.grouped_query_attention.onnx_tiles import computed_scores
 from passes.dataflow import Flow, Value
 from passes.match.attention import Matches, find_attention
 from passes.match.confirm import confirm
+from passes.match.contractions import STRAIGHT_FROM
 from passes.match.feed_forward import FeedForwards, confirm_feed_forward, find_feed_forward
 from passes.protocols import Probe
 from passes.refused_readers import caches_read_elsewhere, read_elsewhere
@@ -29,19 +30,24 @@ from rewriter.capture.faithful import without_unfaithful
 from rewriter.capture.fused.unfuse import fused_nodes, unfuse
 from rewriter.capture.fused.written_out import WrittenOut
 from rewriter.capture.onnx_bodies import hidden_anchors
-from rewriter.capture.onnx_file import OnnxCapture, capture
+from rewriter.capture.onnx_branches import Lifted, chooses, lift
+from rewriter.capture.onnx_file import OnnxCapture, capture, why_not_runnable
 from rewriter.capture.onnx_load import copy_of
 from rewriter.capture.onnx_pointwise import Written, has_unwritten, write_as_products
 from rewriter.decision import LISTS, Decision, Stopwatch, decide, is_causal, report, rows, with_kept
 from rewriter.errors import NothingToRewrite, VerificationFailed
 from rewriter.install.kept import Kept, noted
+from rewriter.install.onnx_branch_caches import Shared, conflicts, follow, shared_outputs
+from rewriter.install.onnx_branches import put_back
 from rewriter.install.onnx_experts import contrib_obstacle
 from rewriter.install.onnx_function import install
 from rewriter.install.onnx_obstacles import block_obstacle, obstacle, stays_because
 from rewriter.install.onnx_repeat import repeatable, stays_possible
 from rewriter.report import stored
 from rewriter.report.rewrite_report import RewriteReport
+from rewriter.verify.kv_cache import cache_ports
 from rewriter.verify.onnx_pair import verify_onnx
+from rewriter.verify.record import read_record, rename_record
 
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 4}
 
@@ -49,12 +55,29 @@ _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 4}
 def match_onnx(model: ir.Model, *, hidden_biases: bool = False) -> tuple[OnnxCapture, Matches]:
     """Capture and match; every site has replayed at two sizes, or at one if the file's sizes are fixed.
 
-    Fused operators and convolutions that project are written out in `model` first: give a model that is not needed any
-    more.
+    Branches are lifted, and fused operators and convolutions that project are written out in `model` first: give a
+    model that is not needed any more.
     """
+    _, outputs = lift_branches(model)
     write_as_products(model)
     captured = capture(model, unfuse(model))
-    return captured, match_capture(captured, hidden_biases=hidden_biases)
+    return captured, match_capture(captured, hidden_biases=hidden_biases, outputs=outputs)
+
+
+def lift_branches(model: ir.Model) -> tuple[tuple[Lifted, ...], tuple[Shared, ...]]:
+    """Lift branches that hold attentions, in place, if all of them run on the same inputs; also what of their outputs
+    the file gives out as one.
+
+    If they do not, they stay where they are, and what stands in them is refused.
+    """
+    if not any(chooses(node) for node in model.graph):
+        return (), ()
+    pasts = {present: past for past, present in cache_ports(model).present.items()}
+    lifted = lift(model)
+    if why_not_runnable(model) is not None:
+        put_back(model, lifted)
+        return (), ()
+    return lifted, shared_outputs(model, lifted, pasts)
 
 
 def _unfuse_rewritable(
@@ -91,7 +114,8 @@ def _without_left(captured: OnnxCapture, matches: Matches) -> Matches:
     return replace(matches, refusals=tuple(r for r in matches.refusals if r.anchor not in indices))
 
 
-def match_capture(captured: OnnxCapture, *, hidden_biases: bool = False) -> Matches:
+def match_capture(captured: OnnxCapture, *, hidden_biases: bool = False, outputs: Sequence[Shared] = ()) -> Matches:
+    """`outputs` are those of branches that were lifted."""
     matches = without_unfaithful(captured, find_attention(captured.flow, hidden_biases=hidden_biases))
     if matches.sites and (other := captured.other) is not None:
         matches = confirm(matches, find_attention(other.flow, hidden_biases=hidden_biases))
@@ -99,11 +123,27 @@ def match_capture(captured: OnnxCapture, *, hidden_biases: bool = False) -> Matc
     reasons = {s.name: reason for s in matches.sites if (reason := _never_written(captured, s)) is not None}
     refused = tuple(Refusal.of(s, reasons[s.name]) for s in matches.sites if s.name in reasons)
     sites = tuple(s for s in matches.sites if s.name not in reasons)
-    return replace(matches, sites=sites, refusals=(*matches.refusals, *refused, *hidden))
+    known = tuple(replace(r, reason=_filled_here(r.reason, outputs)) for r in matches.refusals)
+    return replace(matches, sites=sites, refusals=(*known, *refused, *hidden))
+
+
+def _filled_here(reason: str, outputs: Sequence[Shared]) -> str:
+    """The reason for an attention that reads a cache alone, where another branch of the file fills that."""
+    for past in (one.past for one in outputs if one.past is not None):
+        if reason.startswith(fed := STRAIGHT_FROM.format(past)):
+            return (
+                f"{fed}, which another branch of the file fills: it follows that branch, whose shared heads it repeats"
+            )
+    return reason
 
 
 def _never_written(captured: OnnxCapture, site: AttentionSite) -> str | None:
     """Why nothing can be done with a site in a file, whatever it is to become; None if something can."""
+    if (empty := _read_empty(captured, site)) is not None:
+        return (
+            f"it reads {empty}, which the file ran with empty only, so that nothing is known of what it adds; export "
+            "it so that it runs with tokens in its cache"
+        )
     if not (site.headwise or (site.k.seam and site.v.seam)):
         return "its heads are repeated before they are rotated, which is not rewritten in a file"
     if site.by_blocks and read_elsewhere(captured.flow, site):
@@ -111,6 +151,18 @@ def _never_written(captured: OnnxCapture, site: AttentionSite) -> str | None:
     if site.stays and not stays_possible(captured, site):
         return stays_because(site)
     return None
+
+
+def _read_empty(captured: OnnxCapture, site: AttentionSite) -> Value | None:
+    """An input that has no elements here, and may have some, which an attention reads behind its projections."""
+    flow = captured.flow
+    open_ones = {v.name for v in captured.model.graph.inputs if v.shape is None or 0 not in v.shape}
+    empty = {name for name in flow.inputs if name in open_ones and 0 in flow.shape(name)}
+    if not empty:
+        return None
+    first = min(o.projection.node for o in site.operands)
+    between = flow.ancestors(site.output, stop=lambda node: node.index < first)
+    return next((v for node in between for v in node.inputs if v in empty), None)
 
 
 def unshared(captured: OnnxCapture, matches: Matches) -> dict[str, str]:
@@ -156,18 +208,20 @@ def _of_integers(flow: Flow, value: Value) -> bool:
 
 
 def _in_body(operator: str) -> str:
-    reason = f"a softmax stands in a body of {operator}, and control flow is not looked into"
     if operator != "If":
-        return reason
+        return f"a softmax stands in a body of {operator}, and control flow is not looked into"
     return (
-        f"{reason}; if a flag such as use_cache_branch chooses between a decoder's first and later steps, rewrite the "
-        "two files that were merged (the decoder, and the decoder with past) and use them, or merge them again"
+        "a softmax stands in a branch of If, and the two branches do not both run on inputs of one size, so that they "
+        "cannot be looked into together; if they are a decoder's first and later steps, rewrite the two files that "
+        "were merged (the decoder, and the decoder with past) and use them, or merge them again"
     )
 
 
-def _installable(captured: OnnxCapture, decision: Decision) -> tuple[Decision, dict[str, Kept]]:
+def _installable(
+    captured: OnnxCapture, decision: Decision, outputs: Sequence[Shared] = ()
+) -> tuple[Decision, dict[str, Kept]]:
     """Sites that this door cannot write become refusals, before anything is edited; also those that keep their
-    attention, by name."""
+    attention, by name. `outputs` are those of branches that were lifted."""
     reasons, done, kept = {}, [], {}
     lent = caches_read_elsewhere(captured.flow, [r.site for r in decision.replacements])
     for replacement in decision.replacements:
@@ -184,6 +238,9 @@ def _installable(captured: OnnxCapture, decision: Decision) -> tuple[Decision, d
             kept[name] = Kept(projection=False, cache=True, why=reason)
         else:
             reasons[name] = reason
+    while clashes := conflicts(captured.model, outputs, done):
+        reasons |= clashes
+        done = [r for r in done if r.site.name not in clashes]
     refused = list(reasons.items())
     failed = {
         b.site.name: reason for b in decision.blocks.replacements if (reason := block_obstacle(captured, b)) is not None
@@ -225,7 +282,16 @@ def rewrite_onnx(
     Raises UnsupportedModel, NothingToRewrite, UsageError, VerificationFailed.
     """
     watch = Stopwatch(clock)
-    done = _edited(model, original, target, layers, calibration, tokenizer, watch)  # what was recorded goes here
+    with watch.stage("capture"):
+        lifted, outputs = lift_branches(model)
+    done = _edited(
+        model, original, target, layers, calibration, tokenizer, watch, outputs
+    )  # what was recorded goes here
+    if lifted:
+        record = read_record(model)
+        follow(model, outputs, record.caches if record is not None else {})
+        renamed = put_back(model, lifted) | {name: one.name for one in outputs for name in one.given}
+        rename_record(model, renamed)
     fidelity = None
     if verify:
         with watch.stage("verify"):
@@ -250,6 +316,7 @@ def _edited(
     calibration: Any,
     tokenizer: Any,
     watch: Stopwatch,
+    outputs: Sequence[Shared],
 ) -> RewriteReport:
     """Rewrite `model` in place without verifying it; the report lacks what verification tells."""
 
@@ -257,13 +324,16 @@ def _edited(
         return batches(calibration, causal=is_causal(found), tokenizer=tokenizer)
 
     with watch.stage("capture"):
-        spare = copy_of(original) if _is_written_out(model) else model
+        spare = model
+        if _is_written_out(model):
+            spare = copy_of(original)
         written_out, products, refused, target = _unfuse_rewritable(
             model, spare, target, layers, None if calibration is None else given
         )
         captured = capture(model, written_out)
     with watch.stage("match"):
-        matches = _without_left(captured, match_capture(captured, hidden_biases=keeps_hidden_biases(target)))
+        found = match_capture(captured, hidden_biases=keeps_hidden_biases(target), outputs=outputs)
+        matches = _without_left(captured, found)
     with watch.stage("transform"):
 
         def probe(found: Matches) -> Probe:
@@ -277,7 +347,7 @@ def _edited(
             None if calibration is None else probe,
             lambda: match_feed_forward(captured, matches),
         )
-        decision, kept = _installable(captured, decision)
+        decision, kept = _installable(captured, decision, outputs)
         known = {name for name, _ in decision.refused}
         decision = replace(decision, refused=(*decision.refused, *(r for r in refused if r[0] not in known)))
         noted_blocks = _noting_operators(captured, _noting_floats(captured, decision.blocks))
@@ -315,7 +385,7 @@ def drained(pending: deque[Replacement]) -> Iterator[Replacement]:
 
 def count_parameters(model: ir.Model) -> int:
     """Floating-point and quantised numbers stored in the file, shape constants left out."""
-    tensors = (v.const_value for v in model.graph.initializers.values())
+    tensors = (v.const_value for graph in model.graphs() for v in graph.initializers.values())
     numbers = [t for t in tensors if t is not None and t.dtype != ir.DataType.STRING]
     kept = [t for t in numbers if t.dtype.is_floating_point() or t.dtype.itemsize <= 1]
     return sum(int(t.size) for t in kept if t.dtype != ir.DataType.BOOL)

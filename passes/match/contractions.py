@@ -58,6 +58,10 @@ def _asks(query: str, key: str, result: str) -> bool:
     return tokens == [result[-1]] and result[-2] in own and len(own) <= 2
 
 
+STRAIGHT_FROM = "its keys and values come straight from an input ({})"
+"""Why an attention that only reads a cache has nothing to share; for the name of the input."""
+
+
 def require_projected(flow: Flow, value: Value) -> None:
     """A decoder step reads what was projected once, from the encoder's output, out of its cache inputs."""
     if flow.data_dependent(value) or (fed := cache_root(flow, value)) is None:
@@ -68,7 +72,7 @@ def require_projected(flow: Flow, value: Value) -> None:
             "them whose heads could be shared"
         )
     raise NotUnderstood(
-        f"its keys and values come straight from an input ({fed}), so this file has no projection for them; the file "
+        f"{STRAIGHT_FROM.format(fed)}, so this file has no projection for them; the file "
         'that fills this cache has: select only its decoder there (layers="decoder") if both are to fit together'
     )
 

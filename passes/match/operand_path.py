@@ -15,8 +15,9 @@ from passes.site import Projection
 from passes.whole_projection import projection_at
 
 
-def presents_on(tracer: Tracer, path: tuple[int, ...], lookup: Lookup) -> tuple[tuple[Value, int], ...]:
-    """Program outputs on the path, or cut out of what lies there or cast: the grown cache that a decoder hands back."""
+def presents_on(tracer: Tracer, path: tuple[int, ...], stem: Value, lookup: Lookup) -> tuple[tuple[Value, int], ...]:
+    """Program outputs on the path, or cut out of what lies there, cast or, from the stem on, laid out otherwise: the
+    grown cache that a decoder hands back."""
     flow = tracer.flow
     values = [v for i in path for v in flow.nodes[i].outputs]
     cut = [(v, r.outputs[0]) for v in values for r in flow.live_readers(v) if r.op in {"Slice", "Cast", "Identity"}]
@@ -27,7 +28,19 @@ def presents_on(tracer: Tracer, path: tuple[int, ...], lookup: Lookup) -> tuple[
         if axes is None or "h" not in axes:
             raise NotUnderstood(f"the program also returns {output}, which is not exactly the operand's heads")
         found.append((output, axes.index("h")))
+    turned = (v for n in _beside(flow, path, stem) for v in n.outputs if v in flow.outputs and v not in values)
+    found += [(v, axes.index("h")) for v in turned if (axes := _axes_at(tracer, v, lookup)) is not None and "h" in axes]
     return tuple(dict.fromkeys(found))
+
+
+def _beside(flow: Flow, path: tuple[int, ...], stem: Value) -> list[Node]:
+    """Transpositions, off the path, of the stem or of what lies on the path behind it."""
+    values = [stem]
+    for index in path:
+        node = flow.nodes[index]
+        if stem not in node.outputs and any(v in values for v in node.inputs):
+            values += node.outputs
+    return [r for v in values if v for r in flow.live_readers(v) if r.op == "Transpose" and r.index not in path]
 
 
 def reshapes_on(tracer: Tracer, path: tuple[int, ...], lookup: Lookup) -> tuple[tuple[int, int], ...]:

@@ -175,7 +175,7 @@ def _traced(
         norm=norm,
         past=past,
         past_head_axis=_past_head_axis(tracer, ids[0], new, past, canonical),
-        presents=presents_on(tracer, path, lookup),
+        presents=presents_on(tracer, path, stem, lookup),
         reshapes=reshapes_on(tracer, path_between(flow, stem, seam), lookup) if seam else (),
     )
     return Traced(operand, tokens, group, factor)

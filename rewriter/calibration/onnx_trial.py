@@ -160,7 +160,8 @@ def feeds_of(model: ir.Model, batch: Batch) -> dict[Value, Array]:
     feeds: dict[Value, Array] = {}
     ids = as_numpy(given["input_ids"]) if "input_ids" in given else None
     for name, value in inputs.items():
-        made = as_numpy(given[name]) if name in given else _made_up(name, value, ids)
+        word = name if name in given else name.rpartition("/")[2]  # a branch that was lifted reads inputs of its own
+        made = as_numpy(given[word]) if word in given else _made_up(word, value, ids)
         if made is None:
             raise UsageError(f"the batches lack the input {name!r}, which the file has", hint="give it in each batch")
         dtype = value.dtype.numpy() if value.dtype is not None else made.dtype
@@ -177,6 +178,8 @@ def _made_up(name: str, value: ir.Value, ids: Array | None) -> Array | None:
         return np.zeros(ids.shape, np.int64)
     if name == "position_ids":
         return np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
+    if name.startswith("use_cache"):
+        return np.zeros([1] * (0 if value.shape is None else len(value.shape)), np.bool_)
     if name.startswith("past_key_values") and value.shape is not None and len(value.shape) == 4:
         heads, width = value.shape[1], value.shape[3]
         if isinstance(heads, int) and isinstance(width, int):

@@ -112,7 +112,18 @@ def _check_size(name: str, shape: tuple[int, ...]) -> None:
 
 def _roles(model: ir.Model, caches: Mapping[str, CacheSize] | None) -> tuple[InputRole, ...]:
     known, unknown = caches or {}, (None, None, None)
-    return tuple(replace(role, shape=sized(role.shape, known.get(role.name, unknown))) for role in input_roles(model))
+    roles = [replace(role, shape=sized(role.shape, known.get(role.name, unknown))) for role in input_roles(model)]
+    if any(role.kind == "flag" for role in roles) and any(role.kind == "past" for role in roles):
+        ids = {dim for role in roles if role.kind == "ids" for dim in role.shape if isinstance(dim, str)}
+        roles = [_over_all(role, ids) if role.kind == "mask" else role for role in roles]
+    return tuple(roles)
+
+
+def _over_all(role: InputRole, ids: set[str]) -> InputRole:
+    """Where a flag chooses between a first and a later step, masks are declared as the first step has them, over the
+    new tokens; a later step's are over the past, too."""
+    dims = (None if a == "total" and d in ids else d for a, d in zip(role.axes, role.shape, strict=True))
+    return replace(role, shape=tuple(dims))
 
 
 def candidate_sizes(model: ir.Model, caches: Mapping[str, CacheSize] | None = None) -> list[tuple[int, int, int]]:

@@ -209,6 +209,15 @@ def _first_run(
     )
 
 
+def why_not_runnable(model: ir.Model) -> str | None:
+    """What onnxruntime says where a model runs at none of the sizes that are tried; None if it does."""
+    try:
+        _first_run(model, {}, RecordingSession(model, []))
+    except UnsupportedModel as error:
+        return str(error)
+    return None
+
+
 def _inline_functions(model: ir.Model) -> None:
     for node in model.graph:
         if node.domain == FUNCTION_DOMAIN:  # where two ways lead to one result, the one without branches is read

@@ -26,8 +26,9 @@ def rewire(editor: Editor, operand: Operand, stem: ir.Value, new: ir.Value, head
         copies = _copied_path(editor, nodes, {id(stem): new})
         nodes, seam = copies.nodes, copies.values[id(seam)]
     else:
+        returned = {name for name, _ in operand.presents}
         for node, position in list(stem.uses()):
-            if id(node) in inside:
+            if id(node) in inside or any(v.name in returned for v in node.outputs):
                 node.replace_input_with(position, new)
     if stem.is_graph_output():
         _become_output(editor, stem, new)

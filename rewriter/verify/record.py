@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -76,3 +77,12 @@ def _site(entry: dict[str, object]) -> SiteRecord:
         raise TypeError("not a site")
     ports = tuple((str(output), int(axis)) for output, axis in caches)
     return SiteRecord(str(name), str(before), str(after), exact, tuple(str(item) for item in changed), ports)
+
+
+def rename_record(model: ir.Model, names: Mapping[str, str]) -> None:
+    """What the record says of initializers and outputs under other names that they were given."""
+    sites = json.loads(model.metadata_props[SITES])
+    for site in sites:
+        site["changed"] = [names.get(name, name) for name in site["changed"]]
+        site["caches"] = [[names.get(name, name), axis] for name, axis in site["caches"]]
+    model.metadata_props[SITES] = json.dumps(sites)

@@ -287,25 +287,45 @@ def test_a_norm_that_is_expanded_to_a_written_number_of_heads(tmp_path: Path, pe
     assert error > 1e-3 if perturbed else error < 1e-5
 
 
-def test_attention_in_a_branch_is_named(zoo_onnx: ZooOnnx, tmp_path: Path) -> None:
-    """A whole encoder inside an If: nothing is rewritten, and the reason is not "no attention"."""
+@pytest.mark.parametrize("operator", ["If", "Loop"])
+def test_attention_in_a_body(operator: str, zoo_onnx: ZooOnnx, tmp_path: Path) -> None:
+    """A whole decoder in branches of If is found in both of them; in a loop it is refused by name."""
     inner = onnx.load(zoo_onnx(ZOO["nanogpt-softmax"], "torchscript17"))
-    body = onnx.GraphProto()
-    body.CopyFrom(inner.graph)
     ids = inner.graph.input[0]
-    del body.input[:]
-    flag = helper.make_tensor_value_info("flag", onnx.TensorProto.BOOL, [])
-    renamed = onnx.compose.add_prefix_graph(body, "else/", rename_inputs=False)
-    for node in renamed.node:
-        for i, name in enumerate(node.input):
-            node.input[i] = ids.name if name == f"else/{ids.name}" else name
-    branch = helper.make_node("If", ["flag"], ["y"], then_branch=body, else_branch=renamed, name="choice")
+    bodies = [onnx.GraphProto(), onnx.GraphProto()]
+    for body in bodies:
+        body.CopyFrom(inner.graph)
+        del body.input[:]
+    scalars = [
+        helper.make_tensor_value_info(n, t, [])
+        for n, t in (("flag", onnx.TensorProto.BOOL), ("n", onnx.TensorProto.INT64))
+    ]
     output = helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, None)
-    graph = helper.make_graph([branch], "g", [flag, ids], [output])
-    path = tmp_path / "if.onnx"
+    if operator == "If":
+        node = helper.make_node("If", ["flag"], ["y"], then_branch=bodies[0], else_branch=bodies[1], name="choice")
+    else:
+        turn = bodies[0]
+        turn.input.extend([helper.make_tensor_value_info("i", onnx.TensorProto.INT64, []), scalars[0]])
+        turn.node.append(helper.make_node("Identity", ["flag"], ["again"]))
+        turn.output.insert(0, helper.make_tensor_value_info("again", onnx.TensorProto.BOOL, []))
+        node = helper.make_node("Loop", ["n", "flag"], ["y"], body=turn, name="turns")
+    graph = helper.make_graph([node], "g", [*scalars, ids], [output])
+    path, out = tmp_path / "body.onnx", tmp_path / "new.onnx"
     onnx.save(helper.make_model(graph, opset_imports=inner.opset_import, ir_version=inner.ir_version), path)
     sites = rewriter.inspect(path).to_dict()["sites"]
-    assert [s["status"] for s in sites] == ["refused"] and "body of If" in sites[0]["reason"]
-    assert "rewrite the two files that were merged" in sites[0]["reason"]
-    with pytest.raises(NothingToRewrite, match="control flow"):
-        rewriter.optimize(path, "gqa2")
+    if operator == "Loop":
+        assert [s["status"] for s in sites] == ["refused"] and "body of Loop" in sites[0]["reason"]
+        with pytest.raises(NothingToRewrite, match="control flow"):
+            rewriter.optimize(path, "mqa")
+        return
+    assert {s["name"].partition(".")[0] for s in sites} == {"then", "else"}
+    done = rewriter.optimize(path, "mqa")
+    done.save(out)
+    plain = rewriter.optimize(zoo_onnx(ZOO["nanogpt-softmax"], "torchscript17"), "mqa")
+    assert len(done.rewrite_report.sites) == 2 * len(plain.rewrite_report.sites)
+    plain.save(tmp_path / "plain.onnx")
+    given = {ids.name: torch.tensor([[3, 1, 4, 1, 5]])}
+    for flag in (True, False):
+        both = {**given, "flag": torch.tensor(flag), "n": torch.tensor(1)}
+        assert distance(run_file(out, both), run_file(tmp_path / "plain.onnx", given)) < 1e-5
+        assert distance(run_file(out, both), run_file(path, both)) > 1e-2
