@@ -30,7 +30,7 @@ from rewriter.capture.faithful import without_unfaithful
 from rewriter.capture.fused.unfuse import fused_nodes, unfuse
 from rewriter.capture.fused.written_out import WrittenOut
 from rewriter.capture.onnx_bodies import hidden_anchors
-from rewriter.capture.onnx_branches import Lifted, chooses, lift
+from rewriter.capture.onnx_branches import MOST, Lifted, chooses, lift
 from rewriter.capture.onnx_file import OnnxCapture, capture, why_not_runnable
 from rewriter.capture.onnx_load import copy_of
 from rewriter.capture.onnx_pointwise import Written, has_unwritten, write_as_products
@@ -211,8 +211,8 @@ def _in_body(operator: str) -> str:
     if operator != "If":
         return f"a softmax stands in a body of {operator}, and control flow is not looked into"
     return (
-        "a softmax stands in a branch of If, and the two branches do not both run on inputs of one size, so that they "
-        "cannot be looked into together; if they are a decoder's first and later steps, rewrite the two files that "
+        f"a softmax stands in a branch of If, and the two branches do not both run on inputs of one size (or more than "
+        f"{MOST} nodes choose between branches), so that they cannot be looked into together; if they are a decoder's first and later steps, rewrite the two files that "
         "were merged (the decoder, and the decoder with past) and use them, or merge them again"
     )
 

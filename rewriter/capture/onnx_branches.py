@@ -16,6 +16,8 @@ from rewriter.capture.input_roles import InputRole, input_roles
 from rewriter.capture.onnx_bodies import bodies_of, everything_read, holds_anchor
 
 BRANCHES = ("then_branch", "else_branch")
+MOST = 64
+"""Ifs that are lifted; each takes a pass over the graph, and a stranger's file may hold thousands."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +64,11 @@ class Lifted:
 
 
 def lift(model: ir.Model) -> tuple[Lifted, ...]:
-    """Lift all branches that hold attentions, outer ones first, in place."""
+    """Lift branches that hold attentions, outer ones first, in place; of more than `MOST` the first."""
     lifted: list[Lifted] = []
-    while (node := next((n for n in model.graph if chooses(n)), None)) is not None:
-        lifted.append(_lift(model.graph, node, len(lifted), input_roles(model)))
+    roles = input_roles(model) if any(map(chooses, model.graph)) else ()
+    while len(lifted) < MOST and (node := next(filter(chooses, model.graph), None)) is not None:
+        lifted.append(_lift(model.graph, node, len(lifted), roles))
     return tuple(lifted)
 
 

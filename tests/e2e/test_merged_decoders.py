@@ -8,11 +8,13 @@ import numpy as np
 import onnx
 import onnx.helper
 import onnx.parser
+import onnx_ir
 import onnxruntime as ort
 import pytest
 
 import rewriter
 from passes.dataflow import Array
+from rewriter.capture import onnx_branches
 
 HEADS, DIM = 4, 4
 WIDTH = HEADS * DIM
@@ -157,3 +159,20 @@ def test_a_cache_that_was_seen_empty_only_is_not_understood(keys: int, tmp_path:
     (site,) = (s for s in rewriter.inspect(tmp_path / "g.onnx").to_dict()["sites"] if s["kind"] == "attention")
     assert site["status"] == ("refused" if keys == 7 else "rewritable")
     assert keys == 10 or "past_self_key, which the file ran with empty only" in site["reason"]
+
+
+def test_only_so_many_choices_are_looked_into(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each takes a pass over the graph: a file with thousands must not take hours."""
+    body = "w = Softmax<axis=-1>({x}) {y} = MatMul(w, {x})"
+    nodes = " ".join(
+        f"y{i} = If (c) <then_branch = t{i} () => (float[b, t, t] a{i}) {{{body.format(x='x', y=f'a{i}')}}}, "
+        f"else_branch = e{i} () => (float[b, t, t] o{i}) {{{body.format(x='x', y=f'o{i}')}}}>"
+        for i in range(4)
+    )
+    text = f'<ir_version: 9, opset_import: ["": 17]> g (float[b, t, t] x, bool c) => (float[b, t, t] y) {{{nodes} '
+    model = onnx.parser.parse_model(f"{text} y = Sum(y0, y1, y2, y3)}}")
+    for most, left in ((3, 1), (4, 0)):
+        monkeypatch.setattr(onnx_branches, "MOST", most)
+        opened = onnx_ir.from_proto(model)
+        assert len(onnx_branches.lift(opened)) == most
+        assert sum(map(onnx_branches.chooses, opened.graph)) == left
