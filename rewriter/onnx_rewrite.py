@@ -211,9 +211,10 @@ def _in_body(operator: str) -> str:
     if operator != "If":
         return f"a softmax stands in a body of {operator}, and control flow is not looked into"
     return (
-        f"a softmax stands in a branch of If, and the two branches do not both run on inputs of one size (or more than "
-        f"{MOST} nodes choose between branches), so that they cannot be looked into together; if they are a decoder's first and later steps, rewrite the two files that "
-        "were merged (the decoder, and the decoder with past) and use them, or merge them again"
+        "a softmax stands in a branch of If, and the two branches do not both run on inputs of one size (or more than "
+        f"{MOST} nodes choose between branches), so that they cannot be looked into together; if they are a decoder's "
+        "first and later steps, rewrite the two files that were merged (the decoder, and the decoder with past) and "
+        "use them, or merge them again"
     )
 
 
