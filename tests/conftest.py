@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from tests.shared_programs import Programs
     from tests.zoo.case import ZooCase
 
+pytest_plugins = ("tests.time_budget",)
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--exhaustive", action="store_true", help="run what is marked exhaustive, too")
