@@ -40,7 +40,7 @@ test: lint
 	$(PYTEST)
 
 exhaustive: setup
-	$(PYTEST) --exhaustive
+	$(PYTEST) --exhaustive --slow-minutes inf
 
 quick: setup
 	$(PYTEST) -m "not slow"

@@ -15,6 +15,7 @@ sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import gc  # noqa: E402
+import logging  # noqa: E402
 from collections.abc import Callable, Iterator  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import TYPE_CHECKING, Any  # noqa: E402
@@ -24,6 +25,8 @@ import pytest  # noqa: E402
 if TYPE_CHECKING:
     from tests.shared_programs import Programs
     from tests.zoo.case import ZooCase
+
+pytest_plugins = ("tests.time_budget",)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -46,11 +49,13 @@ def pytest_collection_finish() -> None:
     """Look for garbage less often, and not in what was imported: captures make many objects and little garbage.
 
     Nodes of exports are not told where in a model's source they come from: nothing reads it, and it takes a fifth of an
-    export.
+    export. Nor are traces of compilers written down, which pytest would ask for by listening to a logger that hands
+    nothing on, and which print each graph again and again.
     """
     from torch.fx import config
 
     config.do_not_emit_stack_traces = True
+    logging.getLogger("torch.__trace").propagate = True
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)
@@ -76,6 +81,16 @@ def shared_programs() -> Iterator[Programs]:
         programs = Programs(torch.export.export)
         patch.setattr(torch.export, "export", programs.shared)
         yield programs
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_registries() -> Iterator[None]:
+    """The exporter's table of operators is made once for an opset: see tests/shared_registries.py."""
+    from tests.shared_registries import ONNXRegistry, Registries
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ONNXRegistry, "from_torchlib", Registries(ONNXRegistry.from_torchlib).shared)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -253,7 +253,7 @@ def test_an_unknown_part_is_a_usage_error() -> None:
 def test_mixed_encoders_beside_the_originals(tmp_path: Path) -> None:
     target, page = tmp_path / "end.json", tmp_path / "page.md"
     small = end_to_end.Shape(hidden=48, heads=4, feed_forward=64, layers=1, longest=128)
-    arguments = ["--tokens", "24", "--runs", "1", "--cpu-time", "--json", str(target), "--markdown", str(page)]
+    arguments = ["--tokens", "24", "--runs", "1", "--threads", "1", "--json", str(target), "--markdown", str(page)]
     assert end_to_end.main(arguments, shape=small, part=4) == 0
     written = json.loads(target.read_text())
     assert set(written["machine"]) >= MACHINE and all(set(r) >= ROW for r in written["rows"])
