@@ -15,6 +15,7 @@ from passes.match.choosing import only_chooses
 from passes.match.mixed_axis import mixes_no_tokens
 from passes.match.scores import FOREIGN_ANCHORS, FUSED_ANCHORS
 from passes.operator_kinds import data_operands
+from passes.projections import einsum_terms
 from passes.provenance import Tracer
 
 REASON = (
@@ -70,20 +71,26 @@ class _Found:
 
         Told by running layout operators on numbers, so it is asked last: of most products other things tell enough.
         """
-        return not any(self._by_token(v) for v in _factors(node)) and not mixes_no_tokens(self.flow, node)
+        matrices = zip(_factors(node), _matrix_axes(self.flow, node), strict=True)
+        return not any(self._by_token(v, axes) for v, axes in matrices) and not mixes_no_tokens(self.flow, node)
 
-    def _by_token(self, value: Value) -> bool:
-        """Whether each matrix of a stack is one token's row of a projection, laid out: that mixes no tokens."""
+    def _by_token(self, value: Value, matrix: tuple[int, ...]) -> bool:
+        """Whether each matrix of a stack (along axes `matrix`) is one token's row of a projection, laid out: that mixes
+        no tokens."""
         try:
             form = self.tracer.trace(value)
             ids = form.ids[0]
             sources = self.tracer.source_of(ids)
         except (Opaque, LookupError, ValueError):
             return False
-        if len(form.ids) != 1 or len(sources) != 1 or ids.ndim < 4 or 1 in ids.shape[-2:] or not (ids > 0).all():
+        if len(form.ids) != 1 or len(sources) != 1 or ids.ndim < 4 or not (ids > 0).all():
+            return False
+        if any(ids.shape[axis] == 1 for axis in matrix):
             return False
         rows = (ids - sources[0].base) // sources[0].shape[-1]
-        return bool((rows == rows[..., :1, :1]).all())
+        inside = {axis % rows.ndim for axis in matrix}
+        first = rows[tuple(slice(0, 1) if axis in inside else slice(None) for axis in range(rows.ndim))]
+        return bool((rows == first).all())
 
     def _carries(self, value: Value) -> bool:
         """Whether elements of a projection's output arrive in `value`, other than by choosing among stored ones."""
@@ -155,6 +162,21 @@ class _Found:
                     found.append(node)
                 todo.extend(node.outputs)
         return sorted(found, key=lambda n: n.index)
+
+
+def _matrix_axes(flow: Flow, node: Node) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The axes of each factor along which its matrices lie; along all others both factors have one for each place."""
+    last = ((-2, -1), (-2, -1))
+    if node.op != "Einsum":
+        return last
+    try:
+        one, two, result = einsum_terms(flow, node)
+    except (LookupError, ValueError):
+        return last
+    stacked = {c for c in one if c in two and c in result}
+    return tuple(i for i, c in enumerate(one) if c not in stacked), tuple(
+        i for i, c in enumerate(two) if c not in stacked
+    )
 
 
 def _factors(node: Node) -> Sequence[Value]:

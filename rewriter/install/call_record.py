@@ -83,12 +83,15 @@ def forward_signature(module: nn.Module) -> inspect.Signature:
 def named_arguments(
     signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any], owner: str
 ) -> dict[str, Any]:
-    """The given arguments by name, in the order of the signature.
+    """The given arguments by name, in the order of the signature; what ``*args`` takes is one argument, ``*args``.
 
     Raises:
         UnsupportedModel: if positional arguments are left over.
     """
     order = positional_order(signature)
+    variadic = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_POSITIONAL), None)
+    if len(args) > len(order) and variadic is not None:
+        return {**dict(zip(order, args, strict=False)), f"*{variadic}": tuple(args[len(order) :]), **kwargs}
     if len(args) > len(order):
         raise UnsupportedModel(
             f"{owner or 'the model'} takes a variable number of positional arguments",

@@ -47,6 +47,38 @@ def rewritten(model: nn.Module, x: Any, **options: Any) -> Any:
     return rewriter.optimize(model, "mqa", example_inputs=(x,), **options)
 
 
+class Variadic(nn.Module):
+    """Takes whatever it is given, as wrappers that only add a norm do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.layer = nn.LayerNorm(WIDTH), Layer()
+        self.q, self.k, self.v, self.o = (getattr(self.layer, name) for name in "qkvo")
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        assert args == (2,)
+        q, k, v = (p(self.norm(x)).unflatten(-1, (HEADS, -1)).transpose(1, 2) for p in (self.q, self.k, self.v))
+        return self.o(((q @ k.mT / args[0]).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+class CallsVariadic(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Variadic()
+
+    def forward(self, x: Tensor) -> Any:
+        return self.inner(x, 2)
+
+
+def test_a_module_of_any_number_of_arguments_keeps_its_forward() -> None:
+    module = CallsVariadic().eval()
+    small = rewritten(module, given())
+    assert [r.exact for r in small.rewrite_report.sites] == [True]
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in module.parameters())
+    with torch.no_grad():
+        assert torch.allclose(small(given()), module(given()), atol=1e-6)
+
+
 class Counting(nn.Sequential):
     """Says something else in every call."""
 

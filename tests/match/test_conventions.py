@@ -379,6 +379,16 @@ class Linear(Attends):
         return q @ (k.transpose(-2, -1) @ v) / (q @ k.sum(2)[..., None])
 
 
+class LinearByEinsum(Attends):
+    """The same with heads behind tokens, which einsums sum over."""
+
+    def weigh(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (nn.functional.elu(q) + 1.0, nn.functional.elu(k) + 1.0, v))
+        total = torch.einsum("nlhd,nhd->nlh", q, k.sum(1))
+        mixed = torch.einsum("nlhd,nhdv->nlhv", q, torch.einsum("nshd,nshv->nhdv", k, v)) / total[..., None]
+        return mixed.transpose(1, 2)
+
+
 class Squared(Attends):
     """Squared scores instead of a softmax."""
 
@@ -400,7 +410,7 @@ class Experts(nn.Module):
         return (hidden @ self.down[chosen])[:, :, 0]
 
 
-@pytest.mark.parametrize("made", [Linear, Squared], ids=["linear", "squared"])
+@pytest.mark.parametrize("made", [Linear, LinearByEinsum, Squared], ids=["linear", "einsum", "squared"])
 def test_attention_without_a_softmax_is_refused_once_in_module_and_file(
     made: Callable[[], nn.Module], tmp_path: Path
 ) -> None:
