@@ -31,7 +31,7 @@ from rewriter.capture.fused.unfuse import fused_nodes, unfuse
 from rewriter.capture.fused.written_out import WrittenOut
 from rewriter.capture.onnx_bodies import hidden_anchors
 from rewriter.capture.onnx_branches import Lifted, chooses, lift
-from rewriter.capture.onnx_file import OnnxCapture, capture, why_not_runnable
+from rewriter.capture.onnx_file import OnnxCapture, capture, inline_functions, why_not_runnable
 from rewriter.capture.onnx_load import copy_of
 from rewriter.capture.onnx_pointwise import Written, has_unwritten, write_as_products
 from rewriter.decision import LISTS, Decision, Stopwatch, decide, is_causal, report, rows, with_kept
@@ -70,6 +70,7 @@ def lift_branches(model: ir.Model) -> tuple[tuple[Lifted, ...], tuple[Shared, ..
 
     If they do not, they stay where they are, and what stands in them is refused.
     """
+    inline_functions(model)
     if not any(chooses(node) for node in model.graph):
         return (), ()
     pasts = {present: past for past, present in cache_ports(model).present.items()}
