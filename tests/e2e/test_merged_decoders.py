@@ -164,3 +164,17 @@ def test_a_cache_that_was_seen_empty_only_is_not_understood(keys: int, tmp_path:
     (site,) = (s for s in rewriter.inspect(tmp_path / "g.onnx").to_dict()["sites"] if s["kind"] == "attention")
     assert site["status"] == ("refused" if keys == 7 else "rewritable")
     assert keys == 10 or "past_self_key, which the file ran with empty only" in site["reason"]
+
+
+def test_attention_in_a_body_that_cannot_be_run_is_listed(tmp_path: Path) -> None:
+    """A decoder inside of a search over beams: what the search takes is not made up, and the decoder not unseen."""
+    model = onnx.load(_file(tmp_path / "merged.onnx", twin=True))
+    searched = onnx.helper.make_node("BeamSearch", ["ids"], ["found"], domain="com.microsoft", decoder=model.graph)
+    ids, found = (onnx.helper.make_tensor_value_info(n, onnx.TensorProto.INT32, ["b", n]) for n in ("ids", "found"))
+    opsets = [*model.opset_import, onnx.helper.make_opsetid("com.microsoft", 1)]
+    graph = onnx.helper.make_graph([searched], "search", [ids], [found])
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=9), tmp_path / "search.onnx")
+    (refusal,) = rewriter.inspect(tmp_path / "search.onnx").refusals
+    assert "body of BeamSearch" in refusal.reason
+    with pytest.raises(rewriter.errors.NothingToRewrite, match="body of BeamSearch"):
+        rewriter.optimize(tmp_path / "search.onnx", "gqa2")
