@@ -17,7 +17,7 @@ from passes.refused_readers import ALSO_READ, refused_readers
 from passes.site import AttentionSite, NotAttention, Refusal
 from passes.targets.catalogue import CATALOGUE
 from passes.targets.grouped_query import GroupedQuery
-from rewriter.errors import NotExportable, RewriteError, UsageError
+from rewriter.errors import NotExportable, RewriteError, UnsupportedModel, UsageError
 from rewriter.given_path import existing
 from rewriter.model_kinds import is_onnx, is_torch
 from rewriter.offers import Kind, Limit, limits_of_modules, offers, shares_heads
@@ -136,11 +136,16 @@ def pictures_of(model: str | Path) -> Sequence[Picture]:
 
 
 def _inspect_onnx(model: Any, name: str) -> Inspection:
-    from rewriter.onnx_rewrite import match_feed_forward, match_onnx, unshared
+    from rewriter.onnx_rewrite import match_feed_forward, match_onnx, only_in_bodies, unshared
 
     producer = " ".join(p for p in (model.producer_name, model.producer_version) if p) or None
     opset = model.opset_imports.get("")
-    captured, matches = match_onnx(model)
+    try:
+        captured, matches = match_onnx(model)
+    except UnsupportedModel:
+        if not (hidden := only_in_bodies(model)):
+            raise
+        return Inspection(name, "onnx", opset, producer, (), hidden, ())
     blocks = match_feed_forward(captured, matches)
     whole = unshared(captured, matches)
     return _inspection(name, "onnx", opset, producer, captured.flow, matches, blocks, whole=whole)

@@ -29,13 +29,13 @@ from rewriter.calibration.onnx_trial import onnx_probe
 from rewriter.capture.faithful import without_unfaithful
 from rewriter.capture.fused.unfuse import fused_nodes, unfuse
 from rewriter.capture.fused.written_out import WrittenOut
-from rewriter.capture.onnx_bodies import hidden_anchors
+from rewriter.capture.onnx_bodies import hidden_anchors, holds_anchor
 from rewriter.capture.onnx_branches import MOST, Lifted, chooses, lift
-from rewriter.capture.onnx_file import OnnxCapture, capture, why_not_runnable
+from rewriter.capture.onnx_file import OnnxCapture, capture, inline_functions, why_not_runnable
 from rewriter.capture.onnx_load import copy_of
 from rewriter.capture.onnx_pointwise import Written, has_unwritten, write_as_products
-from rewriter.decision import LISTS, Decision, Stopwatch, decide, is_causal, report, rows, with_kept
-from rewriter.errors import NothingToRewrite, VerificationFailed
+from rewriter.decision import LISTS, Decision, Stopwatch, decide, is_causal, nothing, report, rows, with_kept
+from rewriter.errors import NothingToRewrite, UnsupportedModel, VerificationFailed
 from rewriter.install.kept import Kept, noted
 from rewriter.install.onnx_branch_caches import Shared, conflicts, follow, shared_outputs
 from rewriter.install.onnx_branches import put_back
@@ -70,6 +70,7 @@ def lift_branches(model: ir.Model) -> tuple[tuple[Lifted, ...], tuple[Shared, ..
 
     If they do not, they stay where they are, and what stands in them is refused.
     """
+    inline_functions(model)
     if not any(chooses(node) for node in model.graph):
         return (), ()
     pasts = {present: past for past, present in cache_ports(model).present.items()}
@@ -119,7 +120,7 @@ def match_capture(captured: OnnxCapture, *, hidden_biases: bool = False, outputs
     matches = without_unfaithful(captured, find_attention(captured.flow, hidden_biases=hidden_biases))
     if matches.sites and (other := captured.other) is not None:
         matches = confirm(matches, find_attention(other.flow, hidden_biases=hidden_biases))
-    hidden = tuple(Refusal(name, len(captured.nodes), _in_body(op), -1) for name, op in hidden_anchors(captured.model))
+    hidden = refused_bodies(captured.model)
     reasons = {s.name: reason for s in matches.sites if (reason := _never_written(captured, s)) is not None}
     refused = tuple(Refusal.of(s, reasons[s.name]) for s in matches.sites if s.name in reasons)
     sites = tuple(s for s in matches.sites if s.name not in reasons)
@@ -207,14 +208,27 @@ def _of_integers(flow: Flow, value: Value) -> bool:
     return any("int" in weight.dtype and len(weight.shape) > 1 for weight in weights)
 
 
+def refused_bodies(model: ir.Model) -> tuple[Refusal, ...]:
+    """Nodes in whose bodies attentions stand that are not looked into, with the reason."""
+    return tuple(Refusal(name, len(model.graph), _in_body(op), -1) for name, op in hidden_anchors(model))
+
+
+def only_in_bodies(model: ir.Model) -> tuple[Refusal, ...]:
+    """`refused_bodies` of a file that has no other attention, so that nothing is lost if it cannot be run."""
+    return () if holds_anchor(model.graph, deep=False) else refused_bodies(model)
+
+
 def _in_body(operator: str) -> str:
-    if operator != "If":
-        return f"a softmax stands in a body of {operator}, and control flow is not looked into"
+    if operator == "If":
+        return (
+            "a softmax stands in a branch of If, and the two branches do not both run on inputs of one size (or more "
+            f"than {MOST} nodes choose between branches), so that they cannot be looked into together; if they are a "
+            "decoder's first and later steps, rewrite the two files that were merged (the decoder, and the decoder "
+            "with past) and use them, or merge them again"
+        )
     return (
-        "a softmax stands in a branch of If, and the two branches do not both run on inputs of one size (or more than "
-        f"{MOST} nodes choose between branches), so that they cannot be looked into together; if they are a decoder's "
-        "first and later steps, rewrite the two files that were merged (the decoder, and the decoder with past) and "
-        "use them, or merge them again"
+        f"a softmax stands in a body of {operator}, and control flow that repeats is not looked into; rewrite the "
+        "model that the body was made from, and put it in again"
     )
 
 
@@ -285,9 +299,12 @@ def rewrite_onnx(
     watch = Stopwatch(clock)
     with watch.stage("capture"):
         lifted, outputs = lift_branches(model)
-    done = _edited(
-        model, original, target, layers, calibration, tokenizer, watch, outputs
-    )  # what was recorded goes here
+    try:
+        done = _edited(model, original, target, layers, calibration, tokenizer, watch, outputs)
+    except UnsupportedModel as error:
+        if not (hidden := only_in_bodies(model)):
+            raise
+        raise nothing(Matches((), hidden, (), {})) from error
     if lifted:
         record = read_record(model)
         follow(model, outputs, record.caches if record is not None else {})

@@ -147,6 +147,11 @@ def _check_feedable(model: ir.Model, roles: tuple[InputRole, ...]) -> None:
     for value in model.graph.inputs:
         if value.name in model.graph.initializers:
             continue
+        if value.dtype == ir.DataType.STRING:
+            raise UnsupportedModel(
+                f"input {value.name!r} takes text, and no text is made up for what tokenizes it inside the file",
+                hint="cut the file behind its tokenizer (onnx.utils.extract_model), and rewrite what takes ids",
+            )
         if value.name not in known:
             raise UnsupportedModel(
                 f"input {value.name!r} is no plain tensor",

@@ -22,9 +22,12 @@ def bodies_of(node: ir.Node) -> Iterator[ir.Graph]:
             yield attribute.as_graph()
 
 
-def holds_anchor(graph: ir.Graph) -> bool:
+def holds_anchor(graph: ir.Graph, *, deep: bool = True) -> bool:
+    """Whether a softmax or an attention stands in a graph; if `deep`, in bodies within it, too."""
     return any(
-        n.op_type == "Softmax" or n.op_type.endswith("Attention") or any(holds_anchor(b) for b in bodies_of(n))
+        n.op_type == "Softmax"
+        or n.op_type.endswith("Attention")
+        or (deep and any(holds_anchor(b) for b in bodies_of(n)))
         for n in graph
     )
 

@@ -130,7 +130,7 @@ def capture(model: ir.Model, written_out: Mapping[str, WrittenOut] | None = None
     are the fused operators that `unfuse` wrote out in this model.
     Raises UnsupportedModel with onnxruntime's reason if the model runs at none, or if it draws random numbers.
     """
-    _inline_functions(model)
+    inline_functions(model)
     _name_everything(model)
     require_no_draws(model)
     captured = _captured_with(model, written_out or {}, {})
@@ -218,7 +218,8 @@ def why_not_runnable(model: ir.Model) -> str | None:
     return None
 
 
-def _inline_functions(model: ir.Model) -> None:
+def inline_functions(model: ir.Model) -> None:
+    """Write out calls of functions that are read as what their bodies say; raises UnsupportedModel."""
     for node in model.graph:
         if node.domain == FUNCTION_DOMAIN:  # where two ways lead to one result, the one without branches is read
             node.op_type = masked_name(node.op_type)

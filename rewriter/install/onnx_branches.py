@@ -74,6 +74,11 @@ def _homes(graph: ir.Graph, lifted: Lifted, given: Sequence[Sequence[ir.Value]])
         numbers = {n for reader in readers for n in read_by.get(reader, {-1})}
         numbers |= {n for n, values in enumerate(ends) if any(id(v) in values for v in node.outputs)}
         read_by[node] = numbers
+    for node in graph:  # what nothing reads stands with what it reads
+        if not read_by.get(node, {-1}):
+            makers = (v.producer() for v in node.inputs if v is not None)
+            own = {n for n, branch in enumerate(lifted.branches) if node in branch.names}
+            read_by[node] = own.union(*(read_by.get(maker, set()) - {-1} for maker in makers if maker is not None))
     return [[n for n in graph if read_by.get(n) == {number}] for number in range(2)]
 
 

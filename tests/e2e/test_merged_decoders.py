@@ -53,6 +53,7 @@ def _branch(cached: bool) -> str:
     nothing = " ".join(f"nothing_{kind} = Identity(empty)" for kind in KINDS) if cached else ""
     nodes = f"{_attention('self', 'x', 'x', cached=cached)} h = Add(x, self_o)"
     nodes += f" {_attention('cross', 'h', 'memory', cached=cached, filled=cached)} y = Add(h, cross_o) {nothing}"
+    nodes += " unread = MatMul(h, self_wq) unread_too = Identity(unread)"
     return f"{'later' if cached else 'first'} () => ({outputs}) {{ {nodes} }}"
 
 
@@ -71,19 +72,25 @@ def _weights(*, twin: bool) -> list[onnx.TensorProto]:
     return tensors
 
 
-def _file(path: Path, *, twin: bool) -> Path:
-    """A decoder layer and a head behind the If; weights stand outside of its branches."""
+def _file(path: Path, *, twin: bool, called: bool = False) -> Path:
+    """A decoder layer and a head behind the If; weights stand outside of its branches, and softmaxes are `called`
+    in a function if wanted."""
     names = [f"{n}_{kind}" for n in ("self", "cross") for kind in KINDS]
     pasts = ", ".join(f"float[b, {HEADS}, p_{name[:4]}, {DIM}] past_{name}" for name in names)
     presents = ", ".join(f"float[b, {HEADS}, n_{name[:4]}, {DIM}] present_{name}" for name in names)
     made = ", ".join(f"present_{name}" for name in names)
     model = onnx.parser.parse_model(
-        '<ir_version: 9, opset_import: ["": 17]>\n'
+        '<ir_version: 9, opset_import: ["": 17, "own": 1]>\n'
         f"decoder (float[b, s, {WIDTH}] x, float[b, e, {WIDTH}] memory, {pasts}, bool[1] use_cache_branch) "
         f"=> (float[b, s, 11] logits, {presents}) {{"
         f"hidden, {made} = If (use_cache_branch) <then_branch = {_branch(True)}, else_branch = {_branch(False)}> "
-        "logits = MatMul(hidden, head)}"
+        "logits = MatMul(hidden, head)}\n"
+        '<domain: "own", opset_import: ["": 17]> weigh (s) => (w) { w = Softmax<axis=-1>(s) }'
     )
+    for branch in model.graph.node[0].attribute if called else ():
+        for node in branch.g.node:
+            if node.op_type == "Softmax":
+                node.CopyFrom(onnx.helper.make_node("weigh", node.input, node.output, domain="own"))
     model.graph.initializer.extend(_weights(twin=twin))
     onnx.save(model, path)
     return path
@@ -109,10 +116,10 @@ def _decode(path: Path) -> tuple[list[Array], set[int]]:
     return logits, {array.shape[1] for array in cache.values()}
 
 
-@pytest.mark.parametrize("twin", [True, False])
-def test_a_decoder_of_two_branches_is_rewritten_as_one(twin: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("twin", "called"), [(True, False), (True, True), (False, False)])
+def test_a_decoder_of_two_branches_is_rewritten_as_one(twin: bool, called: bool, tmp_path: Path) -> None:
     """Also the branch that only reads the cache of the other; heads that differ are the control."""
-    path, out = _file(tmp_path / "merged.onnx", twin=twin), tmp_path / "new.onnx"
+    path, out = _file(tmp_path / "merged.onnx", twin=twin, called=called), tmp_path / "new.onnx"
     done = rewriter.optimize(path, "gqa2")
     done.save(out)
     rows, refused = done.rewrite_report.sites, done.rewrite_report.refused
@@ -176,3 +183,17 @@ def test_only_so_many_choices_are_looked_into(monkeypatch: pytest.MonkeyPatch) -
         opened = onnx_ir.from_proto(model)
         assert len(onnx_branches.lift(opened)) == most
         assert sum(map(onnx_branches.chooses, opened.graph)) == left
+
+
+def test_attention_in_a_body_that_cannot_be_run_is_listed(tmp_path: Path) -> None:
+    """A decoder inside of a search over beams: what the search takes is not made up, and the decoder not unseen."""
+    model = onnx.load(_file(tmp_path / "merged.onnx", twin=True))
+    searched = onnx.helper.make_node("BeamSearch", ["ids"], ["found"], domain="com.microsoft", decoder=model.graph)
+    ids, found = (onnx.helper.make_tensor_value_info(n, onnx.TensorProto.INT32, ["b", n]) for n in ("ids", "found"))
+    opsets = [*model.opset_import, onnx.helper.make_opsetid("com.microsoft", 1)]
+    graph = onnx.helper.make_graph([searched], "search", [ids], [found])
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=9), tmp_path / "search.onnx")
+    (refusal,) = rewriter.inspect(tmp_path / "search.onnx").refusals
+    assert "body of BeamSearch" in refusal.reason
+    with pytest.raises(rewriter.errors.NothingToRewrite, match="body of BeamSearch"):
+        rewriter.optimize(tmp_path / "search.onnx", "gqa2")

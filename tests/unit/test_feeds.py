@@ -281,7 +281,7 @@ def test_keys_of_a_cross_attention_have_their_length_behind_the_heads() -> None:
 
 
 def test_inputs_that_cannot_be_fed() -> None:
-    with pytest.raises(UnsupportedModel, match="no plain tensor"):
+    with pytest.raises(UnsupportedModel, match="takes text"):
         make_feeds(graph("string[B] text", "out = own.f(text)"))
     with pytest.raises(UnsupportedModel, match="no plain tensor"):
         make_feeds(graph("seq(float[n]) items", "out = own.f(items)"))
