@@ -185,7 +185,10 @@ def _written_out(flow: Flow, softmax: Node) -> ScorePath:
             raise Unrelated(f"its result weighs no value tokens ({mixes or 'it reaches no contraction'})") from error
         raise
     if axis != rank - 1 and not columns:
-        raise NotUnderstood(f"softmax runs over axis {axis} of the scores, not over one of the last two")
+        raise NotUnderstood(
+            f"softmax runs over axis {axis} of the scores, not over one of the last two; have scores end in queries "
+            "and keys behind batch and heads, which is the same numbers"
+        )
     if mixes is None or isinstance(mixes, str):
         raise NotUnderstood(f"the attention weights do not lead to one contraction with values: {mixes or 'no reader'}")
     q, k, added = query_and_key(flow, back.contraction)

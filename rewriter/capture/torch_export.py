@@ -28,6 +28,7 @@ from rewriter.capture.late_clips import clip_behind_cuts
 from rewriter.capture.own_containers import own
 from rewriter.capture.pointwise import operator_name, write_as_linear
 from rewriter.capture.quiet_export import quiet_export
+from rewriter.capture.score_order import order_scores
 from rewriter.capture.torch_trace import trace, writes_through_views
 from rewriter.errors import NotExportable, UnsupportedModel, first_line
 from rewriter.module_modes import evaluating, unchanged
@@ -171,10 +172,10 @@ def is_mapped(fx: FxNode) -> bool:
 
 def with_linear_maps(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
     """The same program, edited in place: convolutions, sums and batch norms by which attentions project are linear
-    layers."""
+    layers, and scores have their axes in attention's order."""
     inputs = {spec.arg.name for spec in program.graph_signature.input_specs if spec.target is None}
     written = write_as_linear(program.graph) | fold_adapters(program.graph, inputs) | fold_norms(program.graph)
-    if written | clip_behind_cuts(program.graph):
+    if written | clip_behind_cuts(program.graph) | order_scores(program.graph):
         program.graph_module.recompile()
     return program
 

@@ -24,6 +24,7 @@ from rewriter.capture.folded_adapters import MERGED, erase_unread, fold_adapters
 from rewriter.capture.folded_norms import fold_norms
 from rewriter.capture.late_clips import clip_behind_cuts
 from rewriter.capture.pointwise import STANDS_FOR, write_as_linear
+from rewriter.capture.score_order import order_scores
 from rewriter.install.fx_graph import is_flat
 from rewriter.install.fx_store import ModuleStore, ProgramStore, Store
 
@@ -48,6 +49,7 @@ def with_linear_projections(model: Kind, only: Collection[str] | None = None) ->
             store.remove(key)
     written |= fold_norms(graph, only)
     written |= clip_behind_cuts(graph, only)
+    written |= order_scores(graph, only)
     made: Kind = store.finish() if written else model
     return made
 
@@ -98,10 +100,11 @@ def _numbers(store: Store, node: FxNode) -> Tensor:
 
 
 def written_projections(model: torch.export.ExportedProgram | GraphModule) -> dict[str, str]:
-    """The node that each such linear layer stands for, by the layer's node."""
+    """The node that each such linear layer stands for, by the layer's node; softmaxes of ordered scores, themselves."""
     return {n.name: str(n.meta[STANDS_FOR]) for n in model.graph.nodes if STANDS_FOR in n.meta}
 
 
 def projections_of(flow: Flow, sites: Iterable[AttentionSite]) -> set[str]:
-    """Nodes of the graph that project for these sites, by name."""
-    return {flow.nodes[o.projection.node].name for site in sites for o in site.operands}
+    """Nodes of the graph that project for these sites, and their softmaxes, by name."""
+    nodes = {i for site in sites for i in (site.anchor, *(o.projection.node for o in site.operands))}
+    return {flow.nodes[i].name for i in nodes}

@@ -521,6 +521,9 @@ def test_what_is_not_read_is_refused_with_what_is_true_of_it(kind: type[Projects
     module = kind().eval()
     if door == "torch":
         seen = rewriter.inspect(module, example_inputs=(_x(),))
+        if kind is HeadsFirst:  # whose einsums are put into order there
+            assert len(seen.sites) == 1 and not seen.refusals
+            return
     else:
         path = tmp_path / "model.onnx"
         torch.onnx.export(module, (_x(),), str(path), dynamo=False, opset_version=17, input_names=["x"])
