@@ -43,7 +43,7 @@ import rewriter  # noqa: E402
 from benchmarks import colt5_encoders, flash_layers, peers  # noqa: E402
 from benchmarks.machine import machine  # noqa: E402
 from benchmarks.rows import Clock, Row, Times, interleaved, markdown_table, put_section, write_json  # noqa: E402
-from benchmarks.sparse_mixers import sparse_mixer_rows  # noqa: E402
+from benchmarks.sparse_mixers import Sizes, sparse_mixer_rows  # noqa: E402
 from codegen.errors import NoCompiler  # noqa: E402
 from codegen.toolchain.cxx import find_compiler  # noqa: E402
 from rewriter.kernels.emit import emit  # noqa: E402
@@ -251,13 +251,13 @@ def errors(made: Files, shape: Shape, tokens: int) -> list[Row]:
     return rows
 
 
-def encoders(shape: Shape, options: argparse.Namespace, clock: Clock, part: int | None) -> Iterator[Row]:
+def encoders(shape: Shape, options: argparse.Namespace, clock: Clock, mixers: Sizes | None) -> Iterator[Row]:
     """Whole encoders, in onnxruntime and in torch."""
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         made = files(shape, Path(folder))
         yield from errors(made, shape, 100)
         repeated = options.runs or (3 if options.quick else 7)
-        yield from sparse_mixer_rows(Path(folder), repeated, clock, part or (2 if options.quick else 1))
+        yield from sparse_mixer_rows(Path(folder), repeated, clock, mixers or Sizes(2 if options.quick else 1))
         for tokens in options.tokens or ([512, 2048] if options.quick else list(GOALS)):
             runs = options.runs or (3 if tokens > 4096 else 5 if options.quick else 11)
             pairs = {**in_onnxruntime(shape, made, tokens, options.threads), "torch": in_torch(shape, tokens)}
@@ -312,8 +312,8 @@ def report(rows: Sequence[Row]) -> str:
     return markdown_table(header, lines) + "\n\n" + markdown_table(["case", "error", "limit", "met"], found)
 
 
-def main(arguments: Sequence[str] | None = None, *, shape: Shape | None = None, part: int | None = None) -> int:
-    """`shape` and `part` (see `benchmarks.sparse_mixers.Sizes`) make smaller models."""
+def main(arguments: Sequence[str] | None = None, *, shape: Shape | None = None, mixers: Sizes | None = None) -> int:
+    """`shape`, and `mixers` of Sparse Mixers, make smaller models."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="shorter lengths, fewer runs")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
@@ -332,7 +332,7 @@ def main(arguments: Sequence[str] | None = None, *, shape: Shape | None = None, 
     parts: dict[str, list[Row]] = {}
     try:
         if options.only in (None, "encoders"):
-            parts["End to end"] = list(_told(encoders(shape, options, clock, part)))
+            parts["End to end"] = list(_told(encoders(shape, options, clock, mixers)))
         if options.only in (None, "flash"):
             parts["FLASH layers"] = list(_told(flash(shape, options, clock)))
         if options.only in (None, "colt5"):

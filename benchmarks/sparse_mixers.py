@@ -36,9 +36,13 @@ Call = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of both models: the papers' base sizes, or a part of them in width, depth and experts' features: 1, 2 or 4."""
+    """Of both models: the papers' base sizes, or a part of them in width, depth and experts' features: 1, 2 or 4.
+
+    `depth`, if given, is the number of layers of either.
+    """
 
     part: int = 1
+    depth: int | None = None
 
     def mixer(self) -> SparseMixerConfig:
         base, part = SparseMixerConfig(), self.part
@@ -48,28 +52,28 @@ class Sizes:
             heads=base.heads // part,
             feed_forward=base.feed_forward // part,
             expert_hidden=base.expert_hidden // part,
-            layers=base.layers // part,
+            layers=self.depth or base.layers // part,
             attention_layers=base.attention_layers // part,
             expert_layers=base.expert_layers // part,
         )
 
     def bert(self, attention: str) -> nn.Module:
-        return Bert(self.part, attention)
+        return Bert(self.part, self.depth or 12 // self.part, attention)
 
     def __str__(self) -> str:
-        return "base sizes" if self.part == 1 else f"1/{self.part} of the width, experts and depth"
+        return "base sizes" if self == Sizes() else f"1/{self.part} of the width, experts and depth"
 
 
 class Bert(nn.Module):
     """BERT-base, or a part of it, called by position."""
 
-    def __init__(self, part: int, attention: str) -> None:
+    def __init__(self, part: int, layers: int, attention: str) -> None:
         from transformers import BertConfig, BertModel
 
         super().__init__()
         torch.manual_seed(0)
         config = BertConfig(vocab_size=1000, hidden_size=768 // part, num_attention_heads=12 // part,
-                            intermediate_size=3072 // part, num_hidden_layers=12 // part)  # fmt: skip
+                            intermediate_size=3072 // part, num_hidden_layers=layers)  # fmt: skip
         config._attn_implementation = attention
         self.bert = BertModel(config, add_pooling_layer=False).eval()
 
@@ -78,9 +82,9 @@ class Bert(nn.Module):
         return output
 
 
-def sparse_mixer_rows(folder: Path, runs: int, clock: Clock, part: int) -> list[Row]:
+def sparse_mixer_rows(folder: Path, runs: int, clock: Clock, sizes: Sizes) -> list[Row]:
     """Rows of errors and times; the goals hold at the base sizes only."""
-    sizes, before = Sizes(part), torch.get_num_threads()
+    before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with torch.no_grad():
@@ -124,10 +128,10 @@ def _timed(where: str, sizes: Sizes, works: Mapping[str, Call], runs: int, clock
     for name, wanted in GOALS.items():
         for other, theirs in others.items():
             ours, ratio = times[name], theirs.minimum / times[name].minimum
-            goal = wanted if other == best and sizes.part == 1 else None
+            goal = wanted if other == best and sizes == Sizes() else None
             more = {"best_peer": other == best, "ours_form": "as built", "ours_median": ours.median * 1e3,
                     "peer_median": theirs.median * 1e3, "shape": str(sizes)}  # fmt: skip
-            case = f"{name}, {where}, {TOKENS} tokens" + ("" if sizes.part == 1 else f", {sizes}")
+            case = f"{name}, {where}, {TOKENS} tokens" + ("" if sizes == Sizes() else f", {sizes}")
             rows.append(Row("time", case, ours.minimum * 1e3, theirs.minimum * 1e3, f"{where}, BERT, {other}", "ms",
                             ratio, goal, None if goal is None else ratio >= goal, more))  # fmt: skip
             print(f"{case}: {rows[-1].ours:.3g} / {rows[-1].peer:.3g} ms ({other}) = {ratio:.2f}", flush=True)

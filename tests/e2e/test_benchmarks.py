@@ -25,6 +25,7 @@ from benchmarks import (
     real_models,
     rows,
     sparse_attention,
+    sparse_mixers,
 )
 from benchmarks.attentions import DOORS, Outcome
 from benchmarks.peers import PeerResult, model_type
@@ -254,7 +255,7 @@ def test_mixed_encoders_beside_the_originals(tmp_path: Path) -> None:
     target, page = tmp_path / "end.json", tmp_path / "page.md"
     small = end_to_end.Shape(hidden=48, heads=4, feed_forward=64, layers=1, longest=128)
     arguments = ["--tokens", "24", "--runs", "1", "--threads", "1", "--json", str(target), "--markdown", str(page)]
-    assert end_to_end.main(arguments, shape=small, part=4) == 0
+    assert end_to_end.main(arguments, shape=small, mixers=sparse_mixers.Sizes(4, depth=2)) == 0
     written = json.loads(target.read_text())
     assert set(written["machine"]) >= MACHINE and all(set(r) >= ROW for r in written["rows"])
     times = [r for r in written["rows"] if r["name"] == "time"]

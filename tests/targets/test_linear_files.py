@@ -38,7 +38,7 @@ FILES = [
         ("bert-sdpa", "torchscript17", FeatureMap.ELU1),
         ("gpt2-sdpa", "torchscript17", FeatureMap.FAVOR),
         ("llama-sdpa", "dynamo18", FeatureMap.LEARNED),
-        ("llama-sdpa", "dynamo24", FeatureMap.ELU1),
+        ("llama-gqa-sdpa", "dynamo24", FeatureMap.ELU1),
     )
 ]
 
@@ -92,7 +92,7 @@ def test_later_tokens_leave_no_trace(zoo_onnx: ZooOnnx, tmp_path: Path) -> None:
 
 def test_a_file_with_a_cache_goes_on_from_it(zoo_onnx: ZooOnnx, tmp_path: Path) -> None:
     """The cache holds all keys, as before: in pieces the answer is that of the whole."""
-    case, out = ZOO["llama-sdpa"], tmp_path / "linear.onnx"
+    case, out = ZOO["llama-gqa-sdpa"], tmp_path / "linear.onnx"
     source = zoo_onnx(case, "dynamo18", past=True)
     done = rewriter.optimize(source, "linear:4")
     done.save(out)

@@ -526,7 +526,7 @@ def session_run(path: Path, feeds: dict[str, Array]) -> dict[str, Array]:
 
 def test_a_files_cache_goes_on_where_it_was(zoo_onnx: ZooOnnx, tmp_path: Path) -> None:
     """A decoder step, again and again on its own cache, against the module on the whole sequence at once."""
-    case = ZOO["llama-sdpa"]
+    case = ZOO["llama-gqa-sdpa"]
     source, out = zoo_onnx(case, "dynamo18", past=True), tmp_path / "sparse.onnx"
     for target in (FIXED,):
         rewriter.optimize(source, target).save(out)

@@ -25,14 +25,13 @@ DYNAMO: Mapping[str, tuple[str, ...]] = {
     "vit-sdpa": ("dynamo18",),
     "gpt2-sdpa": ("dynamo23",),
     "gpt2-eager": ("dynamo18",),
-    "llama-sdpa": ("dynamo18", "dynamo24"),
+    "llama-sdpa": ("dynamo18",),
     "llama-gqa-sdpa": ("dynamo18", "dynamo23", "dynamo24"),
     "qwen3-sdpa": ("dynamo24",),
-    "qwen3-eager": ("dynamo18",),
     "nanogpt-softmax": ("dynamo18",),
     "nanogpt-sdpa": ("dynamo24",),
     "mha-batch-first": ("dynamo18",),
-    "mha-sequence-first": ("dynamo18", "dynamo23"),
+    "mha-sequence-first": ("dynamo23",),
     "torch-encoder-padded": ("dynamo18",),
     "router": ("dynamo18",),
     "deberta-eager": ("dynamo18",),
@@ -61,8 +60,8 @@ DYNAMO: Mapping[str, tuple[str, ...]] = {
 
 DYNAMO_WITH_PAST: Mapping[str, tuple[str, ...]] = {
     "gpt2-eager": ("dynamo18",),
-    "llama-sdpa": ("dynamo18",),
-    "llama-gqa-sdpa": ("dynamo18", "dynamo23"),
+    "gpt2-sdpa": ("dynamo23",),
+    "llama-gqa-sdpa": ("dynamo18",),
     "qwen3-sdpa": ("dynamo24",),
 }
 """The same for decoders with their cache as inputs and outputs."""
