@@ -40,7 +40,12 @@ def _beside(flow: Flow, path: tuple[int, ...], stem: Value) -> list[Node]:
         node = flow.nodes[index]
         if stem not in node.outputs and any(v in values for v in node.inputs):
             values += node.outputs
-    return [r for v in values if v for r in flow.live_readers(v) if r.op == "Transpose" and r.index not in path]
+    return [r for v in values if v for r in _turned(flow, v, path)]
+
+
+def _turned(flow: Flow, value: Value, path: tuple[int, ...]) -> list[Node]:
+    """Transpositions of a value that lie off the path."""
+    return [r for r in flow.live_readers(value) if r.op == "Transpose" and r.index not in path]
 
 
 def reshapes_on(tracer: Tracer, path: tuple[int, ...], lookup: Lookup) -> tuple[tuple[int, int], ...]:
@@ -292,7 +297,8 @@ def path_between(flow: Flow, start: Value, end: Value) -> tuple[int, ...]:
 def stem_of(
     tracer: Tracer, projection: Projection, path: tuple[int, ...], lookup: Lookup
 ) -> tuple[Value, Axes, tuple[int, ...]]:
-    """(value, axes, features): the last pure re-layout of the projection through which the whole path passes."""
+    """(value, axes, features): the last pure re-layout of the projection through which the whole path passes; not
+    behind one that leaves the program by a transposition of its own, which is to have as many heads."""
     flow = tracer.flow
     nodes = [flow.nodes[i] for i in path]
     candidates = [(projection.output, nodes)]
@@ -300,6 +306,9 @@ def stem_of(
     best: tuple[Value, Axes, tuple[int, ...]] | None = None
     own = {projection.output, *(v for n in nodes for v in n.outputs if v)}
     for value, later in reversed(candidates):  # the last plain one, else the last
+        handed_out = any(n.outputs[0] in flow.outputs for n in _turned(flow, value, path))
+        if best is not None and _plain(best[1]) and not handed_out:
+            continue
         if not _is_gate(flow, later, value, own if lookup.foreign else None):
             continue
         axes = _axes_at(tracer, value, lookup, pure=True)
@@ -309,8 +318,6 @@ def stem_of(
         features = lookup.features(ids, axes, tracer.source_of(ids)[0])
         if features is not None:
             best = (value, axes, features)
-            if _plain(axes):
-                break
     if best is None and lookup.gathers:
         raise NotUnderstood(
             "some of its tokens stand in several places (blocks of keys that are gathered for each block of queries), "

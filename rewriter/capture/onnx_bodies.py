@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
+from codegen.ops.grouped_query_attention.onnx_body import DOMAIN
+
 
 def hidden_anchors(model: ir.Model) -> list[tuple[str, str]]:
     """(node name, operator) of control-flow nodes in whose bodies a softmax or an attention stands."""
@@ -24,12 +26,12 @@ def bodies_of(node: ir.Node) -> Iterator[ir.Graph]:
 
 def holds_anchor(graph: ir.Graph, *, deep: bool = True) -> bool:
     """Whether a softmax or an attention stands in a graph; if `deep`, in bodies within it, too."""
-    return any(
-        n.op_type == "Softmax"
-        or n.op_type.endswith("Attention")
-        or (deep and any(holds_anchor(b) for b in bodies_of(n)))
-        for n in graph
-    )
+    return any(_is_anchor(n) or (deep and any(holds_anchor(body) for body in bodies_of(n))) for n in graph)
+
+
+def _is_anchor(node: ir.Node) -> bool:
+    operator = node.op_type
+    return node.domain == DOMAIN or "Attention" in operator or ("Softmax" in operator and operator != "LogSoftmax")
 
 
 def everything_read(node: ir.Node) -> tuple[str, ...]:

@@ -177,9 +177,15 @@ def _require_private(editor: Editor, site: AttentionSite, role: str, operand: Op
     mine = {n.index for n in (*path, *editor.flow.ancestors(site.output))}
     readers = [n.name for v in changed[1:] for n in editor.flow.consumers(v) if n.index not in mine]
     outputs = [v for v in changed[1:] if v in editor.flow.outputs and v not in presents]
-    early = [v for v in presents if v not in changed]
+    early = [v for v in presents if v not in changed and not _beside(editor, operand, v)]
     for name in (*readers, *outputs, *early):
         raise UnsupportedModel(f"its {role} heads are also read at {name}", hint=HINT)
+
+
+def _beside(editor: Editor, operand: Operand, value: Value) -> bool:
+    """Whether an output is a transposition of the stem off the path, which goes on with all heads."""
+    node = editor.flow.producer(value)
+    return node is not None and node.op == "Transpose" and node.inputs[0] == operand.stem
 
 
 def _three_axes(editor: Editor, operand: Operand) -> Value:

@@ -106,10 +106,18 @@ def _restore_outputs(graph: ir.Graph, lifted: Lifted, outputs: Sequence[ir.Value
 
 
 def _restored_names(graph: ir.Graph, branch: Branch, nodes: Sequence[ir.Node]) -> dict[str, str]:
-    for node in nodes:
-        node.name = branch.names[node] if node in branch.names else (node.name or "").removeprefix(branch.prefix)
+    """Names as they were; new ones without the prefix, in so far as nothing else in the body is called so."""
+    old = [node for node in nodes if node in branch.names]
+    for node in old:
+        node.name = branch.names[node]
         for value in node.outputs:
             value.name = (value.name or "").removeprefix(branch.prefix)
+    taken = {node.name for node in old} | {v.name for node in old for v in node.outputs}
+    for node in (node for node in nodes if node not in branch.names):
+        word = (node.name or "").removeprefix(branch.prefix).removeprefix(f"{branch.prefix[:-1]}.")
+        node.name = _unused(word, taken)
+        for value in node.outputs:
+            value.name = _unused((value.name or "").removeprefix(branch.prefix), taken)
     renamed = {value.name or "": (value.name or "").removeprefix(branch.prefix) for value in branch.stored}
     for name, value in zip(renamed, branch.stored, strict=True):
         if graph.initializers.get(name) is value:
@@ -117,3 +125,13 @@ def _restored_names(graph: ir.Graph, branch: Branch, nodes: Sequence[ir.Node]) -
             value.name = renamed[name]
             branch.body.register_initializer(value)
     return renamed
+
+
+def _unused(name: str, taken: set[str | None]) -> str:
+    """`name`, or one like it, which is taken from now on."""
+    candidate, number = name, 0
+    while candidate and candidate in taken:
+        number += 1
+        candidate = f"{name}_{number}"
+    taken.add(candidate)
+    return candidate

@@ -105,9 +105,11 @@ def _of_module(path: Path) -> list[Need]:
 
 
 def _of_file(path: Path) -> list[Need]:
+    from rewriter.capture.onnx_branches import lift
     from rewriter.capture.onnx_load import load
 
     model = load(path)
+    lift(model)
     own = [n for n in model.graph if n.domain == DOMAIN]
     mixing = [_mixing_need(n) for n in own if n.op_type in _MIXING]
     mixing += [_chunks_need(n, called) for n in own if (called := _called(model, n)) is not None]

@@ -15,6 +15,7 @@ import pytest
 import rewriter
 from passes.dataflow import Array
 from rewriter.capture import onnx_branches
+from rewriter.kernels.needed import needs
 
 HEADS, DIM = 4, 4
 WIDTH = HEADS * DIM
@@ -197,3 +198,14 @@ def test_attention_in_a_body_that_cannot_be_run_is_listed(tmp_path: Path) -> Non
     assert "body of BeamSearch" in refusal.reason
     with pytest.raises(rewriter.errors.NothingToRewrite, match="body of BeamSearch"):
         rewriter.optimize(tmp_path / "search.onnx", "gqa2")
+
+
+def test_what_was_rewritten_is_rewritten_again(tmp_path: Path) -> None:
+    """Names of the first time are in the branches then, and no name of the second may be the same."""
+    path, out, again = _file(tmp_path / "merged.onnx", twin=True), tmp_path / "new.onnx", tmp_path / "again.onnx"
+    rewriter.optimize(path, "gqa2").save(out)
+    assert len(needs(out)) == 1, "kernels are told from the branches, too"
+    done = rewriter.optimize(out, "mqa")
+    done.save(again)
+    assert len(done.rewrite_report.sites) == 3 and not any(row.exact for row in done.rewrite_report.sites)
+    assert _decode(again)[1] == {1}
