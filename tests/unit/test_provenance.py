@@ -598,8 +598,15 @@ NO_ROTATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("name", NO_ROTATIONS)
-def test_what_only_looks_like_a_rotation_is_refused(name: str) -> None:
+def test_what_only_looks_like_a_rotation_is_run_and_not_read_as_one(name: str) -> None:
     matches = matched(Attention(NO_ROTATIONS[name]))
+    (site,) = matches.sites
+    assert site.q.rotary is None and site.q.headwise and site.k.headwise
+    assert site.stays
+
+
+def test_what_mixes_heads_is_refused() -> None:
+    matches = matched(Attention(lambda y: y + y.roll(1, dims=1)))
     assert matches.sites == () and len(matches.refusals) == 1
     assert matches.refusals[0].reason.startswith("query: ")
 
