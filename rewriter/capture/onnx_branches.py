@@ -96,7 +96,7 @@ def _lift(graph: ir.Graph, node: ir.Node, number: int, roles: Sequence[InputRole
         graph.insert_before(node, [chooser])
         for index, out in zip(lifted.chosen, chooser.outputs, strict=True):
             node.outputs[index].replace_all_uses_with(out, replace_graph_outputs=True)
-        lifted = Lifted(node, lifted.branches, chooser, ports, outer)
+        lifted = replace(lifted, chooser=chooser)
     _replace_outputs(graph, ports, given)
     graph.remove(node)
     return lifted

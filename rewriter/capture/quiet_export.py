@@ -16,14 +16,15 @@ STACK_TRACES_OFF = "do_not_emit_stack_traces"
 def quiet_export() -> Iterator[None]:
     """What runs inside prints nothing to stderr, logs nothing (torch's handlers hold the stream that stderr was), and
     makes nodes without stack traces, which nothing here reads and which take long to write."""
-    with _without_stack_traces(), _unlogged(), contextlib.redirect_stderr(io.StringIO()):
+    with _without_stack_traces(), unlogged(logging.CRITICAL), contextlib.redirect_stderr(io.StringIO()):
         yield
 
 
 @contextlib.contextmanager
-def _unlogged() -> Iterator[None]:
+def unlogged(level: int) -> Iterator[None]:
+    """Nobody logs records of this level or below."""
     before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
+    logging.disable(level)
     try:
         yield
     finally:

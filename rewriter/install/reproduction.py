@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rewriter.capture.quiet_export import unlogged
 from rewriter.errors import UnsupportedModel
 from rewriter.install.call_record import CallRecord, plain_attention, snapshot
 from rewriter.install.dropout_roles import dropout_roles
@@ -95,14 +96,9 @@ def settle(original: nn.Module, mixer: RewrittenMixer, record: CallRecord, owner
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Trying unusual calls makes libraries warn about things that the user never asked for."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
+    with unlogged(logging.WARNING), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _silent(function: Callable[[], Any]) -> tuple[Any, str | None]:
