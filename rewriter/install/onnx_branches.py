@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from rewriter.capture.onnx_branches import BRANCHES, Branch, Lifted, nodes_within
+from rewriter.onnx_nodes import NodeWriter
 
 
 def put_back(model: ir.Model, lifted: Sequence[Lifted]) -> dict[str, str]:
@@ -113,11 +114,13 @@ def _restored_names(graph: ir.Graph, branch: Branch, nodes: Sequence[ir.Node]) -
         for value in node.outputs:
             value.name = (value.name or "").removeprefix(branch.prefix)
     taken = {node.name for node in old} | {v.name for node in old for v in node.outputs}
+    unique = NodeWriter(branch.body, {name for name in taken if name}).unique
     for node in (node for node in nodes if node not in branch.names):
         word = (node.name or "").removeprefix(branch.prefix).removeprefix(f"{branch.prefix[:-1]}.")
-        node.name = _unused(word, taken)
+        node.name = unique(word) if word else word
         for value in node.outputs:
-            value.name = _unused((value.name or "").removeprefix(branch.prefix), taken)
+            name = (value.name or "").removeprefix(branch.prefix)
+            value.name = unique(name) if name else name
     renamed = {value.name or "": (value.name or "").removeprefix(branch.prefix) for value in branch.stored}
     for name, value in zip(renamed, branch.stored, strict=True):
         if graph.initializers.get(name) is value:
@@ -125,13 +128,3 @@ def _restored_names(graph: ir.Graph, branch: Branch, nodes: Sequence[ir.Node]) -
             value.name = renamed[name]
             branch.body.register_initializer(value)
     return renamed
-
-
-def _unused(name: str, taken: set[str | None]) -> str:
-    """`name`, or one like it, which is taken from now on."""
-    candidate, number = name, 0
-    while candidate and candidate in taken:
-        number += 1
-        candidate = f"{name}_{number}"
-    taken.add(candidate)
-    return candidate
