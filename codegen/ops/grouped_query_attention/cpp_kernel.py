@@ -35,6 +35,8 @@ class Tiling:
         block_rows, block_vectors: rows and vectors of the sum that is held in registers.
         rows: query rows of a task at most.
         few_rows: up to so many rows, scores are dot products with the keys as they lie.
+        together: of these, rows that share each vector of keys and values that is read; 0 where rows are taken one by
+            one, and values by the product that takes any number of rows.
         ahead_rows: from so many rows on, dot products with keys as they lie ask memory for the next ones; 0 for never,
             where they wait for their own conversions and not for memory.
         split_keys: fewest keys that are worth a task of their own.
@@ -46,6 +48,7 @@ class Tiling:
     block_vectors: int
     rows: int
     few_rows: int
+    together: int
     ahead_rows: int
     split_keys: int
 
@@ -56,16 +59,13 @@ def tiling(spec: GroupedQueryAttention, dtype: DType, isa: Isa) -> Tiling:
     few = few if spec.group <= few else 0
     ahead = 1 if _in_pairs(dtype, isa) else 2 if dtype is DType.FLOAT32 else 0
     if isa is Isa.AVX2:
-        found = Tiling(8, 64, block_rows=6, block_vectors=2, rows=128, few_rows=few, ahead_rows=ahead, split_keys=256)
+        together = min(few, spec.group) if not spec.pattern else 0
+        found = Tiling(8, 64, 6, 2, 128, few_rows=few, together=together, ahead_rows=ahead, split_keys=256)
     elif _in_tiles(spec, dtype, isa):
-        found = Tiling(
-            16, 128, block_rows=16, block_vectors=4, rows=128, few_rows=few, ahead_rows=ahead, split_keys=256
-        )
+        found = Tiling(16, 128, 16, 4, 128, few_rows=few, together=0, ahead_rows=ahead, split_keys=256)
     else:
         keys = 128 if spec.pattern else 64
-        found = Tiling(
-            16, keys, block_rows=6, block_vectors=4, rows=128, few_rows=few, ahead_rows=ahead, split_keys=256
-        )
+        found = Tiling(16, keys, 6, 4, 128, few_rows=few, together=0, ahead_rows=ahead, split_keys=256)
     while found.rows > (16 if _in_tiles(spec, dtype, isa) else 8) and _stack(spec, found) > _STACK:
         found = replace(found, rows=found.rows // 2)
     return found
@@ -110,6 +110,7 @@ def source(spec: GroupedQueryAttention, dtype: DType, isa: Isa) -> str:
             "score_vectors": cut.key_tile // cut.lanes,
             "out_vectors": math.ceil(spec.value_dim / cut.lanes),
             "few_rows": cut.few_rows,
+            "together": cut.together,
             "split_keys": cut.split_keys,
             "pairs": pairs,
             "ahead": not spec.pattern,

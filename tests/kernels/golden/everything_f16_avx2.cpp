@@ -174,6 +174,7 @@ constexpr int KT = 64;     // keys of a tile
 constexpr int MR = 6;   // rows that are held in registers
 constexpr int SCORE_VECTORS = 8, OUT_VECTORS = 1;
 constexpr int FEW_ROWS = 4;  // up to here a dot product per key beats transposing keys
+constexpr int TOGETHER = 2;  // of these, rows that share what is read once
 constexpr int PAIR = 1;    // numbers per 32-bit unit of a product's operands
 constexpr int D_UNITS = (D + PAIR * W - 1) / (PAIR * W) * W, E_PADDED = (E + W - 1) / W * W;
 constexpr int KT_UNITS = KT / PAIR;
@@ -227,7 +228,7 @@ INLINE void product_block(const float *a, int lda, const float *b, int64_t ldb, 
     for (int n = 0; n < N; ++n) sum[r][n] = vf{};
   for (int d = 0; d < depth; ++d) {
     vf right[N];
-    if (R > 4) ahead.line();
+    ahead.line();
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) right[n] = load(b + d * ldb + n * W);
 #pragma GCC unroll 8
@@ -344,24 +345,107 @@ INLINE void transpose_keys(Tile &tile, const T *k, int64_t stride, int count) {
   }
 }
 
-// Scores of up to FEW_ROWS rows straight from the keys [from, to) as they lie. Rows are not unrolled: each reads the
-// keys anew, from the nearest cache, and one function for each number of them took longer to build than all the rest.
-// Inline, since GCC 12 takes it for a pure function in bfloat16 and drops the call.
-INLINE void dot_keys(Tile &tile, Rows rows, const T *k, int64_t stride, int from, int to) {
-  for (int j = from / W * W; j < to; j += W) {
-    const int there = to - j;
-    for (int r = 0; r < rows.count; ++r) {
-      vf sum[W];
+// Up to FEW_ROWS rows over keys and values as they lie. Memory bounds that, so it must never wait: while keys are
+// multiplied, the same tile's values are asked for, and while those are added up, the next tile's keys. A vector that
+// was read, and widened, serves all rows of a group.
+constexpr int LINE = 64 / (int)sizeof(T), K_LINES = (D + LINE - 1) / LINE, V_LINES = (E + LINE - 1) / LINE;
+constexpr int DEPTH = 8;  // values whose columns are all added up before the next ones are read
+
+INLINE void ask_for(const T *rows, int64_t stride, int line, int lines_of_row) {
+  _mm_prefetch((const char *)(rows + line / lines_of_row * stride) + line % lines_of_row * 64, _MM_HINT_T0);
+}
+
+// Scores of R rows from `at` on go to lines of scores from `slot` on; values[0 ..] are asked for.
+template <int R>
+INLINE void few_scores(Tile &tile, int at, int slot, const T *k, int64_t stride, int count, const T *values,
+                       int64_t v_stride) {
+  constexpr int KEYS = R == 1 ? W : R == 2 ? W / 2 : W / 4;  // as many as there are lanes for their sums
+  constexpr int STEPS = KEYS * D_UNITS / W, LINES = KEYS * V_LINES;
+  for (int j = 0; j < count; j += KEYS) {
+    const T *key[KEYS];
+    vf sum[W];
 #pragma GCC unroll 16
-      for (int i = 0; i < W; ++i) {
-        const T *key = k + (j + (i < there ? i : 0)) * stride;
-        sum[i] = vf{};
+    for (int i = 0; i < W; ++i) sum[i] = vf{};
+#pragma GCC unroll 16
+    for (int i = 0; i < KEYS; ++i) key[i] = k + (j + i < count ? j + i : j) * stride;
+#pragma GCC unroll 16
+    for (int u = 0; u < D_UNITS; u += W)
+#pragma GCC unroll 16
+      for (int i = 0; i < KEYS; ++i) {
+        const int step = u / W * KEYS + i;
 #pragma GCC unroll 8
-        for (int u = 0; u < D_UNITS; u += W) sum[i] = multiply(sum[i], load(&tile.q[rows[r]][u]), units(key, u, D));
+        for (int l = step * LINES / STEPS; l < (step + 1) * LINES / STEPS; ++l)
+          ask_for(values + j * v_stride, v_stride, l, V_LINES);
+        const vf unit = units(key[i], u, D);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) sum[r * KEYS + i] = load(&tile.q[at + r][u]) * unit + sum[r * KEYS + i];
       }
-      store(&tile.scores[r][j], sums(sum));
+    const vf found = sums(sum);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) memcpy(&tile.scores[slot + r][j], (const char *)&found + r * KEYS * 4, KEYS * 4);
+  }
+}
+
+// part[R x E] = or += weights * values[depth x E], N vectors of columns from vector `first` on; keys are asked for.
+template <int R, int N>
+INLINE void few_columns(const float *weights, const T *v, int64_t stride, int depth, int first, const T *keys,
+                        int64_t k_stride, float (*part)[E_PADDED], bool add) {
+  constexpr int STEPS = DEPTH * OUT_VECTORS, LINES = DEPTH * K_LINES;
+  vf sum[R][N];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) sum[r][n] = add ? load(&part[r][(first + n) * W]) : vf{};
+  for (int d = 0; d < depth; ++d) {
+    const int step = first * DEPTH + d * N;
+    for (int l = step * LINES / STEPS; l < (step + N) * LINES / STEPS; ++l) ask_for(keys, k_stride, l, K_LINES);
+    vf right[N];
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) right[n] = units(v + d * stride, (first + n) * W, E);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const vf weight = splat(weights[r * KT_UNITS + d]);
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) sum[r][n] = weight * right[n] + sum[r][n];
     }
   }
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) store(&part[r][(first + n) * W], sum[r][n]);
+}
+
+// The output of R rows from `at` on grows by the tile's values; keys[0 ..] are asked for.
+template <int R>
+INLINE void few_outputs(Tile &tile, int at, int slot, const T *v, int64_t stride, int count, const T *keys,
+                        int64_t k_stride) {
+  constexpr int MOST = 8 / R, N = OUT_VECTORS < MOST ? OUT_VECTORS : MOST, REST = OUT_VECTORS % N;
+  alignas(64) float part[R][E_PADDED];
+  for (int d = 0; d < count; d += DEPTH) {
+    const float *weights = &tile.weights[slot][d];
+    const int depth = count - d < DEPTH ? count - d : DEPTH;
+    const T *rows = v + d * stride, *next = keys + d * k_stride;
+    for (int first = 0; first + N <= OUT_VECTORS; first += N)
+      few_columns<R, N>(weights, rows, stride, depth, first, next, k_stride, part, d > 0);
+    if (REST)
+      few_columns<R, (REST ? REST : 1)>(weights, rows, stride, depth, OUT_VECTORS - REST, next, k_stride, part, d > 0);
+  }
+  for (int r = 0; r < R; ++r)  // tile by tile: long sums keep their precision
+    for (int e = 0; e < E_PADDED; e += W) store(&tile.out[at + r][e], load(&tile.out[at + r][e]) + load(&part[r][e]));
+}
+
+OUTLINE void few_keys(Tile &tile, Rows rows, const T *k, int64_t k_stride, const T *v, int64_t v_stride, int count) {
+  int r = 0;
+  for (; r + TOGETHER <= rows.count; r += TOGETHER)
+    few_scores<TOGETHER>(tile, rows[r], r, k, k_stride, count, v, v_stride);
+  for (; r < rows.count; ++r) few_scores<1>(tile, rows[r], r, k, k_stride, count, v, v_stride);
+}
+
+OUTLINE void few_values(Tile &tile, Rows rows, const T *v, int64_t v_stride, const T *next, int64_t k_stride, int count) {
+  int r = 0;
+  for (; r + TOGETHER <= rows.count; r += TOGETHER)
+    few_outputs<TOGETHER>(tile, rows[r], r, v, v_stride, count, next, k_stride);
+  for (; r < rows.count; ++r) few_outputs<1>(tile, rows[r], r, v, v_stride, count, next, k_stride);
 }
 
 // Scores of keys [from, to) become weights; the running maximum, sum and output follow. The tile has `count` keys,
@@ -409,12 +493,12 @@ INLINE void weigh(const Launch &launch, Tile &tile, Rows rows, int64_t start, in
 }
 
 // One key tile for some rows of the task.
-INLINE void attend(const Launch &launch, Tile &tile, Rows rows, const T *k, const T *v, int64_t start, int count) {
+INLINE void attend(const Launch &launch, Tile &tile, Rows rows, const T *k, const T *v, int64_t start, int count, bool last) {
   const int64_t k_stride = launch.k_stride[2], v_stride = launch.v_stride[2];
   const bool few = rows.count <= FEW_ROWS;
   const bool in_place = V_IN_PLACE;
   if (!few) transpose_keys(tile, k, k_stride, count);
-  if (!in_place) lay_out_values(tile, v, v_stride, count);
+  if (!in_place && !few) lay_out_values(tile, v, v_stride, count);
   const int blocks = (rows.count + MR - 1) / MR;
   for (int b = 0; b < blocks; ++b) {
     const int before = rows.count * b / blocks;
@@ -422,10 +506,14 @@ INLINE void attend(const Launch &launch, Tile &tile, Rows rows, const T *k, cons
     constexpr int from = 0, to = KT;
     const int depth = count;
     const int lda = D_UNITS * rows.apart;
-    if (few) dot_keys(tile, block, k, k_stride, 0, count);
+    if (few) few_keys(tile, block, k, k_stride, v, v_stride, count);
     else
       product_wide<SCORE_VECTORS>(block.count, tile.q[block.first], lda, tile.keys[0], KT, D_UNITS, tile.scores[0], KT, false, tile.ahead);
     weigh(launch, tile, block, start, from, to, count);
+    if (few) {
+      few_values(tile, block, v, v_stride, last ? k : k + KT * k_stride, k_stride, count);
+      continue;
+    }
     const float *values = in_place ? (const float *)(const void *)(v + 0) : tile.values[0];
     const int64_t ldv = in_place ? v_stride : E_PADDED;
     product_wide<OUT_VECTORS>(block.count, tile.weights[0] + from / PAIR, KT_UNITS, values + from / PAIR * ldv, ldv,
@@ -539,7 +627,7 @@ INLINE void run_task(Launch &launch, Tile &tile, int64_t number) {
     const int64_t next = start + KT, left = t + 1 < to ? (end - next < KT ? end - next : KT) : 0;
     tile.ahead.begin(k + next * launch.k_stride[2], launch.k_stride[2], v + next * launch.v_stride[2], launch.v_stride[2], left);
     attend(launch, tile, Rows{0, 1, tile.rows}, k + start * launch.k_stride[2], v + start * launch.v_stride[2], start,
-           (int)(end - start < KT ? end - start : KT));
+           (int)(end - start < KT ? end - start : KT), t + 1 == to);
   }
   if (launch.splits == 1) {
     for (int r = 0; r < tile.rows; ++r)
