@@ -361,6 +361,8 @@ INLINE void few_scores(Tile &tile, int at, int slot, const T *k, int64_t stride,
                        int64_t v_stride) {
   constexpr int KEYS = R == 1 ? W : R == 2 ? W / 2 : W / 4;  // as many as there are lanes for their sums
   constexpr int STEPS = KEYS * D_UNITS / W, LINES = KEYS * V_LINES;
+  const float *q = tile.q[at];
+  float *scores = tile.scores[slot];
   for (int j = 0; j < count; j += KEYS) {
     const T *key[KEYS];
     vf sum[W];
@@ -378,11 +380,11 @@ INLINE void few_scores(Tile &tile, int at, int slot, const T *k, int64_t stride,
           ask_for(values + j * v_stride, v_stride, l, V_LINES);
         const vf unit = units(key[i], u, D);
 #pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) sum[r * KEYS + i] = load(&tile.q[at + r][u]) * unit + sum[r * KEYS + i];
+        for (int r = 0; r < R; ++r) sum[r * KEYS + i] = load(q + r * D_UNITS + u) * unit + sum[r * KEYS + i];
       }
     const vf found = sums(sum);
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) memcpy(&tile.scores[slot + r][j], (const char *)&found + r * KEYS * 4, KEYS * 4);
+    for (int r = 0; r < R; ++r) memcpy(scores + r * KT + j, (const char *)&found + r * KEYS * 4, KEYS * 4);
   }
 }
 
