@@ -37,6 +37,7 @@ class Tiling:
         few_rows: up to so many rows, scores are dot products with the keys as they lie.
         together: of these, rows that share each vector of keys and values that is read; 0 where rows are taken one by
             one, and values by the product that takes any number of rows.
+        few_keys: keys that are worked on at a time where rows are taken together.
         ahead_rows: from so many rows on, dot products with keys as they lie ask memory for the next ones; 0 for never,
             where they wait for their own conversions and not for memory.
         split_keys: fewest keys that are worth a task of their own.
@@ -49,6 +50,7 @@ class Tiling:
     rows: int
     few_rows: int
     together: int
+    few_keys: int
     ahead_rows: int
     split_keys: int
 
@@ -60,12 +62,12 @@ def tiling(spec: GroupedQueryAttention, dtype: DType, isa: Isa) -> Tiling:
     ahead = 1 if _in_pairs(dtype, isa) else 2 if dtype is DType.FLOAT32 else 0
     if isa is Isa.AVX2:
         together = min(few, spec.group) if not spec.pattern else 0
-        found = Tiling(8, 64, 6, 2, 128, few_rows=few, together=together, ahead_rows=ahead, split_keys=256)
+        found = Tiling(8, 64, 6, 2, 128, few_rows=few, together=together, few_keys=16, ahead_rows=ahead, split_keys=256)
     elif _in_tiles(spec, dtype, isa):
-        found = Tiling(16, 128, 16, 4, 128, few_rows=few, together=0, ahead_rows=ahead, split_keys=256)
+        found = Tiling(16, 128, 16, 4, 128, few_rows=few, together=0, few_keys=0, ahead_rows=ahead, split_keys=256)
     else:
         keys = 128 if spec.pattern else 64
-        found = Tiling(16, keys, 6, 4, 128, few_rows=few, together=0, ahead_rows=ahead, split_keys=256)
+        found = Tiling(16, keys, 6, 4, 128, few_rows=few, together=0, few_keys=0, ahead_rows=ahead, split_keys=256)
     while found.rows > (16 if _in_tiles(spec, dtype, isa) else 8) and _stack(spec, found) > _STACK:
         found = replace(found, rows=found.rows // 2)
     return found
@@ -111,6 +113,7 @@ def source(spec: GroupedQueryAttention, dtype: DType, isa: Isa) -> str:
             "out_vectors": math.ceil(spec.value_dim / cut.lanes),
             "few_rows": cut.few_rows,
             "together": cut.together,
+            "few_keys": cut.few_keys,
             "split_keys": cut.split_keys,
             "pairs": pairs,
             "ahead": not spec.pattern,

@@ -175,6 +175,7 @@ constexpr int MR = 6;   // rows that are held in registers
 constexpr int SCORE_VECTORS = 8, OUT_VECTORS = 1;
 constexpr int FEW_ROWS = 4;  // up to here a dot product per key beats transposing keys
 constexpr int TOGETHER = 2;  // of these, rows that share what is read once
+constexpr int FEW_KEYS = 16;  // keys of a tile where rows are few: it and the next one fit into the nearest cache
 constexpr int PAIR = 1;    // numbers per 32-bit unit of a product's operands
 constexpr int D_UNITS = (D + PAIR * W - 1) / (PAIR * W) * W, E_PADDED = (E + W - 1) / W * W;
 constexpr int KT_UNITS = KT / PAIR;
@@ -505,7 +506,7 @@ INLINE void attend(const Launch &launch, Tile &tile, Rows rows, const T *k, cons
   for (int b = 0; b < blocks; ++b) {
     const int before = rows.count * b / blocks;
     const Rows block = {rows[before], rows.apart, rows.count * (b + 1) / blocks - before};
-    constexpr int from = 0, to = KT;
+    constexpr int from = 0; const int to = few ? FEW_KEYS : KT;
     const int depth = count;
     const int lda = D_UNITS * rows.apart;
     if (few) few_keys(tile, block, k, k_stride, v, v_stride, count);
@@ -513,7 +514,7 @@ INLINE void attend(const Launch &launch, Tile &tile, Rows rows, const T *k, cons
       product_wide<SCORE_VECTORS>(block.count, tile.q[block.first], lda, tile.keys[0], KT, D_UNITS, tile.scores[0], KT, false, tile.ahead);
     weigh(launch, tile, block, start, from, to, count);
     if (few) {
-      few_values(tile, block, v, v_stride, last ? k : k + KT * k_stride, k_stride, count);
+      few_values(tile, block, v, v_stride, last ? k : k + FEW_KEYS * k_stride, k_stride, count);
       continue;
     }
     const float *values = in_place ? (const float *)(const void *)(v + 0) : tile.values[0];
@@ -622,14 +623,15 @@ INLINE void run_task(Launch &launch, Tile &tile, int64_t number) {
   const int64_t row = task.query + task.queries - 1, keys = launch.keys, queries = launch.queries;
   const int64_t last = row + (keys - queries);
   if (last + 1 < end) end = last + 1 < 0 ? 0 : last + 1;
-  const int64_t tiles = (end + KT - 1) / KT;
+  const int64_t span = tile.rows <= FEW_ROWS ? FEW_KEYS : KT;
+  const int64_t tiles = (end + span - 1) / span;
   const int64_t from = tiles * split / launch.splits, to = tiles * (split + 1) / launch.splits;
   for (int64_t t = from; t < to; ++t) {
-    const int64_t start = t * KT;
-    const int64_t next = start + KT, left = t + 1 < to ? (end - next < KT ? end - next : KT) : 0;
+    const int64_t start = t * span;
+    const int64_t next = start + span, left = t + 1 < to ? (end - next < span ? end - next : span) : 0;
     tile.ahead.begin(k + next * launch.k_stride[2], launch.k_stride[2], v + next * launch.v_stride[2], launch.v_stride[2], left);
     attend(launch, tile, Rows{0, 1, tile.rows}, k + start * launch.k_stride[2], v + start * launch.v_stride[2], start,
-           (int)(end - start < KT ? end - start : KT), t + 1 == to);
+           (int)(end - start < span ? end - start : span), t + 1 == to);
   }
   if (launch.splits == 1) {
     for (int r = 0; r < tile.rows; ++r)
