@@ -14,7 +14,8 @@ Shape legend as in passes/activations.py; m D and m Dv are widths of the stacked
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import itertools
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -23,6 +24,9 @@ from passes.activations import Activations
 from passes.dataflow import Array
 from passes.weights.conjugate_gradients import Vector
 from passes.weights.projection import SiteWeights
+
+_QUERIES = 128
+"""That are worked on at a time."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,7 @@ class Linearised:
         attention: [B, H, S, T]; queries, keys, values: [B, H, tokens, ...], rotated, one for each query head.
         out: [H Dv, E].
         left: [B, S, E], wished less given; zero where no query counts.
+        spans: which queries attend to which keys, by stretches of queries.
         every: of the queries only each so manieth is there, and S counts these; see `thinned`.
     """
 
@@ -78,6 +83,7 @@ class Linearised:
     values: Array
     out: Array
     left: Array
+    spans: tuple[tuple[slice, slice], ...]
     every: int = 1
 
     @staticmethod
@@ -94,12 +100,14 @@ class Linearised:
         if weights.out_bias is not None:
             given = given + weights.out_bias.astype(np.float32)
         left = (features.wished - given) * look.asking[..., None]
-        return Linearised(features, attention, queries, keys, values, out, left)
+        return Linearised(features, attention, queries, keys, values, out, left, _spans(attention))
 
     def thinned(self, every: int) -> Linearised:
         """The same of each so manieth query: neighbours see nearly the same, and cost as much."""
         attention, queries = (np.ascontiguousarray(x[:, :, ::every]) for x in (self.attention, self.queries))
-        return replace(self, attention=attention, queries=queries, left=self.left[:, ::every], every=every)
+        return replace(
+            self, attention=attention, queries=queries, left=self.left[:, ::every], spans=_spans(attention), every=every
+        )
 
     @property
     def counted(self) -> Array:
@@ -114,19 +122,22 @@ class Linearised:
     def moved(self, change: Vector) -> Array:
         """[B, S, E]: the output's first-order change."""
         narrow = {name: matrix.astype(np.float32) for name, matrix in change.items()}
-        look, old, heads = self.features.look, self.features, self.attention.shape[1]
+        look, old = self.features.look, self.features
+        queries = look.turned_queries(_act(narrow["q"], old.queries))[:, :, :: self.every] if "q" in narrow else None
+        keys = look.turned_keys(_act(narrow["k"], old.keys)) if "k" in narrow else None
+        values = _act(narrow["v"], old.values) if "v" in narrow else None
         attended = np.zeros((*self.attention.shape[:3], self.values.shape[-1]), np.float32)
-        if "v" in narrow:
-            attended += self.attention @ repeated(_act(narrow["v"], old.values), heads)
-        if "q" in narrow or "k" in narrow:
-            scores = np.zeros_like(self.attention)
-            if "q" in narrow:
-                turned = look.turned_queries(_act(narrow["q"], old.queries))[:, :, :: self.every]
-                scores += turned @ self.keys.swapaxes(-1, -2)
-            if "k" in narrow:
-                turned = repeated(look.turned_keys(_act(narrow["k"], old.keys)), heads)
-                scores += self.queries @ turned.swapaxes(-1, -2)
-            attended += self._through_softmax(scores) @ self.values
+        for at, asking, shown in self._parts():
+            attention, here = self.attention[*at, asking, shown], attended[*at, asking]
+            if values is not None:
+                here += attention @ values[*self._shared(at, values), shown]
+            scores = np.zeros_like(attention)
+            if queries is not None:
+                scores += queries[*at, asking] @ self.keys[*at, shown].T
+            if keys is not None:
+                scores += self.queries[*at, asking] @ keys[*self._shared(at, keys), shown].T
+            if queries is not None or keys is not None:
+                here += self._through_softmax(attention, scores) @ self.values[*at, shown]
         moved: Array = (flat(attended) @ self.out) * self.counted[..., None]
         return moved
 
@@ -134,25 +145,56 @@ class Linearised:
         """The adjoint of `moved`: from [B, S, E] to changes of these operands, float64."""
         look, old, heads = self.features.look, self.features, self.attention.shape[1]
         by_head = (left @ self.out.T).reshape(*left.shape[:2], heads, -1).transpose(0, 2, 1, 3)
-        found: Vector = {}
-        if "v" in operands:
-            found["v"] = _outer(summed(self.attention.swapaxes(-1, -2) @ by_head, old.values.shape[1]), old.values)
-        if "q" in operands or "k" in operands:
-            scores = self._through_softmax(by_head @ self.values.swapaxes(-1, -2))
-            if "q" in operands:
-                turned = np.zeros((*old.queries.shape[:3], self.keys.shape[-1]), np.float32)
-                turned[:, :, :: self.every] = scores @ self.keys
-                found["q"] = _outer(look.turned_queries(turned, back=True), old.queries)
-            if "k" in operands:
-                keys = summed(scores.swapaxes(-1, -2) @ self.queries, old.keys.shape[1])
-                found["k"] = _outer(look.turned_keys(keys, back=True), old.keys)
-        return found
+        queries = np.zeros((*old.queries.shape[:3], self.keys.shape[-1]), np.float32)
+        keys = np.zeros((*old.keys.shape[:3], self.keys.shape[-1]), np.float32)
+        values = np.zeros((*old.values.shape[:3], self.values.shape[-1]), np.float32)
+        thin = queries[:, :, :: self.every]
+        for at, asking, shown in self._parts():
+            attention, wished = self.attention[*at, asking, shown], by_head[*at, asking]
+            if "v" in operands:
+                values[*self._shared(at, values), shown] += attention.T @ wished
+            if "q" in operands or "k" in operands:
+                scores = self._through_softmax(attention, wished @ self.values[*at, shown].T)
+                thin[*at, asking] = scores @ self.keys[*at, shown]
+                keys[*self._shared(at, keys), shown] += scores.T @ self.queries[*at, asking]
+        found = {
+            "q": lambda: _outer(look.turned_queries(queries, back=True), old.queries),
+            "k": lambda: _outer(look.turned_keys(keys, back=True), old.keys),
+            "v": lambda: _outer(values, old.values),
+        }
+        return {name: found[name]() for name in ("v", "q", "k") if name in operands}
 
-    def _through_softmax(self, scores: Array) -> Array:
-        """The softmax's derivative, symmetric, and the scale before it."""
-        weighted = self.attention * scores
-        weighted -= self.attention * weighted.sum(axis=-1, keepdims=True)
-        return np.asarray(weighted * np.float32(self.features.look.evidence.path.scale))
+    def _parts(self) -> Iterator[tuple[tuple[int, int], slice, slice]]:
+        """(sequence, head), some queries, and the keys that they attend to: small enough for the nearest caches."""
+        batch, heads = self.attention.shape[:2]
+        for at in itertools.product(range(batch), range(heads)):
+            for asking, shown in self.spans:
+                yield at, asking, shown
+
+    def _shared(self, at: tuple[int, int], heads: Array) -> tuple[int, int]:
+        """Where of [B, N, ...] the head is that a query head of all reads."""
+        return at[0], at[1] * heads.shape[1] // self.attention.shape[1]
+
+    def _through_softmax(self, attention: Array, scores: Array) -> Array:
+        """The softmax's derivative, symmetric, and the scale before it; `scores` are used up."""
+        scores *= attention
+        scores -= attention * scores.sum(axis=-1, keepdims=True)
+        scores *= np.float32(self.features.look.evidence.path.scale)
+        return scores
+
+
+def _spans(attention: Array) -> tuple[tuple[slice, slice], ...]:
+    """Some queries of [B, H, S, T] at a time, with the keys from the first to the last that any of them attends to.
+
+    Of a causal order that leaves half of all pairs out.
+    """
+    found = []
+    for start in range(0, attention.shape[2], _QUERIES):
+        asking = slice(start, start + _QUERIES)
+        shown = np.flatnonzero(attention[:, :, asking].max(axis=(0, 1, 2), initial=0.0))
+        if len(shown):
+            found.append((asking, slice(int(shown[0]), int(shown[-1]) + 1)))
+    return tuple(found)
 
 
 def flat(heads: Array) -> Array:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
+import passes.attention_jacobian
 import passes.merging_fit
 import passes.refine
 import rewriter
@@ -115,6 +117,26 @@ def test_thinned_products_are_those_of_the_queries_left(given: tuple[Refinement,
         size = np.abs(matrix).max()
         np.testing.assert_allclose(some[name], matrix, atol=1e-4 * size)
         assert np.abs(every[name] - matrix).max() > 1e-2 * size, name  # control: the others count
+
+
+def test_some_queries_at_a_time_come_to_the_same(given: tuple[Refinement, Merged], monkeypatch: Any) -> None:
+    job, merged = given
+    seen = features(job, merged)[0]
+    whole = Linearised.at(seen, merged.weights)
+    monkeypatch.setattr(passes.attention_jacobian, "_QUERIES", 5)
+    parted, change = Linearised.at(seen, merged.weights), random_change(job, whole, 5)
+    assert [len(whole.spans), len(parted.spans)] == [1, 3]
+    pairs = sum(len(range(*s.indices(LENGTH))) * len(range(*t.indices(LENGTH))) for s, t in parted.spans)
+    causal = not np.triu(whole.attention, 1).any()
+    assert pairs == (5 * 5 + 5 * 10 + 2 * 12 if causal else LENGTH * LENGTH)
+    size = np.abs(whole.moved(change)).max()
+    np.testing.assert_allclose(parted.moved(change), whole.moved(change), atol=1e-5 * size)
+    pulled = parted.pulled(whole.left, job.operands)
+    less = replace(parted, spans=parted.spans[1:])  # control: each stretch counts
+    assert np.abs(less.moved(change) - whole.moved(change)).max() > 1e-2 * size
+    for name, matrix in whole.pulled(whole.left, job.operands).items():
+        np.testing.assert_allclose(pulled[name], matrix, atol=1e-5 * np.abs(matrix).max())
+        assert np.abs(less.pulled(whole.left, job.operands)[name] - matrix).max() > 1e-2 * np.abs(matrix).max()
 
 
 def test_some_queries_tell_the_curvature(given: tuple[Refinement, Merged], monkeypatch: pytest.MonkeyPatch) -> None:
