@@ -67,8 +67,8 @@ def limits_of_modules(
     from rewriter.install.call_record import record_calls
     from rewriter.install.expert_mixing import block_modules, candidates
     from rewriter.install.own_module import owner_of, read_calls
-    from rewriter.install.repeated_heads import stores_heads
     from rewriter.install.stand_in import REASON, not_called_by_place
+    from rewriter.install.stored_heads import stores_heads
 
     try:
         owned = {s.name: owner_of(flow, s) for s in matches.sites}
@@ -124,7 +124,7 @@ def _without_idle(sites: Sequence[AttentionSite], choices: Mapping[str, tuple[st
 def _of_modules(flow: Flow, matches: Matches, choices: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
     """With those that only modules can be rewritten to, and without those that need one that cannot be generated."""
     from rewriter.install.own_module import obstacles
-    from rewriter.install.repeated_heads import stores_heads
+    from rewriter.install.stored_heads import stores_heads
 
     apart = DecoupledHeads()
     kept = obstacles(flow, matches.sites)

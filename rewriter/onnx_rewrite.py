@@ -20,7 +20,7 @@ from passes.match.feed_forward import FeedForwards, confirm_feed_forward, find_f
 from passes.protocols import Probe
 from passes.refused_readers import caches_read_elsewhere, read_elsewhere
 from passes.site import AttentionSite, Refusal
-from passes.targets.grouped_query import keeps_hidden_biases, specification
+from passes.targets.grouped_query import averaged, keeps_hidden_biases, specification
 from passes.targets.replacement import Replacement
 from rewriter.auto_choice import as_auto, settle
 from rewriter.block_decision import BlockDecision
@@ -237,22 +237,22 @@ def _installable(
 ) -> tuple[Decision, dict[str, Kept]]:
     """Sites that this door cannot write become refusals, before anything is edited; also those that keep their
     attention, by name. `outputs` are those of branches that were lifted."""
-    reasons, done, kept = {}, [], {}
+    reasons: dict[str, str] = {}
+    done: list[Replacement] = []
+    kept: dict[str, Kept] = {}
     lent = caches_read_elsewhere(captured.flow, [r.site for r in decision.replacements])
     for replacement in decision.replacements:
         name = replacement.site.name
-        try:
-            written = replacement.together()
-            reason = _unwritable(captured, written, lent)
-        except ValueError as error:
-            reason = str(error)
-        if reason is None:
-            done.append(written)
-        elif repeatable(captured, replacement, decision.replacements):
-            done.append(replacement)
+        way, reason = _way(captured, replacement, decision.replacements, lent)
+        if way is None and replacement.turned and replacement.may_average:
+            mean = averaged(captured.flow, replacement, reason or "")
+            way, reason = _way(captured, mean, decision.replacements, lent)
+        if way is None:
+            reasons[name] = reason or ""
+            continue
+        done.append(way)
+        if reason is not None:
             kept[name] = Kept(projection=False, cache=True, why=reason)
-        else:
-            reasons[name] = reason
     while clashes := conflicts(captured.model, outputs, done):
         reasons |= clashes
         done = [r for r in done if r.site.name not in clashes]
@@ -265,6 +265,20 @@ def _installable(
         raise NothingToRewrite("; ".join(f"{n}: {r}" for n, r in (*decision.refused, *refused)[:3]), hint=LISTS)
     settled = replace(decision, replacements=tuple(done), refused=(*decision.refused, *refused), blocks=blocks)
     return settled, kept
+
+
+def _way(
+    captured: OnnxCapture, replacement: Replacement, others: Sequence[Replacement], lent: Collection[str]
+) -> tuple[Replacement | None, str | None]:
+    """What is to be written for a site, None if nothing can be, and why it is not written anew, None if it is."""
+    try:
+        written = replacement.together()
+        reason = _unwritable(captured, written, lent)
+    except ValueError as error:
+        return (replacement if repeatable(captured, replacement, others) else None), str(error)
+    if reason is None:
+        return written, None
+    return (replacement if repeatable(captured, replacement, others) else None), reason
 
 
 def _unwritable(captured: OnnxCapture, written: Replacement, lent: Collection[str]) -> str | None:

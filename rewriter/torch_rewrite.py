@@ -12,7 +12,8 @@ import torch
 from passes.match.attention import Matches, find_attention
 from passes.match.feed_forward import find_feed_forward
 from passes.protocols import Probe
-from passes.targets.grouped_query import keeps_hidden_biases
+from passes.targets.grouped_query import averaged, keeps_hidden_biases
+from passes.targets.replacement import Replacement
 from rewriter.calibration.batches import batches, is_sampled
 from rewriter.calibration.sampled import sampled_text
 from rewriter.calibration.tokenizer import tokenizer_in
@@ -128,13 +129,19 @@ def _rewritten(
             lambda: find_feed_forward(captured.flow, matches.names),
         )
         site_rows = {r.name: r for r in rows(captured.flow, matches, decision.replacements)}
+
+        def average(asked: Replacement, why: str) -> Replacement:
+            mean = averaged(captured.flow, asked, why)
+            site_rows[asked.site.name] = rows(captured.flow, matches, (mean,))[0]
+            return mean
+
     original = run(module, args, kwargs) if verify else None
     with watch.stage("install"):
         blocks, unproved = prove_blocks(module, captured.flow, decision.blocks.replacements, args, kwargs)
         decision = replace(
             decision, blocks=decision.blocks.without(unproved), refused=(*decision.refused, *unproved.items())
         )
-        decision, kept = install_decision(module, captured.flow, decision, matches.refusals, args, kwargs)
+        decision, kept = install_decision(module, captured.flow, decision, matches.refusals, args, kwargs, average)
         blocks, alone = behind_units(module, captured.flow, decision, blocks)
         decision = replace(decision, blocks=decision.blocks.without(alone), refused=(*decision.refused, *alone.items()))
         install_blocks(module, blocks)

@@ -65,7 +65,7 @@ def _keys(flow: Flow, site: AttentionSite, evidence: Evidence, alike: Sequence[A
         return "a norm stands between projection and score, which turned heads would not pass unchanged"
     if site.hidden_bias:
         return BIASED
-    if site.stays:
+    if site.q.headwise or site.k.headwise or site.scores_rounded:
         return f"its attention stays as it is: {site.stays}"
     turns = [None if o.rotary is None else o.rotary.partner for o in (site.q, site.k)]
     if turns[0] != turns[1]:
@@ -81,7 +81,7 @@ def _keys(flow: Flow, site: AttentionSite, evidence: Evidence, alike: Sequence[A
 
 
 def _values(flow: Flow, site: AttentionSite, evidence: Evidence, alike: Sequence[AttentionSite]) -> str | None:
-    if site.stays:
+    if site.v.headwise or site.scores_rounded or (site.hidden_bias == "keys" and _in_biases(flow, site)):
         return f"its attention stays as it is: {site.stays}"
     if site.v.norm is not None:
         return "a norm follows the value projection"
@@ -96,6 +96,15 @@ def _values(flow: Flow, site: AttentionSite, evidence: Evidence, alike: Sequence
     if any(s.out is None or s.out.weight != site.out.weight for s in alike):
         return "other attentions with output projections of their own read the same values"
     return _shared(flow, site.out, "output", len(alike) + 1)
+
+
+def _in_biases(flow: Flow, site: AttentionSite) -> bool:
+    """Whether values, not only keys, are among what biases the scores."""
+    stems, numbers = {site.q.stem, site.k.stem}, {o.projection.node for o in site.v.parts}
+    past = {o.past for o in site.v.parts if o.past is not None}
+    biases = [m.value for m in site.modifiers if m.source == "keys" and m.value is not None]
+    above = [n for v in biases for n in flow.ancestors(v, stop=lambda node: bool(stems & set(node.outputs)))]
+    return any((n.index in numbers and not stems & set(n.outputs)) or past & set(n.inputs) for n in above)
 
 
 def _plain(flow: Flow, projection: Projection) -> bool:

@@ -197,6 +197,8 @@ class GroupedQuery:
             describe(site),
             self.name,
             merge=method,
+            combined=merged.combined,
+            may_average=self.merge is None,
             notes=tuple(
                 f"neighbouring heads are grouped: {reason}" if part == "order" else f"{part} are averaged: {reason}"
                 for part, reason in merged.notes.items()
@@ -225,6 +227,12 @@ def merge_site(
     if target.grouping == "similar" and freedom.order is not None:
         return replace(merged, notes={**merged.notes, "order": freedom.order})
     return merged
+
+
+def averaged(flow: Flow, replacement: Replacement, why: str) -> Replacement:
+    """The heads of a replacement merged by their mean instead, which no queries and no output have to follow."""
+    mean = GroupedQuery(replacement.grouped.kv_heads).pooled(flow, replacement.site)
+    return replace(mean, notes=(f"heads are averaged: {why}",))
 
 
 def gathering(flow: Flow, pooled: Replacement, obstacle: str | None) -> Replacement:

@@ -34,6 +34,10 @@ class Replacement:
         gathered: where `tensors` leave query heads in places where those of one group are no neighbours, the roles that
             are added to bring them together: ``q_weight``, ``out_weight``... with heads in another order.
         scattered: why there are no such roles, where they would be needed.
+        combined: which operands a merge combined within their heads, so that only queries or an output projection
+            that follow it make sense of them: "keys", "values".
+        may_average: whether `merge` was chosen for lack of a wish, so that heads may be averaged where queries and
+            output cannot follow.
         notes: what was done otherwise than `merge` says, and why.
         sublayer: for mixing what it takes the place of.
         shown: for conditional attention bool [B, S], the recorded tokens that are no padding.
@@ -48,6 +52,8 @@ class Replacement:
     merge: str = "mean"
     gathered: Mapping[str, Array] = field(default_factory=dict)
     scattered: str | None = None
+    combined: tuple[str, ...] = ()
+    may_average: bool = False
     notes: tuple[str, ...] = ()
     sublayer: Sublayer | None = None
     shown: Array | None = None

@@ -78,6 +78,12 @@ class Merged:
         return self.refitted or self.lost_values is not None
 
     @property
+    def combined(self) -> tuple[str, ...]:
+        """Operands whose features were combined within heads; the others were averaged."""
+        losses = (("keys", self.lost_keys), ("values", self.lost_values))
+        return tuple(operand for operand, lost in losses if lost is not None)
+
+    @property
     def exact(self) -> bool:
         """Whether nothing but roundings is lost, on whatever input."""
         losses = (self.lost_keys, self.lost_values)

@@ -114,7 +114,7 @@ class Editor:
             numbers = {n.index for p in plan.operands for n in below_stem(self.flow, p.operand)}
             self._measure([self.nodes[self.flow.nodes[i].name] for i in sorted(numbers)])
         self._attend(plan.replacement, seams)
-        self._project_output(plan.replacement)
+        self.project_output(plan.replacement)
 
     def _separate(self, operand: Operand) -> None:
         """Edit a copy of what lies between stem and seam from now on; who else reads it keeps what was there."""
@@ -130,7 +130,7 @@ class Editor:
         for value, node in self._by_value.items():
             self._by_value[value] = copies.get(node, node)
 
-    def _project_output(self, replacement: Replacement) -> None:
+    def project_output(self, replacement: Replacement) -> None:
         """Give the output projection its new weight and bias."""
         site, out = replacement.site, replacement.site.out
         for value, part in output_parts(replacement).items():

@@ -24,6 +24,7 @@ from passes.match.attention import Matches, find_attention
 from passes.refused_readers import refused_readers
 from passes.site import Refusal
 from passes.targets.block import BlockReplacement
+from passes.targets.grouped_query import averaged
 from passes.targets.replacement import Replacement
 from rewriter.capture.torch_export import (
     hides_attention,
@@ -232,7 +233,8 @@ def _edit(
     for plan in (*plans, *block_plans):
         editor.apply(plan)
     apply_repeats(editor, repeats)
-    done = tuple(r for r in replacements if r.site.name in planned)
+    repeated = {p.replacement.site.name: p.replacement for p in repeats}
+    done = tuple(repeated.get(r.site.name, r) for r in replacements if r.site.name in planned)
     replaced = tuple(p.replacement for p in block_plans)
     if done or replaced:
         editor.finish([*(r.site for r in done), *(b.site for b in replaced)])
@@ -284,12 +286,22 @@ def _plan(
             refused[name] = failed[name]
         elif name in failed:
             try:
-                repeats.append(plan_repeats(editor, replacement, failed[name]))
+                repeats.append(_repeat(editor, replacement, failed[name]))
             except UnsupportedModel as error:
                 refused[name] = f"{failed[name]}; {error}"
     refused = _spread_over_shared(replacements, refused, "it shares its weights with {}, which cannot be rewritten")
     plans = [p for p in plans if p.replacement.site.name not in failed]
     return plans, [p for p in repeats if p.replacement.site.name not in refused], refused
+
+
+def _repeat(editor: Editor, replacement: Replacement, why: str) -> RepeatPlan:
+    """Heads are averaged where queries or output cannot follow a merge that nobody asked for."""
+    try:
+        return plan_repeats(editor, replacement, why)
+    except UnsupportedModel as error:
+        if not (replacement.turned and replacement.may_average):
+            raise
+        return plan_repeats(editor, averaged(editor.flow, replacement, str(error)), why)
 
 
 def _spread_over_shared(

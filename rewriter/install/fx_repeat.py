@@ -1,6 +1,7 @@
 """Graph surgery where an attention cannot be written anew: its K/V projections shrink, and repeat to the old layout.
 
-Whatever follows the projections stays as it is; it works on repeated heads, which is what sharing heads means.
+Whatever follows the projections stays as it is; it works on repeated heads, which is what sharing heads means. Queries
+and the output projection, where they follow a merge, get new numbers and keep their shapes.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from passes.weights.repetition import Part, Repetition, repetition
 from rewriter.errors import UnsupportedModel
 from rewriter.install.fx_editor import Editor
 from rewriter.install.fx_emit import HINT, aten
+from rewriter.install.fx_plan import output_parts
 
 
 @dataclass(frozen=True)
@@ -30,25 +32,27 @@ class RepeatPlan:
 
 @dataclass(frozen=True)
 class _Reader:
-    """One operand that a projection feeds, and its new rows."""
+    """One operand that a projection feeds, and its new rows.
+
+    Attributes:
+        heads: those that are left; of queries all.
+    """
 
     site: str
     operand: Operand
-    kv_heads: int
+    heads: int
     weight: Array
     bias: Array | None
 
     @property
     def part(self) -> Part:
-        return Part(self.operand.columns, self.kv_heads)
+        return Part(self.operand.columns, self.heads)
 
 
 def plan_repeats(editor: Editor, replacement: Replacement, why: str) -> RepeatPlan:
-    """Raises UnsupportedModel if a projection lies where the graph cannot be edited, or more than K/V change."""
-    if replacement.turned:
-        raise UnsupportedModel(
-            f"{why}; heads that are repeated can only be merged by their mean", hint='give the site merge="mean"'
-        )
+    """Raises UnsupportedModel if a projection lies where the graph cannot be edited."""
+    for value in output_parts(replacement):
+        editor.node(value)
     for reader in _readers(replacement):
         projection = reader.operand.projection
         for value in (projection.input, projection.output):
@@ -63,7 +67,8 @@ def plan_repeats(editor: Editor, replacement: Replacement, why: str) -> RepeatPl
             raise UnsupportedModel(f"{why}; its projections are stacks of matrices, which would have to be kept")
         if projection.bias_index is not None:
             raise UnsupportedModel(f"{why}; a bias is added further on, which would have to shrink with the projection")
-    _laid([r for r in _readers(replacement) if r.operand.projection.output == replacement.site.k.projection.output])
+    for output in {r.operand.projection.output for r in _readers(replacement)}:
+        _laid([r for r in _readers(replacement) if r.operand.projection.output == output])
     return RepeatPlan(replacement, why)
 
 
@@ -76,15 +81,19 @@ def apply_repeats(editor: Editor, plans: Sequence[RepeatPlan]) -> None:
             here[reader.operand.columns.tobytes()] = reader
         site = plan.replacement.site
         editor.attended[site.name] = editor.node(site.output)
+        editor.project_output(plan.replacement)
     for readers in by_output.values():
         _reproject(editor, list(readers.values()))
 
 
 def _readers(replacement: Replacement) -> list[_Reader]:
-    site, tensors, kv_heads = replacement.site, replacement.tensors, replacement.grouped.kv_heads
+    site, tensors, spec = replacement.site, replacement.tensors, replacement.grouped
+    changed = [(role, operand, spec.kv_heads) for role, operand in site.shared]
+    if "q_weight" in tensors:
+        changed.append(("q", site.q, spec.heads))
     return [
-        _Reader(site.name, operand, kv_heads, tensors[f"{role}_weight"], tensors.get(f"{role}_bias"))
-        for role, operand in site.shared
+        _Reader(site.name, operand, heads, tensors[f"{role}_weight"], tensors.get(f"{role}_bias"))
+        for role, operand, heads in changed
     ]
 
 
@@ -108,12 +117,13 @@ def _reproject(editor: Editor, readers: Sequence[_Reader]) -> None:
         kept = editor.flow.value(projection.bias).reshape(-1)[laid.kept]
         new = np.concatenate([kept, *(r.bias for r in readers if r.bias is not None)])
         bias = editor.parameters.of_all_columns(site, projection.bias, new, whole=_whole(projection))
-    index = editor.parameters.table(
-        site, torch.from_numpy(laid.index).to(editor.view.tensors[projection.output].device)
-    )
+    repeats = not np.array_equal(laid.index, np.arange(projection.features))
+    device = editor.view.tensors[projection.output].device
+    index = editor.parameters.table(site, torch.from_numpy(laid.index).to(device)) if repeats else None
     with editor.graph.inserting_before(old):
         out = editor.emitter.call(old, aten.linear.default, editor.node(projection.input), weight, bias)
-        out = editor.emitter.call(old, aten.index_select.default, out, -1, index)
+        if index is not None:
+            out = editor.emitter.call(old, aten.index_select.default, out, -1, index)
         wanted = editor.view.tensors[projection.output].dtype
         if wanted != editor.view.tensors[projection.input].dtype:
             out = editor.emitter.call(old, aten.to.dtype, out, wanted)

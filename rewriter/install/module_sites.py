@@ -26,7 +26,7 @@ from rewriter.install.expert_mixing import Proved
 from rewriter.install.huggingface import adds_outside, apply_knob, knob_applies
 from rewriter.install.kept import Kept
 from rewriter.install.own_module import crowd, form_obstacle, layout_obstacle, owner_of
-from rewriter.install.repeated_heads import keep_forwards
+from rewriter.install.repeated_heads import Average, keep_forwards
 from rewriter.install.site_parameters import (
     new_gains,
     new_parameters,
@@ -59,11 +59,12 @@ def install_decision(
     refusals: Sequence[Refusal],
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
-) -> tuple[Decision, dict[str, Kept]]:
+    average: Average,
+) -> tuple[Decision, Mapping[str, Kept]]:
     """Install at every site: in a module of its own where that is proved, else in the one that is there.
 
-    What neither way can do becomes a refusal, and what would change one of `refusals` by the way. Also returned: what
-    sites that keep their module do not save.
+    What neither way can do becomes a refusal, and what would change one of `refusals` by the way. `average` is as in
+    `keep_forwards`. Also returned: what sites that keep their module do not save.
     """
     owned = _by_owner(flow, decision.replacements)
     outside = [p for o in owned if (p := _output_module(flow, o.replacements[0])) is not None]
@@ -87,9 +88,9 @@ def install_decision(
     attending = {p: g.replacements for p, g in left.items() if _keeps_its_form(first[p])}
     others = refused_readers(flow, (r.site for rs in attending.values() for r in rs), refusals)
     alone = {p: rs for p, rs in attending.items() if not any(r.site.name in others for r in rs)}
-    kept, failed = keep_forwards(module, flow, alone, reasons, args, kwargs)
+    stay = keep_forwards(module, flow, alone, reasons, args, kwargs, average)
     failed = {
-        **failed,
+        **stay.refused,
         **{
             r.site.name: f"{reasons[r.site.name]}; {_also_read(r, others)}"
             for p in attending.keys() - alone.keys()
@@ -97,14 +98,14 @@ def install_decision(
         },
         **{r.site.name: reasons[r.site.name] for p, g in left.items() if p not in attending for r in g.replacements},
     }
-    done = [r for r in decision.replacements if r.site.name not in failed]
+    done = [stay.averaged.get(r.site.name, r) for r in decision.replacements if r.site.name not in failed]
     refused = (*decision.refused, *failed.items())
     if not done and not decision.blocks.replacements:
         raise NothingToRewrite(
             "; ".join(f"{n}: {r}" for n, r in (*failed.items(), *decision.refused)[:3]),
             hint="a module that cannot be replaced can be rewritten as a graph: pass torch.export.export(model, ...)",
         )
-    return replace(decision, replacements=tuple(done), refused=refused), kept
+    return replace(decision, replacements=tuple(done), refused=refused), stay.kept
 
 
 def _also_read(replacement: Replacement, others: Mapping[str, str]) -> str:

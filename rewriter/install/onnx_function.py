@@ -139,10 +139,13 @@ def _new_projections(editor: Editor, replacement: Replacement) -> tuple[float, l
 
 
 def _repeated(editor: Editor, replacement: Replacement) -> Installed:
-    """Smaller projections of keys and values, and the attention as it was."""
+    """Smaller projections of keys and values, what follows them, and the attention as it was."""
     unread, error = repeat_heads(editor, replacement)
+    lost, requantised = project_output(editor, replacement)
+    error = max(error, requantised)
     exact = replacement.exact and error < 1e-6 and not editor.rounded
-    return Installed(replacement.site.name, editor.was_stored(editor.sweep(unread)), error, exact)
+    removed = editor.was_stored([*lost, *editor.sweep(unread)])
+    return Installed(replacement.site.name, removed, error, exact)
 
 
 def _replaced(editor: Editor, replacement: BlockReplacement) -> tuple[str, ...]:

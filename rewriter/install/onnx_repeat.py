@@ -1,7 +1,8 @@
 """Where a file's attention cannot be written anew: its K/V projections shrink, and repeat to the old layout.
 
-Whatever follows the projections stays as it is; it works on repeated heads, which is what sharing heads means. The
-same for graphs of torch is `rewriter/install/fx_repeat.py`.
+Whatever follows the projections stays as it is; it works on repeated heads, which is what sharing heads means. Queries
+and the output projection, where they follow a merge, get new numbers and keep their shapes. The same for graphs of
+torch is `rewriter/install/fx_repeat.py`.
 """
 
 from __future__ import annotations
@@ -37,11 +38,13 @@ def repeatable(capture: OnnxCapture, replacement: Replacement, others: Sequence[
     if not (site.by_blocks or otherwise or site.stays or too_old(capture)):
         return False
     special = (replacement.mixing, replacement.linear, replacement.decoupled)
-    if any(spec is not None for spec in special) or replacement.pattern or replacement.turned:
+    if any(spec is not None for spec in special) or replacement.pattern:
         return False
     if not stays_possible(capture, site):
         return False
-    outputs = {o.projection.output for o in (site.k, site.v)}
+    if "q_weight" in replacement.tensors and not _plain(capture, site.q.projection):
+        return False
+    outputs = {o.projection.output for _, o in _changed(replacement)}
     elsewhere = (o.projection.output for r in others if r is not replacement for o in r.site.operands)
     if outputs & set(elsewhere):
         return False
@@ -89,24 +92,31 @@ def _biased(flow: Flow, projection: Projection) -> Value | None:
     return readers[0].outputs[0]
 
 
+def _changed(replacement: Replacement) -> list[tuple[str, Operand]]:
+    """Operands that are projected anew, by role: keys and values, and queries that follow them."""
+    queries = [("q", replacement.site.q)] if "q_weight" in replacement.tensors else []
+    return [*replacement.site.shared, *queries]
+
+
 def _laid(replacement: Replacement, output: Value) -> Repetition:
     """Raises ValueError where heads of keys and values, or others, read the same columns."""
-    operands = [o for _, o in replacement.site.shared if o.projection.output == output]
-    parts = [Part(o.columns, replacement.grouped.kv_heads) for o in operands]
-    return repetition(operands[0].projection.features, parts)
+    spec = replacement.grouped
+    read = [(role, o) for role, o in _changed(replacement) if o.projection.output == output]
+    parts = [Part(o.columns, spec.heads if role == "q" else spec.kv_heads) for role, o in read]
+    return repetition(read[0][1].projection.features, parts)
 
 
 def repeat_heads(editor: Editor, replacement: Replacement) -> tuple[list[ir.Node], float]:
     """Edit the projections of keys and values; returns nodes that may be unread now, and the worst relative error of
     weights that had to be quantised anew."""
-    outputs = dict.fromkeys(o.projection.output for _, o in replacement.site.shared)
+    outputs = dict.fromkeys(o.projection.output for _, o in _changed(replacement))
     done = [_reproject(editor, replacement, output) for output in outputs]
     return [node for node, _ in done], max(error for _, error in done)
 
 
 def _reproject(editor: Editor, replacement: Replacement, output: Value) -> tuple[ir.Node, float]:
     site, tensors, flow = replacement.site, replacement.tensors, editor.capture.flow
-    shared = [(role, o) for role, o in site.shared if o.projection.output == output]
+    shared = [(role, o) for role, o in _changed(replacement) if o.projection.output == output]
     projection, laid, name = shared[0][1].projection, _laid(replacement, output), f"{site.name}.{shared[0][0]}"
     matrix = projection.matrix(flow.value(projection.weight))
     rows = np.concatenate([
@@ -120,9 +130,10 @@ def _reproject(editor: Editor, replacement: Replacement, output: Value) -> tuple
         store = emit_like if len(flow.shape(projection.bias)) == 1 else emit_plain
         bias, _ = _held(editor, nodes, projection.bias, vector, f"{name}.bias", store)
         out = editor.write.op(nodes, "Add", [out, bias], f"{name}.projected")
-    index = editor.write.ints(laid.index.tolist(), f"{name}.heads")
     lead, axes = len(flow.shape(projection.input)) - 1, flow.shape(output)
-    out = editor.write.op(nodes, "Gather", [out, index], f"{name}.repeated", axis=lead)
+    if not np.array_equal(laid.index, np.arange(projection.features)):
+        index = editor.write.ints(laid.index.tolist(), f"{name}.heads")
+        out = editor.write.op(nodes, "Gather", [out, index], f"{name}.repeated", axis=lead)
     biased = _biased(flow, projection)
     assert biased is not None
     if len(axes) > lead + 1:

@@ -2,13 +2,15 @@
 
 The new projections compute each head that is left once and lay it out where the old ones had it and its likes. The
 forward goes on with repeated heads, which is what sharing heads means, and a cache among its arguments is seen through
-a view that keeps each of them once.
+a view that keeps each of them once. Queries and output projections that follow a merge are changed where they are
+stored (`rewriter/install/turned_in_place.py`).
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,15 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from passes.dataflow import Array, Flow, Value
-from passes.site import AttentionSite, Operand
 from passes.targets.replacement import Replacement
-from passes.weights.head_gains import gains_like, stored_gains
+from passes.weights.head_gains import stored_gains
 from passes.weights.repetition import Part, repetition
 from rewriter.errors import UnsupportedModel, first_line
 from rewriter.install.call_record import CallRecord, record_calls, snapshot
 from rewriter.install.huggingface import guard_saving
 from rewriter.install.kept import Kept
-from rewriter.install.neutral_norm import NormedColumns, neutralise, normed_columns
+from rewriter.install.neutral_norm import neutralise
 from rewriter.install.repeated_projection import (
     RepeatedProjection,
     joined,
@@ -35,16 +36,35 @@ from rewriter.install.repeated_projection import (
     unspread_parameter,
 )
 from rewriter.install.reproduction import disagreement
-from rewriter.install.shared_cache import share, sharing, unshare
-from rewriter.install.stored_weight import Location, locate
+from rewriter.install.smaller_caches import share_caches
+from rewriter.install.stored_heads import HINT, gains_place, is_parameter, norm_behind, parameter_at, parts_of, place_of
+from rewriter.install.stored_weight import Location
 from rewriter.install.tensors import owned_parameter
-from rewriter.module_modes import evaluating, unchanged
+from rewriter.install.turned_in_place import Writes, Written, filled, followed, put, turned_originals
+from rewriter.module_modes import evaluating
 
-HINT = "rewrite its exported program instead: pass torch.export.export(model, ...)"
+TURNED = 'where queries and output cannot follow, heads can be merged by their mean alone: give this site merge="mean"'
 
-TURNED = 'a forward that is kept takes heads merged by their mean alone: give this site a target with merge="mean"'
+SLACK = 10.0
+"""Times its usual tolerance by which an answer of turned heads may differ: sums run in another order."""
 
 Run = Callable[[], list[Any]]
+Average = Callable[[Replacement, str], Replacement]
+"""A replacement whose heads are averaged instead, for a reason."""
+
+
+@dataclass(frozen=True)
+class KeptForwards:
+    """What became of sites whose forward is kept, by site name.
+
+    Attributes:
+        kept: what was done; refused: why it was not.
+        averaged: replacements that took the place of those that were asked for.
+    """
+
+    kept: Mapping[str, Kept] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
+    averaged: Mapping[str, Replacement] = field(default_factory=dict)
 
 
 def keep_forwards(
@@ -54,59 +74,88 @@ def keep_forwards(
     why: Mapping[str, str],
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
-) -> tuple[dict[str, Kept], dict[str, str]]:
+    average: Average,
+) -> KeptForwards:
     """Shrink the K/V projections of these sites, by path of the module that owns them, in place.
 
-    `why`, by site name: what keeps their modules from being replaced. Returns what was done, and why the rest was
-    not, both by site name. Sites that share a projection are edited together; what is refused is left as it was.
+    `why`, by site name: what keeps their modules from being replaced. `average` is asked where queries and output
+    cannot follow a merge that nobody asked for. Sites that share a projection are edited together; what is refused is
+    left as it was.
     """
-    refused = {r.site.name: f"{why[r.site.name]}; {TURNED}" for rs in groups.values() for r in rs if r.turned}
-    groups = {owner: rs for owner, rs in groups.items() if not any(r.turned for r in rs)}
     if not groups:
-        return {}, refused
+        return KeptForwards()
     saves: dict[str, bool] = {}
+    refused: dict[str, str] = {}
+    averaged: dict[str, Replacement] = {}
     records = record_calls(model, dict.fromkeys(p for owner in groups for p in _outwards(owner)), args, kwargs)
     for members in _sharing(groups):
         replacements = [r for owner in members for r in groups[owner]]
         names = [r.site.name for r in replacements]
-        callers = list(dict.fromkeys(_caller(owner, records) for owner in members))
+        callers = list(dict.fromkeys(_caller(_with_output(flow, owner, groups[owner]), records) for owner in members))
         try:
-            saves.update(dict.fromkeys(names, _edit(model, flow, replacements, callers, records)))
+            settled = _with_averages(model, flow, replacements, average)
+            try:
+                saved = _edit(model, flow, settled, callers, records)
+            except CannotTurn as error:
+                settled = _averaged(settled, [r.turned for r in settled], error, average)
+                saved = _edit(model, flow, settled, callers, records)
         except UnsupportedModel as error:
             refused.update({name: f"{why[name]}; {error}" for name in names})
+            continue
+        saves.update(dict.fromkeys(names, saved))
+        averaged.update({r.site.name: r for r, old in zip(settled, replacements, strict=True) if r is not old})
     edited = {owner: rs for owner, rs in groups.items() if all(r.site.name in saves for r in rs)}
     shared = share_caches(model, edited, args, kwargs)
-    return {n: Kept(not saved, n not in shared, why[n]) for n, saved in saves.items()}, refused
+    return KeptForwards({n: Kept(not saved, n not in shared, why[n]) for n, saved in saves.items()}, refused, averaged)
 
 
-def share_caches(
-    model: nn.Module, groups: Mapping[str, Sequence[Replacement]], args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> set[str]:
-    """Let the owners of edited sites see caches through views; names of the sites where that was proved.
+class CannotTurn(UnsupportedModel):
+    """Queries and output cannot follow a merge."""
 
-    Tried where the model makes its cache itself when asked to (``use_cache``): with the views it must answer as
-    without, for the recorded tokens and for a further one, and the cache must hold fewer heads.
+
+def _with_averages(
+    model: nn.Module, flow: Flow, replacements: Sequence[Replacement], average: Average
+) -> list[Replacement]:
+    """With heads averaged where queries or output are not stored, and where others share weights with such a site.
+
+    Raises CannotTurn where that was not to be.
     """
-    owners = {o: rs[0].grouped.kv_heads for o, rs in groups.items() if o and len({r.grouped.kv_heads for r in rs}) == 1}
-    plain = _with_cache(model, args, kwargs)
-    if not owners or plain is None:
-        return set()
-    for owner, kv_heads in owners.items():
-        share(model.get_submodule(owner), kv_heads)
-    shared = _with_cache(model, args, kwargs)
-    proved = shared is not None and disagreement(shared.answers, plain.answers) is None
-    caching = {o for o in owners if (hooks := sharing(model.get_submodule(o))) is not None and hooks.heads is not None}
-    if not proved or shared is None or shared.numbers >= plain.numbers:
-        caching = set()
-    for owner in owners.keys() - caching:
-        unshare(model.get_submodule(owner))
-    return {r.site.name for o in caching for r in groups[o]}
+    settled = list(replacements)
+    for r in replacements:
+        try:
+            followed(model, flow, [r])
+        except UnsupportedModel as error:
+            alike = [bool({*_shared_weights(r)} & {*_shared_weights(other)}) for other in settled]
+            settled = _averaged(settled, [a and s.turned for a, s in zip(alike, settled, strict=True)], error, average)
+    return settled
+
+
+def _averaged(
+    replacements: Sequence[Replacement], which: Sequence[bool], reason: UnsupportedModel, average: Average
+) -> list[Replacement]:
+    if any(told and not r.may_average for r, told in zip(replacements, which, strict=True)):
+        raise CannotTurn(f"{reason}; {TURNED}", hint=reason.hint)
+    return [average(r, str(reason)) if told else r for r, told in zip(replacements, which, strict=True)]
+
+
+def _shared_weights(replacement: Replacement) -> list[Value]:
+    return [operand.projection.weight for _, operand in replacement.site.shared]
 
 
 def _outwards(owner: str) -> list[str]:
     """The owner and the modules around it, the model itself last."""
     parts = owner.split(".") if owner else []
     return [".".join(parts[:n]) for n in range(len(parts), -1, -1)]
+
+
+def _with_output(flow: Flow, owner: str, replacements: Sequence[Replacement]) -> str:
+    """The innermost module that holds an owner, and its output projections where these change."""
+    steps = owner.split(".") if owner else []
+    outs = [r.site.out for r in replacements if r.site.out is not None and "out_weight" in r.tensors]
+    for name in (flow.weights[v].name for out in outs for v in flow.weights_above(out.weight)):
+        both = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(steps, name.split(".")[:-1], strict=False))
+        steps = [step for step, _ in both]
+    return ".".join(steps)
 
 
 def _caller(owner: str, records: Mapping[str, CallRecord]) -> str:
@@ -118,7 +167,7 @@ def _sharing(groups: Mapping[str, Sequence[Replacement]]) -> list[list[str]]:
     """Owners in groups that have a projection in common."""
     found: list[tuple[set[str], list[str]]] = []
     for owner, replacements in groups.items():
-        weights = {o.projection.weight for r in replacements for _, o in r.site.shared}
+        weights = {w for r in replacements for w in _shared_weights(r)}
         joined = [entry for entry in found if entry[0] & weights]
         found = [entry for entry in found if entry not in joined]
         members = [m for _, ms in joined for m in ms]
@@ -156,6 +205,10 @@ class _Edit:
     wide: Tensor
     projects: bool = True
 
+    @property
+    def key(self) -> str:
+        return f"{self.path}.{self.name}" if self.path else self.name
+
 
 def _edit(
     model: nn.Module,
@@ -172,20 +225,40 @@ def _edit(
 
     restore = _without_norms(model, flow, replacements, run)
     try:
-        return _merged(model, _edits(model, flow, replacements), run)
+        _prove_turns(model, flow, replacements, run)
+        follow = followed(model, flow, replacements)
+        edits = _edits(model, flow, replacements, follow)
+        return _merged(model, edits, {key: w for key, w in follow.items() if key not in {e.key for e in edits}}, run)
     except UnsupportedModel:
         restore()
         raise
 
 
+def _prove_turns(model: nn.Module, flow: Flow, replacements: Sequence[Replacement], run: Run) -> None:
+    """Raises CannotTurn if the original, its heads turned and queries and output with them, answers otherwise."""
+    if not any(r.combined for r in replacements):
+        return
+    expected = run()
+    try:
+        undo = put(model, turned_originals(model, flow, [r for r in replacements if r.combined]))
+    except UnsupportedModel as error:
+        raise CannotTurn(str(error), hint=error.hint) from error
+    try:
+        reason = _compared(run, expected, SLACK)
+    finally:
+        undo()
+    if reason is not None:
+        raise CannotTurn(f"heads that are turned do not give what they should: {reason}", hint=HINT)
+
+
 def _without_norms(model: nn.Module, flow: Flow, replacements: Sequence[Replacement], run: Run) -> Callable[[], None]:
     """Make batch norms behind these sites' keys and values neutral, and prove that this changes nothing; what undoes
     it. Raises UnsupportedModel, the model unchanged."""
+    operands = [o for r in replacements for o in (*(o for _, o in r.site.shared), *((r.site.q,) * r.turned))]
     found = {
         (columns.norm, columns.channels.tobytes()): columns
-        for r in replacements
-        for _, operand in r.site.shared
-        if (columns := _normed(flow, operand)) is not None
+        for operand in operands
+        if (columns := norm_behind(flow, operand)) is not None
     }
     if not found:
         return lambda: None
@@ -198,13 +271,17 @@ def _without_norms(model: nn.Module, flow: Flow, replacements: Sequence[Replacem
     return restore
 
 
-def _normed(flow: Flow, operand: Operand) -> NormedColumns | None:
-    projection = operand.projection
-    return normed_columns(flow, projection.weight, 0 if projection.out_first else -1, operand.columns)
+def _merged(model: nn.Module, edits: Sequence[_Edit], writes: Writes, run: Run) -> bool:
+    """As `_edit`, of edits that are worked out, and what is to be written elsewhere."""
+    unwrite = put(model, writes)
+    try:
+        return _repeated(model, edits, run)
+    except Exception:
+        unwrite()
+        raise
 
 
-def _merged(model: nn.Module, edits: Sequence[_Edit], run: Run) -> bool:
-    """As `_edit`, of edits that are worked out."""
+def _repeated(model: nn.Module, edits: Sequence[_Edit], run: Run) -> bool:
     expected = _widened(model, edits, run)
     reasons = []
     for method in (_as_projections, _as_parameters):
@@ -226,31 +303,26 @@ def _called(module: nn.Module, record: CallRecord) -> Any:
         return module(*map(snapshot, record.args), **{name: snapshot(value) for name, value in record.kwargs.items()})
 
 
-def _compared(run: Run, expected: list[Any]) -> str | None:
+def _compared(run: Run, expected: list[Any], slack: float = 1.0) -> str | None:
     try:
-        return disagreement(run(), expected)
+        return disagreement(run(), expected, slack)
     except Exception as error:  # whatever foreign code raises on a module it did not expect
         return f"{type(error).__name__}: {first_line(error)}"
 
 
-def _edits(model: nn.Module, flow: Flow, replacements: Sequence[Replacement]) -> list[_Edit]:
-    """One for each stored parameter that keys or values are projected or, in a norm, multiplied by, biases included."""
+def _edits(model: nn.Module, flow: Flow, replacements: Sequence[Replacement], follow: Writes) -> list[_Edit]:
+    """One for each stored parameter that keys or values are projected or, in a norm, multiplied by, biases included;
+    with what is to be written there for queries."""
     entries: dict[str, dict[bytes, _Entry]] = {}
     places: dict[str, Location] = {}
     norms: set[str] = set()
     for r in replacements:
         for role, operand in r.site.shared:
-            projection = operand.projection
-            axes = projection.feature_axes(flow.shape(projection.weight))
-            read = (
-                ("weight", projection.weight, axes, operand.columns),
-                ("bias", projection.bias, (), projection.bias_positions(operand.columns)),
-            )
-            for part, value, along, where in read:
+            for part, value, along, where in parts_of(flow, operand):
                 if value is None:
                     continue
-                place, rows = _place(flow, operand, value, along, where), r.tensors[f"{role}_{part}"]
-                if place is None or not _is_parameter(model, place.key):
+                place, rows = place_of(flow, operand, value, along, where), r.tensors[f"{role}_{part}"]
+                if place is None or not is_parameter(model, place.key):
                     if part == "bias" and _stays(flow.value(value), where, rows):
                         continue
                     raise UnsupportedModel(f"its {role} {part} is computed, not stored", hint=HINT)
@@ -258,45 +330,13 @@ def _edits(model: nn.Module, flow: Flow, replacements: Sequence[Replacement]) ->
                 entries.setdefault(place.key, {})[place.positions.tobytes()] = entry
                 places[place.key] = place
             for part, value in stored_gains(operand).items():
-                place, entry = _gains_entry(flow, operand, value, r.tensors[f"{role}_{part}"], r.grouped.kv_heads)
-                entries.setdefault(place.key, {})[entry.part.columns.tobytes()] = entry
+                numbers, heads = r.tensors[f"{role}_{part}"], r.grouped.kv_heads
+                place, columns, rows = gains_place(flow, operand, value, numbers, heads)
+                entries.setdefault(place.key, {})[columns.tobytes()] = _Entry(Part(columns, heads), rows)
                 places[place.key] = place
                 norms.add(place.key)
-    edits = [_edit_of(model, places[key], list(found.values())) for key, found in entries.items()]
+    edits = [_edit_of(model, places[key], list(found.values()), follow.get(key, ())) for key, found in entries.items()]
     return [replace(edit, projects=key not in norms) for key, edit in zip(entries, edits, strict=True)]
-
-
-def stores_heads(flow: Flow, site: AttentionSite) -> bool:
-    """Whether keys' and values' matrices are stored, so that a forward that stays can be given fewer of their rows."""
-    shared = ((o, o.projection) for _, o in site.shared)
-    return all(
-        _place(flow, o, p.weight, p.feature_axes(flow.shape(p.weight)), o.columns) is not None for o, p in shared
-    )
-
-
-def _place(flow: Flow, operand: Operand, value: Value, axes: Sequence[int], columns: Array) -> Location | None:
-    """Where columns of a matrix (which has axes of them) or of a bias are stored."""
-    summed = [axis for axis in operand.projection.weight_axes or () if axis not in axes]
-    if axes and summed != sorted(summed):
-        return None  # rows of its matrix run otherwise than what is stored
-    place = locate(flow, value, axes, columns)
-    if place is None and (normed := _normed(flow, operand)) is not None:
-        return normed.matrix if axes else normed.bias
-    return place
-
-
-def _gains_entry(flow: Flow, operand: Operand, value: Value, numbers: Array, heads: int) -> tuple[Location, _Entry]:
-    """Where what a norm multiplies heads by is stored, and what becomes of it; `numbers` [heads * dim]. Raises
-    UnsupportedModel."""
-    shape = flow.shape(value)
-    long = [axis for axis, size in enumerate(shape) if size > 1]
-    by_head = len(long) > 1  # heads and features have an axis each
-    place = locate(flow, value, long[:1] if by_head else ())
-    if place is None or operand.norm is None or operand.norm.gains is None:
-        raise UnsupportedModel("what a norm multiplies its heads by is computed, not stored", hint=HINT)
-    where = np.arange(operand.heads)[:, None] if by_head else operand.norm.gains.places
-    rows = gains_like(operand, numbers, shape).reshape(heads, -1) if by_head else numbers
-    return place, _Entry(Part(place.positions[where], heads), rows)
 
 
 def _stays(old: Array, columns: Array, numbers: Array) -> bool:
@@ -306,13 +346,9 @@ def _stays(old: Array, columns: Array, numbers: Array) -> bool:
     return bool(np.array_equal(before, after[np.arange(heads) * len(after) // heads]))
 
 
-def _is_parameter(model: nn.Module, key: str) -> bool:
-    return any(name == key for name, _ in model.named_parameters(remove_duplicate=False))
-
-
-def _edit_of(model: nn.Module, place: Location, entries: Sequence[_Entry]) -> _Edit:
+def _edit_of(model: nn.Module, place: Location, entries: Sequence[_Entry], writes: Sequence[Written]) -> _Edit:
     path, _, name = place.key.rpartition(".")
-    old = _parameter(model, path, name)
+    old = parameter_at(model, place.key)
     sizes = [old.shape[axis] for axis in place.axes]
     if int(np.prod(sizes)) != place.features:
         raise UnsupportedModel(f"it shares {place.key} with a module that was rewritten by itself", hint=HINT)
@@ -320,23 +356,13 @@ def _edit_of(model: nn.Module, place: Location, entries: Sequence[_Entry]) -> _E
         laid = repetition(place.features, [entry.part for entry in entries])
     except ValueError as error:
         raise UnsupportedModel(str(error), hint=HINT) from error
-    columns = joined(old.detach(), place.axes)
+    columns = joined(filled(old, writes), place.axes)
     new = [torch.from_numpy(np.ascontiguousarray(e.rows)).to(dtype=old.dtype, device=old.device) for e in entries]
     index = torch.from_numpy(laid.index).to(old.device)
     distinct = torch.cat(
         [columns[torch.from_numpy(laid.kept).to(old.device)], *(n.view(-1, *columns.shape[1:]) for n in new)]
     )
     return _Edit(path, name, place.axes, index, parted(distinct[index], place.axes, sizes).contiguous())
-
-
-def _parameter(model: nn.Module, path: str, name: str) -> nn.Parameter:
-    try:
-        found = model.get_submodule(path)._parameters.get(name)
-    except AttributeError:
-        found = None
-    if found is None:
-        raise UnsupportedModel(f"{path}.{name} is no parameter of the module", hint=HINT)
-    return found
 
 
 def _widened(model: nn.Module, edits: Sequence[_Edit], run: Run) -> list[Any]:
@@ -437,48 +463,3 @@ def _as_parameters(model: nn.Module, edits: Sequence[_Edit]) -> Callable[[], Non
             module._parameters[edit.name] = old
 
     return undo
-
-
-# ------------------------------------------------------------ caches
-
-
-@dataclass(frozen=True)
-class _Cached:
-    """Answers for the recorded tokens and for one more, and how many numbers the cache then holds."""
-
-    answers: list[Any]
-    numbers: int
-
-
-def _with_cache(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Cached | None:
-    """None where the model makes no cache that it hands out."""
-    tokens = next((n for n in ("decoder_input_ids", "input_ids", "decoder_inputs_embeds") if n in kwargs), None)
-    if args or tokens is None or "use_cache" not in kwargs:
-        return None
-    given = {**kwargs, "use_cache": True}
-    try:
-        with torch.no_grad(), evaluating(model), unchanged(model):
-            first = model(**given)
-            cache = first.past_key_values
-            if tokens == "input_ids" and (mask := given.get("attention_mask")) is not None:
-                given["attention_mask"] = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=-1)
-            second = model(**{**given, tokens: given[tokens][:, -1:], "past_key_values": cache})
-    except Exception:  # whatever a model says to a call that it does not take
-        return None
-    if cache is None or not (numbers := _numbers(cache)):
-        return None
-    return _Cached([_main(first), _main(second)], numbers)
-
-
-def _main(output: Any) -> Tensor:
-    found = output[0] if isinstance(output[0], Tensor) else output[1]
-    assert isinstance(found, Tensor)
-    return found
-
-
-def _numbers(cache: Any) -> int:
-    """Elements of all keys and values in a cache, or in the two of a decoder with cross-attention."""
-    pair = (getattr(cache, "self_attention_cache", None), getattr(cache, "cross_attention_cache", None))
-    layers = [layer for part in (pair if all(pair) else (cache,)) for layer in getattr(part, "layers", ())]
-    tensors = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]
-    return sum(t.numel() for t in tensors if isinstance(t, Tensor))

@@ -38,20 +38,22 @@ HINT = "Leave this layer out with layers=..., or rewrite the model as a graph or
 Arguments = Mapping[str, Any]
 
 
-def disagreement(ours: Any, theirs: Any) -> str | None:
-    """None if two answers agree in structure and, within the tolerance of their dtype, in value; else what differs."""
+def disagreement(ours: Any, theirs: Any, slack: float = 1.0) -> str | None:
+    """None if two answers agree in structure and, within `slack` times the tolerance of their dtype, in value; else
+    what differs."""
     if isinstance(theirs, Tensor):
-        return _tensors(ours, theirs)
+        return _tensors(ours, theirs, slack)
     if type(theirs) in (tuple, list):
         if type(ours) is not type(theirs) or len(ours) != len(theirs):
             return "the results have different structures"
-        return next((d for o, t in zip(ours, theirs, strict=True) if (d := disagreement(o, t)) is not None), None)
+        found = (disagreement(o, t, slack) for o, t in zip(ours, theirs, strict=True))
+        return next((d for d in found if d is not None), None)
     if theirs is None or isinstance(theirs, bool | int | float | str):
         return None if ours is theirs or ours == theirs else f"{ours!r} instead of {theirs!r}"
     return None if type(ours) is type(theirs) else f"{type(ours).__name__} instead of {type(theirs).__name__}"
 
 
-def _tensors(ours: Any, theirs: Tensor) -> str | None:
+def _tensors(ours: Any, theirs: Tensor, slack: float) -> str | None:
     if not isinstance(ours, Tensor) or ours.shape != theirs.shape:
         return f"{_what(ours)} instead of {_what(theirs)}"
     if ours.dtype != theirs.dtype:
@@ -65,7 +67,7 @@ def _tensors(ours: Any, theirs: Tensor) -> str | None:
     if not b.numel():
         return "nothing to compare: the original gives no finite number"
     error = (a - b).abs().max() / b.abs().max().clamp_min(torch.finfo(theirs.dtype).tiny)
-    limit = TOLERANCE.get(theirs.dtype, TOLERANCE[torch.float32])
+    limit = TOLERANCE.get(theirs.dtype, TOLERANCE[torch.float32]) * slack
     return None if bool(error <= limit) else f"a relative error of {float(error):.1e} (limit {limit:.0e})"
 
 

@@ -88,7 +88,8 @@ class _Stored:
 
 def _located(key: str, shape: tuple[int, ...], numbers: Array, wanted: tuple[int, ...]) -> Location | None:
     """From the numbers [columns, rest] of elements that a value takes from a parameter of this shape."""
-    places = np.unravel_index(numbers, shape)
+    # one axis at a time: numpy 2.4 takes columns of more than 8192 numbers for others
+    places = [place.reshape(numbers.shape) for place in np.unravel_index(numbers.reshape(-1), shape)]
     fixed = tuple(axis for axis, place in enumerate(places) if (place == place[:, :1]).all())
     if not (np.diff(numbers, axis=1) > 0).all():  # what is written back is in the stored order
         return None

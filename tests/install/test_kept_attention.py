@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import rewriter
-from passes.targets import GroupedQuery
-from rewriter.errors import NothingToRewrite, UnsupportedModel
+from rewriter.errors import UnsupportedModel
 from rewriter.install.repeated_projection import RepeatedProjection, repeated
 from rewriter.install.shared_cache import CacheView, SharedHeads, sharers
 from tests.covering import covering
@@ -407,13 +406,3 @@ def test_a_forward_that_torch_export_refuses_is_traced_instead() -> None:
             given = (torch.randn(3, length, WIDTH), torch.randn(3, 6, WIDTH))
             assert distance(new(*given, mask(length)), module(*given, mask(length))) < EXACT
             assert distance(new(*given, mask(length)), new(*given)) > MOVED
-
-
-def test_a_kept_forward_takes_no_merge_that_turns_queries() -> None:
-    """Keys and values alone would be wrong without the queries and the output that go with them."""
-    module = Stored(next(iter(STORED))).eval()
-    x = (torch.randn(2, 6, WIDTH, generator=torch.Generator().manual_seed(1)), angles(6))
-    with pytest.raises(NothingToRewrite, match='merge="mean"'):
-        rewriter.optimize(Holder(module), GroupedQuery(2, merge="joint"), example_inputs=x)
-    done = rewriter.optimize(Holder(module), GroupedQuery(2), example_inputs=x)
-    assert [row.merge for row in done.rewrite_report.sites] == ["mean"]

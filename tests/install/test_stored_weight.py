@@ -65,3 +65,20 @@ def test_some_columns_of_what_is_joined_are_found_where_they_are_stored() -> Non
     place = locate(flow, value, (0,), np.arange(10, 22).reshape(3, 4))  # type: ignore[arg-type]
     assert place is not None and place.key == "packed"
     assert np.array_equal(place.positions, np.arange(12, 24).reshape(3, 4))
+
+
+@pytest.mark.parametrize("shape", [(20000,), (384, 384)], ids=["a bias", "a matrix"])
+def test_every_element_of_many_is_found(shape: tuple[int, ...]) -> None:
+    class Adds(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stored = nn.Parameter(torch.zeros(shape))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.stored
+
+    flow = capture(Adds().eval(), (torch.zeros(shape),), {}).flow
+    (value,) = [v for v, weight in flow.weights.items() if weight.name == "stored"]
+    place = locate(flow, value, ())
+    assert place is not None and place.axes == tuple(range(len(shape)))
+    assert np.array_equal(place.positions, np.arange(int(np.prod(shape))))
