@@ -129,6 +129,17 @@ def activations(
     return Activations(site, here, evidence, (inputs[0], inputs[1], inputs[2]), attention, turns, shown, asking)
 
 
+def attending(flow: Flow, evidence: Evidence) -> Array:
+    """[B, T]: keys that some query sees, by the operands that `flow` has at the scores."""
+    q, k = (
+        np.asarray(recorded(flow, view, traced.tokens), dtype=np.float32)
+        for view, traced in ((evidence.path.q, evidence.q), (evidence.path.k, evidence.k))
+    )
+    heads = q.shape[1]
+    attention = _softmax(flow, evidence, q, k[:, np.arange(heads) * k.shape[1] // heads])
+    return np.asarray(attention.max(axis=(1, 2)) > 1e-12)
+
+
 def projected(site: AttentionSite, weights: SiteWeights, look: Activations, like: Array) -> Array:
     """What the output projection gives with these weights, laid out as the program has it."""
     assert weights.out is not None

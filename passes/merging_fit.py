@@ -16,6 +16,7 @@ from passes.dataflow import Flow, Value
 from passes.paired_runs import PairedRuns
 from passes.plan import Step
 from passes.refine import Refinement, refined, refitted
+from passes.refit_by_running import can_run, run_refitted
 from passes.site import AttentionSite
 from passes.targets.decoupled import DecoupledHeads, merge_apart
 from passes.targets.grouped_query import GroupedQuery, merge_site, tied
@@ -24,7 +25,7 @@ from passes.weights.group import Moments
 from passes.weights.grouping import Groups
 from passes.weights.merge import Freedom, Merged, Method, contiguous, readers
 from passes.weights.moments import MomentSums
-from passes.weights.projection import SiteWeights, site_weights
+from passes.weights.projection import SiteWeights, merges_in_order, site_weights
 
 PAIRED = 4
 """Batches whose statistics decide which heads are alike."""
@@ -50,8 +51,9 @@ def merge_calibrated(
 
     `pooled` holds what sites that share weights have become so far; `steps` are all that are taken.
     """
-    if isinstance(target, GroupedQuery) and (site.joined or site.headwise):  # statistics are of a projection's tokens
-        return target.pooled(pair.flow, site)
+    apart = site.joined or site.headwise or site.by_blocks  # statistics are of one projection's tokens, in its order
+    if isinstance(target, GroupedQuery) and apart:
+        return _without_statistics(pair, site, target)
     if isinstance(target, GroupedQuery) and site.interleaved:
         order = pair.freedom(site)
         if order.order is not None or _equal(pair.flow, site, target):
@@ -69,6 +71,7 @@ def merge_calibrated(
     shared = len(pair.sharing(site)) > 1
     if shared and key not in pooled:
         pooled[key] = _pooled(pair, site, target, freedom, weights, [s for s in steps if s.site in pair.sharing(site)])
+    ahead = [run.fork() for run in pair.students] if site.hidden_bias == "keys" and can_run(pair, site) else None
     look = pair.look(site, weights)
     if shared:
         merged = pooled[key]
@@ -83,9 +86,25 @@ def merge_calibrated(
             merged = refined(Refinement(site, weights, freedom, *groups, seen, reference), merged)
         else:
             merged = refitted(site, merged, seen, reference)
+    if ahead is not None:  # what shared keys make of the bias is known by running only
+        pair.students = ahead
+        return run_refitted(pair, target.merged(pair.flow, site, merged, method), look.reference)
     for run, seen_here, before in zip(pair.students, look.seen, look.reference, strict=True):
         run.put(site.out.output, projected(site, merged.weights, seen_here, before))
     return target.merged(pair.flow, site, merged, method)
+
+
+def _without_statistics(pair: PairedRuns, site: AttentionSite, target: GroupedQuery) -> Replacement:
+    """Merged as the weights tell, and the output projection refitted to what the program then gives."""
+    made = target.pooled(pair.flow, site)
+    if made.exact or not can_run(pair, site):
+        return made
+    made = replace(made, may_average=target.merge in (None, "mean"))
+    freedom, method = pair.freedom(site), target.method(True)
+    free = None in (freedom.keys, freedom.values) and not site.joined and merges_in_order(pair.flow, site)
+    if free and method != "mean":
+        made = target.merged(pair.flow, site, _closed(pair.flow, site, target, freedom, method), method)
+    return run_refitted(pair, made)
 
 
 def _pooled(

@@ -54,6 +54,11 @@ class PairedRuns:
         teachers = probe.trials()
         return PairedRuns(flow, matches, probe, teachers, probe.trials(), fitted or [True] * len(teachers))
 
+    @property
+    def ahead(self) -> bool:
+        """Whether the runs began behind a site that is still to be replaced."""
+        return bool(self._known)
+
     def sharing(self, site: AttentionSite) -> list[AttentionSite]:
         return sharing(self.matches.sites)[site.name]
 

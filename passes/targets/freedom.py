@@ -89,6 +89,11 @@ def _values(flow: Flow, site: AttentionSite, evidence: Evidence, alike: Sequence
         return "a bias is added to the value heads after their projection"
     if not _even(evidence.v):
         return "the value features are scaled apart from each other"
+    return output_stays(flow, site, alike)
+
+
+def output_stays(flow: Flow, site: AttentionSite, alike: Sequence[AttentionSite] = ()) -> str | None:
+    """Why an attention's output projection cannot change, None if it can; `alike` are others with its weights."""
     if site.out is None:
         return "no output projection reads the heads alone"
     if not _plain(flow, site.out):

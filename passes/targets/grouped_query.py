@@ -198,7 +198,7 @@ class GroupedQuery:
             self.name,
             merge=method,
             combined=merged.combined,
-            may_average=self.merge is None,
+            may_average=self.merge in (None, "mean"),
             notes=tuple(
                 f"neighbouring heads are grouped: {reason}" if part == "order" else f"{part} are averaged: {reason}"
                 for part, reason in merged.notes.items()

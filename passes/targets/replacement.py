@@ -36,8 +36,7 @@ class Replacement:
         scattered: why there are no such roles, where they would be needed.
         combined: which operands a merge combined within their heads, so that only queries or an output projection
             that follow it make sense of them: "keys", "values".
-        may_average: whether `merge` was chosen for lack of a wish, so that heads may be averaged where queries and
-            output cannot follow.
+        may_average: whether heads may be averaged where queries and output cannot follow, since nobody asked for more.
         notes: what was done otherwise than `merge` says, and why.
         sublayer: for mixing what it takes the place of.
         shown: for conditional attention bool [B, S], the recorded tokens that are no padding.

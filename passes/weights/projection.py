@@ -83,7 +83,8 @@ def merges_in_order(flow: Flow, site: AttentionSite) -> bool:
 
 def merge_orders(flow: Flow, site: AttentionSite) -> frozenset[str]:
     """How the rows run that the output projection reads: over "batch" first, over "tokens" first, both (where one of
-    them is of size 1), or neither (features are not in the order of heads, or values were not recorded)."""
+    them is of size 1), or neither (features are not in the order of heads, or values were not recorded). Of blocks of
+    tokens only that their rows are among those of the heads is told: "blocks"."""
     if site.merged is None or site.out is None:
         return frozenset()
     try:
@@ -99,6 +100,12 @@ def merge_orders(flow: Flow, site: AttentionSite) -> frozenset[str]:
         by_token = output.reshape(-1, site.heads, *output.shape[1:]).transpose(0, 2, 1, 3)
     elif sorted(site.output_axes) == sorted("bhsd"):
         by_token = output.transpose([site.output_axes.index(a) for a in "bshd"])
+    elif site.by_blocks and sorted({*site.output_axes}) == sorted("bhsd") and site.output_axes.count("b") == 2:
+        first = [a for a, name in enumerate(site.output_axes) if name == "b"]
+        order = [*first, *(site.output_axes.index(a) for a in "shd")]
+        heads = {row.tobytes() for row in np.ascontiguousarray(output.transpose(order)).reshape(-1, width)}
+        read = {row.tobytes() for row in np.ascontiguousarray(merged).reshape(-1, width)}
+        return frozenset({"blocks"} if read <= heads else ())
     else:
         return frozenset()
     rows = merged.reshape(-1, width)

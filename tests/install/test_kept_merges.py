@@ -139,6 +139,11 @@ def test_what_is_computed_cannot_follow(part: str) -> None:
     assert any(note.startswith("heads are averaged") and reason in note for note in rows["attention.0"].notes)
     plain = rewriter.optimize(model, {"attention.0": f"gqa{KEPT}"}, example_inputs=(given(6),))
     row = plain.rewrite_report.sites[0]
+    mean = GroupedQuery(KEPT, merge="mean")  # refitted where that can be
+    refitted = rewriter.optimize(model, mean, example_inputs=(given(6),), calibration=calibration)
+    first = refitted.rewrite_report.sites[0]
+    assert first.merge == "mean" and not refitted.rewrite_report.refused
+    assert any(note.startswith("heads are averaged") for note in first.notes) is (part == "output")
     assert rows["attention.0"].error == pytest.approx(row.error), "the error is that of the mean"
 
 

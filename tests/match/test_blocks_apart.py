@@ -23,6 +23,7 @@ from passes.replay import TOLERANCES, replay
 from passes.targets.grouped_query import BY_BLOCKS
 from rewriter.capture.torch_export import capture
 from rewriter.errors import NothingToRewrite
+from tests.targets.lossless_twin import run_file
 
 WIDTH, HEADS, SIDE = 32, 4, 4
 ROWS, COLUMNS = 8, 12
@@ -171,15 +172,21 @@ def test_a_file_keeps_its_attention_and_repeats_shared_heads(name: str, dynamo: 
     assert rewriter.verify(out, path).ok
 
 
-def test_a_file_says_where_nothing_can_be_repeated(tmp_path: Path) -> None:
-    """Statistics turn queries too, and those are not written into the old attention."""
-    path = tmp_path / "blocks.onnx"
+def test_a_file_takes_calibration(tmp_path: Path) -> None:
+    """Queries and output follow the merge in the attention that stays."""
+    path, model = tmp_path / "blocks.onnx", built(fused=False)
     torch.onnx.export(
-        built(fused=False), (batch(2),), str(path), dynamo=False, opset_version=17, input_names=["x"],
+        model, (batch(2),), str(path), dynamo=False, opset_version=17, input_names=["x"],
         output_names=["y"], dynamic_axes={"x": {0: "b"}, "y": {0: "b"}},
     )  # fmt: skip
-    with pytest.raises(NothingToRewrite, match="rewrite the module the file was exported from"):
-        rewriter.optimize(path, "gqa2", calibration=[{"x": batch(4, seed).numpy()} for seed in range(3)])
+    errors = {}
+    for merge, data in (("mean", None), ("joint", [{"x": batch(4, seed).numpy()} for seed in range(3)])):
+        done = rewriter.optimize(path, "gqa2", calibration=data)
+        assert {row.merge for row in done.rewrite_report.sites} == {merge}
+        done.save(tmp_path / "new.onnx")
+        found = run_file(tmp_path / "new.onnx", {"x": batch(2, 9)})
+        errors[merge] = float(np.square(found - model(batch(2, 9)).detach().numpy()).mean())
+    assert errors["joint"] < 0.7 * errors["mean"]
 
 
 class Level(nn.Module):
