@@ -32,6 +32,7 @@ def refused_readers(flow: Flow, sites: Iterable[AttentionSite], refusals: Sequen
 def read_elsewhere(flow: Flow, site: AttentionSite) -> bool:
     """Whether products that lead to something else than a site's output read its projected keys or values."""
     own = {node.index for node in flow.ancestors(site.output)}
+    own |= {site.out.node} if site.out is not None else set()  # which values may reach by a way beside the weights
     outputs = [operand.projection.output for _, operand in site.shared]
     return any(node.index not in own for node in _behind(flow, outputs, ()))
 

@@ -233,6 +233,8 @@ class AttentionSite:
         scores, probabilities: the values entering and leaving softmax; None if the anchor is a fused operator.
         replay_error: worst relative error of the replay.
         owner: the door's opaque id.
+        whole: why what lies between its projections and its merged heads is not read, "" if it is; that heads are made
+            apart and alike is known by running it. Its operands are `headwise` then, scale and modifiers tell nothing.
     """
 
     name: str
@@ -260,6 +262,7 @@ class AttentionSite:
     scores_rounded: bool = False
     replay_error: float = 0.0
     owner: str = ""
+    whole: str = ""
 
     @property
     def by_blocks(self) -> bool:
@@ -322,6 +325,8 @@ class AttentionSite:
         """Why no attention can be written in its place, "" if one can: it does more than that would, or tells more."""
         if self.hidden_bias == "keys":
             return "its scores get a bias that is computed from its keys"
+        if self.whole:
+            return f"what it computes is run and not read: {self.whole}"
         if self.headwise:
             return "its tokens are pooled, put into blocks or changed otherwise between projections and scores"
         if self.weights_read:

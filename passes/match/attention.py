@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from passes.dataflow import LAYOUT, Flow, Node, Value
 from passes.match.canonical_order import HeadsApart, in_blocks
+from passes.match.choosing import REASON as CHOSEN
 from passes.match.edge_softmax import edge_softmaxes
 from passes.match.folded import unfolded
 from passes.match.groups import joined, require_groups
@@ -19,9 +21,18 @@ from passes.match.names import common_scope, exporter_scope, layer_of
 from passes.match.operand_view import OperandView
 from passes.match.operands import Traced
 from passes.match.repeats import trace_repeated
+from passes.match.run_whole import RunWhole, run_whole
 from passes.match.score_terms import total_bias
 from passes.match.scores import ScorePath, anchors, score_path
-from passes.match.verdicts import BIAS_NOT_ASKED_FOR, TOO_LARGE, FreeQuery, NotUnderstood, Unrelated
+from passes.match.verdicts import (
+    BIAS_NOT_ASKED_FOR,
+    TOO_LARGE,
+    FreeQuery,
+    NotUnderstood,
+    OtherInputs,
+    SurelyAttention,
+    Unrelated,
+)
 from passes.match.without_softmax import without_softmax
 from passes.operator_kinds import PASS_THROUGH
 from passes.provenance import Memory, Tracer
@@ -69,6 +80,7 @@ def find_attention(flow: Flow, *, hidden_biases: bool = False) -> Matches:
     refusals: list[Refusal] = []
     unrelated: list[NotAttention] = []
     evidence: dict[str, Evidence] = {}
+    unread: dict[int, NotUnderstood] = {}
     names, memory = _Names(flow), Memory(flow)
     for anchor in anchors(flow):
         name, layer = names.of(anchor)
@@ -81,6 +93,7 @@ def find_attention(flow: Flow, *, hidden_biases: bool = False) -> Matches:
             unrelated.append(NotAttention(name, str(reason), anchor.index))
         except NotUnderstood as reason:
             refusals.append(Refusal(name, layer, str(reason), anchor.index, anchor.owner))
+            unread[anchor.index] = reason
         except (ArithmeticError, LookupError, ValueError, NotImplementedError) as error:  # an operator used unusually
             failure = f"matching it failed: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
             refusals.append(Refusal(name, layer, failure, anchor.index, anchor.owner))
@@ -94,7 +107,55 @@ def find_attention(flow: Flow, *, hidden_biases: bool = False) -> Matches:
         name, layer = names.of(node)
         refusals.append(Refusal(name, layer, missing, node.index, node.owner))
     refusals.sort(key=lambda r: r.anchor)
-    return Matches(tuple(sites), tuple(refusals), tuple(unrelated), evidence)
+    found = Matches(tuple(sites), tuple(refusals), tuple(unrelated), evidence)
+    return _with_whole(flow, found, unread, hidden_biases) if unread else found
+
+
+def _with_whole(flow: Flow, matches: Matches, unread: Mapping[int, NotUnderstood], hidden_biases: bool) -> Matches:
+    """With those attentions as sites that can be run whole; each takes the place of all that is part of it."""
+    done = set[int]()
+    for refusal in matches.refusals:
+        reason = unread.get(refusal.anchor)
+        if reason is None or refusal.anchor in done or not _may_be_whole(reason):
+            continue
+        whole = run_whole(flow, flow.nodes[refusal.anchor], refusal.name, refusal.layer, str(reason))
+        if whole is None:
+            continue
+        done |= whole.inside
+        if whole.site.hidden_bias and not hidden_biases:
+            if not str(reason).startswith(_OF_OPERANDS) and str(reason) != CHOSEN:
+                asked = {r.anchor: BIAS_NOT_ASKED_FOR for r in matches.refusals if r.anchor in whole.inside}
+                refusals = tuple(replace(r, reason=asked.get(r.anchor, r.reason)) for r in matches.refusals)
+                matches = replace(matches, refusals=refusals)
+            continue
+        matches = _instead(flow, matches, whole)
+    return matches
+
+
+_OF_OPERANDS = ("query:", "key:", "value:")
+"""How reasons begin that are of what lies before the scores."""
+
+
+def _may_be_whole(reason: NotUnderstood) -> bool:
+    surely = isinstance(reason, SurelyAttention | FreeQuery | OtherInputs)
+    return not surely and str(reason) != BIAS_NOT_ASKED_FOR
+
+
+def _instead(flow: Flow, matches: Matches, whole: RunWhole) -> Matches:
+    """With an attention that was run whole in the place of all that is part of it."""
+    parts = [s for s in matches.sites if s.anchor in whole.inside]
+    refused = [r for r in matches.refusals if r.anchor in whole.inside]
+    places = [(s.anchor, s.name, s.layer) for s in parts] + [(r.anchor, r.name, r.layer) for r in refused]
+    _, name, layer = min(places)
+    site = replace(whole.site, name=name, layer=layer, cross=_is_cross(flow, whole.q, whole.k))
+    gone = {part.name for part in parts}
+    evidence = {name: proof for name, proof in matches.evidence.items() if name not in gone}
+    return Matches(
+        tuple(sorted([*(s for s in matches.sites if s.name not in gone), site], key=lambda s: s.anchor)),
+        tuple(r for r in matches.refusals if r not in refused),
+        tuple(n for n in matches.not_attention if n.anchor not in whole.inside),
+        {**evidence, site.name: Evidence(whole.path, whole.q, whole.k, whole.v)},
+    )
 
 
 def _match(tracer: Tracer, anchor: Node, name: str, layer: int) -> tuple[AttentionSite, Evidence]:

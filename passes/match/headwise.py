@@ -15,6 +15,7 @@ import numpy as np
 
 from passes.dataflow import Array, Flow, Node, Value
 from passes.match.canonical_order import Axes
+from passes.match.column_tables import laid_out
 from passes.match.operand_path import path_between
 from passes.match.operand_view import OperandView
 from passes.match.operands import Tokens, Traced
@@ -224,18 +225,9 @@ def _tables(features: int, heads: int, dim: int) -> Iterator[Array]:
     """Columns [heads, dim] as a projection may have them: parts, heads and features within each other."""
     if features % (heads * dim):
         return
-    parts = features // (heads * dim)
-    column = np.arange(features)
-    laid = [
-        column.reshape(parts, heads, dim),
-        column.reshape(heads, parts, dim).swapaxes(0, 1),
-        column.reshape(heads, dim, parts).transpose(2, 0, 1),
-        column.reshape(parts, dim, heads).swapaxes(1, 2),
-        column.reshape(dim, heads, parts).transpose(2, 1, 0),
-    ]
     seen: set[bytes] = set()
-    for tables in laid:
-        for table in tables:
+    for group in laid_out(features, heads, features // (heads * dim)):
+        for table in group:
             if table.tobytes() not in seen:
                 seen.add(table.tobytes())
-                yield np.ascontiguousarray(table)
+                yield table

@@ -23,6 +23,7 @@ from passes.match.verdicts import (
     TURNED,
     FreeQuery,
     NotUnderstood,
+    OtherInputs,
     SurelyAttention,
     Unrelated,
 )
@@ -121,7 +122,7 @@ def _fused(flow: Flow, anchor: Node) -> ScorePath:
     if anchor.attrs.get("is_causal"):
         queries, keys = (flow.shape(v)[-2] for v in (q, k))
         if queries != keys and anchor.op == "Attention":
-            raise NotUnderstood(ORDER_OF_OTHERS.format(queries=queries, keys=keys))
+            raise OtherInputs(ORDER_OF_OTHERS.format(queries=queries, keys=keys))
         modifiers.append(Modifier("causal"))
     if softcap := float(anchor.attrs.get("softcap", 0.0)):
         modifiers.append(Modifier("softcap", number=softcap))

@@ -32,6 +32,10 @@ class NotUnderstood(Exception):
     """An attention with a step that matching does not understand; the message is the refusal's reason."""
 
 
+class OtherInputs(NotUnderstood):
+    """An attention that other inputs would tell more of; the message says which."""
+
+
 class SurelyAttention(NotUnderstood):
     """Scores of pairs of tokens were seen: this is an attention, wherever its weights lead."""
 

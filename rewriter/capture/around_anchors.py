@@ -7,6 +7,11 @@ from passes.match.masked_weights import MEET, OF_SUMS, SUMS
 from passes.match.scores import anchors
 from passes.operator_kinds import PASS_THROUGH
 
+_BEHIND = frozenset({"IsNaN", "Add", "Sub"})
+"""What mixed values meet: a test for rows without keys, what is mixed of other keys."""
+_COMBINED = frozenset({"Add", "Sub", "Mul"})
+"""How weights meet other numbers, those of another softmax, say."""
+
 
 def around_anchors(flow: Flow) -> set[Value]:
     """Values around every anchor: up to the projections it reads, down to the projection that reads it, biased."""
@@ -49,7 +54,7 @@ def _downstream(flow: Flow, anchor: Node) -> list[Node]:
     found, todo = {anchor.index: anchor}, [(anchor, anchor.op != "Softmax", False)]
     while todo:
         node, mixed, summed = todo.pop()
-        follows = LAYOUT | PASS_THROUGH | ({"IsNaN"} if mixed else MEET) | (OF_SUMS if summed else set())
+        follows = LAYOUT | PASS_THROUGH | (_BEHIND if mixed else MEET | _COMBINED) | (OF_SUMS if summed else set())
         for value in node.outputs:
             for reader in flow.consumers(value):
                 if reader.index in found:

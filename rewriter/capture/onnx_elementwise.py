@@ -27,7 +27,7 @@ def single_node(node: ir.Node) -> Callable[[Sequence[Array | None]], tuple[Array
         del proto.input[:], proto.output[:], proto.metadata_props[:]
         proto.name = ""
         proto.input.extend("" if a is None else f"x{i}" for i, a in enumerate(given))
-        proto.output.extend(f"y{i}" if i == 0 else "" for i in range(len(node.outputs)))
+        proto.output.extend(f"y{i}" if i == 0 or not _may_omit(node) else "" for i in range(len(node.outputs)))
         types = tuple((i, a.dtype.str, a.ndim) for i, a in enumerate(given) if a is not None)
         try:
             opsets: Mapping[str, int] = node.graph.opset_imports if node.graph is not None else {}
@@ -37,6 +37,11 @@ def single_node(node: ir.Node) -> Callable[[Sequence[Array | None]], tuple[Array
             raise NotImplementedError(f"onnxruntime does not run {node.op_type} by itself") from error
 
     return evaluate
+
+
+def _may_omit(node: ir.Node) -> bool:
+    """Whether outputs behind the first one may be left out."""
+    return node.op_type != "TopK"
 
 
 def _plain(array: Array) -> Array:
@@ -54,7 +59,8 @@ def _session(
         )
         for i, dtype, rank in types
     ]
-    graph = onnx.helper.make_graph([made], "node", inputs, [onnx.ValueInfoProto(name="y0")])
+    outputs = [onnx.ValueInfoProto(name=name) for name in made.output if name]
+    graph = onnx.helper.make_graph([made], "node", inputs, outputs)
     model = onnx.helper.make_model(
         graph, opset_imports=[onnx.helper.make_opsetid(d, v) for d, v in opsets], ir_version=_IR_VERSION
     )

@@ -417,11 +417,14 @@ def _evaluator(
 
         def load(node: FxNode) -> Any:
             array = given.get(node.name)
-            return env[node.name] if array is None else torch.from_numpy(np.ascontiguousarray(array))
+            if array is None:
+                return env[node.name]
+            tensor = torch.from_numpy(np.ascontiguousarray(array))
+            return _strided_like(tensor, env[node.name]) if fx.target is torch.ops.aten.as_strided.default else tensor
 
         args = torch.fx.node.map_arg(fx.args, load)
         kwargs = torch.fx.node.map_arg(fx.kwargs, load)
-        args = tuple(a if literal.get(i) is None else torch.from_numpy(literal[i]) for i, a in enumerate(args))
+        args = tuple(a if (x := literal.get(i)) is None else _literal(fx, i, x) for i, a in enumerate(args))
         args, kwargs = _guard_mutation(fx, args, kwargs)
         assert callable(fx.target)
         with torch.no_grad():
@@ -430,6 +433,21 @@ def _evaluator(
         return tuple(p.numpy() for p in pieces)
 
     return evaluate
+
+
+def _strided_like(tensor: torch.Tensor, recorded: Any) -> torch.Tensor:
+    """The same numbers laid out in memory as what was recorded, which as_strided counts in."""
+    if not isinstance(recorded, torch.Tensor) or recorded.shape != tensor.shape:
+        return tensor
+    return torch.empty_strided(recorded.shape, recorded.stride(), dtype=tensor.dtype).copy_(tensor)
+
+
+def _literal(fx: FxNode, position: int, array: Array) -> torch.Tensor | float:
+    """What an operator is given in a number's place: a tensor, but where it takes nothing but numbers."""
+    schema = getattr(fx.target, "_schema", None)
+    arguments = schema.arguments if schema is not None else ()
+    number = position < len(arguments) and str(arguments[position].type) == "number" and array.size == 1
+    return array.item() if number else torch.from_numpy(array)
 
 
 def _likeness(fx: FxNode, operands: Sequence[FxNode | Literal]) -> str | None:

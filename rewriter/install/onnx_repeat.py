@@ -58,9 +58,11 @@ def repeatable(capture: OnnxCapture, replacement: Replacement, others: Sequence[
 
 def stays_possible(capture: OnnxCapture, site: AttentionSite) -> bool:
     """Whether, as far as a site alone tells, what follows its projections can go on with heads that they repeat."""
-    if site.joined or site.cached or site.k.presents or site.v.presents or site.owner in capture.written_out:
+    if (site.joined and not site.whole) or site.cached or site.k.presents or site.v.presents:
         return False
-    plain = all(_plain(capture, o.projection) for o in (site.k, site.v))
+    if site.owner in capture.written_out:
+        return False
+    plain = all(_plain(capture, o.projection) for _, o in site.shared)
     return plain and not read_elsewhere(capture.flow, site)
 
 

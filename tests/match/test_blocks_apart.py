@@ -128,15 +128,15 @@ def test_heads_are_merged_by_their_mean() -> None:
         assert len(stored) == 1 and torch.allclose(stored[0][WIDTH : WIDTH + WIDTH // HEADS], keys, atol=1e-6)
 
 
-def test_masks_by_block_behind_heads_are_refused() -> None:
+def test_attention_with_masks_by_block_behind_heads_is_run_whole() -> None:
     class Other(Blocks):
         def _mask(self, blocks: int) -> Tensor:
             return super()._mask(blocks).transpose(0, 1)[None]
 
     torch.manual_seed(0)
     model = nn.Sequential(Other(heads_first=True, masked=True)).eval()
-    with pytest.raises(NothingToRewrite, match="blocks come before heads"):
-        rewriter.optimize(model, "gqa2", example_inputs=(batch(2),))
+    (site,) = rewriter.inspect(model, example_inputs=(batch(2),)).sites
+    assert "blocks come before heads" in site.whole and not site.by_blocks
 
 
 def test_other_targets_say_why_not_and_inspect_lists_none() -> None:

@@ -99,10 +99,10 @@ def test_what_no_visible_score_feels_is_read_over(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CHANGED)
-def test_what_a_visible_score_feels_is_refused(name: str) -> None:
+def test_what_a_visible_score_feels_is_not_read(name: str) -> None:
     change, reason = CHANGED[name]
-    (refusal,) = matches(Bent(change), features()).refusals
-    assert reason in refusal.reason
+    (site,) = matches(Bent(change), features()).sites
+    assert reason in site.whole
 
 
 class Zeroed(nn.Module):
@@ -125,8 +125,8 @@ def test_weights_zeroed_by_the_mask_of_their_scores_are_read_though_it_hides_not
     everything = torch.ones(2, 6, dtype=torch.bool)
     (site,) = matches(Zeroed(True), features(), everything, everything).sites
     assert site.replay_error < REPLAY_LIMIT and site.masked_rows_are_zero
-    (refusal,) = matches(Zeroed(False), features(), everything, everything.clone()).refusals
-    assert "so they add up to less than one" in refusal.reason
+    (site,) = matches(Zeroed(False), features(), everything, everything.clone()).sites
+    assert "so they add up to less than one" in site.whole
 
 
 class Noisy(nn.Module):
@@ -392,8 +392,8 @@ def test_blocks_of_tokens_are_not_mistaken_for_groups_of_heads() -> None:
     for batch in (1, 2):
         (site,) = matches(Windows(), features(batch)).sites
         assert (site.heads, site.kv_heads, site.by_blocks) == (HEADS, HEADS, True)
-    (refusal,) = matches(Windows(), features(2, 3)).refusals  # one block, which is no group of heads either
-    assert "differ along the second" in refusal.reason
+    (site,) = matches(Windows(), features(2, 3)).sites  # one block, which is no group of heads either
+    assert "differ along the second" in site.whole and site.heads == HEADS
 
 
 @pytest.mark.parametrize("mask", ["padding", "by head"])
