@@ -42,8 +42,8 @@ class Architecture:
         spelling: "matmul", "einsum", "sdpa" or "bmm" (batch and heads are one axis).
         cross: keys and values come from a second input.
         cached: keys and values of earlier tokens are inputs, and those of all tokens outputs.
-        odd: what must be refused: scores that are "mixed" between heads by learned weights, "clamped", or get a bias
-            from hidden states ("content"); "" for none.
+        odd: scores that are "clamped" (run, not read), or what must be refused: "mixed" between heads by learned
+            weights, or with a bias from hidden states ("content"); "" for none.
     """
 
     seed: int
@@ -348,7 +348,7 @@ class Attention(nn.Module):
         return torch.einsum("bhij,bhjd->bhid", weights, v) if einsum else weights @ v
 
     def _oddly(self, scores: Tensor, keys: Tensor) -> Tensor:
-        """Scores [B, H, S, T] of keys [B, kv_heads, T, D], as nothing with fewer heads could have them."""
+        """Scores [B, H, S, T] of keys [B, kv_heads, T, D], as no attention written anew has them."""
         if self.a.odd == "mixed":
             return self.between(scores.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # type: ignore[no-any-return]
         if self.a.odd == "clamped":

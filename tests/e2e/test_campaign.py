@@ -32,7 +32,7 @@ def test_numbers_behind_a_norm_that_are_alike_for_all_heads_become_those_of_one(
     assert outcome.architecture.norm == "own rms" and outcome.onnx.status == "rewritable" and not outcome.problem
 
 
-@pytest.mark.parametrize(("seed", "odd"), [(3, "clamped"), (6, "content"), (7, "mixed")])
+@pytest.mark.parametrize(("seed", "odd"), [(6, "content"), (7, "mixed")])
 def test_both_doors_refuse_alike(seed: int, odd: str) -> None:
     outcome = campaign.run(seed)
     assert outcome.architecture.odd == odd and outcome.torch.status == "refused" and not outcome.problem
