@@ -57,7 +57,8 @@ def run_refitted(pair: PairedRuns, made: Replacement, reference: Sequence[Array]
         [t.advance(out.output, {out.output})[out.output] for t in pair.teachers] if reference is None else reference
     )
     evidence = pair.matches.evidence[site.name]
-    tells = not site.cross and "batch" in merge_orders(flow, site)  # by its rows which tokens they are of
+    # by its rows which tokens they are of, and by queries and keys which of these ask
+    tells = not (site.cross or site.whole) and "batch" in merge_orders(flow, site)
     masks = {m.value for m in evidence.path.modifiers if m.value is not None}
     names = ({evidence.path.q.value, evidence.path.k.value} | masks) - set(flow.weights) if tells else set[Value]()
     seen = [run.advance(out.input, names | {out.input}) for run in pair.students]

@@ -258,3 +258,13 @@ def test_what_keys_or_tokens_add_to_scores_has_to_be_asked_for(kind: type[Attent
     control = built(kind)
     done = rewriter.optimize(control, GroupedQuery(KEPT, keep_hidden_bias=True), example_inputs=(x,))
     assert (done(x) - control(x)).abs().max() > MOVED
+
+
+@pytest.mark.parametrize("kind", [Chunks, RowsAndColumns], ids=lambda kind: kind.__name__)
+def test_calibration_brings_what_is_run_nearer_to_the_original(kind: type[Attention]) -> None:
+    model, x = built(kind), given(kind, 7)
+    batches = [(given(kind, 32 + n),) for n in range(4)]
+    plain = rewriter.optimize(model, GroupedQuery(KEPT), example_inputs=(x,))
+    fitted = rewriter.optimize(model, GroupedQuery(KEPT), example_inputs=(x,), calibration=batches)
+    far, near = ((done(x) - model(x)).square().mean() for done in (plain, fitted))
+    assert near < 0.9 * far
