@@ -31,6 +31,7 @@ from passes.match.verdicts import (
     NotUnderstood,
     OtherInputs,
     SurelyAttention,
+    TooLong,
     Unrelated,
 )
 from passes.match.without_softmax import without_softmax
@@ -118,7 +119,12 @@ def _with_whole(flow: Flow, matches: Matches, unread: Mapping[int, NotUnderstood
         reason = unread.get(refusal.anchor)
         if reason is None or refusal.anchor in done or not _may_be_whole(reason):
             continue
-        whole = run_whole(flow, flow.nodes[refusal.anchor], refusal.name, refusal.layer, str(reason))
+        try:
+            whole = run_whole(flow, flow.nodes[refusal.anchor], refusal.name, refusal.layer, str(reason))
+        except TooLong as why:
+            longer = replace(refusal, reason=f"{refusal.reason}; {why}")
+            matches = replace(matches, refusals=tuple(longer if r is refusal else r for r in matches.refusals))
+            continue
         if whole is None:
             continue
         done |= whole.inside

@@ -15,8 +15,11 @@ from passes.match.operands import Tokens, Traced
 from passes.match.scores import ScorePath
 from passes.match.stretch import Stretch, stretch_of
 from passes.match.stretch_heads import Heads, HeadSearch, Part
+from passes.match.verdicts import TOO_LONG, TooLong
 from passes.site import AttentionSite, Modifier, Operand, Refusal
 
+_LARGEST = 400_000_000
+"""Numbers that one run may compute; telling heads takes some thirty of them."""
 _WRITES = ("Scatter", "index_put", "index_copy", "copy_")
 """In names of operators that write into tensors."""
 
@@ -34,11 +37,16 @@ class RunWhole:
 
 
 def run_whole(flow: Flow, anchor: Node, name: str, layer: int, reason: str) -> RunWhole | None:
-    """The attention that an anchor is part of, not read for this `reason`; None where running it tells no heads."""
+    """The attention that an anchor is part of, not read for this `reason`; None where running it tells no heads.
+
+    Raises TooLong if it was recorded on too many tokens to be run time after time.
+    """
     if flow.dtype == "int8":
         return None
     try:
         stretch = stretch_of(flow, anchor)
+        if stretch is not None and stretch.size > _LARGEST:
+            raise TooLong(TOO_LONG)
         heads = _heads(stretch) if stretch is not None else None
     except (ArithmeticError, LookupError, TypeError, ValueError, RuntimeError):  # not recorded, or an operator's own
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -52,6 +53,11 @@ class Stretch:
                 below.update(node.outputs)
                 found.append(node)
         return tuple(found)
+
+    @cached_property
+    def size(self) -> int:
+        """Numbers that a run of it computes."""
+        return sum(math.prod(self.flow.shape(v)) for node in self.nodes for v in node.outputs if v)
 
     def run(self, given: Mapping[Value, Array]) -> Array:
         """The merged heads [rows, features] where these values are others; each is forgotten behind its last reader."""

@@ -18,6 +18,10 @@ TOO_LARGE = (
     "its scores on the example inputs, recomputed in double precision, take more memory than there is; pass "
     "example_inputs of fewer tokens (a shorter text, a smaller image)"
 )
+TOO_LONG = (
+    "it may be read by trying what it answers to, which so many tokens would take too long for; pass example_inputs of "
+    "fewer tokens (a shorter text, a smaller image)"
+)
 BIAS_NOT_ASKED_FOR = (
     "the score bias is computed from hidden states (content-dependent positions), which sharing "
     "heads may not suit; GroupedQuery(N, keep_hidden_bias=True), or --keep-hidden-bias, shares them and keeps the bias"
@@ -34,6 +38,10 @@ class NotUnderstood(Exception):
 
 class OtherInputs(NotUnderstood):
     """An attention that other inputs would tell more of; the message says which."""
+
+
+class TooLong(NotUnderstood):
+    """An attention on so many tokens that it is not tried out."""
 
 
 class SurelyAttention(NotUnderstood):

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import rewriter
+from passes.dataflow import Flow, Node
+from passes.match import run_whole
+from passes.match.stretch import Stretch, stretch_of
 from passes.targets import GroupedQuery
 from rewriter.errors import NothingToRewrite
 from tests.targets.lossless_twin import run_file
@@ -246,6 +249,32 @@ def test_it_is_one_site_of_its_own_heads_and_nothing_but_fewer_is_offered(kind: 
 def test_heads_that_are_mixed_or_not_alike_are_refused(kind: type[Attention]) -> None:
     seen = rewriter.inspect(built(kind), example_inputs=(given(kind),))
     assert not seen.sites and len(seen.refusals) == 2
+
+
+def test_so_many_tokens_are_not_tried_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    (largest,) = {stretch.size for stretch in stretches(monkeypatch)}
+    for limit, sites in ((largest, 2), (largest - 1, 0)):
+        monkeypatch.setattr(run_whole, "_LARGEST", limit)
+        seen = rewriter.inspect(built(Chunks), example_inputs=(given(Chunks),))
+        assert len(seen.sites) == sites
+        assert {"pass example_inputs of fewer tokens" in r.reason for r in seen.refusals} == (
+            {True} if not sites else set()
+        )
+
+
+def stretches(monkeypatch: pytest.MonkeyPatch) -> list[Stretch]:
+    """Those of a model's attentions."""
+    found: list[Stretch] = []
+
+    def watched(flow: Flow, anchor: Node) -> Stretch | None:
+        stretch = stretch_of(flow, anchor)
+        found.extend([stretch] if stretch is not None else [])
+        return stretch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_whole, "stretch_of", watched)
+        rewriter.inspect(built(Chunks), example_inputs=(given(Chunks),))
+    return found
 
 
 @pytest.mark.parametrize("kind", [OfKeys, OfTokens], ids=lambda kind: kind.__name__)
