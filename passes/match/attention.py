@@ -28,10 +28,10 @@ from passes.match.verdicts import (
     BIAS_NOT_ASKED_FOR,
     TOO_LARGE,
     FreeQuery,
+    NotTried,
     NotUnderstood,
     OtherInputs,
     SurelyAttention,
-    TooLong,
     Unrelated,
 )
 from passes.match.without_softmax import without_softmax
@@ -121,9 +121,9 @@ def _with_whole(flow: Flow, matches: Matches, unread: Mapping[int, NotUnderstood
             continue
         try:
             whole = run_whole(flow, flow.nodes[refusal.anchor], refusal.name, refusal.layer, str(reason))
-        except TooLong as why:
-            longer = replace(refusal, reason=f"{refusal.reason}; {why}")
-            matches = replace(matches, refusals=tuple(longer if r is refusal else r for r in matches.refusals))
+        except NotTried as why:
+            untried = replace(refusal, reason=f"{refusal.reason}; {why}")
+            matches = replace(matches, refusals=tuple(untried if r is refusal else r for r in matches.refusals))
             continue
         if whole is None:
             continue

@@ -15,11 +15,17 @@ from passes.match.operands import Tokens, Traced
 from passes.match.scores import ScorePath
 from passes.match.stretch import Stretch, stretch_of
 from passes.match.stretch_heads import Heads, HeadSearch, Part
-from passes.match.verdicts import TOO_LONG, TooLong
+from passes.match.verdicts import DRAWN, TOO_LONG, NotTried
 from passes.site import AttentionSite, Modifier, Operand, Refusal
 
 _LARGEST = 400_000_000
 """Numbers that one run may compute; telling heads takes some thirty of them."""
+_DRAWING = frozenset({
+    *(f"aten.{name}" for name in ("rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like")),
+    *("aten.bernoulli", "aten.multinomial", "aten.normal", "Bernoulli", "Multinomial"),
+    *("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"),
+})  # fmt: skip
+"""Operators that give other numbers each time."""
 _WRITES = ("Scatter", "index_put", "index_copy", "copy_")
 """In names of operators that write into tensors."""
 
@@ -39,14 +45,16 @@ class RunWhole:
 def run_whole(flow: Flow, anchor: Node, name: str, layer: int, reason: str) -> RunWhole | None:
     """The attention that an anchor is part of, not read for this `reason`; None where running it tells no heads.
 
-    Raises TooLong if it was recorded on too many tokens to be run time after time.
+    Raises NotTried if it was recorded on too many tokens to be run time after time, or never answers alike.
     """
     if flow.dtype == "int8":
         return None
     try:
         stretch = stretch_of(flow, anchor)
         if stretch is not None and stretch.size > _LARGEST:
-            raise TooLong(TOO_LONG)
+            raise NotTried(TOO_LONG)
+        if stretch is not None and any(node.op in _DRAWING for node in stretch.above):
+            raise NotTried(DRAWN)
         heads = _heads(stretch) if stretch is not None else None
     except (ArithmeticError, LookupError, TypeError, ValueError, RuntimeError):  # not recorded, or an operator's own
         return None

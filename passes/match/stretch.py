@@ -42,6 +42,12 @@ class Stretch:
         """In execution order."""
         return self.between(p.output for p in self.projections)
 
+    @property
+    def above(self) -> tuple[Node, ...]:
+        """All nodes between the projections and the merged heads, those included that no data reaches."""
+        ends = {p.node for p in self.projections}
+        return tuple(self.flow.ancestors(self.merged, stop=lambda n: n.index in ends))
+
     def between(self, starts: Iterable[Value]) -> tuple[Node, ...]:
         """Nodes on any route from `starts` to the merged heads, shape subgraphs included."""
         below = set(starts)

@@ -22,6 +22,7 @@ TOO_LONG = (
     "it may be read by trying what it answers to, which so many tokens would take too long for; pass example_inputs of "
     "fewer tokens (a shorter text, a smaller image)"
 )
+DRAWN = "it draws random numbers in every call, so that what it gives can be compared with nothing"
 BIAS_NOT_ASKED_FOR = (
     "the score bias is computed from hidden states (content-dependent positions), which sharing "
     "heads may not suit; GroupedQuery(N, keep_hidden_bias=True), or --keep-hidden-bias, shares them and keeps the bias"
@@ -40,8 +41,8 @@ class OtherInputs(NotUnderstood):
     """An attention that other inputs would tell more of; the message says which."""
 
 
-class TooLong(NotUnderstood):
-    """An attention on so many tokens that it is not tried out."""
+class NotTried(NotUnderstood):
+    """An attention that might be known by trying what it answers to, and is not tried; the message says why."""
 
 
 class SurelyAttention(NotUnderstood):

@@ -109,7 +109,7 @@ class _Found:
             if self.flow.projection_operands(node) is not None:
                 self._states.update({name: True, value: True})
                 return True
-            read = [node.inputs[i] for i in data_operands(node) if i < len(node.inputs)] if node.op in LAYOUT else []
+            read = _read(node) if node.op in LAYOUT else []
             todo += [v for v in read or node.inputs if v and self._states.get(v) is not False]
         self._states.update(dict.fromkeys(met, False))
         return False
@@ -157,6 +157,8 @@ class _Found:
             for node in self.flow.readers(value) if value else ():
                 if node.index in met or self._softmax(node) or self.flow.projection_operands(node) is not None:
                     continue
+                if node.op in LAYOUT and value not in _read(node):
+                    continue  # it chooses what is read, as of queries those that stand out
                 met.add(node.index)
                 if self.of_states(node) and self.of_tokens(node):
                     found.append(node)
@@ -177,6 +179,11 @@ def _matrix_axes(flow: Flow, node: Node) -> tuple[tuple[int, ...], tuple[int, ..
     return tuple(i for i, c in enumerate(one) if c not in stacked), tuple(
         i for i, c in enumerate(two) if c not in stacked
     )
+
+
+def _read(node: Node) -> list[Value]:
+    """What a layout operator moves, not where to."""
+    return [node.inputs[i] for i in data_operands(node) if i < len(node.inputs)]
 
 
 def _factors(node: Node) -> Sequence[Value]:

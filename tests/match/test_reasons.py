@@ -540,6 +540,26 @@ def test_what_is_not_read_is_refused_with_what_is_true_of_it(kind: type[Projects
     assert not seen.sites and seen.refusals and all(REASONS[kind] in r.reason for r in seen.refusals)
 
 
+class Standing(Projects):
+    """Queries that stand out against keys drawn at random attend, the others get the mean (arXiv 2012.07436)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        drawn = k[:, :, torch.randint(x.shape[1], (x.shape[1], 3))]
+        scores = (q.unsqueeze(-2) @ drawn.transpose(-2, -1)).squeeze(-2)
+        best = (scores.amax(-1) - scores.mean(-1)).topk(2, sorted=False).indices
+        places = torch.arange(len(x))[:, None, None], torch.arange(HEADS)[None, :, None], best
+        mixed = (q[places] @ k.transpose(-2, -1)).softmax(-1) @ v
+        answer = v.mean(2, keepdim=True).expand_as(q).clone()
+        answer[places] = mixed
+        return self.merged(answer)
+
+
+def test_scores_that_choose_queries_are_no_attention_of_their_own() -> None:
+    seen = rewriter.inspect(Standing().eval(), example_inputs=(_x(),))
+    assert ["it draws random numbers in every call" in r.reason for r in seen.refusals] == [True] and not seen.sites
+
+
 class AdditiveAttention(Projects):
     """A softmax-free mean of gated tokens."""
 
