@@ -129,7 +129,7 @@ def test_control_heads_that_differ_lose_something() -> None:
 
 
 class Renormalised(Flexible):
-    """What is used of flex_attention is its log-sum-exp, too, which no replacement gives."""
+    """What is used of flex_attention is its log-sum-exp, too, which no attention written anew gives."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         mixed, sums = flex_attention(q, k, v, return_lse=True)
@@ -137,9 +137,15 @@ class Renormalised(Flexible):
         return mixed * sums.sigmoid()[..., None]
 
 
-def test_sums_of_flex_attention_are_refused_for_what_they_are() -> None:
-    with pytest.raises(RewriteError, match="its log-sum-exp is used"):
-        rewriter.optimize(_twin(Renormalised), f"gqa{KEPT}", example_inputs=(_x(),))
+def test_an_attention_whose_sums_are_used_is_run_whole() -> None:
+    (site,) = rewriter.inspect(_twin(Renormalised), example_inputs=(_x(),)).sites
+    assert "its log-sum-exp is used" in site.whole
+    for tied in (True, False):
+        module = _twin(Renormalised, tied=tied)
+        made = rewriter.optimize(module, f"gqa{KEPT}", example_inputs=(_x(),))
+        with torch.no_grad():
+            moved = (made(_x()) - module(_x())).abs().max()
+        assert moved <= EXACT if tied else moved > MOVED
 
 
 def test_padded_tokens_of_torch_layers_are_compared_without_their_fast_path() -> None:
