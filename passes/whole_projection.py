@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 
 from passes.dataflow import Flow, Node, Value
@@ -17,6 +19,28 @@ def projection_at(flow: Flow, value: Value) -> tuple[Node, Value | None] | None:
     if value not in flow.projections:
         flow.projections[value] = _find_projection(flow, value)
     return flow.projections[value]
+
+
+def projections_above(flow: Flow, value: Value, passed: Collection[Value] = (), most: int | None = None) -> list[Value]:
+    """What the nearest learned projections above a value give, those in `passed` seen through.
+
+    Args:
+        most: where there are more, one more than so many, and no others.
+    """
+    found: dict[Value, None] = {}
+    todo, seen = [value], {value}
+    while todo and (most is None or len(found) <= most):
+        current = todo.pop()
+        if not flow.data_dependent(current):
+            continue
+        if current not in passed and projection_at(flow, current) is not None:
+            found[current] = None
+            continue
+        node = flow.producer(current)
+        above = [v for v in (node.inputs if node is not None else ()) if v and v not in seen]
+        seen.update(above)
+        todo.extend(above)
+    return list(found)
 
 
 def _find_projection(flow: Flow, value: Value) -> tuple[Node, Value | None] | None:

@@ -24,7 +24,7 @@ from passes.match.verdicts import NotUnderstood
 from passes.provenance import Tracer
 from passes.replay import TOLERANCES, columns_alone, recorded, relative, run_between
 from passes.site import Operand, Projection
-from passes.whole_projection import projection_at
+from passes.whole_projection import projections_above
 
 _LONGEST = 60
 """Nodes between a projection and its heads; more are another layer's."""
@@ -42,7 +42,7 @@ def trace_headwise(tracer: Tracer, view: OperandView, *, shared_heads: bool) -> 
         return None
     passed: set[Value] = set()
     for _ in range(_DEPTH):
-        nearest = _projections_above(flow, view.value, passed)
+        nearest = projections_above(flow, view.value, passed)
         if len(nearest) == 1 and (ground := _ground(flow, nearest[0], view)) is not None:
             try:
                 found = _Search(_stirred(flow, *ground), view, *ground).traced(shared_heads)
@@ -52,24 +52,6 @@ def trace_headwise(tracer: Tracer, view: OperandView, *, shared_heads: bool) -> 
                 return found
         passed.update(nearest)
     return None
-
-
-def _projections_above(flow: Flow, value: Value, passed: set[Value]) -> list[Value]:
-    """What the nearest learned projections above a value give, those in `passed` seen through."""
-    found: dict[Value, None] = {}
-    todo, seen = [value], {value}
-    while todo:
-        current = todo.pop()
-        if not flow.data_dependent(current):
-            continue
-        if current not in passed and projection_at(flow, current) is not None:
-            found[current] = None
-            continue
-        node = flow.producer(current)
-        above = [v for v in (node.inputs if node is not None else ()) if v and v not in seen]
-        seen.update(above)
-        todo.extend(above)
-    return list(found)
 
 
 def _ground(flow: Flow, output: Value, view: OperandView) -> tuple[Projection, tuple[Node, ...]] | None:

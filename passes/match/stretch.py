@@ -15,7 +15,7 @@ from passes.match.linear_map import output_map
 from passes.match.origins import described
 from passes.match.verdicts import NotUnderstood
 from passes.site import Projection
-from passes.whole_projection import projection_at
+from passes.whole_projection import projections_above
 
 _LONGEST = 1500
 """Nodes of a stretch; more are several layers'."""
@@ -133,11 +133,11 @@ def _plain_projections(flow: Flow, merged: Value) -> tuple[Projection, ...] | No
     channel) are part of the stretch."""
     passed: set[Value] = set()
     while True:
-        nearest = _nearest(flow, merged, passed)
+        nearest = set(projections_above(flow, merged, passed, _MOST_PROJECTIONS))
         if not nearest or len(nearest) > _MOST_PROJECTIONS:
             return None
         plain = {v: p for v in nearest if (p := _plain(flow, v)) is not None}
-        further = {v for v in nearest if v not in plain or _nearest_of(flow, plain[v].input) & (nearest - {v})}
+        further = {v for v in nearest if v not in plain or _follows(flow, plain[v], nearest - {v})}
         if not further:
             return tuple(sorted(plain.values(), key=lambda p: p.node))
         passed |= further
@@ -151,25 +151,6 @@ def _plain(flow: Flow, value: Value) -> Projection | None:
     return projection if layout.features_last else None
 
 
-def _nearest_of(flow: Flow, value: Value) -> set[Value]:
-    return _nearest(flow, value, set())
-
-
-def _nearest(flow: Flow, value: Value, passed: set[Value]) -> set[Value]:
-    """What the nearest learned projections above a value give, those in `passed` seen through."""
-    found: set[Value] = set()
-    todo, seen = [value], {value}
-    while todo:
-        current = todo.pop()
-        if not flow.data_dependent(current):
-            continue
-        if current not in passed and projection_at(flow, current) is not None:
-            found.add(current)
-            if len(found) > _MOST_PROJECTIONS:
-                break
-            continue
-        node = flow.producer(current)
-        above = [v for v in (node.inputs if node is not None else ()) if v and v not in seen]
-        seen.update(above)
-        todo.extend(above)
-    return found
+def _follows(flow: Flow, projection: Projection, others: set[Value]) -> bool:
+    """Whether a projection reads what one of these gives, no other one in between."""
+    return not others.isdisjoint(projections_above(flow, projection.input, most=_MOST_PROJECTIONS))
