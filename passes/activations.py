@@ -109,14 +109,9 @@ def activations(
 ) -> Activations:
     """Look at one batch; `weights` are the site's own."""
     here = replace(flow, read=lambda name: seen[name] if name in seen else flow.read(name))
-    q, k = (
-        np.asarray(recorded(here, view, traced.tokens), dtype=np.float32)
-        for view, traced in ((evidence.path.q, evidence.q), (evidence.path.k, evidence.k))
-    )
+    q, k, attention = _scored(here, evidence)
     batch, heads = q.shape[:2]
     inputs = tuple(_by_token(seen[o.projection.input], o, batch) for o in (site.q, site.k, site.v))
-    spread = k[:, np.arange(heads) * k.shape[1] // heads]
-    attention = _softmax(here, evidence, q, spread)
     distinct = [site.group.index(n) * k.shape[1] // heads for n in range(site.kv_heads)]
     pairs = _pairs(site.k)
     turns = (
@@ -129,14 +124,19 @@ def activations(
     return Activations(site, here, evidence, (inputs[0], inputs[1], inputs[2]), attention, turns, shown, asking)
 
 
-def attending(flow: Flow, evidence: Evidence) -> Array:
-    """[B, T]: keys that some query sees, by the operands that `flow` has at the scores."""
+def _scored(flow: Flow, evidence: Evidence) -> tuple[Array, Array, Array]:
+    """Queries and keys as `flow` has them at the scores, float32 [B, heads, tokens, D], and the softmax of these."""
     q, k = (
         np.asarray(recorded(flow, view, traced.tokens), dtype=np.float32)
         for view, traced in ((evidence.path.q, evidence.q), (evidence.path.k, evidence.k))
     )
     heads = q.shape[1]
-    attention = _softmax(flow, evidence, q, k[:, np.arange(heads) * k.shape[1] // heads])
+    return q, k, _softmax(flow, evidence, q, k[:, np.arange(heads) * k.shape[1] // heads])
+
+
+def attending(flow: Flow, evidence: Evidence) -> Array:
+    """[B, T]: keys that some query sees, by the operands that `flow` has at the scores."""
+    _, _, attention = _scored(flow, evidence)
     return np.asarray(attention.max(axis=(1, 2)) > 1e-12)
 
 
